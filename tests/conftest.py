@@ -1,0 +1,68 @@
+"""One strict JAX with eight CPU devices for all tests, none of which may leave a thread behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# JAX reads these once, when it is first imported. Processes that tests start inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# No deadline, nor a limit on slow data: how long a disk takes is no property of the code.
+settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# In an editable install the callbacks lie elsewhere than the package.
+_OUR_FOLDERS = tuple(
+    str(Path(spec.origin).parent)
+    for name in ("flax_partial", "flax_partial.callbacks")
+    if (spec := importlib.util.find_spec(name)) and spec.origin
+)
+_GRACE_SECS = 10.0
+
+
+def _ours(known: set[threading.Thread]) -> list[threading.Thread]:
+    """The living threads not in `known` that carry our name or stand in our code."""
+    frames = sys._current_frames()  # noqa: SLF001 - there is no public way to another thread's stack
+
+    def in_our_code(thread: threading.Thread) -> bool:
+        top = frames.get(thread.ident or 0)
+        stack = traceback.walk_stack(top) if top else ()
+        return any(frame.f_code.co_filename.startswith(_OUR_FOLDERS) for frame, _ in stack)
+
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread not in known
+        and thread is not threading.current_thread()
+        and (thread.name.startswith("flax_partial") or in_our_code(thread))
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left_behind() -> Iterator[None]:
+    """Fails a test after which a thread of the package lives on."""
+    known = set(threading.enumerate())
+    yield
+    end = time.monotonic() + _GRACE_SECS
+    while (left := _ours(known)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not left, f"threads left behind: {[thread.name for thread in left]}"
