@@ -1,0 +1,51 @@
+"""What can go wrong, as one tree.
+
+    PartialCheckpointError
+    ├── CheckpointExistsError   (FileExistsError)    the finalized checkpoint is there already
+    ├── NoSessionError          (FileNotFoundError)  no unfinished checkpoint, or no checkpoint, at this path
+    ├── KeyConflictError        (ValueError)         two leaves cannot stand in one tree
+    ├── UnsupportedLeafError    (TypeError)          a value that no checkpoint can hold
+    │   └── EmptyStateError     (ValueError)         a state without a single leaf
+    ├── IncompleteCheckpointError (RuntimeError)     leaves, or parts of leaves, are missing
+    ├── CorruptCheckpointError  (ValueError)         bytes on disk are not those that were written
+    └── TargetMismatchError     (ValueError)         the checkpoint does not fit the target
+
+Each is also the built-in kind that a caller would catch without knowing this package. Failures of
+the storage itself (a full disk, a lost mount) stay the `OSError` they are.
+"""
+
+
+class PartialCheckpointError(Exception):
+    """Base of every error that this package raises by itself."""
+
+
+class CheckpointExistsError(PartialCheckpointError, FileExistsError):
+    """A finalized checkpoint, or something else, is at the path already; nothing was written."""
+
+
+class NoSessionError(PartialCheckpointError, FileNotFoundError):
+    """Nothing that could be finalized, looked at, or loaded is at the path."""
+
+
+class KeyConflictError(PartialCheckpointError, ValueError):
+    """Two leaves cannot stand in one checkpoint: the same key twice, or a leaf that is a subtree."""
+
+
+class UnsupportedLeafError(PartialCheckpointError, TypeError):
+    """A leaf, or a value of `custom_metadata`, that a checkpoint cannot represent."""
+
+
+class EmptyStateError(UnsupportedLeafError, ValueError):
+    """A state without leaves: there is nothing to save."""
+
+
+class IncompleteCheckpointError(PartialCheckpointError, RuntimeError):
+    """Leaves, boxes of leaves, or processes are missing; the session is left as it was."""
+
+
+class CorruptCheckpointError(PartialCheckpointError, ValueError):
+    """Data on disk is damaged: a digest, a length or a structure is not what was written."""
+
+
+class TargetMismatchError(PartialCheckpointError, ValueError):
+    """The checkpoint differs from the target in structure, shape, dtype or kind."""

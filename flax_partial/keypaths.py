@@ -1,0 +1,196 @@
+"""Tree paths, the names of leaves, and which leaves cannot stand in one tree.
+
+A leaf's *name* is its keys' texts joined with a dot, as Orbax does; its *prefix* is where its
+chunks live in the database. Invariant of a `KeyTree`: no two of its leaves share a prefix, no leaf
+is also a subtree, and no node has both list and mapping children. Adding or removing a path costs
+time linear in its length, whatever the tree holds already.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jax import tree_util
+
+from flax_partial.errors import UnsupportedLeafError
+
+STR_KEY, INT_KEY, ATTRIBUTE, INDEX = "d", "i", "a", "s"
+KEY_KINDS = frozenset((STR_KEY, INT_KEY, ATTRIBUTE, INDEX))
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPath:
+    """Path from the root of a tree to a leaf.
+
+    Attributes:
+      texts: The keys as text, outermost first; integers in decimal.
+      kinds: One letter a key: `d` and `i` for a dictionary's string and integer keys, `a` for an
+        attribute, `s` for an index of a list or tuple.
+    """
+
+    texts: tuple[str, ...]
+    kinds: str
+
+    @property
+    def name(self) -> str:
+        """The leaf's name: its keys joined with a dot."""
+        return ".".join(self.texts)
+
+
+def from_jax(path: tuple[Any, ...]) -> KeyPath:
+    """Converts a key path of `jax.tree_util`.
+
+    Raises:
+      UnsupportedLeafError: A key is neither text nor an integer, or cannot be encoded as UTF-8.
+    """
+    texts, kinds = [], []
+    for key in path:
+        text, kind = _convert(key, path)
+        texts.append(text)
+        kinds.append(kind)
+    return KeyPath(tuple(texts), "".join(kinds))
+
+
+def _convert(key: object, path: tuple[Any, ...]) -> tuple[str, str]:
+    match key:
+        case tree_util.DictKey(key=str(text)):
+            kind = STR_KEY
+        case tree_util.DictKey(key=int(number)) if not isinstance(number, bool):
+            return str(number), INT_KEY
+        case tree_util.GetAttrKey(name=str(text)):
+            kind = ATTRIBUTE
+        case tree_util.SequenceKey(idx=number) | tree_util.FlattenedIndexKey(key=number):
+            return str(number), INDEX
+        case _:
+            raise UnsupportedLeafError(
+                f"Key {key!r} in {tree_util.keystr(path)!r} is a {_key_type(key)}: keys must be "
+                "strings or integers. Rename it, for example with str()."
+            )
+    if not text.isascii():
+        _require_utf8(text, path)
+    return text, kind
+
+
+def _key_type(key: object) -> str:
+    return type(getattr(key, "key", key)).__name__
+
+
+def _require_utf8(text: str, path: tuple[Any, ...]) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedLeafError(
+            f"Key {text!r} in {tree_util.keystr(path)!r} holds a lone surrogate, which UTF-8 "
+            "cannot encode. Rename it."
+        ) from error
+
+
+def prefix_of(name: str) -> str:
+    """Where the chunks of the leaf called `name` live (zarr adds a slash only where none is)."""
+    return name if not name or name.endswith("/") else name + "/"
+
+
+@dataclass(slots=True)
+class _Node:
+    container: Literal["list", "mapping"] | None = None
+    children: dict[str, "_Node"] = field(default_factory=dict)
+
+
+class KeyTree:
+    """The tree that a set of leaves forms, to which leaves are added and from which they go."""
+
+    def __init__(self) -> None:
+        self._owners: dict[str, KeyPath] = {}
+        self._root: _Node | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return prefix_of(name) in self._owners
+
+    def problem_with(self, path: KeyPath) -> str | None:
+        """Says why `path` cannot be added; None if it can, or stands already."""
+        owner = self._owners.get(prefix_of(path.name))
+        if owner is not None:
+            return None if owner.texts == path.texts else _same_name(owner, path)
+        node = self._root
+        for depth, text in enumerate(path.texts):
+            if node is None:
+                return None
+            if node.container is None:
+                return _leaf_and_subtree(".".join(path.texts[:depth]), path.name)
+            if node.container != _container(path.kinds[depth]):
+                return _mixed(".".join(path.texts[:depth]), path.name)
+            node = node.children.get(text)
+        if node is None:
+            return None
+        return _leaf_and_subtree(path.name, path.name + "." + next(iter(node.children), ""))
+
+    def add(self, path: KeyPath) -> None:
+        """Adds a leaf with which `problem_with` finds no fault."""
+        self._owners[prefix_of(path.name)] = path
+        if self._root is None:
+            self._root = _Node()
+        node = self._root
+        for text, kind in zip(path.texts, path.kinds, strict=True):
+            node.container = _container(kind)
+            node = node.children.setdefault(text, _Node())
+
+    def discard(self, path: KeyPath) -> None:
+        """Removes a leaf, and the nodes that only it held up."""
+        del self._owners[prefix_of(path.name)]
+        trail: list[tuple[_Node, str]] = []
+        node = self._root
+        for text in path.texts:
+            if node is None:
+                return
+            trail.append((node, text))
+            node = node.children.get(text)
+        for parent, text in reversed(trail):
+            del parent.children[text]
+            if parent.children:
+                return
+        self._root = None
+
+    def gaps(self) -> Iterator[str]:
+        """Says which lists lack an element."""
+        stack = [((), self._root)] if self._root else []
+        while stack:
+            texts, node = stack.pop()
+            if node.container == "list":
+                indices = {int(text) for text in node.children}
+                missing = sorted(set(range(max(indices) + 1)) - indices)
+                if missing:
+                    yield (
+                        f"List {'.'.join(texts)!r} has element {max(indices)} but lacks "
+                        f"{_shortened(missing)}. Save what is missing, or use a dict."
+                    )
+            stack.extend(((*texts, text), child) for text, child in node.children.items())
+
+
+def _container(kind: str) -> Literal["list", "mapping"]:
+    return "list" if kind == INDEX else "mapping"
+
+
+def _same_name(one: KeyPath, other: KeyPath) -> str:
+    return (
+        f"Leaves {one.texts} and {other.texts} would both be stored as {other.name!r}: keys are "
+        "joined with '.', and a trailing '/' does not count. Rename one of them."
+    )
+
+
+def _leaf_and_subtree(leaf: str, inner: str) -> str:
+    return (
+        f"{leaf!r} is a leaf, and {inner!r} lies inside it: a leaf cannot also be a subtree. "
+        "Rename one of them, or abort the session to start over."
+    )
+
+
+def _mixed(node: str, name: str) -> str:
+    return (
+        f"Leaf {name!r}: node {node!r} has both list and dict children. Save all of them under "
+        "a list, or all under a dict."
+    )
+
+
+def _shortened(numbers: list[int], most: int = 5) -> str:
+    shown = ", ".join(map(str, numbers[:most]))
+    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"

@@ -1,0 +1,302 @@
+"""Tables of contents: what one part holds (`part.json`), what a checkpoint holds (`contents.json`).
+
+Both are JSON, `{"xxh3_128":"<32 hex digits>","table":{...}}`, the digest being that of the table's
+bytes. A whole, valid `part.json` is the commit of its part: what `decode_part` accepts was saved.
+Decoding trusts nothing: it checks the digest, every type, and that boxes, chunks and digests agree.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import xxhash
+
+from flax_partial.chunks import Shape, chunk_counts, chunk_keys
+from flax_partial.errors import CorruptCheckpointError
+from flax_partial.keypaths import KEY_KINDS, KeyPath, prefix_of
+
+FORMAT_VERSION = 1
+
+JAX_ARRAY, NUMPY_ARRAY, NUMPY_SCALAR = "jax.Array", "np.ndarray", "np.generic"
+SCALAR, STRING, NONE, PRNG_KEY = "scalar", "string", "None", "prng_key"
+DICT, LIST, TUPLE, NAMED_TUPLE = "dict", "list", "tuple", "namedtuple"
+ARRAY_KINDS = frozenset((JAX_ARRAY, NUMPY_ARRAY, NUMPY_SCALAR, SCALAR, PRNG_KEY))
+EMPTY_CONTAINERS = frozenset((DICT, LIST, TUPLE, NAMED_TUPLE))
+_KINDS = ARRAY_KINDS | EMPTY_CONTAINERS | {STRING, NONE}
+
+_HEAD = b'{"xxh3_128":"'
+_MIDDLE = b'","table":'
+_TABLE_AT = len(_HEAD) + 32 + len(_MIDDLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A range of indices of a leaf, and the digest of each of its chunks.
+
+    Attributes:
+      start: First index along each axis; a multiple of the chunk's length.
+      shape: Number of indices along each axis.
+      digests: xxh3-128 of each chunk's bytes as read (little-endian, C order, without padding), in
+        hexadecimal, in C order of the chunks; empty where none were taken. A single digest is `""`
+        where only that chunk has none.
+    """
+
+    start: Shape
+    shape: Shape
+    digests: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A leaf, or the boxes of it that one part holds.
+
+    Attributes:
+      path: Where it stands in the tree.
+      kind: One of the kinds named at the top of this module.
+      dtype: NumPy name of the stored elements' dtype; empty for what has no data.
+      shape: Global shape of the stored array (of a PRNG key: of its key data).
+      chunk: Shape of a chunk of the stored array.
+      compression: `zstd`, or None.
+      generation: How often the leaf had been replaced when this was saved.
+      sharding: Sharding in Orbax's terms.
+      text: Value of a string; for a PRNG key, the name of its implementation.
+      boxes: What is held of it.
+      name: The path's keys joined with a dot.
+    """
+
+    path: KeyPath
+    kind: str
+    dtype: str = ""
+    shape: Shape = ()
+    chunk: Shape = ()
+    compression: str | None = None
+    generation: int = 0
+    sharding: dict[str, Any] | None = None
+    text: str = ""
+    boxes: tuple[Box, ...] = ()
+    name: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Joins the name once: it is asked for everywhere."""
+        object.__setattr__(self, "name", self.path.name)
+
+    @property
+    def is_array(self) -> bool:
+        """Whether it has data in the database."""
+        return self.kind in ARRAY_KINDS
+
+    def keys_of(self, box: Box) -> Iterator[str]:
+        """Yields the database key of each chunk of a box, in C order."""
+        return chunk_keys(prefix_of(self.name), box.start, box.shape, self.chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one save by one process committed.
+
+    Attributes:
+      process: Index of the process.
+      time_ns: When the save began, in nanoseconds since the epoch.
+      custom_metadata: What was passed with it.
+      leaves: What it holds.
+      bytes: Array data in it, in bytes.
+    """
+
+    process: int
+    time_ns: int
+    custom_metadata: dict[str, Any]
+    leaves: tuple[Leaf, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a finalized checkpoint holds: every leaf whole, as one box.
+
+    Attributes:
+      started_ns: When its first part was saved, in nanoseconds since the epoch.
+      committed_ns: When it was finalized, in nanoseconds since the epoch.
+      parts: Number of parts it was merged from.
+      custom_metadata: That of all parts, merged.
+      leaves: Its leaves, in the order in which they were saved.
+    """
+
+    started_ns: int
+    committed_ns: int
+    parts: int
+    custom_metadata: dict[str, Any]
+    leaves: tuple[Leaf, ...]
+
+
+def digest(data: bytes | memoryview) -> str:
+    """xxh3-128 of `data`, as 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def encode_part(part: Part) -> bytes:
+    """Returns the bytes of a `part.json`."""
+    head = {"process": part.process, "time_ns": part.time_ns, "bytes": part.bytes}
+    return _encode(head, part.custom_metadata, part.leaves)
+
+
+def encode_contents(contents: Contents) -> bytes:
+    """Returns the bytes of a `contents.json`."""
+    head = {
+        "started_ns": contents.started_ns,
+        "committed_ns": contents.committed_ns,
+        "parts": contents.parts,
+    }
+    return _encode(head, contents.custom_metadata, contents.leaves)
+
+
+def decode_part(data: bytes, *, where: str) -> Part:
+    """Reads a `part.json`.
+
+    Args:
+      data: Bytes of the file.
+      where: What the error calls it.
+
+    Raises:
+      CorruptCheckpointError: It is torn, damaged, or of a format that this version cannot read.
+    """
+    return _checked(_part_of, data, where)
+
+
+def decode_contents(data: bytes, *, where: str) -> Contents:
+    """Reads a `contents.json`; arguments and errors are those of `decode_part`."""
+    return _checked(_contents_of, data, where)
+
+
+def _encode(head: dict[str, Any], custom_metadata: dict[str, Any], leaves: tuple[Leaf, ...]) -> bytes:
+    shardings: dict[str, int] = {}
+    rows = [_leaf_to_json(leaf, shardings) for leaf in leaves]
+    table = {
+        "format": FORMAT_VERSION,
+        **head,
+        "custom_metadata": custom_metadata,
+        "shardings": [json.loads(text) for text in shardings],
+        "leaves": rows,
+    }
+    body = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"".join((_HEAD, digest(body).encode(), _MIDDLE, body, b"}\n"))
+
+
+def _leaf_to_json(leaf: Leaf, shardings: dict[str, int]) -> dict[str, Any]:
+    row: dict[str, Any] = {"path": leaf.path.texts, "keys": leaf.path.kinds, "kind": leaf.kind}
+    if leaf.generation:
+        row["generation"] = leaf.generation
+    if leaf.text:
+        row["text"] = leaf.text
+    if leaf.is_array:
+        row |= {"dtype": leaf.dtype, "shape": leaf.shape, "chunk": leaf.chunk}
+        row["boxes"] = [(box.start, box.shape, box.digests) for box in leaf.boxes]
+    if leaf.compression:
+        row["compression"] = leaf.compression
+    if leaf.sharding is not None:
+        text = json.dumps(leaf.sharding, separators=(",", ":"))
+        row["sharding"] = shardings.setdefault(text, len(shardings))
+    return row
+
+
+def _checked[T](build: Callable[[dict[str, Any]], T], data: bytes, where: str) -> T:
+    """Decodes `data` with `build`, every failure being the file's."""
+    try:
+        return build(_open_envelope(data))
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{where}: {error}") from None
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError, AttributeError) as error:
+        raise CorruptCheckpointError(
+            f"{where}: not a table of contents ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _open_envelope(data: bytes) -> dict[str, Any]:
+    body = memoryview(data)[_TABLE_AT:-2]
+    if not data.startswith(_HEAD) or not data.endswith(b"}\n") or not body:
+        raise CorruptCheckpointError("it is torn, or not a table of contents")
+    if digest(body) != data[len(_HEAD) : len(_HEAD) + 32].decode("ascii", "replace"):
+        raise CorruptCheckpointError("its digest does not match: it is torn or damaged")
+    table = json.loads(bytes(body))
+    if table["format"] != FORMAT_VERSION:
+        raise CorruptCheckpointError(
+            f"it is of format {table['format']!r}, and this version of flax_partial reads "
+            f"{FORMAT_VERSION}: read it with a newer version"
+        )
+    if not isinstance(table["custom_metadata"], dict):
+        raise CorruptCheckpointError("custom_metadata is not an object")
+    return dict(table)
+
+
+def _part_of(table: dict[str, Any]) -> Part:
+    return Part(
+        process=_integer(table["process"]),
+        time_ns=_integer(table["time_ns"]),
+        bytes=_integer(table["bytes"]),
+        custom_metadata=table["custom_metadata"],
+        leaves=_leaves_of(table),
+    )
+
+
+def _contents_of(table: dict[str, Any]) -> Contents:
+    contents = Contents(
+        started_ns=_integer(table["started_ns"]),
+        committed_ns=_integer(table["committed_ns"]),
+        parts=_integer(table["parts"]),
+        custom_metadata=table["custom_metadata"],
+        leaves=_leaves_of(table),
+    )
+    for leaf in contents.leaves:
+        if leaf.is_array and [box.shape for box in leaf.boxes] != [leaf.shape]:
+            raise CorruptCheckpointError(f"leaf {leaf.name!r} is not one whole box")
+    return contents
+
+
+def _leaves_of(table: dict[str, Any]) -> tuple[Leaf, ...]:
+    shardings = table["shardings"]
+    return tuple(_leaf_of(row, shardings) for row in table["leaves"])
+
+
+def _leaf_of(row: dict[str, Any], shardings: list[dict[str, Any]]) -> Leaf:
+    path = KeyPath(tuple(row["path"]), row["keys"])
+    sharding = row.get("sharding")
+    leaf = Leaf(
+        path=path,
+        kind=row["kind"],
+        generation=_integer(row.get("generation", 0)),
+        sharding=None if sharding is None else shardings[_integer(sharding)],
+        text=row.get("text", ""),
+        compression=row.get("compression"),
+    )
+    if leaf.kind not in _KINDS or len(path.texts) != len(path.kinds):
+        raise CorruptCheckpointError(f"leaf {leaf.name!r} has an unknown kind or key path")
+    if not KEY_KINDS.issuperset(path.kinds) or not isinstance(leaf.text, str):
+        raise CorruptCheckpointError(f"leaf {leaf.name!r} has unknown kinds of keys or text")
+    if not leaf.is_array:
+        return leaf
+    leaf = replace(leaf, dtype=str(row["dtype"]), shape=_shape(row["shape"]), chunk=_shape(row["chunk"]))
+    return replace(leaf, boxes=tuple(_box_of(box, leaf) for box in row["boxes"]))
+
+
+def _box_of(row: list[Any], leaf: Leaf) -> Box:
+    start, shape, digests = row
+    box = Box(_shape(start), _shape(shape), tuple(digests))
+    axes = zip(box.start, box.shape, leaf.shape, leaf.chunk, strict=True)
+    for at, size, whole, step in axes:
+        end = at + size
+        if end > whole or step < 1 or at % step or (end % step and end != whole):
+            raise CorruptCheckpointError(f"leaf {leaf.name!r} has a box that is not in its grid")
+    if box.digests and len(box.digests) != math.prod(chunk_counts(box.shape, leaf.chunk)):
+        raise CorruptCheckpointError(f"leaf {leaf.name!r} has not one digest for each chunk")
+    return box
+
+
+def _shape(value: list[Any]) -> Shape:
+    return tuple(map(_integer, value))
+
+
+def _integer(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is not a count")
+    return value
