@@ -1,0 +1,190 @@
+"""The ways of saving that scenarios compare: ours, Orbax's two, safetensors, a plain write.
+
+Each takes the same groups, trees of arrays that are saved one after the other, and a path. It
+measures seconds: `save` for all groups, `finalize` where there is such a thing, `total` for both.
+Peers are used by their public calls only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from safetensors.numpy import save_file
+
+import flax_partial as fp
+from benchmarks.harness import Contender, Medium, Metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+OURS = "flax_partial"
+PARTIAL = "Orbax v1.partial"
+WHOLE = "Orbax v1, one whole save"
+SAFETENSORS = "safetensors + fsync"
+PLAIN = "plain write + fsync"
+
+Group = dict[str, dict[str, jax.Array]]
+
+
+def make_groups(count: int, *, leaves: int, shape: tuple[int, ...]) -> list[Group]:
+    """Returns `count` groups of `leaves` float32 arrays of random numbers, ready and touched."""
+    random = np.random.default_rng(0)
+    groups = [
+        {f"group_{i}": {f"leaf_{j}": _random_array(random, shape) for j in range(leaves)}}
+        for i in range(count)
+    ]
+    jax.block_until_ready(groups)
+    return groups
+
+
+def _random_array(random: np.random.Generator, shape: tuple[int, ...]) -> jax.Array:
+    return jax.numpy.asarray(random.random(shape, np.float32))
+
+
+def count_bytes(groups: Sequence[Group]) -> int:
+    """Returns the size of all arrays, in bytes."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(groups))
+
+
+def contender(
+    name: str,
+    groups: Sequence[Group],
+    *,
+    label: str | None = None,
+    max_rounds: int | None = None,
+    medium: Medium = "disk",
+    is_checked: bool = True,
+) -> Contender:
+    """Returns the contender `name`, one of those above, with these groups as its work.
+
+    Args:
+      name: One of this module's names of contenders.
+      groups: What it saves.
+      label: What the table calls it, where that is not `name`.
+      max_rounds: As in `Contender`.
+      medium: As in `Contender`.
+      is_checked: Whether what it leaves is read back, by Orbax too, and compared.
+    """
+    save, check = _WAYS[name]
+    return Contender(
+        name=label or name,
+        run=partial(save, groups),
+        check=partial(check, groups) if check and is_checked else None,
+        max_rounds=max_rounds,
+        medium=medium,
+    )
+
+
+def timed(save: Callable[[], object], finalize: Callable[[], object] | None = None) -> Metrics:
+    """Returns how long `save` and then `finalize` take, in seconds."""
+    start = time.perf_counter()
+    save()
+    saved = time.perf_counter()
+    if finalize is None:
+        return {"save": saved - start, "total": saved - start}
+    finalize()
+    end = time.perf_counter()
+    return {"save": saved - start, "finalize": end - saved, "total": end - start}
+
+
+def _save_ours(groups: Sequence[Group], path: Path) -> Metrics:
+    """Saves durably group by group, then finalizes: `flax_partial`, its defaults."""
+    return timed(lambda: [fp.save(path, group) for group in groups], lambda: fp.finalize(path))
+
+
+def _save_orbax_partial(groups: Sequence[Group], path: Path) -> Metrics:
+    """Saves group by group, then finalizes: Orbax `v1.partial`, its defaults."""
+    return timed(
+        lambda: [ocp.partial.save(path, group) for group in groups],
+        lambda: ocp.partial.finalize(path),
+    )
+
+
+def _save_orbax_whole(groups: Sequence[Group], path: Path) -> Metrics:
+    """Saves everything at once: Orbax `v1.save`, its defaults."""
+    return timed(lambda: ocp.save(path, _merged(groups)))
+
+
+def _save_safetensors(groups: Sequence[Group], path: Path) -> Metrics:
+    """Saves group by group, one file each, every file and the directory fsynced."""
+
+    def save() -> None:
+        path.mkdir()
+        for number, group in enumerate(groups):
+            file = path / f"{number}.safetensors"
+            save_file(_named_arrays(group), file)
+            _fsync(file)
+        _fsync(path)
+
+    return timed(save)
+
+
+def _save_plainly(groups: Sequence[Group], path: Path) -> Metrics:
+    """Writes the arrays' bytes one after the other into one file, fsynced once."""
+
+    def save() -> None:
+        with path.open("wb", buffering=0) as file:
+            for leaf in jax.tree.leaves(groups):
+                _write_all(file.fileno(), np.asarray(leaf).data.cast("B"))
+            os.fsync(file.fileno())
+        _fsync(path.parent)
+
+    return timed(save)
+
+
+def _check_ours(groups: Sequence[Group], path: Path) -> None:
+    """Verifies one of ours, and reads it by `load` and by Orbax."""
+    assert fp.verify(path).ok
+    _assert_equal(fp.load(path), _merged(groups))
+    _check_orbax(groups, path)
+
+
+def _check_orbax(groups: Sequence[Group], path: Path) -> None:
+    """Reads a checkpoint by Orbax, without a target."""
+    _assert_equal(ocp.load(path), _merged(groups))
+
+
+def _assert_equal(found: Any, expected: Group) -> None:
+    # Trees of other structures are refused by the map itself.
+    jax.tree.map(np.testing.assert_array_equal, expected, found)
+
+
+def _merged(groups: Sequence[Group]) -> Group:
+    return {name: group[name] for group in groups for name in group}
+
+
+def _named_arrays(group: Group) -> dict[str, np.ndarray[Any, Any]]:
+    return {
+        f"{name}.{leaf}": np.asarray(array)
+        for name, leaves in group.items()
+        for leaf, array in leaves.items()
+    }
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_WAYS: dict[str, tuple[Callable[..., Metrics], Callable[..., None] | None]] = {
+    OURS: (_save_ours, _check_ours),
+    PARTIAL: (_save_orbax_partial, _check_orbax),
+    WHOLE: (_save_orbax_whole, _check_orbax),
+    SAFETENSORS: (_save_safetensors, None),
+    PLAIN: (_save_plainly, None),
+}
