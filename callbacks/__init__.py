@@ -1,0 +1,13 @@
+"""Callbacks that attach flax_partial to a training loop.
+
+from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
+
+hook = FinalizeHook()
+callbacks = [PartialCheckpointCallback("runs/lm", keep_last=3, finalizer=hook)]
+"""
+
+from flax_partial.callbacks.finalize_hook import FinalizeHook
+from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
+from flax_partial.callbacks.pending import CheckpointReport
+
+__all__ = ["CheckpointReport", "FinalizeHook", "PartialCheckpointCallback"]

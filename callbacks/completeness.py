@@ -1,0 +1,67 @@
+"""What parts say about their checkpoint, from which a later process tells whether all are there.
+
+Each part carries, as custom metadata, the step that it belongs to and the group that it holds. Once
+a callback knows all its groups of the step, the parts that follow (there is always one) list them.
+Merged over the parts of a session this is
+
+    {"step": 40, "epoch": 3, "metrics": {"loss": 2.1},
+     "session": {"processes": 1, "callbacks": ["params", "opt_state"],
+                 "saved": {"params": {"0": {"params.blocks.0": true, ...}}, ...},
+                 "expected": {"params": {"0": ["params.blocks.0", ...]}, ...}}}
+
+with `"0"` the process that saved. A session is complete when every callback of every process has
+listed its groups, all of them were saved, and all parts are of the session's own step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import flax_partial as fp
+
+Session = dict[str, Any]
+"""What stands under "session" in the custom metadata."""
+
+
+def saved(*, callback: str, group: str) -> Session:
+    """What the part that holds a group says."""
+    return {"saved": {callback: {str(jax.process_index()): {group: True}}}}
+
+
+def closing(callbacks: Iterable[str], *, callback: str, groups: Sequence[str]) -> Session:
+    """What says that `groups` are all that a callback saves in this step.
+
+    Args:
+      callbacks: All callbacks that save into the checkpoint.
+      callback: The one that knows its groups now.
+      groups: These, in the order in which they were saved.
+    """
+    return {
+        "processes": jax.process_count(),
+        "callbacks": sorted(callbacks),
+        "expected": {callback: {str(jax.process_index()): list(groups)}},
+    }
+
+
+def missing(status: fp.SessionStatus, step: int) -> str | None:
+    """Says what a session lacks to be the checkpoint of `step`; None if it is all there."""
+    strangers = [part.name for part in status.parts if part.custom_metadata.get("step") != step]
+    if strangers:
+        return f"{strangers[0]} does not belong to step {step}"
+    session = status.custom_metadata.get("session", {})
+    if "callbacks" not in session:
+        return "the step had not ended"
+    absent: list[str] = []
+    for callback in session["callbacks"]:
+        for process in map(str, range(session["processes"])):
+            expected = session.get("expected", {}).get(callback, {}).get(process)
+            if expected is None:
+                return f"the step had not ended for {callback} in process {process}"
+            saved = session.get("saved", {}).get(callback, {}).get(process, {})
+            absent.extend(group for group in expected if group not in saved)
+    return f"it lacks {', '.join(absent)}" if absent else None

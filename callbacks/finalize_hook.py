@@ -1,0 +1,289 @@
+"""Finalizes checkpoints in the background, once all callbacks that save into them are done.
+
+A checkpoint is *open* while callbacks may add to it, and *closed* once the last of them is done.
+Then, or at the end of its epoch, it becomes the worker's: one thread, which waits for the saves in
+flight, finalizes, and removes the checkpoints that are no longer to be kept. One that lacks
+anything is never finalized.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import flax_partial as fp
+from flax_partial.callbacks import progress, run_directory
+from flax_partial.callbacks.pending import CheckpointReport, Participant, PendingCheckpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Entry:
+    """An open or closed checkpoint.
+
+    Attributes:
+      checkpoint: The checkpoint.
+      callbacks: Those that save into it, by state key; empty until the first of them is done.
+      awaited: State keys of those that are not done; None until the first is.
+      ends_epoch: Whether it waits for the end of the epoch once it is closed.
+    """
+
+    checkpoint: PendingCheckpoint
+    callbacks: dict[str, Participant]
+    awaited: set[str] | None = None
+    ends_epoch: bool = False
+
+
+class FinalizeHook:
+    """Shared by the callbacks that save into the same checkpoints: finalizes each of them once.
+
+    Callbacks that save into one directory share one hook. It is never called by a trainer.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._keys: Counter[str] = Counter()
+        self._joined: dict[str, Participant] = {}
+        self._entries: dict[Path, _Entry] = {}
+        self._latest: PendingCheckpoint | None = None
+        self._finished: list[tuple[PendingCheckpoint, CheckpointReport]] = []
+        self._worker: ThreadPoolExecutor | None = None
+        self._jobs: list[Future[None]] = []
+
+    @property
+    def reports(self) -> tuple[CheckpointReport, ...]:
+        """What each checkpoint finalized so far holds and cost, in the order of finalizing."""
+        return tuple(
+            replace(report, blocked_secs=checkpoint.blocked_secs)
+            for checkpoint, report in tuple(self._finished)
+        )
+
+    def wait(self, *, show_progress: bool = False) -> None:
+        """Finishes what is closed, drops what is open, and waits until nothing is under way."""
+        self._settle(self._entries.values())
+        progress.wait(self._jobs, shown=show_progress)
+        with self._lock:
+            self._jobs.clear()
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.shutdown()
+
+    def leave(self) -> None:
+        """Lets saves in flight finish, and leaves what is not finalized to the next run."""
+        with self._lock:
+            entries = list(self._entries.values())
+            self._entries.clear()
+        for entry in entries:
+            entry.checkpoint.wait()
+            logger.warning("Left %s unfinished, for the next run.", entry.checkpoint.path)
+        self.wait()
+
+    def unique_key(self, key: str) -> str:
+        """Makes a state key differ from those of the callbacks made before."""
+        self._keys[key] += 1
+        return key if self._keys[key] == 1 else f"{key}#{self._keys[key]}"
+
+    def join(self, callback: Participant) -> None:
+        """Counts a callback among those whose part of a checkpoint is waited for.
+
+        Raises:
+          ValueError: It and another one of the same directory want to keep different checkpoints.
+        """
+        with self._lock:
+            for other in self._joined.values():
+                _check_agree(callback, other)
+            self._joined[callback.state_key] = callback
+
+    def part(self, callback: Participant) -> None:
+        """The opposite of `join`."""
+        with self._lock:
+            self._joined.pop(callback.state_key, None)
+
+    def recover(self, directory: Path) -> None:
+        """Finalizes or drops what an ended run left unfinished in `directory`."""
+        with self._lock:
+            live = set(self._entries)
+        run_directory.recover(directory, live=live)
+
+    def advance(self, directory: Path, step: int) -> None:
+        """Takes note that training is at `step`: what earlier ones left open stays incomplete."""
+        with self._lock:
+            before = [
+                entry
+                for entry in self._entries.values()
+                if entry.checkpoint.path.parent == directory and entry.checkpoint.step < step
+            ]
+        if before:
+            self._settle(before)
+
+    def open(self, callback: Participant, *, step: int, epoch: int) -> PendingCheckpoint:
+        """The checkpoint of a step, which is new if this is the first callback to save into it."""
+        path = callback.directory / str(step)
+        with self._lock:
+            entry = self._entries.get(path)
+            if entry is not None:
+                return entry.checkpoint
+            self.advance(callback.directory, step)
+            checkpoint = PendingCheckpoint(path, step=step, epoch=epoch)
+            self._entries[path] = _Entry(checkpoint, {})
+            self._latest = checkpoint
+        newest = max(fp.steps(callback.directory), default=-1)
+        if newest >= step:
+            checkpoint.fail(_exists(callback.directory, newest, step), [callback])
+        return checkpoint
+
+    def close(
+        self,
+        callback: Participant,
+        checkpoint: PendingCheckpoint,
+        groups: Mapping[str, Any],
+        *,
+        trainer: Any,
+        epoch_ends: bool,
+    ) -> None:
+        """Saves the last groups of a callback; after the last callback the checkpoint is closed.
+
+        Args:
+          callback: The one that is done.
+          checkpoint: What `open` returned.
+          groups: Group to the tree it holds.
+          trainer: Tells which callbacks save this step, and the metrics.
+          epoch_ends: Whether the step is the last of its epoch: its metrics are waited for.
+        """
+        with self._lock:
+            entry = self._entries[checkpoint.path]
+            if entry.awaited is None:
+                entry.callbacks = self._due(callback, checkpoint, trainer, epoch_ends=epoch_ends)
+                entry.awaited = set(entry.callbacks)
+        checkpoint.close(callback, groups, callbacks=entry.callbacks)
+        with self._lock:
+            entry.awaited.discard(callback.state_key)
+            if not entry.awaited and not epoch_ends:
+                self._finish(entry, trainer.callback_metrics)
+
+    def epoch_ended(self, trainer: Any) -> None:
+        """Finalizes the closed checkpoints, with the metrics of the whole epoch."""
+        with self._lock:
+            for entry in list(self._entries.values()):
+                if entry.awaited == set():
+                    self._finish(entry, trainer.callback_metrics)
+
+    def held(self, secs: float) -> None:
+        """Takes note of time that training spent in a callback."""
+        with self._lock:
+            if self._latest is not None:
+                self._latest.blocked_secs += secs
+
+    def _due(
+        self,
+        callback: Participant,
+        checkpoint: PendingCheckpoint,
+        trainer: Any,
+        *,
+        epoch_ends: bool,
+    ) -> dict[str, Participant]:
+        others = {
+            key: other
+            for key, other in self._joined.items()
+            if other.directory == callback.directory
+            and other.is_due(trainer, checkpoint.step, epoch_ends=epoch_ends)
+        }
+        return {**others, callback.state_key: callback}
+
+    def _settle(self, entries: Iterable[_Entry]) -> None:
+        """Finalizes those that are closed, drops those that are open."""
+        with self._lock:
+            for entry in list(entries):
+                if entry.awaited == set():
+                    self._finish(entry, {})
+                else:
+                    self._submit(entry, self._drop)
+
+    def _finish(self, entry: _Entry, metrics: Mapping[str, Any]) -> None:
+        self._submit(entry, self._finalize, dict(metrics))
+
+    def _submit(self, entry: _Entry, work: Callable[..., None], *arguments: Any) -> None:
+        with self._lock:
+            del self._entries[entry.checkpoint.path]
+            self._jobs = [job for job in self._jobs if not job.done()]
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="flax_partial_finalize")
+            self._jobs.append(self._worker.submit(_run, work, entry, *arguments))
+
+    def _finalize(self, entry: _Entry, metrics: Mapping[str, Any]) -> None:
+        checkpoint, callbacks = entry.checkpoint, list(entry.callbacks.values())
+        try:
+            report = checkpoint.finalize(callbacks[0], _numbers(metrics))
+        except Exception as error:  # noqa: BLE001 - the callbacks decide what follows
+            checkpoint.fail(error, callbacks)
+            return
+        if report is None:
+            self._drop_incomplete(checkpoint)
+            return
+        self._finished.append((checkpoint, report))
+        logger.info("Finalized %s: %d groups.", report.path, len(report.groups))
+        self._prune(report.path.parent, callbacks)
+
+    def _drop(self, entry: _Entry) -> None:
+        entry.checkpoint.wait()
+        run_directory.drop(entry.checkpoint.path, "its step never ended.")
+
+    def _drop_incomplete(self, checkpoint: PendingCheckpoint) -> None:
+        """A failure on the way to finalize may have left all groups there: `recover` decides."""
+        why = run_directory.lacking(checkpoint.path, checkpoint.step)
+        if why is not None:
+            run_directory.drop(checkpoint.path, f"{why} ({checkpoint.error}).")
+
+    def _prune(self, directory: Path, callbacks: Iterable[Participant]) -> None:
+        for callback in callbacks:
+            if callback.retention.removes:
+                run_directory.prune(directory, callback.retention)
+                return
+
+
+def _run(work: Callable[..., None], *arguments: Any) -> None:
+    """Runs the worker's job: housekeeping that fails is said, and stops nothing."""
+    try:
+        work(*arguments)
+    except Exception:
+        logger.exception("Could not tidy up after a checkpoint.")
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Those of the metrics that are finite numbers; waits for the ones still being computed."""
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            continue
+        if math.isfinite(number):
+            numbers[str(name)] = number
+    return numbers
+
+
+def _check_agree(one: Participant, other: Participant) -> None:
+    if one.directory != other.directory or not (one.retention.removes and other.retention.removes):
+        return
+    if one.retention != other.retention:
+        raise ValueError(
+            f"Two callbacks want to keep different checkpoints of {one.directory}: "
+            f"{one.retention} and {other.retention}. Give these options to one of them only."
+        )
+
+
+def _exists(directory: Path, newest: int, step: int) -> fp.CheckpointExistsError:
+    return fp.CheckpointExistsError(
+        f"{directory} holds step {newest} already, and training is only at step {step}: the steps "
+        "of two runs would mix. Restore the newest checkpoint, or use another directory."
+    )

@@ -1,0 +1,329 @@
+"""Saves each layer of a training step the moment it is ready, as one checkpoint.
+
+The hooks are Lightning's, by name and signature; two calls are added, with which a trainer streams.
+
+Which step a layer belongs to: steps are counted as the trainer's `global_step` is when
+`on_train_batch_end` is called, so step 1 is the first. What is streamed belongs to the batch under
+way: its step is one more than `global_step` was when the batch began, no matter whether the trainer
+counts before or after it streams.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
+
+from flax_partial.callbacks import grouping, run_directory, state
+from flax_partial.callbacks.finalize_hook import FinalizeHook
+from flax_partial.callbacks.schedule import Retention, Schedule
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    import flax_partial as fp
+    from flax_partial.callbacks.pending import CheckpointReport, PendingCheckpoint
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+
+
+def _held(
+    method: Callable[Concatenate[PartialCheckpointCallback, P], None],
+) -> Callable[Concatenate[PartialCheckpointCallback, P], None]:
+    """Counts the time a hook takes, and raises in it what has failed since the hook before."""
+
+    @functools.wraps(method)
+    def hook(self: PartialCheckpointCallback, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        begun = time.perf_counter()
+        try:
+            method(self, *args, **kwargs)
+        finally:
+            self.finalizer.held(time.perf_counter() - begun)
+        self._raise_failure()
+
+    return hook
+
+
+class PartialCheckpointCallback:
+    """Checkpoints a training loop group by group, into `directory/<step>/`.
+
+    A trainer that can stream calls `on_layer_ready` and `on_optimizer_state_ready` in each step,
+    from its last backward pass on; what it did not stream is taken from its state when the step
+    ends. A step's parts become a checkpoint, all or none, in the background. A directory belongs to
+    one run: saving a step that is not newer than all it holds is refused.
+
+    Attributes:
+      finalizer: The hook that finalizes.
+      failed_saves: Number of checkpoints that were given up.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        every_n_epochs: int | None = 1,
+        every_n_train_steps: int | None = None,
+        group_by: grouping.GroupBy | None = None,
+        state_fn: state.StateFn | None = None,
+        keep_last: int | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int | None = None,
+        finalizer: FinalizeHook | None = None,
+        options: fp.SaveOptions | None = None,
+        on_save_error: Literal["raise", "warn"] = "raise",
+        progress: bool = False,
+    ) -> None:
+        """Prepares a callback; nothing is written before training begins.
+
+        Args:
+          directory: A run's directory, which holds a checkpoint a step.
+          every_n_epochs: Save at the end of each n-th epoch; None for no epoch.
+          every_n_train_steps: Save after each n-th step as well; None for none.
+          group_by: From a leaf's key path to the group it is saved with, for what is not streamed;
+            by default, layer by layer.
+          state_fn: From trainer and module to the tree to save, in which NNX objects may stand; by
+            default, an NNX module with `trainer.optimizer`, a Flax `TrainState`, or
+            `trainer.state`.
+          keep_last: Keep so many of the newest checkpoints; by default, all.
+          monitor: The one of the trainer's `callback_metrics` that scores a checkpoint.
+          mode: Whether the best score is the smallest or the largest.
+          save_top_k: Keep so many of the best checkpoints, beside the newest.
+          finalizer: Shared by all callbacks that save into one directory; by default, one of its
+            own.
+          options: How parts are written.
+          on_save_error: Whether a failed save is raised at the next hook, or logged and counted.
+          progress: Show a bar while waiting for checkpoints at the end of training.
+
+        Raises:
+          ValueError: An option has a value that makes no sense, alone or with another.
+        """
+        if on_save_error not in ("raise", "warn"):
+            raise ValueError(f"on_save_error is {on_save_error!r}; it must be 'raise' or 'warn'.")
+        self.directory = Path(directory)
+        self.retention = Retention(keep_last, monitor, mode, save_top_k)
+        self.options = options
+        self.finalizer = finalizer or FinalizeHook()
+        self.failed_saves = 0
+        self._schedule = Schedule(every_n_epochs, every_n_train_steps)
+        self._group_by = group_by
+        self._state_fn = state_fn
+        self._on_save_error = on_save_error
+        self._progress = progress
+        self._state_key = self.finalizer.unique_key(
+            f"{type(self).__qualname__}({every_n_epochs=}, {every_n_train_steps=}, {monitor=})"
+        )
+        self._failures: deque[BaseException] = deque()
+        self._has_recovered = False
+        self._step_before: int | None = None
+        self._last_saved: int | None = None
+
+    # What a trainer that streams calls.
+
+    def will_save(self, trainer: Any) -> bool:
+        """Whether the step under way is saved: cheap enough to ask at every layer."""
+        step = self._step_before_batch(trainer) + 1
+        return self.is_due(trainer, step, epoch_ends=trainer.is_last_batch)
+
+    def on_layer_ready(self, trainer: Any, name: grouping.Name, tree: Any) -> None:
+        """Saves a layer's parameters as they are after the step under way, if it is to be saved.
+
+        Returns once the arrays may be donated, deleted or written over; they need not be computed
+        yet. May be called from any thread, in any order, once a step for each name.
+
+        Args:
+          trainer: The trainer.
+          name: Where the layer stands below "params", such as "blocks.3".
+          tree: Its parameters.
+        """
+        if self.will_save(trainer):
+            self._stream(trainer, "params", name, tree)
+
+    def on_optimizer_state_ready(self, trainer: Any, name: grouping.Name, tree: Any) -> None:
+        """Saves a layer's optimizer state, as `on_layer_ready` does, below "opt_state"."""
+        if self.will_save(trainer):
+            self._stream(trainer, "opt_state", name, tree)
+
+    # Lightning's hooks.
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        """Joins the callbacks that share its hook."""
+        self.finalizer.join(self)
+
+    @_held
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        """Finalizes or drops what an ended run has left unfinished."""
+        self.finalizer.join(self)
+        self._step_before = None
+        self.recover()
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Starts to count where the trainer, now restored, starts."""
+        self._step_before = None
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        """Takes note of the step that the batch follows."""
+        self._step_before = trainer.global_step
+
+    @_held
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves what was not streamed of a step that is to be saved."""
+        step = trainer.global_step
+        self.finalizer.advance(self.directory, step)
+        if self.is_due(trainer, step, epoch_ends=trainer.is_last_batch):
+            self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
+        self._step_before = step
+
+    @_held
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        """Finalizes; saves first if the epoch ended with a batch that did not look its last."""
+        step = trainer.global_step
+        if step != self._last_saved and self._schedule.is_epoch_due(trainer.current_epoch):
+            self._save(trainer, module, step, epoch_ends=True)
+        self.finalizer.epoch_ended(trainer)
+
+    @_held
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        """Waits until every checkpoint is finalized."""
+        self._end()
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        """Lets saves in flight finish, and leaves what is not finalized to the next run."""
+        self.finalizer.leave()
+        self.finalizer.part(self)
+        while self._failures:
+            logger.error("A checkpoint had failed, too: %s", self._failures.popleft())
+
+    @_held
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        """Waits until every checkpoint is finalized."""
+        self._end()
+
+    @property
+    def state_key(self) -> str:
+        """Tells this callback from others, in a trainer and in a checkpoint."""
+        return self._state_key
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a trainer's own checkpoint has to hold of this callback."""
+        return {"last_saved": self._last_saved, "failed_saves": self.failed_saves}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self._last_saved = state_dict["last_saved"]
+        self.failed_saves = state_dict["failed_saves"]
+
+    # What a user calls.
+
+    @property
+    def reports(self) -> tuple[CheckpointReport, ...]:
+        """What each checkpoint of its hook holds and cost."""
+        return self.finalizer.reports
+
+    def recover(self) -> None:
+        """Finalizes or drops what an ended run has left unfinished, as `on_fit_start` does."""
+        self.finalizer.recover(self.directory)
+        self._has_recovered = True
+
+    def restore(
+        self, target: Any = None, *, which: Literal["latest", "best"] = "latest"
+    ) -> tuple[Any, int] | None:
+        """Loads the newest or best checkpoint, once what an ended run left is recovered.
+
+        Args:
+          target: What to load: a tree of arrays or `jax.ShapeDtypeStruct`, which decides structure,
+            dtypes and shardings and may lack leaves that the checkpoint has; an NNX module, or a
+            tree in which NNX objects stand (`{"params": model, "opt_state": optimizer}`), which
+            are updated in place; None for everything, as nested dicts and lists.
+          which: "latest", or "best" by `monitor` and `mode`.
+
+        Returns:
+          The state and its step; None if there is no checkpoint yet.
+
+        Raises:
+          ValueError: `which` is "best" and there is no `monitor`.
+          TargetMismatchError: The checkpoint does not fit `target`; nothing was updated.
+        """
+        self.recover()
+        step = run_directory.choose(self.directory, self.retention, which)
+        if step is None:
+            logger.info("There is no checkpoint in %s to restore.", self.directory)
+            return None
+        restored = state.load(self.directory / str(step), target)
+        self._last_saved = step
+        return restored, step
+
+    # What the hook calls.
+
+    def is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
+        """Whether to save `step`, with which the epoch may end, and was not saved yet."""
+        schedule = self._schedule
+        is_due = schedule.is_step_due(step) or (
+            epoch_ends and schedule.is_epoch_due(trainer.current_epoch)
+        )
+        return is_due and step != self._last_saved
+
+    def failed(self, error: BaseException) -> None:
+        """Counts a checkpoint that will not be; raises its error at the next hook, or logs it."""
+        self.failed_saves += 1
+        if self._on_save_error == "raise":
+            self._failures.append(error)
+        else:
+            logger.error("A checkpoint failed, training goes on: %s", error)
+
+    @_held
+    def _stream(self, trainer: Any, root: str, name: grouping.Name, tree: Any) -> None:
+        checkpoint = self._open(trainer, self._step_before_batch(trainer) + 1)
+        placed = grouping.placed(root, name, state.pure(tree))
+        checkpoint.save(self, grouping.group_name(root, name), placed)
+
+    def _save(self, trainer: Any, module: Any, step: int, *, epoch_ends: bool) -> None:
+        checkpoint = self._open(trainer, step)
+        groups = {}
+        try:
+            groups = self._rest(trainer, module, checkpoint)
+        except Exception as error:  # noqa: BLE001 - state_fn or group_by, or values they cannot take
+            checkpoint.fail(error, [self])
+        self.finalizer.close(self, checkpoint, groups, trainer=trainer, epoch_ends=epoch_ends)
+        self._last_saved = step
+
+    def _open(self, trainer: Any, step: int) -> PendingCheckpoint:
+        if not self._has_recovered:
+            self.recover()
+        return self.finalizer.open(self, step=step, epoch=trainer.current_epoch)
+
+    def _rest(self, trainer: Any, module: Any, checkpoint: PendingCheckpoint) -> dict[str, Any]:
+        """The groups of the state that were not streamed."""
+        tree = state.take(trainer, module, self._state_fn)
+        if tree is None and not checkpoint.names:
+            raise TypeError(
+                f"Found no state to save in {type(trainer).__name__}: its module is no NNX module, "
+                "and its `state` no tree. Pass state_fn=, or stream every layer."
+            )
+        leaves = grouping.flatten(tree) if tree is not None else []
+        group_by = self._group_by or grouping.layerwise(leaves)
+        rest = [item for item in leaves if grouping.leaf_name(item[0]) not in checkpoint.names]
+        return {
+            name: grouping.subtree(group) for name, group in grouping.cut(rest, group_by).items()
+        }
+
+    def _step_before_batch(self, trainer: Any) -> int:
+        if self._step_before is None:
+            self._step_before = int(trainer.global_step)
+        return self._step_before
+
+    def _end(self) -> None:
+        self.finalizer.wait(show_progress=self._progress)
+        self.finalizer.part(self)
+
+    def _raise_failure(self) -> None:
+        if self._failures:
+            raise self._failures.popleft()

@@ -1,0 +1,250 @@
+"""One checkpoint on its way: its saves in flight, who has yet to add to it, what it has cost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import numpy as np
+
+import flax_partial as fp
+from flax_partial.callbacks import completeness, grouping
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from flax_partial.callbacks.schedule import Retention
+
+
+class Participant(Protocol):
+    """What a checkpoint, and the hook, know of a callback that saves into it."""
+
+    directory: Path
+    retention: Retention
+    options: fp.SaveOptions | None
+
+    @property
+    def state_key(self) -> str:
+        """Tells this callback from the others of its hook, in every run."""
+
+    def is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
+        """Whether this callback saves `step`."""
+
+    def failed(self, error: BaseException) -> None:
+        """Takes note, in any thread, that a checkpoint of this callback will not be."""
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """One finalized checkpoint, and what it cost.
+
+    Attributes:
+      path: Where it is.
+      step: Its step.
+      epoch: Its epoch, the first being 0.
+      saves: Group to the report of the save that wrote it, in the order in which they were saved.
+      bytes: Array data, in bytes.
+      metrics: The trainer's metrics that are stored with it.
+      blocked_secs: Seconds for which hooks and streaming calls held training, from the first save
+        of this checkpoint to that of the next.
+      write_secs: Seconds spent writing groups, summed: they are written side by side, so less time
+        than this went by.
+      finalize_secs: Seconds that finalize took, in the background.
+    """
+
+    path: Path
+    step: int
+    epoch: int
+    saves: Mapping[str, fp.SaveReport]
+    bytes: int
+    metrics: Mapping[str, float]
+    blocked_secs: float
+    write_secs: float
+    finalize_secs: float
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of its groups, in the order in which they were saved."""
+        return tuple(self.saves)
+
+
+class PendingCheckpoint:
+    """The checkpoint of one step while it is being written.
+
+    Saves may come from any thread. The first failure decides: nothing more is saved, and the
+    checkpoint is never finalized.
+
+    Attributes:
+      path: Where it will be.
+      step: Its step.
+      epoch: Its epoch, the first being 0.
+      names: Names of the leaves saved into it.
+      blocked_secs: Seconds for which it has held training so far.
+      error: Why it will not be; None while it may.
+    """
+
+    def __init__(self, path: Path, *, step: int, epoch: int) -> None:
+        self.path = path
+        self.step = step
+        self.epoch = epoch
+        self.names: set[str] = set()
+        self.blocked_secs = 0.0
+        self.error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._groups: dict[str, list[str]] = {}
+        self._saves: dict[str, fp.SaveHandle] = {}
+        self._messages: list[fp.SaveHandle] = []
+        self._carrier: Any = None
+
+    def save(self, participant: Participant, group: str, tree: Any) -> None:
+        """Saves a group in the background; returns once its arrays may be donated."""
+        self._save_group(participant, self._enter(participant, group), tree, {})
+
+    def close(
+        self, participant: Participant, groups: Mapping[str, Any], *, callbacks: Iterable[str]
+    ) -> None:
+        """Saves the last groups of a callback, and lists all it has saved for a later process.
+
+        Args:
+          participant: The callback.
+          groups: Group to the tree it holds; empty where all was streamed.
+          callbacks: State keys of all callbacks that save into this checkpoint.
+        """
+        entered = {self._enter(participant, group): tree for group, tree in groups.items()}
+        key = participant.state_key
+        closing = completeness.closing(callbacks, callback=key, groups=self._groups.get(key, []))
+        for group, tree in entered.items():
+            self._save_group(participant, group, tree, closing)
+        if not entered:
+            self.annotate(participant, {"session": closing})
+
+    def annotate(self, participant: Participant, metadata: Mapping[str, Any]) -> None:
+        """Adds custom metadata to the session.
+
+        Metadata travels with leaves: a small one that is saved already is saved once more.
+        """
+        if self._carrier is not None and self.error is None:
+            handle = self._submit(participant, self._carrier, metadata, replace=True)
+            self._messages += [handle] if handle else []
+
+    def wait(self) -> None:
+        """Waits until no save is in flight; the first failure is in `error` then."""
+        for handle in [*self._saves.values(), *self._messages]:
+            handle.exception()
+
+    def fail(self, error: BaseException, participants: Iterable[Participant]) -> None:
+        """Gives the checkpoint up, and tells the callbacks about the first reason for it."""
+        with self._lock:
+            if self.error is not None:
+                return
+            self.error = error
+        error.add_note(f"This is about the checkpoint of step {self.step}, {self.path}.")
+        for participant in participants:
+            participant.failed(error)
+
+    def finalize(
+        self, participant: Participant, metrics: Mapping[str, float]
+    ) -> CheckpointReport | None:
+        """Waits for all saves and finalizes; None if a save has failed: the session is left then.
+
+        Args:
+          participant: One of the callbacks.
+          metrics: What to store with the checkpoint.
+
+        Raises:
+          PartialCheckpointError, OSError: Finalize failed; the session is left as it was.
+        """
+        self.wait()
+        if metrics:
+            self.annotate(participant, {"metrics": metrics})
+            self.wait()
+        if self.error is not None:
+            return None
+        begun = time.perf_counter()
+        metadata = fp.finalize(self.path, expect=sorted(self.names))
+        finalize_secs = time.perf_counter() - begun
+        saves = {group: handle.result() for group, handle in self._saves.items()}
+        return CheckpointReport(
+            path=self.path,
+            step=self.step,
+            epoch=self.epoch,
+            saves=saves,
+            bytes=metadata.bytes,
+            metrics=metrics,
+            blocked_secs=self.blocked_secs,
+            write_secs=sum(save.write_secs for save in saves.values()),
+            finalize_secs=finalize_secs,
+        )
+
+    def _enter(self, participant: Participant, group: str) -> str:
+        """Gives each save a name of its own: a group may come in several pieces."""
+        with self._lock:
+            groups = self._groups.setdefault(participant.state_key, [])
+            earlier = sum(known.partition("#")[0] == group for known in groups)
+            groups.append(f"{group}#{earlier + 1}" if earlier else group)
+            return groups[-1]
+
+    def _save_group(
+        self, participant: Participant, group: str, tree: Any, closing: Mapping[str, Any]
+    ) -> None:
+        if self.error is not None:
+            return
+        leaves = grouping.flatten(tree)
+        with self._lock:
+            self.names.update(grouping.leaf_name(path) for path, _ in leaves)
+            self._carrier = self._carrier or _carrier(leaves)
+        saved = completeness.saved(callback=participant.state_key, group=group)
+        handle = self._submit(participant, tree, {"session": {**saved, **closing}})
+        if handle is not None:
+            self._saves[group] = handle
+
+    def _submit(
+        self,
+        participant: Participant,
+        tree: Any,
+        metadata: Mapping[str, Any],
+        *,
+        replace: bool = False,
+    ) -> fp.SaveHandle | None:
+        try:
+            handle = fp.save_async(
+                self.path,
+                tree,
+                custom_metadata={"step": self.step, "epoch": self.epoch, **metadata},
+                replace=replace,
+                options=participant.options,
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, the callback decides what follows
+            self.fail(error, [participant])
+            return None
+
+        def finished(handle: fp.SaveHandle) -> None:
+            error = handle.exception()
+            if error is not None:
+                self.fail(error, [participant])
+
+        handle.add_done_callback(finished)
+        return handle
+
+
+def _carrier(leaves: grouping.Leaves) -> Any:
+    """The smallest whole leaf, copied: training may donate it before it is saved again."""
+    whole = [(path, leaf) for path, leaf in leaves if _is_whole(leaf)]
+    if not whole:
+        return None
+    path, leaf = min(whole, key=lambda item: getattr(item[1], "size", 1))
+    if isinstance(leaf, jax.Array):
+        leaf = jax.device_put(leaf, may_alias=False)
+    elif isinstance(leaf, np.ndarray):
+        leaf = leaf.copy()
+    return grouping.subtree([(path, leaf)])
+
+
+def _is_whole(leaf: Any) -> bool:
+    if isinstance(leaf, jax.Array):
+        return leaf.is_fully_addressable
+    return isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex | str)

@@ -1,0 +1,112 @@
+"""When to save, and which checkpoints to keep. Pure rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """At which steps to save.
+
+    Attributes:
+      every_n_epochs: Save at the end of each n-th epoch; None for no epoch.
+      every_n_train_steps: Save at each n-th step, too; None for no step.
+    """
+
+    every_n_epochs: int | None
+    every_n_train_steps: int | None
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+          ValueError: A period is below 1, or nothing would ever be saved.
+        """
+        _check_count("every_n_epochs", self.every_n_epochs)
+        _check_count("every_n_train_steps", self.every_n_train_steps)
+        if self.every_n_epochs is None and self.every_n_train_steps is None:
+            raise ValueError(
+                "every_n_epochs and every_n_train_steps are both None: nothing would be saved. "
+                "Give one of them."
+            )
+
+    def is_step_due(self, step: int) -> bool:
+        """Whether to save after `step` optimizer steps, whatever the epoch."""
+        return self.every_n_train_steps is not None and step % self.every_n_train_steps == 0
+
+    def is_epoch_due(self, epoch: int) -> bool:
+        """Whether to save at the end of an epoch, the first being 0."""
+        return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints of a directory to keep.
+
+    Attributes:
+      keep_last: Keep this many of the newest; None: see `save_top_k`.
+      monitor: Name of the metric that scores a checkpoint.
+      mode: Whether the best score is the smallest ("min") or the largest ("max").
+      save_top_k: Keep this many of the best; None: see `keep_last`.
+
+    With both counts, the newest and the best are kept; with neither, everything is.
+    """
+
+    keep_last: int | None = None
+    monitor: str | None = None
+    mode: Literal["min", "max"] = "min"
+    save_top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+          ValueError: A count is below 1, `mode` is unknown, or there is no metric to rank by.
+        """
+        _check_count("keep_last", self.keep_last)
+        _check_count("save_top_k", self.save_top_k)
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"mode is {self.mode!r}; it must be 'min' or 'max'.")
+        if self.save_top_k is not None and self.monitor is None:
+            raise ValueError(
+                f"save_top_k={self.save_top_k} needs a score to rank by. Pass monitor=, the name "
+                "of one of the trainer's callback_metrics."
+            )
+
+    @property
+    def removes(self) -> bool:
+        """Whether any checkpoint is ever removed."""
+        return self.keep_last is not None or self.save_top_k is not None
+
+    def ranked(self, steps: Iterable[int], scores: Mapping[int, float]) -> list[int]:
+        """Steps from best to worst, equals newest first; those without a score come last."""
+        sign = 1 if self.mode == "min" else -1
+
+        def rank(step: int) -> tuple[bool, float, int]:
+            return (step not in scores, sign * scores.get(step, 0.0), -step)
+
+        return sorted(steps, key=rank)
+
+    def expired(self, steps: Iterable[int], scores: Mapping[int, float]) -> list[int]:
+        """Steps to remove, oldest first; never the newest.
+
+        Args:
+          steps: All finalized steps of the directory.
+          scores: Step to score; those without one rank last.
+        """
+        ordered = sorted(steps)
+        if not self.removes:
+            return []
+        kept = set(ordered[-(self.keep_last or 1) :])
+        kept |= set(self.ranked(ordered, scores)[: self.save_top_k or 0])
+        return [step for step in ordered if step not in kept]
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1, or None.")

@@ -1,0 +1,106 @@
+"""From what a training loop holds to the tree that is saved, and back.
+
+Flax is never imported here: a value can only be one of its objects if somebody imported it already.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+import flax_partial as fp
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+StateFn = Callable[[Any, Any], Any]
+"""From trainer and module to the tree that is saved; NNX objects may stand in it."""
+
+
+def take(trainer: Any, module: Any, state_fn: StateFn | None) -> Any:
+    """The tree to save: from `state_fn`, or else from what the loop is known to hold.
+
+    Without `state_fn`, the first of these that there is: `module`, then `trainer.state`, if it is
+    an NNX module, saved as `{"params": ..., "opt_state": ...}` with the NNX optimizer that
+    `trainer.optimizer` is, or a Flax `TrainState`, saved with its own fields; then `trainer.state`
+    as any other tree. None if there is none of these.
+    """
+    if state_fn is not None:
+        return pure(state_fn(trainer, module))
+    for candidate in (module, getattr(trainer, "state", None)):
+        if _is_nnx(candidate):
+            return pure(_with_optimizer(candidate, trainer))
+        if _is_train_state(candidate):
+            return candidate
+    state = getattr(trainer, "state", None)
+    return pure(state) if _is_tree(state) else None
+
+
+def pure(tree: Any) -> Any:
+    """Replaces every NNX object in a tree by its state, as nested dicts of arrays."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return tree
+    return jax.tree.map(lambda node: _pure(nnx, node), tree, is_leaf=_is_nnx)
+
+
+def load(path: Path, target: Any) -> Any:
+    """Loads what `target` names; NNX objects in it are updated in place, and returned themselves.
+
+    Raises:
+      TargetMismatchError: The checkpoint lacks a leaf of the target, or has it with another shape
+        or dtype; nothing was updated.
+    """
+    if target is None:
+        return fp.load(path)
+    if _is_nnx(target):
+        return load(path, {"params": target})["params"]
+    loaded = fp.load(path, target=pure(target), partial=True)
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return loaded
+    return jax.tree.map(lambda node, new: _update(nnx, node, new), target, loaded, is_leaf=_is_nnx)
+
+
+def _with_optimizer(module: Any, trainer: Any) -> dict[str, Any]:
+    optimizer = getattr(trainer, "optimizer", None)
+    return {"params": module} | ({"opt_state": optimizer} if _is_nnx(optimizer) else {})
+
+
+def _pure(nnx: Any, node: Any) -> Any:
+    if not _is_nnx(node):
+        return node
+    if isinstance(node, nnx.Variable):
+        return node.get_value()
+    return nnx.to_pure_dict(node if isinstance(node, nnx.State) else nnx.state(node))
+
+
+def _update(nnx: Any, node: Any, new: Any) -> Any:
+    if not _is_nnx(node):
+        return new
+    if isinstance(node, nnx.Variable):
+        node.set_value(new)
+    elif isinstance(node, nnx.State):
+        nnx.replace_by_pure_dict(node, new)
+    else:
+        nnx.update(node, new)
+    return node
+
+
+def _is_nnx(node: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(node, nnx.Pytree | nnx.State | nnx.Variable)
+
+
+def _is_train_state(node: Any) -> bool:
+    struct = sys.modules.get("flax.struct")
+    is_flax = struct is not None and isinstance(node, struct.PyTreeNode)
+    return is_flax and hasattr(node, "params") and hasattr(node, "opt_state")
+
+
+def _is_tree(state: Any) -> bool:
+    """Whether JAX knows its structure: an opaque object would be one leaf, that of itself."""
+    return state is not None and not jax.tree_util.all_leaves([state])
