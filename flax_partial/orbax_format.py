@@ -1,0 +1,218 @@
+"""Names and JSON of the finalized layout, as Orbax reads it. Pure.
+
+Everything here is derived from the merged table of contents, so that it can be derived again: to
+finish an interrupted finalize, and to verify a checkpoint. All of it is linear in the leaves.
+
+What the files must hold was found out by trying every reader of Orbax 0.12 (v0 and v1):
+
+- The item is called `state`, and its handler must be the v0 one by name: v1 readers map it to
+  theirs, whereas v0 managers do not know the names that v1 writes.
+- Without `store_array_data_equal_to_fill_value` Orbax reads a lost chunk as zeros.
+- `_sharding` lists arrays by the URL-safe base64 of their names.
+- Orbax finds a string by the JSON pointer `/<name>`, so that a slash in a name opens an object.
+- `array_metadatas` is only ever asked how a PRNG key was made.
+"""
+
+import base64
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from flax_partial.chunks import Shape
+from flax_partial.keypaths import INDEX
+from flax_partial.part import (
+    DICT,
+    JAX_ARRAY,
+    LIST,
+    NAMED_TUPLE,
+    NONE,
+    NUMPY_ARRAY,
+    NUMPY_SCALAR,
+    PRNG_KEY,
+    SCALAR,
+    STRING,
+    TUPLE,
+    Contents,
+    Leaf,
+)
+
+CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+V1_MARKER = "orbax.checkpoint"
+COMMIT_MARKER = "commit_success.txt"
+ITEM = "state"
+TREE_METADATA = "_METADATA"
+SHARDING = "_sharding"
+ARRAY_METADATAS = "array_metadatas"
+STRINGS = "_strings.json"
+PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+
+SEQUENCE_KEY, DICT_KEY = 1, 2
+
+# An empty named tuple has no type of its own. Orbax hands scalars back as Python's own.
+VALUE_TYPES: Mapping[str, str] = {
+    JAX_ARRAY: "jax.Array",
+    PRNG_KEY: "jax.Array",
+    NUMPY_ARRAY: "np.ndarray",
+    NUMPY_SCALAR: "np.ndarray",
+    SCALAR: "scalar",
+    STRING: "string",
+    NONE: "None",
+    DICT: "Dict",
+    LIST: "List",
+    TUPLE: "Tuple",
+    NAMED_TUPLE: "None",
+}
+RANDOM_KEY_IMPL = "random_key_impl"
+
+
+def root_files(contents: Contents) -> dict[str, bytes]:
+    """Returns what Orbax reads beside the database: path below the checkpoint -> content."""
+    files = {
+        CHECKPOINT_METADATA: _dump(_checkpoint_metadata(contents)),
+        V1_MARKER: b"",
+        COMMIT_MARKER: b"",
+    }
+    state = {
+        TREE_METADATA: _tree_metadata(contents.leaves),
+        SHARDING: _shardings(contents.leaves),
+        f"{ARRAY_METADATAS}/process_0": _array_metadatas(contents.leaves),
+        STRINGS: _strings(contents.leaves),
+    }
+    return files | {f"{ITEM}/{name}": _dump(content) for name, content in state.items()}
+
+
+def _dump(value: object) -> bytes:
+    # ASCII: Orbax decodes these files with the encoding of its reader's locale.
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def _checkpoint_metadata(contents: Contents) -> dict[str, Any]:
+    return {
+        "item_handlers": {ITEM: PYTREE_HANDLER},
+        "metrics": {},
+        "performance_metrics": {},
+        "init_timestamp_nsecs": contents.started_ns,
+        "commit_timestamp_nsecs": contents.committed_ns,
+        "custom_metadata": contents.custom_metadata,
+    }
+
+
+def _tree_metadata(leaves: tuple[Leaf, ...]) -> dict[str, Any]:
+    return {
+        "tree_metadata": {repr(leaf.path.texts): _tree_entry(leaf) for leaf in leaves},
+        "use_ocdbt": True,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+
+
+def _tree_entry(leaf: Leaf) -> dict[str, Any]:
+    value = {
+        "value_type": VALUE_TYPES[leaf.kind],
+        "skip_deserialize": not leaf.is_array and leaf.kind != STRING,
+    }
+    if value["value_type"] == VALUE_TYPES[JAX_ARRAY]:
+        value["write_shape"] = leaf.chunk
+    keys = [
+        {"key": text, "key_type": SEQUENCE_KEY if kind == INDEX else DICT_KEY}
+        for text, kind in zip(leaf.path.texts, leaf.path.kinds, strict=True)
+    ]
+    return {"key_metadata": keys, "value_metadata": value}
+
+
+def _array_metadatas(leaves: tuple[Leaf, ...]) -> dict[str, Any]:
+    metadatas = [
+        {
+            "param_name": leaf.name,
+            "write_shape": leaf.chunk,
+            "chunk_shape": leaf.chunk,
+            "ext_metadata": {RANDOM_KEY_IMPL: leaf.text},
+        }
+        for leaf in leaves
+        if leaf.kind == PRNG_KEY
+    ]
+    return {"array_metadatas": [{"array_metadata": metadata} for metadata in metadatas]}
+
+
+def _shardings(leaves: tuple[Leaf, ...]) -> dict[str, str]:
+    texts: dict[int, str] = {}  # the leaves of a table share their shardings' dictionaries
+    table = {}
+    for leaf in leaves:
+        if leaf.sharding is not None and VALUE_TYPES[leaf.kind] == VALUE_TYPES[JAX_ARRAY]:
+            text = texts.get(id(leaf.sharding)) or json.dumps(leaf.sharding)
+            texts[id(leaf.sharding)] = text
+            table[sharding_key(leaf.name)] = text
+    return table
+
+
+def sharding_key(name: str) -> str:
+    """Under which key `_sharding` holds the sharding of the leaf called `name`."""
+    return base64.urlsafe_b64encode(name.encode()).decode("ascii")
+
+
+def _strings(leaves: tuple[Leaf, ...]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for leaf in leaves:
+        if leaf.kind == STRING:
+            _insert(table, pointer_tokens(leaf.name), leaf.text)
+    return table
+
+
+def _insert(table: dict[str, Any], tokens: list[str], text: str) -> None:
+    """Puts `text` where the pointer leads, unless another string is in the way of it.
+
+    `a` and `a/b` cannot both be strings that Orbax finds; ours are in the table of contents.
+    """
+    for token in tokens[:-1]:
+        inner = table.setdefault(token, {})
+        if not isinstance(inner, dict):
+            return
+        table = inner
+    table.setdefault(tokens[-1], text)
+
+
+def pointer_tokens(name: str) -> list[str]:
+    """The steps of the JSON pointer `/<name>` (RFC 6901, section 4)."""
+    return [token.replace("~1", "/").replace("~0", "~") for token in name.split("/")]
+
+
+def zarr_metadata(leaf: Leaf) -> bytes:
+    """Returns the `zarr.json` of an array leaf (zarr v3, chunks stored as plain bytes)."""
+    return _zarr_metadata(leaf.dtype, leaf.shape, leaf.chunk, leaf.compression)
+
+
+# Layers repeat: most arrays of a model have one of a few shapes.
+@lru_cache(maxsize=4096)
+def _zarr_metadata(dtype: str, shape: Shape, chunk: Shape, compression: str | None) -> bytes:
+    codecs: list[dict[str, Any]] = [
+        {"name": "bytes"}
+        if dtype in _ONE_BYTE or dtype.startswith("float8")
+        else {"name": "bytes", "configuration": {"endian": "little"}}
+    ]
+    if compression is not None:
+        codecs.append({"name": compression, "configuration": {"level": 3, "checksum": False}})
+    return _dump(
+        {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": shape,
+            "data_type": dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            "chunk_key_encoding": {"name": "default"},
+            "fill_value": _fill_value(dtype),
+            "codecs": codecs,
+        }
+    )
+
+
+_ONE_BYTE = frozenset(("bool", "int2", "int4", "int8", "uint8", "float4_e2m1fn"))
+
+
+def _fill_value(dtype: str) -> object:
+    if dtype == "bool":
+        return False
+    if dtype.startswith("complex"):
+        return [0.0, 0.0]
+    return 0.0 if "float" in dtype else 0
