@@ -1,0 +1,64 @@
+"""Incremental checkpoints for JAX and Flax: each part saved when it is ready, one atomic commit.
+
+`save` and `save_async` add parts to an unfinished checkpoint, `finalize` makes it appear, whole.
+"""
+
+from flax_partial.catalog import latest, steps
+from flax_partial.errors import (
+    CheckpointExistsError,
+    CorruptCheckpointError,
+    EmptyStateError,
+    IncompleteCheckpointError,
+    KeyConflictError,
+    NoSessionError,
+    PartialCheckpointError,
+    TargetMismatchError,
+    UnsupportedLeafError,
+)
+from flax_partial.finalizing import abort, finalize, finalize_async, status
+from flax_partial.loading import load, metadata, verify
+from flax_partial.options import SaveOptions
+from flax_partial.reports import (
+    CheckpointMetadata,
+    LeafMetadata,
+    PartStatus,
+    SaveReport,
+    SessionStatus,
+    VerifyReport,
+)
+from flax_partial.session import save, save_async
+from flax_partial.snapshot import Slice
+from flax_partial.workers import FinalizeHandle, SaveHandle
+
+__all__ = [
+    "CheckpointExistsError",
+    "CheckpointMetadata",
+    "CorruptCheckpointError",
+    "EmptyStateError",
+    "FinalizeHandle",
+    "IncompleteCheckpointError",
+    "KeyConflictError",
+    "LeafMetadata",
+    "NoSessionError",
+    "PartStatus",
+    "PartialCheckpointError",
+    "SaveHandle",
+    "SaveOptions",
+    "SaveReport",
+    "SessionStatus",
+    "Slice",
+    "TargetMismatchError",
+    "UnsupportedLeafError",
+    "VerifyReport",
+    "abort",
+    "finalize",
+    "finalize_async",
+    "latest",
+    "load",
+    "metadata",
+    "save",
+    "save_async",
+    "status",
+    "steps",
+    "verify",
+]

@@ -76,6 +76,32 @@ def chunk_keys(prefix: str, start: Shape, box_shape: Shape, chunk: Shape) -> Ite
         yield prefix + "/".join(["c", *(str(a + b) for a, b in zip(first, index, strict=True))])
 
 
+def chunk_numbers(start: Shape, box_shape: Shape, chunk: Shape, shape: Shape) -> Iterator[int]:
+    """Yields the position of each chunk of a box among all chunks of the array, in C order."""
+    totals = chunk_counts(shape, chunk)
+    first = [at // step for at, step in zip(start, chunk, strict=True)]
+    for index in _indices(chunk_counts(box_shape, chunk)):
+        number = 0
+        for total, a, b in zip(totals, first, index, strict=True):
+            number = number * total + a + b
+        yield number
+
+
+def covering_box(start: Shape, box_shape: Shape, chunk: Shape, shape: Shape) -> tuple[Shape, Shape]:
+    """Returns start and shape of the smallest union of whole chunks that holds a box."""
+    low = tuple(at - at % step for at, step in zip(start, chunk, strict=True))
+    high = (
+        min(-(-(at + size) // step) * step, whole)
+        for at, size, step, whole in zip(start, box_shape, chunk, shape, strict=True)
+    )
+    return low, tuple(b - a for a, b in zip(low, high, strict=True))
+
+
+def slices(start: Shape, box_shape: Shape) -> tuple[slice, ...]:
+    """A box as an index."""
+    return tuple(slice(at, at + size) for at, size in zip(start, box_shape, strict=True))
+
+
 def _indices(counts: Shape) -> Iterator[Shape]:
     if len(counts) <= 1:  # by far the most common, and cheaper than the general case
         yield from ((i,) for i in range(counts[0])) if counts else ((),)
@@ -87,16 +113,3 @@ def _indices(counts: Shape) -> Iterator[Shape]:
             index.append(position)
         yield tuple(reversed(index))
 
-
-def intersection(
-    start: Shape, shape: Shape, other_start: Shape, other_shape: Shape
-) -> tuple[Shape, Shape] | None:
-    """Returns start and shape of what two boxes share; None if they share nothing."""
-    low = tuple(map(max, start, other_start))
-    high = tuple(
-        min(a + n, b + m)
-        for a, n, b, m in zip(start, shape, other_start, other_shape, strict=True)
-    )
-    if any(a >= b for a, b in zip(low, high, strict=True)):
-        return None
-    return low, tuple(b - a for a, b in zip(low, high, strict=True))

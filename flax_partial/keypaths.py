@@ -15,6 +15,7 @@ from jax import tree_util
 from flax_partial.errors import UnsupportedLeafError
 
 STR_KEY, INT_KEY, ATTRIBUTE, INDEX = "d", "i", "a", "s"
+TEXT_KEYS = frozenset((STR_KEY, ATTRIBUTE))
 KEY_KINDS = frozenset((STR_KEY, INT_KEY, ATTRIBUTE, INDEX))
 
 

@@ -7,15 +7,17 @@ Decoding trusts nothing: it checks the digest, every type, and that boxes, chunk
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
 from flax_partial.chunks import Shape, chunk_counts, chunk_keys
-from flax_partial.errors import CorruptCheckpointError
+from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError
 from flax_partial.keypaths import KEY_KINDS, KeyPath, prefix_of
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 
@@ -87,9 +89,14 @@ class Leaf:
         """Whether it has data in the database."""
         return self.kind in ARRAY_KINDS
 
+    @property
+    def prefix(self) -> str:
+        """What the keys of its chunks, and of its zarr metadata, begin with."""
+        return prefix_of(self.name)
+
     def keys_of(self, box: Box) -> Iterator[str]:
         """Yields the database key of each chunk of a box, in C order."""
-        return chunk_keys(prefix_of(self.name), box.start, box.shape, self.chunk)
+        return chunk_keys(self.prefix, box.start, box.shape, self.chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,40 @@ class Contents:
     parts: int
     custom_metadata: dict[str, Any]
     leaves: tuple[Leaf, ...]
+
+
+def check_json(value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns custom metadata as JSON would give it back.
+
+    Raises:
+      UnsupportedLeafError: Some value would not come back as it is; the error says where it stands.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UnsupportedLeafError(f"custom_metadata is a dict, not a {type(value).__name__}.")
+    return {key: _json_value(item, f"[{key!r}]") for key, item in _with_text_keys(value, "")}
+
+
+def _json_value(value: object, where: str) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _json_value(v, f"{where}[{k!r}]") for k, v in _with_text_keys(value, where)}
+    if isinstance(value, list):
+        return [_json_value(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    is_plain = value is None or isinstance(value, (bool, int, str))
+    if is_plain or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise UnsupportedLeafError(
+        f"custom_metadata{where} is {value!r}, a {type(value).__name__} that JSON cannot hold. "
+        "Convert it to dicts, lists, strings, finite numbers, bools and None."
+    )
+
+
+def _with_text_keys(value: Mapping[Any, Any], where: str) -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if not isinstance(key, str):
+            raise UnsupportedLeafError(f"custom_metadata{where} has key {key!r}: keys are strings.")
+        yield key, item
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -200,7 +241,7 @@ def _leaf_to_json(leaf: Leaf, shardings: dict[str, int]) -> dict[str, Any]:
     return row
 
 
-def _checked[T](build: Callable[[dict[str, Any]], T], data: bytes, where: str) -> T:
+def _checked(build: Callable[[dict[str, Any]], T], data: bytes, where: str) -> T:
     """Decodes `data` with `build`, every failure being the file's."""
     try:
         return build(_open_envelope(data))

@@ -1,0 +1,396 @@
+"""The one module that speaks tensorstore: write a part, merge parts, read leaves.
+
+Arrays are zarr3 in an OCDBT database, one database a part and one for the finalized checkpoint,
+whose values refer to the parts' data files. A part holds chunks only; the zarr metadata of a leaf is
+a function of its table entry and is written once, when parts are merged.
+
+Small chunks are written and read as raw key-value pairs, which costs a twentieth of opening a zarr
+array; large ones through zarr, which takes no extra memory. Both give the same bytes on disk.
+tensorstore's own fsyncs are off: `storage` makes data durable, once, in the order that matters.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from flax_partial.chunks import Shape, chunk_keys, chunk_numbers, chunk_regions, covering_box, slices
+from flax_partial.errors import CorruptCheckpointError
+from flax_partial.merge import PartCopy
+from flax_partial.part import Leaf, digest
+
+# dtypes that zarr3 stores, by NumPy's names (tensorstore 0.1.86; raw bytes and zarr's encoding of
+# each were compared and are the same).
+STORABLE_DTYPES = frozenset(
+    """
+    bool int2 int4 int8 int16 int32 int64 uint8 uint16 uint32 uint64
+    float16 float32 float64 complex64 complex128 bfloat16 float4_e2m1fn float8_e3m4
+    float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu
+    """.split()
+)
+
+_RAW_CHUNK_BYTES = 128 * 1024  # above this a raw write's extra copies cost more than a zarr open
+_INLINE_BYTES = 1024
+_DATA_FILE_BYTES = 128 << 20
+_OPEN_AT_ONCE = 512
+
+Region = tuple[Leaf, Shape, Shape]
+HostBoxes = Sequence[tuple[Leaf, Sequence[np.ndarray]]]
+
+
+def dtype_of(leaf: Leaf) -> np.dtype[Any]:
+    """NumPy dtype of a leaf's stored elements.
+
+    Raises:
+      CorruptCheckpointError: There is no such dtype.
+    """
+    if leaf.dtype not in STORABLE_DTYPES:
+        raise CorruptCheckpointError(f"Leaf {leaf.name!r} has unknown dtype {leaf.dtype!r}.")
+    return np.dtype(getattr(ml_dtypes, leaf.dtype, leaf.dtype))
+
+
+def bytes_of(leaf: Leaf) -> int:
+    """Size of a leaf's data in memory, in bytes."""
+    return math.prod(leaf.shape) * dtype_of(leaf).itemsize if leaf.is_array else 0
+
+
+def write_part(directory: Path, boxes: HostBoxes, *, checksum: bool) -> list[Leaf]:
+    """Writes boxes of leaves into a part's new database, in one atomic transaction.
+
+    Args:
+      directory: The part's directory, absolute.
+      boxes: Each array leaf with the data of each of its boxes, in the order of `leaf.boxes`.
+      checksum: Whether to take a digest of every chunk.
+
+    Returns:
+      The leaves, their boxes with digests.
+
+    Raises:
+      OSError: Writing failed; the directory may hold part of the data, and no table of contents.
+    """
+    if not any(math.prod(box.shape) for leaf, _ in boxes for box in leaf.boxes):
+        return [leaf for leaf, _ in boxes]
+    context = _context()
+    transaction = ts.Transaction(atomic=True)
+    try:
+        database = ts.KvStore.open(_database(directory, create=True), context=context).result()
+        raw = database.with_transaction(transaction)
+        copies: list[Any] = []
+        for leaf, data in boxes:
+            if not data:
+                continue
+            if _is_raw(leaf):
+                _write_raw(raw, leaf, data)
+            else:
+                copies += _write_zarr(directory, context, transaction, leaf, data)
+        written = [_with_digests(leaf, data) if checksum else leaf for leaf, data in boxes]
+        for copy in copies:
+            copy.result()
+        transaction.commit_sync()
+    except ValueError as error:
+        raise _as_os_error(error, directory) from error
+    return written
+
+
+def _context() -> ts.Context:
+    """A fresh one each time: it caches manifests, also those of files that were deleted since."""
+    return ts.Context({"file_io_sync": False})
+
+
+def _database(directory: Path, *, create: bool) -> dict[str, Any]:
+    spec: dict[str, Any] = {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": f"{directory}/"},
+    }
+    if create:  # naming a configuration when only reading would write one
+        spec["config"] = {"max_inline_value_bytes": _INLINE_BYTES, "compression": None}
+        spec["target_data_file_size"] = _DATA_FILE_BYTES
+    return spec
+
+
+def _is_raw(leaf: Leaf) -> bool:
+    chunk_bytes = math.prod(leaf.chunk) * dtype_of(leaf).itemsize
+    return chunk_bytes <= _RAW_CHUNK_BYTES and leaf.compression is None
+
+
+def _write_raw(database: ts.KvStore, leaf: Leaf, data: Sequence[np.ndarray]) -> None:
+    for box, array in zip(leaf.boxes, data, strict=True):
+        if box.shape == leaf.chunk:
+            database.write(next(leaf.keys_of(box)), array.tobytes())
+            continue
+        regions = chunk_regions(box.shape, leaf.chunk)
+        for key, region in zip(leaf.keys_of(box), regions, strict=True):
+            database.write(key, _padded(array[region], leaf.chunk).tobytes())
+
+
+def _padded(array: np.ndarray, shape: Shape) -> np.ndarray:
+    """zarr stores the chunks at an array's end whole."""
+    if array.shape == shape:
+        return array
+    padded = np.zeros(shape, array.dtype)
+    padded[tuple(map(slice, array.shape))] = array
+    return padded
+
+
+def _write_zarr(
+    directory: Path,
+    context: ts.Context,
+    transaction: ts.Transaction,
+    leaf: Leaf,
+    data: Sequence[np.ndarray],
+) -> list[Any]:
+    spec = {
+        "driver": "zarr3",
+        "metadata": zarr_metadata(leaf),
+        "kvstore": _database(directory, create=True) | {"path": leaf.prefix},
+        "store_data_equal_to_fill_value": True,  # a chunk that is not there is a lost one
+    }
+    store = ts.open(
+        spec, open=True, assume_metadata=True, context=context, transaction=transaction
+    ).result()
+    writes = []
+    for box, array in zip(leaf.boxes, data, strict=True):
+        # The transaction keeps references to the data, not copies: nobody changes a snapshot.
+        region = store[slices(box.start, box.shape)]
+        writes.append(region.write(array, can_reference_source_data_indefinitely=True).copy)
+    return writes
+
+
+def zarr_metadata(leaf: Leaf) -> dict[str, Any]:
+    """The zarr3 metadata of an array leaf (zarr core specification 3.0, array metadata)."""
+    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if leaf.compression:
+        codecs.append({"name": leaf.compression, "configuration": {"level": 1, "checksum": False}})
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": leaf.shape,
+        "data_type": leaf.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": leaf.chunk}},
+        "chunk_key_encoding": {"name": "default"},
+        "fill_value": _fill_value(leaf.dtype),
+        "codecs": codecs,
+    }
+
+
+def _fill_value(dtype: str) -> bool | float | list[float]:
+    if dtype == "bool":
+        return False
+    return [0.0, 0.0] if dtype.startswith("complex") else 0
+
+
+def _with_digests(leaf: Leaf, data: Sequence[np.ndarray]) -> Leaf:
+    boxes = [
+        replace(box, digests=tuple(digests_of(array, leaf.chunk)))
+        for box, array in zip(leaf.boxes, data, strict=True)
+    ]
+    return replace(leaf, boxes=tuple(boxes))
+
+
+def digests_of(array: np.ndarray, chunk: Shape) -> Iterator[str]:
+    """Yields the digest of each chunk of a box's data, in C order."""
+    if array.shape == chunk:
+        yield digest(_bytes_view(array))
+        return
+    for region in chunk_regions(array.shape, chunk):
+        yield digest(_bytes_view(array[region]))
+
+
+def _bytes_view(array: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def merge_parts(state: Path, copies: Sequence[PartCopy], leaves: Sequence[Leaf]) -> None:
+    """Makes the root database: references to the parts' chunks, and each leaf's zarr metadata.
+
+    Args:
+      state: Directory of the parts, absolute; it holds no root database.
+      copies: What to take from which part.
+      leaves: The merged leaves.
+
+    Raises:
+      CorruptCheckpointError: A part's database cannot be read.
+      OSError: Writing failed.
+    """
+    context = _context()
+    root = ts.KvStore.open(_database(state, create=True), context=context).result()
+    transaction = ts.Transaction(atomic=True)
+    target = root.with_transaction(transaction)
+    try:
+        for first in range(0, len(copies), _OPEN_AT_ONCE):
+            _copy_parts(state, copies[first : first + _OPEN_AT_ONCE], target, context)
+        for leaf in leaves:
+            if leaf.is_array:
+                target.write(leaf.prefix + "zarr.json", _to_json(zarr_metadata(leaf)))
+        transaction.commit_sync()
+    except ValueError as error:
+        raise _as_os_error(error, state) from error
+
+
+def _copy_parts(
+    state: Path, copies: Sequence[PartCopy], target: ts.KvStore, context: ts.Context
+) -> None:
+    opened = [
+        ts.KvStore.open(_database(state / copy.part, create=False), context=context)
+        for copy in copies
+    ]
+    copying = []
+    for copy, future in zip(copies, opened, strict=True):
+        database = future.result()
+        ranges = [None] if copy.ranges is None else [ts.KvStore.KeyRange(*r) for r in copy.ranges]
+        for source_range in ranges:
+            done = database.experimental_copy_range_to(target, source_range=source_range)
+            copying.append((copy.part, done))
+    for part, done in copying:
+        try:
+            done.result()
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{state / part}: cannot be read: {error}") from error
+
+
+def _to_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def read_regions(state: Path, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
+    """Reads boxes of leaves from a finalized checkpoint, all at once, and checks every digest.
+
+    Args:
+      state: Directory of the root database, absolute.
+      regions: Each a leaf, the box's start and its shape.
+
+    Returns:
+      For each region its data, C-contiguous and the caller's own, or a `CorruptCheckpointError`
+      that names the leaf.
+    """
+    context = _context()
+    spec = _database(state, create=False)
+    database = ts.KvStore.open(spec, context=context).result()
+    started = [_start(spec, database, context, *region) for region in regions]
+    return [_outcome(finish, leaf) for finish, (leaf, _, _) in zip(started, regions, strict=True)]
+
+
+def _start(
+    spec: dict[str, Any],
+    database: ts.KvStore,
+    context: ts.Context,
+    leaf: Leaf,
+    start: Shape,
+    shape: Shape,
+) -> Callable[[], np.ndarray]:
+    """Starts to read the chunks that hold a box; what it returns waits, checks and cuts."""
+    dtype = dtype_of(leaf)
+    if not math.prod(shape):
+        return lambda: np.empty(shape, dtype)
+    low, size = covering_box(start, shape, leaf.chunk, leaf.shape)
+    read = (
+        _start_raw(database, leaf, low, size)
+        if _is_raw(leaf)
+        else _start_zarr(spec, context, leaf, low, size)
+    )
+
+    def finish() -> np.ndarray:
+        array = read()
+        _check(leaf, low, array)
+        if size == shape:
+            return array
+        offset = tuple(a - b for a, b in zip(start, low, strict=True))
+        return array[slices(offset, shape)].copy()
+
+    return finish
+
+
+def _start_raw(
+    database: ts.KvStore, leaf: Leaf, start: Shape, shape: Shape
+) -> Callable[[], np.ndarray]:
+    dtype = dtype_of(leaf)
+    reads = [(key, database.read(key)) for key in chunk_keys(leaf.prefix, start, shape, leaf.chunk)]
+
+    def finish() -> np.ndarray:
+        array = np.empty(shape, dtype)
+        for (key, read), region in zip(reads, chunk_regions(shape, leaf.chunk), strict=True):
+            result = read.result()
+            if result.state != "value":
+                raise ValueError(f"chunk {key!r} is missing")
+            chunk = np.frombuffer(result.value, dtype).reshape(leaf.chunk)
+            array[region] = chunk[tuple(slice(r.stop - r.start) for r in region)]
+        return array
+
+    return finish
+
+
+def _start_zarr(
+    spec: dict[str, Any], context: ts.Context, leaf: Leaf, start: Shape, shape: Shape
+) -> Callable[[], np.ndarray]:
+    store = ts.open(
+        {
+            "driver": "zarr3",
+            "metadata": zarr_metadata(leaf),
+            "kvstore": spec | {"path": leaf.prefix},
+            "fill_missing_data_reads": False,  # else a lost chunk reads as zeros
+        },
+        open=True,
+        assume_metadata=True,
+        context=context,
+    ).result()
+    reading = store[slices(start, shape)].read()
+    return lambda: np.asarray(reading.result(), order="C")
+
+
+def _check(leaf: Leaf, start: Shape, array: np.ndarray) -> None:
+    """Compares the digests of the chunks that `array`, a union of whole chunks, is made of."""
+    expected = leaf.boxes[0].digests
+    if not expected:
+        return
+    numbers = chunk_numbers(start, array.shape, leaf.chunk, leaf.shape)
+    for number, found in zip(numbers, digests_of(array, leaf.chunk), strict=True):
+        if expected[number] not in ("", found):
+            raise ValueError(f"chunk {number} has digest {found}, and {expected[number]} was saved")
+
+
+def _outcome(finish: Callable[[], np.ndarray], leaf: Leaf) -> np.ndarray | Exception:
+    try:
+        return finish()
+    except ValueError as error:
+        return CorruptCheckpointError(f"Leaf {leaf.name!r}: {error}")
+
+
+def read_zarr_metadata(state: Path, leaves: Sequence[Leaf]) -> dict[str, str]:
+    """Compares the zarr metadata in a root database with what the leaves ask for.
+
+    Returns:
+      Name of each leaf whose metadata is not the expected, to what is wrong.
+    """
+    database = ts.KvStore.open(_database(state, create=False), context=_context()).result()
+    reads = [(leaf, database.read(leaf.prefix + "zarr.json")) for leaf in leaves if leaf.is_array]
+    problems = {}
+    for leaf, read in reads:
+        try:
+            found = read.result().value
+        except ValueError as error:
+            problems[leaf.name] = f"its zarr metadata cannot be read: {error}"
+            continue
+        if found != _to_json(zarr_metadata(leaf)).encode():
+            problems[leaf.name] = "its zarr metadata is missing, or not what the parts add up to"
+    return problems
+
+
+def _as_os_error(error: ValueError, directory: Path) -> OSError:
+    """tensorstore reports what the operating system refused as ValueError, with its words."""
+    text = str(error)
+    code = next((number for number, words in _OS_ERRORS.items() if words in text), errno.EIO)
+    return OSError(code, f"{os.strerror(code)} ({text})", str(directory))
+
+
+_OS_ERRORS = {
+    number: os.strerror(number)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EMFILE)
+}

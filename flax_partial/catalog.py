@@ -1,0 +1,45 @@
+"""A run's directory of steps: `directory/<step>/`, each a finalized checkpoint."""
+
+import os
+from pathlib import Path
+
+from flax_partial import orbax_reader, storage
+from flax_partial.session import PathLike
+
+
+def steps(directory: PathLike) -> list[int]:
+    """Returns the steps of the finalized checkpoints in a run's directory, ascending.
+
+    A checkpoint counts by what is in it, never by its name alone: sessions, and directories that
+    only look like a step, are left out. Steps that Orbax wrote count too. A directory that is not
+    there holds none.
+
+    Args:
+      directory: The run's directory.
+    """
+    root = Path(directory)
+    return sorted(
+        int(name) for name in storage.listed(root) if _is_step(name) and is_finalized(root / name)
+    )
+
+
+def latest(directory: PathLike) -> Path | None:
+    """Returns the finalized checkpoint of the last step in a run's directory; None if there is none.
+
+    Args:
+      directory: The run's directory.
+    """
+    found = steps(directory)
+    return Path(os.path.abspath(directory), str(found[-1])) if found else None
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
+
+
+def is_finalized(path: Path) -> bool:
+    """Whether a directory is a finalized checkpoint, ours or Orbax's."""
+    state = path / storage.STATE
+    if (path / "_CHECKPOINT_METADATA").is_file() and (state / "_METADATA").is_file():
+        return True
+    return orbax_reader.is_checkpoint(path)

@@ -1,0 +1,255 @@
+"""What ends a session: finalize and abort; and status, which looks at it.
+
+Finalize moves nothing: it derives the root files from the parts, makes them durable, and renames
+the session. Killed anywhere before the rename it has changed nothing that counts, and starts over
+from the parts.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+
+from flax_partial import arrays, orbax_format, storage, workers
+from flax_partial import processes as jax_processes
+from flax_partial.errors import IncompleteCheckpointError, KeyConflictError, NoSessionError
+from flax_partial.loading import describe_contents
+from flax_partial.merge import MergePlan, merge, merge_metadata
+from flax_partial.part import Contents, Leaf, Part, encode_contents
+from flax_partial.reports import CheckpointMetadata, PartStatus, SessionStatus
+from flax_partial.session import PathLike, forget, read_parts, session_of
+from flax_partial.storage import CheckpointPath
+
+_MOST_NAMED = 20  # leaves that an error lists
+
+
+def finalize(
+    path: PathLike,
+    *,
+    expect: Iterable[str] | None = None,
+    processes: Iterable[int] | None = None,
+    timeout_secs: float | None = None,
+) -> CheckpointMetadata:
+    """Merges the parts saved for `path` into one checkpoint: it appears there complete, or not.
+
+    Waits for this process's saves in flight. Of two that run at once, one commits.
+
+    Args:
+      path: The checkpoint, or its session `<path>.partial_save`.
+      expect: Names of leaves or subtrees that must be there, keys joined with a dot (or a slash).
+      processes: Indices of the processes that take part; all of them if None.
+      timeout_secs: For how many seconds to wait for leaves that are missing; not at all if None.
+
+    Returns:
+      What the checkpoint holds.
+
+    Raises:
+      CheckpointExistsError: Something is at `path` already; the session, if any, is kept.
+      NoSessionError: There is no session.
+      IncompleteCheckpointError: Leaves, or pieces of leaves, are missing; the session is kept.
+      KeyConflictError: The parts do not form one tree; the session is kept.
+      OSError: Writing failed; the session is kept, and finalize can be called again.
+    """
+    where = storage.resolve(path)
+    expected = _names(expect)
+    _require_participants(processes)
+    session = session_of(where)
+    session.wait()
+    session.raise_unseen()
+    storage.require_absent(where)
+    if timeout_secs is not None:
+        _wait_for_leaves(where, expected, timeout_secs)
+    try:
+        with storage.locked_exclusively(where):
+            contents = _commit(where, expected)
+    except NoSessionError:
+        storage.require_absent(where)  # somebody else has finalized it while this one waited
+        raise
+    forget(session)
+    return describe_contents(where.final, contents)
+
+
+def finalize_async(
+    path: PathLike,
+    *,
+    expect: Iterable[str] | None = None,
+    processes: Iterable[int] | None = None,
+    timeout_secs: float | None = None,
+) -> workers.FinalizeHandle:
+    """Like `finalize`, in the background.
+
+    Args:
+      path: As for `finalize`.
+      expect: As for `finalize`.
+      processes: As for `finalize`.
+      timeout_secs: As for `finalize`.
+
+    Returns:
+      A handle with the interface of `concurrent.futures.Future`; its result is that of `finalize`,
+      and it raises what `finalize` would.
+    """
+    where = storage.resolve(path)
+    expected = _names(expect)
+    handle = workers.FinalizeHandle()
+    workers.finalizing.submit(
+        lambda: handle.run(
+            lambda: finalize(
+                where.final, expect=expected, processes=processes, timeout_secs=timeout_secs
+            )
+        )
+    )
+    return handle
+
+
+def abort(path: PathLike) -> None:
+    """Drops the unfinished checkpoint of `path`, and only that.
+
+    Saves of this process that have not begun to write fail with `NoSessionError`; those that have
+    are waited for, like those of other processes.
+
+    Args:
+      path: The checkpoint, or its session `<path>.partial_save`.
+
+    Raises:
+      NoSessionError: There is no session.
+      CheckpointExistsError: What is at its place is not a session, or not only; it is kept.
+      OSError: It cannot be removed.
+    """
+    where = storage.resolve(path)
+    session = session_of(where)
+    session.is_aborted = True
+    forget(session, for_good=True)
+    session.wait()
+    with storage.locked_exclusively(where):
+        storage.remove_session(where)
+
+
+def status(path: PathLike) -> SessionStatus:
+    """Looks at the unfinished checkpoint of `path`; waits for nothing and changes nothing.
+
+    Args:
+      path: The checkpoint, or its session `<path>.partial_save`.
+
+    Raises:
+      NoSessionError: There is no session.
+    """
+    where = storage.resolve(path)
+    if not storage.is_session(where):
+        raise storage.no_session(where)
+    torn: list[str] = []
+    parts = read_parts(where, torn=torn)
+    ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
+    return SessionStatus(
+        path=where.final,
+        parts=tuple(_part_status(name, part) for name, part in ordered),
+        torn=tuple(torn),
+        leaves=tuple(sorted({leaf.name for part in parts.values() for leaf in part.leaves})),
+        bytes=sum(part.bytes for part in parts.values()),
+        processes=tuple(sorted({part.process for part in parts.values()})),
+        custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
+    )
+
+
+def _part_status(name: str, part: Part) -> PartStatus:
+    return PartStatus(
+        name=name,
+        process=part.process,
+        written_at=part.time_ns / 1e9,
+        leaves=tuple(leaf.name for leaf in part.leaves),
+        bytes=part.bytes,
+        custom_metadata=part.custom_metadata,
+    )
+
+
+def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
+    if isinstance(expect, str):
+        return (expect,)
+    names = tuple(expect or ())
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"expect holds names of leaves or subtrees, not {name!r}")
+    return names
+
+
+def _wait_for_leaves(where: CheckpointPath, expected: Sequence[str], timeout_secs: float) -> None:
+    """Waits until nothing is missing, or time is up. Holds no lock: saves have to go on."""
+    deadline = time.monotonic() + timeout_secs
+    pause = 0.01
+    known: dict[str, Part] = {}
+    while True:
+        known = read_parts(where, known=known)
+        plan = merge(known)
+        if known and not plan.missing and not _lacking(expected, plan.leaves):
+            return
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(pause, left))
+        pause = min(pause * 1.5, 1.0)
+
+
+def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
+    """Makes the checkpoint of a locked session."""
+    storage.require_absent(where)
+    torn: list[str] = []
+    parts = read_parts(where, torn=torn)
+    plan = merge(parts)
+    _require_whole(where, parts, plan, expected)
+    contents = Contents(
+        started_ns=plan.started_ns,
+        committed_ns=time.time_ns(),
+        parts=len(parts),
+        custom_metadata=plan.custom_metadata,
+        leaves=plan.leaves,
+    )
+    for name in torn:  # nobody saves while the session is locked: these are dead
+        storage.remove_part(where, name)
+    storage.clear_root(where)
+    arrays.merge_parts(where.state, plan.copies, plan.leaves)
+    storage.commit_checkpoint(
+        where,
+        root_files=orbax_format.root_files(contents),
+        contents=encode_contents(contents),
+    )
+    return contents
+
+
+def _require_whole(
+    where: CheckpointPath, parts: dict[str, Part], plan: MergePlan, expected: Sequence[str]
+) -> None:
+    if plan.conflicts:
+        raise KeyConflictError(
+            f"{where.session} does not form one checkpoint:\n" + _listed(plan.conflicts)
+        )
+    missing = [*_lacking(expected, plan.leaves), *plan.missing]
+    if missing:
+        raise IncompleteCheckpointError(
+            f"{where.session} is not complete; missing:\n{_listed(missing)}\n"
+            "Save what is missing and finalize again. Nothing was lost."
+        )
+    if not parts:
+        raise IncompleteCheckpointError(f"{where.session} holds no committed part: save something.")
+
+
+def _lacking(expected: Sequence[str], leaves: Iterable[Leaf]) -> list[str]:
+    """Returns which of the expected names are neither a leaf nor a subtree."""
+    if not expected:
+        return []
+    found: set[str] = set()
+    for leaf in leaves:
+        for depth in range(1, len(leaf.path.texts) + 1):
+            found.add(".".join(leaf.path.texts[:depth]))
+            found.add("/".join(leaf.path.texts[:depth]))
+    return [name for name in expected if name not in found]
+
+
+def _listed(lines: Sequence[str]) -> str:
+    shown = [f"  {line}" for line in lines[:_MOST_NAMED]]
+    if len(lines) > _MOST_NAMED:
+        shown.append(f"  and {len(lines) - _MOST_NAMED} more")
+    return "\n".join(shown)
+
+
+def _require_participants(processes: Iterable[int] | None) -> None:
+    known = range(jax_processes.count())
+    for process in processes or ():
+        if process not in known:
+            raise ValueError(f"processes are 0 to {len(known) - 1}; there is no {process!r}")

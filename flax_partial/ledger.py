@@ -1,0 +1,157 @@
+"""What this process has claimed in a session, and which of its saves conflict. In memory only.
+
+Invariant: a leaf is held in at least one generation, and of one generation no chunk twice. A claim
+costs what the claimed leaves cost, however many are held.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from flax_partial.chunks import chunk_numbers
+from flax_partial.errors import KeyConflictError
+from flax_partial.keypaths import KeyTree
+from flax_partial.part import Leaf, Part
+
+
+@dataclass(slots=True)
+class _HeldLeaf:
+    """What this process has saved, or is saving, of one leaf: by generation."""
+
+    leaf: Leaf
+    last_generation: int
+    chunks: dict[int, set[int] | None] = field(default_factory=dict)
+
+
+class Ledger:
+    """What this process has claimed in one session; says at once which saves conflict.
+
+    Claiming costs what the claimed leaves cost, however many are held.
+    """
+
+    def __init__(self) -> None:
+        self._tree = KeyTree()
+        self._held: dict[str, _HeldLeaf] = {}
+
+    def load(self, part: Part) -> None:
+        """Takes over a part that an earlier run of this process committed."""
+        for leaf in part.leaves:
+            self._hold(leaf, _chunks_of(leaf))
+
+    def claim(
+        self, leaves: Sequence[Leaf], *, replace: bool, visible: Callable[[str], int]
+    ) -> list[Leaf]:
+        """Claims leaves for a save; all of them or none.
+
+        Args:
+          leaves: The leaves, with their boxes.
+          replace: Whether to start a new generation of what is held already.
+          visible: Largest generation of a leaf in the parts of other processes, -1 if there is none;
+            asked only to replace a leaf that this process never wrote.
+
+        Returns:
+          The leaves, each in its generation.
+
+        Raises:
+          KeyConflictError: Some cannot be claimed; it names all of them.
+        """
+        claimed: list[Leaf] = []
+        problems: list[str] = []
+        for leaf in leaves:
+            chunks = _chunks_of(leaf)
+            generation = self._generation(leaf, chunks, replace, visible)
+            if isinstance(generation, str):
+                problems.append(generation)
+                continue
+            placed = _in_generation(leaf, generation)
+            self._hold(placed, chunks)
+            claimed.append(placed)
+        if problems:
+            self.release(claimed)
+            raise KeyConflictError("\n".join(problems))
+        return claimed
+
+    def release(self, leaves: Sequence[Leaf]) -> None:
+        """Takes back the claims of a save that failed."""
+        for leaf in leaves:
+            held = self._held.get(leaf.name)
+            if held is None or leaf.generation not in held.chunks:
+                continue  # the session was forgotten meanwhile
+            chunks, mine = held.chunks[leaf.generation], _chunks_of(leaf)
+            if chunks is not None and mine is not None and chunks - mine:
+                chunks -= mine
+                continue
+            del held.chunks[leaf.generation]
+            if not held.chunks:
+                del self._held[leaf.name]
+                self._tree.discard(held.leaf.path)
+
+    def _generation(
+        self,
+        leaf: Leaf,
+        chunks: frozenset[int] | None,
+        replace: bool,  # noqa: FBT001 - private, and always named where it comes from
+        visible: Callable[[str], int],
+    ) -> int | str:
+        """Returns the generation in which a leaf can be saved, or why it cannot."""
+        problem = self._tree.problem_with(leaf.path)
+        if problem:
+            return problem
+        held = self._held.get(leaf.name)
+        if held is None:
+            return visible(leaf.name) + 1 if replace else 0
+        newest = max(held.chunks)
+        others = held.chunks[newest]
+        is_more_of_it = (
+            chunks is not None
+            and others is not None
+            and chunks.isdisjoint(others)
+            and _is_same_array(leaf, held.leaf)
+        )
+        if is_more_of_it:
+            return newest
+        if replace:
+            return held.last_generation + 1
+        what = "is" if chunks is None else "is, or overlaps what is,"
+        return (
+            f"Leaf {leaf.name!r} {what} already in this session. "
+            "Pass replace=True to overwrite it."
+        )
+
+    def _hold(self, leaf: Leaf, chunks: frozenset[int] | None) -> None:
+        held = self._held.get(leaf.name)
+        if held is None:
+            if self._tree.problem_with(leaf.path):
+                return  # only parts on disk can be at odds; finalize will say so
+            self._tree.add(leaf.path)
+            held = self._held[leaf.name] = _HeldLeaf(leaf, leaf.generation)
+        if leaf.generation >= held.last_generation:
+            held.leaf, held.last_generation = leaf, leaf.generation
+        if chunks is None:
+            held.chunks[leaf.generation] = None
+            return
+        others = held.chunks.setdefault(leaf.generation, set())
+        if others is not None:
+            others |= chunks
+
+
+def _chunks_of(leaf: Leaf) -> frozenset[int] | None:
+    if not leaf.is_array or (len(leaf.boxes) == 1 and leaf.boxes[0].shape == leaf.shape):
+        return None
+    return frozenset(
+        number
+        for box in leaf.boxes
+        for number in chunk_numbers(box.start, box.shape, leaf.chunk, leaf.shape)
+    )
+
+
+def _is_same_array(one: Leaf, other: Leaf) -> bool:
+    return (one.kind, one.dtype, one.shape, one.chunk) == (
+        other.kind,
+        other.dtype,
+        other.shape,
+        other.chunk,
+    )
+
+
+def _in_generation(leaf: Leaf, generation: int) -> Leaf:
+    return leaf if generation == leaf.generation else replace(leaf, generation=generation)

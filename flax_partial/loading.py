@@ -1,0 +1,270 @@
+"""Reading finalized checkpoints: load, metadata, verify.
+
+What is read is planned first: every leaf of the target is compared with the checkpoint, and all that
+does not fit is told in one error, before any array data is read. Then only the boxes that this
+process's devices hold are read.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jax import tree_util
+
+from flax_partial import arrays, keypaths, orbax_format, orbax_reader, placing, snapshot, storage
+from flax_partial import part as kinds
+from flax_partial.arrays import Region, bytes_of
+from flax_partial.errors import CorruptCheckpointError, NoSessionError, TargetMismatchError
+from flax_partial.merge import merge
+from flax_partial.part import Contents, Leaf, decode_contents, encode_contents
+from flax_partial.placing import Placement
+from flax_partial.reports import CheckpointMetadata, LeafMetadata, VerifyReport
+from flax_partial.session import PathLike, read_parts
+from flax_partial.storage import CheckpointPath
+
+_VERIFIED_AT_ONCE_BYTES = 256 << 20
+
+
+class Checkpoint(Protocol):
+    """A finalized checkpoint, ours or Orbax's."""
+
+    contents: Contents
+
+    def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
+        """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf."""
+        ...
+
+
+class _OwnCheckpoint:
+    def __init__(self, path: Path, contents: Contents) -> None:
+        self.contents = contents
+        self._state = path / storage.STATE
+
+    def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
+        return arrays.read_regions(self._state, regions)
+
+
+def load(
+    path: PathLike, target: Any = None, *, partial: bool = False, cast: bool = False
+) -> Any:
+    """Reads a finalized checkpoint, ours or one that Orbax wrote. Checks the digest of what it reads.
+
+    Args:
+      path: The checkpoint.
+      target: A pytree of what is wanted: arrays, `jax.ShapeDtypeStruct` (with or without sharding),
+        numbers, strings, None. Its leaves are found by their names, so that a dict, a dataclass and
+        a Flax state with the same keys are interchangeable. None reads everything.
+      partial: Whether `target` may lack leaves of the checkpoint; those are not read.
+      cast: Whether a dtype that differs is converted; an error otherwise.
+
+    Returns:
+      Without a target nested dicts and lists, with leaves of the kinds that were saved; a
+      `jax.Array` is on the default device. With a target its structure, leaf types, dtypes and
+      shardings; where it says nothing of sharding, the default device.
+
+    Raises:
+      NoSessionError: There is no finalized checkpoint at `path`.
+      TargetMismatchError: Target and checkpoint differ; it lists every difference.
+      CorruptCheckpointError: Data on disk is damaged; it names the leaves.
+    """
+    checkpoint = open_checkpoint(storage.resolve(path))
+    if target is None:
+        placements = [placing.as_saved(leaf) for leaf in checkpoint.contents.leaves]
+        return _nested(checkpoint.contents.leaves, _read(checkpoint, placements))
+    flat, structure = tree_util.tree_flatten_with_path(target, is_leaf=snapshot.is_leaf)
+    wanted = [(keypaths.from_jax(path).name, value) for path, value in flat]
+    placements = _plan(checkpoint.contents.leaves, wanted, partial=partial, cast=cast)
+    return structure.unflatten(_read(checkpoint, placements))
+
+
+def metadata(path: PathLike) -> CheckpointMetadata:
+    """Describes a finalized checkpoint, ours or one that Orbax wrote, without reading array data.
+
+    Args:
+      path: The checkpoint.
+
+    Raises:
+      NoSessionError: There is no finalized checkpoint at `path`.
+      CorruptCheckpointError: Its table of contents is damaged.
+    """
+    where = storage.resolve(path)
+    return describe_contents(where.final, open_checkpoint(where).contents)
+
+
+def verify(path: PathLike) -> VerifyReport:
+    """Reads all of a finalized checkpoint and checks every digest.
+
+    The files that are derived from the parts are derived once more and compared. Of a checkpoint
+    that Orbax wrote, which has no digests, it says whether everything can be read.
+
+    Args:
+      path: The checkpoint.
+
+    Raises:
+      NoSessionError: There is no finalized checkpoint at `path`.
+    """
+    where = storage.resolve(path)
+    try:
+        checkpoint = open_checkpoint(where)
+    except CorruptCheckpointError as error:
+        return VerifyReport(where.final, 0, 0, {str(where.final): str(error)})
+    leaves = checkpoint.contents.leaves
+    bad = dict(_derived_problems(where, checkpoint.contents)) if checkpoint.contents.parts else {}
+    for batch in _batches(leaves):
+        regions = [(leaf, (0,) * len(leaf.shape), leaf.shape) for leaf in batch]
+        for leaf, outcome in zip(batch, checkpoint.read(regions), strict=True):
+            if isinstance(outcome, Exception):
+                bad[leaf.name] = str(outcome)
+    return VerifyReport(where.final, len(leaves), sum(map(bytes_of, leaves)), bad)
+
+
+def open_checkpoint(where: CheckpointPath) -> Checkpoint:
+    """Reads the table of contents of a finalized checkpoint.
+
+    Raises:
+      NoSessionError: There is none.
+      CorruptCheckpointError: It is damaged.
+    """
+    path = where.final / storage.STATE / storage.CONTENTS
+    data = storage.read(path)
+    if data is not None:
+        return _OwnCheckpoint(where.final, decode_contents(data, where=str(path)))
+    if storage.part_names_in(where.final / storage.STATE):
+        raise CorruptCheckpointError(
+            f"{path} is missing, and {where.final} holds parts: it is damaged, or was renamed "
+            f"before it was finalized. Rename it to {where.session} and finalize it."
+        )
+    foreign = orbax_reader.find(where.final)
+    if foreign is None:
+        raise _nothing_to_load(where)
+    return foreign
+
+
+def _nothing_to_load(where: CheckpointPath) -> NoSessionError:
+    if storage.is_session(where):
+        return NoSessionError(
+            f"{where.final} is not finalized: its parts are in {where.session}. Finalize it first."
+        )
+    return NoSessionError(f"There is no checkpoint at {where.final}.")
+
+
+def describe_contents(path: Path, contents: Contents) -> CheckpointMetadata:
+    """Returns the public description of a table of contents."""
+    leaves = {leaf.name: _describe_leaf(leaf) for leaf in contents.leaves}
+    return CheckpointMetadata(
+        path=path,
+        leaves=leaves,
+        custom_metadata=contents.custom_metadata,
+        bytes=sum(leaf.bytes for leaf in leaves.values()),
+        started_at=contents.started_ns / 1e9,
+        committed_at=contents.committed_ns / 1e9,
+        parts=contents.parts,
+    )
+
+
+def _describe_leaf(leaf: Leaf) -> LeafMetadata:
+    shape, dtype = leaf.shape, leaf.dtype
+    if leaf.kind == kinds.PRNG_KEY:
+        shape, dtype = placing.key_shape_and_dtype(leaf)
+    return LeafMetadata(leaf.name, leaf.kind, shape, dtype, bytes_of(leaf), leaf.sharding)
+
+
+def _plan(
+    leaves: Sequence[Leaf], wanted: Sequence[tuple[str, Any]], *, partial: bool, cast: bool
+) -> list[Placement]:
+    by_name = {leaf.name: leaf for leaf in leaves}
+    placements: list[Placement] = []
+    problems: list[str] = []
+    for name, value in wanted:
+        leaf = by_name.get(name)
+        if leaf is None:
+            problems.append(f"{name!r} is not in the checkpoint")
+            continue
+        placement = placing.as_target(leaf, value, cast=cast)
+        if isinstance(placement, str):
+            problems.append(placement)
+        else:
+            placements.append(placement)
+    if not partial:
+        names = {name for name, _ in wanted}
+        problems += [f"{name!r} is not in the target" for name in by_name if name not in names]
+    if problems:
+        raise TargetMismatchError(
+            f"The checkpoint does not fit the target in {len(problems)} places "
+            "(partial=True lets the target lack leaves, cast=True converts dtypes):\n  "
+            + "\n  ".join(problems)
+        )
+    return placements
+
+
+def _read(checkpoint: Checkpoint, placements: Sequence[Placement]) -> list[Any]:
+    """Reads the boxes of all placements at once, and builds their leaves."""
+    regions = [(one.leaf, *box) for one in placements for box in one.boxes]
+    outcomes = checkpoint.read(regions)
+    errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    if errors:
+        raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
+    data = iter(outcomes)
+    return [one.build([next(data) for _ in one.boxes]) for one in placements]
+
+
+def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
+    """Builds nested dicts and lists; a list's elements may have been saved in any order."""
+    root: dict[Any, Any] = {}
+    keys: dict[tuple[int, str], str | int] = {}  # (node, text) -> key: saves may differ in its type
+    lists: list[tuple[dict[Any, Any], Any]] = []
+    for leaf, value in zip(leaves, values, strict=True):
+        node, key = root, None
+        for text, kind in zip(leaf.path.texts, leaf.path.kinds, strict=True):
+            if key not in node:
+                node[key] = {}
+                if kind == keypaths.INDEX:
+                    lists.append((node, key))
+            node = node[key]
+            key = keys.setdefault((id(node), text), text if kind in keypaths.TEXT_KEYS else int(text))
+        node[key] = value
+    for parent, key in reversed(lists):  # the inner ones first
+        children = parent[key]
+        parent[key] = [children[i] for i in range(len(children))]
+    return root[None]
+
+
+def _batches(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
+    batch: list[Leaf] = []
+    size = 0
+    for leaf in leaves:
+        if not leaf.is_array:
+            continue
+        if batch and size + bytes_of(leaf) > _VERIFIED_AT_ONCE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(leaf)
+        size += bytes_of(leaf)
+    if batch:
+        yield batch
+
+
+def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tuple[str, str]]:
+    """Derives the root files from the parts once more; yields those that differ, and why."""
+    finalized = CheckpointPath(where.final, where.final)
+    torn: list[str] = []
+    plan = merge(read_parts(finalized, torn=torn))
+    for name in torn:
+        yield f"{storage.STATE}/{name}", "its table of contents is damaged"
+    if not torn:
+        derived = Contents(
+            started_ns=plan.started_ns,
+            committed_ns=contents.committed_ns,
+            parts=len(plan.copies),
+            custom_metadata=plan.custom_metadata,
+            leaves=plan.leaves,
+        )
+        if encode_contents(derived) != encode_contents(contents):
+            yield f"{storage.STATE}/{storage.CONTENTS}", "it is not what the parts add up to"
+    for name, data in orbax_format.root_files(contents).items():
+        if storage.read(where.final / name) != data:
+            yield name, "it is missing, or not what the parts add up to"
+    stored = arrays.read_zarr_metadata(where.final / storage.STATE, contents.leaves)
+    for leaf_name, problem in stored.items():
+        yield leaf_name, problem

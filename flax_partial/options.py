@@ -1,0 +1,38 @@
+"""How a save is written."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """How a save is written; the defaults are the safe ones.
+
+    Attributes:
+      durable: Whether data, manifest and directories are fsynced before a save returns. Without it
+        a saved part survives the death of the process, but not a power cut. `finalize` makes its
+        own files durable in any case.
+      checksum: Whether an xxh3-128 digest of every chunk is stored. Without it damage to array data
+        goes unnoticed, and replicated leaves that several processes save cannot be compared.
+      compression: `"zstd"`, or None. Twice the time, for less space.
+      max_inflight_bytes: Host memory, in bytes, that snapshots waiting to be written may hold in
+        this process; past it `save_async` waits. A state that is larger by itself waits until it
+        is alone. None sets no bound.
+      chunk_bytes: Wanted size of a chunk, in bytes: the unit of digests and of partial reads.
+    """
+
+    durable: bool = True
+    checksum: bool = True
+    compression: str | None = None
+    max_inflight_bytes: int | None = None
+    chunk_bytes: int = 2 << 20
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that no save could honour."""
+        if self.compression not in (None, "zstd"):
+            raise ValueError(f"compression is None or 'zstd', not {self.compression!r}")
+        for name in ("max_inflight_bytes", "chunk_bytes"):
+            value = getattr(self, name)
+            if value is None and name == "max_inflight_bytes":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is a positive number of bytes, not {value!r}")

@@ -1,0 +1,217 @@
+"""Which boxes of a leaf to read, and what to make of them: a leaf of the wanted type and sharding."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from flax_partial import part as kinds
+from flax_partial.arrays import dtype_of
+from flax_partial.chunks import Shape
+from flax_partial.errors import TargetMismatchError
+from flax_partial.part import Leaf
+from flax_partial.snapshot import is_leaf
+
+BoxRange = tuple[Shape, Shape]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How one leaf is read.
+
+    Attributes:
+      leaf: The leaf.
+      boxes: Start and shape of each box to read.
+      build: Makes the leaf's value from the data of the boxes.
+    """
+
+    leaf: Leaf
+    boxes: Sequence[BoxRange]
+    build: Callable[[Sequence[np.ndarray]], Any]
+
+
+def as_saved(leaf: Leaf) -> Placement:
+    """Plans to read a leaf as the kind that was saved, on the default device.
+
+    Raises:
+      TargetMismatchError: JAX, as it is configured, has no such dtype.
+    """
+    if not leaf.is_array:
+        return Placement(leaf, (), lambda _: plain_value(leaf))
+    builders: dict[str, Callable[[np.ndarray], Any]] = {
+        kinds.JAX_ARRAY: jax.device_put,
+        kinds.NUMPY_ARRAY: lambda array: array,
+        kinds.NUMPY_SCALAR: lambda array: array[()],
+        kinds.SCALAR: lambda array: array.item(),
+        kinds.PRNG_KEY: lambda array: _key(leaf, array),
+    }
+    if leaf.kind == kinds.JAX_ARRAY:
+        problem = _unknown_to_jax(leaf, dtype_of(leaf))
+        if problem:
+            raise TargetMismatchError(problem)
+    build = builders[leaf.kind]
+    return Placement(leaf, _whole(leaf), lambda data: build(data[0]))
+
+
+def plain_value(leaf: Leaf) -> Any:
+    """The value of a leaf without array data."""
+    values = {kinds.NONE: None, kinds.DICT: {}, kinds.LIST: [], kinds.STRING: leaf.text}
+    return values.get(leaf.kind, ())
+
+
+def as_target(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
+    """Plans to read a leaf as what stands in the target at its place; a string says why not."""
+    if isinstance(target, (str, type(None))) or is_leaf(target):
+        return _as_plain(leaf, target)
+    if not leaf.is_array:
+        return f"{leaf.name!r} is {leaf.kind} in the checkpoint, {_said(target)} in the target"
+    if isinstance(target, (bool, int, float, complex)):
+        return _as_number(leaf, target, cast=cast)
+    if not (hasattr(target, "shape") and hasattr(target, "dtype")):
+        return f"{leaf.name!r}: the target has {_said(target)}, which no checkpoint can hold"
+    is_key = jax.dtypes.issubdtype(target.dtype, jax.dtypes.prng_key)
+    if is_key != (leaf.kind == kinds.PRNG_KEY):
+        return _differ(leaf, target)
+    return _as_key(leaf, target) if is_key else _as_array(leaf, target, cast=cast)
+
+
+def key_shape_and_dtype(leaf: Leaf) -> tuple[Shape, str]:
+    """Shape and dtype name of the PRNG key array whose data a leaf holds."""
+    try:
+        key = jax.eval_shape(
+            lambda data: jax.random.wrap_key_data(data, impl=leaf.text),
+            jax.ShapeDtypeStruct(leaf.shape, np.uint32),
+        )
+    except (ValueError, TypeError):  # an implementation that is not registered here
+        return leaf.shape, f"key<{leaf.text}>"
+    return key.shape, str(key.dtype)
+
+
+def _whole(leaf: Leaf) -> tuple[BoxRange]:
+    return (((0,) * len(leaf.shape), leaf.shape),)
+
+
+def _said(target: object) -> str:
+    if hasattr(target, "shape") and hasattr(target, "dtype"):
+        return f"{target.dtype}{list(target.shape)}"
+    return repr(target) if is_leaf(target) else type(target).__name__
+
+
+def _differ(leaf: Leaf, target: Any) -> str:
+    shape, dtype = leaf.shape, leaf.dtype
+    if leaf.kind == kinds.PRNG_KEY:
+        shape, dtype = key_shape_and_dtype(leaf)
+    return (
+        f"{leaf.name!r} is {dtype}{list(shape)} in the checkpoint, {_said(target)} in the target"
+    )
+
+
+def _as_plain(leaf: Leaf, target: Any) -> Placement | str:
+    fits = leaf.kind == kinds.STRING if isinstance(target, str) else _is_same_empty(leaf, target)
+    if not fits:
+        return f"{leaf.name!r} is {leaf.kind} in the checkpoint, {_said(target)} in the target"
+    value = leaf.text if isinstance(target, str) else target
+    return Placement(leaf, (), lambda _: value)
+
+
+def _is_same_empty(leaf: Leaf, target: object) -> bool:
+    if target is None or hasattr(target, "_fields"):  # Orbax does not tell these two apart
+        return leaf.kind in (kinds.NONE, kinds.NAMED_TUPLE)
+    if isinstance(target, (list, tuple)):
+        return leaf.kind in (kinds.LIST, kinds.TUPLE)
+    return leaf.kind == kinds.DICT
+
+
+def _as_number(leaf: Leaf, target: complex, *, cast: bool) -> Placement | str:
+    wanted = type(target)
+    families = {bool: "b", int: "iu", float: "f", complex: "c"}
+    family = next(letters for kind, letters in families.items() if isinstance(target, kind))
+    kind = _family(dtype_of(leaf))
+    if leaf.shape or leaf.kind == kinds.PRNG_KEY or (kind not in family and not cast):
+        return _differ(leaf, target)
+    return Placement(leaf, _whole(leaf), lambda data: wanted(data[0].item()))
+
+
+def _family(dtype: np.dtype[Any]) -> str:
+    if jax.dtypes.issubdtype(dtype, np.floating):
+        return "f"
+    return "i" if jax.dtypes.issubdtype(dtype, np.integer) else dtype.kind
+
+
+def _as_key(leaf: Leaf, target: Any) -> Placement | str:
+    if key_shape_and_dtype(leaf) != (tuple(target.shape), str(target.dtype)):
+        return _differ(leaf, target)
+    sharding = getattr(target, "sharding", None)
+
+    def build(data: Sequence[np.ndarray]) -> jax.Array:
+        key = _key(leaf, data[0])
+        return key if sharding is None else jax.device_put(key, sharding)
+
+    return Placement(leaf, _whole(leaf), build)
+
+
+def _key(leaf: Leaf, data: np.ndarray) -> jax.Array:
+    return jax.random.wrap_key_data(jax.device_put(data), impl=leaf.text)
+
+
+def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
+    dtype = np.dtype(target.dtype)
+    if leaf.shape != tuple(target.shape) or (dtype_of(leaf) != dtype and not cast):
+        return _differ(leaf, target)
+    if isinstance(target, (np.ndarray, np.generic)):
+        is_scalar = isinstance(target, np.generic)
+
+        def build(data: Sequence[np.ndarray]) -> Any:
+            array = data[0].astype(dtype, copy=False)
+            return array[()] if is_scalar else array
+
+        return Placement(leaf, _whole(leaf), build)
+    problem = _unknown_to_jax(leaf, dtype)
+    if problem:
+        return problem
+    sharding = getattr(target, "sharding", None)
+    if sharding is None or isinstance(sharding, SingleDeviceSharding):
+        return Placement(
+            leaf,
+            _whole(leaf),
+            lambda data: jax.device_put(data[0].astype(dtype, copy=False), sharding),
+        )
+    return _as_sharded(leaf, dtype, sharding)
+
+
+def _unknown_to_jax(leaf: Leaf, dtype: np.dtype[Any]) -> str | None:
+    if jax.dtypes.canonicalize_dtype(dtype) == dtype:
+        return None
+    return (
+        f"{leaf.name!r} is a jax.Array of {dtype}, and JAX would make it "
+        f"{jax.dtypes.canonicalize_dtype(dtype)}: set jax_enable_x64, or load it into a NumPy array"
+    )
+
+
+def _as_sharded(leaf: Leaf, dtype: np.dtype[Any], sharding: Sharding) -> Placement | str:
+    try:
+        indices = sharding.addressable_devices_indices_map(leaf.shape)
+        sharding.shard_shape(leaf.shape)
+    except ValueError as error:
+        return f"{leaf.name!r}: the target's sharding does not fit: {error}"
+    boxes: dict[BoxRange, list[jax.Device]] = {}  # replicas of a box are read once
+    for device, index in indices.items():
+        cuts = [cut.indices(size) for cut, size in zip(index or (), leaf.shape, strict=True)]
+        box = tuple(cut[0] for cut in cuts), tuple(cut[1] - cut[0] for cut in cuts)
+        boxes.setdefault(box, []).append(device)
+
+    def build(data: Sequence[np.ndarray]) -> jax.Array:
+        shards = [
+            jax.device_put(
+                array.astype(dtype, copy=False),
+                SingleDeviceSharding(device, memory_kind=sharding.memory_kind),
+            )
+            for array, devices in zip(data, boxes.values(), strict=True)
+            for device in devices
+        ]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+    return Placement(leaf, tuple(boxes), build)

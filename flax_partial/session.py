@@ -1,0 +1,423 @@
+"""Saving: how a state becomes a committed part, and what this process knows of each session.
+
+A save claims its leaves, takes a snapshot, writes a part beside all others, and commits it. It looks
+at nothing that other processes wrote: its cost is that of its own leaves. While it is under way it
+holds a shared lock on the session, so that finalize and abort wait for it.
+"""
+
+import contextlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jax import tree_util
+
+from flax_partial import arrays, keypaths, processes, snapshot, storage, workers
+from flax_partial.errors import CorruptCheckpointError, EmptyStateError, NoSessionError
+from flax_partial.ledger import Ledger
+from flax_partial.options import SaveOptions
+from flax_partial.part import Leaf, Part, check_json, decode_part, encode_part
+from flax_partial.reports import SaveReport
+from flax_partial.snapshot import Described
+from flax_partial.storage import CheckpointPath
+
+PathLike = str | os.PathLike[str]
+
+_DEFAULTS = SaveOptions()
+_budget = snapshot.MemoryBudget()
+
+
+def save(
+    path: PathLike,
+    state: Any,
+    *,
+    custom_metadata: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    options: SaveOptions | None = None,
+) -> SaveReport:
+    """Adds a state to the unfinished checkpoint of `path`, and returns when it is durable.
+
+    Args:
+      path: Where the finalized checkpoint will be; until then parts wait in `<path>.partial_save`.
+      state: Any JAX pytree. Leaves: `jax.Array`, `np.ndarray`, NumPy scalars, typed PRNG keys,
+        bool, int, float, complex, str, None, empty containers, `Slice`.
+      custom_metadata: JSON values under string keys. Those of several saves merge deeply; the later
+        value wins.
+      replace: Whether leaves that the session holds already are replaced; an error otherwise.
+        Replacing some rows of a leaf that is saved in `Slice`s means saving all of them again.
+      options: How to write it.
+
+    Returns:
+      What was committed, and how long it took.
+
+    Raises:
+      CheckpointExistsError: A finalized checkpoint, or something else, is at `path`.
+      KeyConflictError: A leaf is in the session already, or cannot stand beside others in one tree.
+      UnsupportedLeafError: No checkpoint can hold some leaf, key, or value of `custom_metadata`.
+      EmptyStateError: `state` has no leaves.
+      OSError: Writing failed. Like after every other error, the session is as it was before.
+    """
+    saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS)
+    return saving.run()
+
+
+def save_async(
+    path: PathLike,
+    state: Any,
+    *,
+    custom_metadata: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    options: SaveOptions | None = None,
+) -> workers.SaveHandle:
+    """Like `save`, but returns as soon as the caller may donate, delete or overwrite its arrays.
+
+    It waits for no computation. Any number may be in flight, from any threads. An error of writing
+    is raised by the handle; if nobody asks it, by the next call on the same path.
+
+    Args:
+      path: As for `save`.
+      state: As for `save`.
+      custom_metadata: As for `save`.
+      replace: As for `save`.
+      options: As for `save`; `max_inflight_bytes` bounds what waits to be written.
+
+    Returns:
+      A handle with the interface of `concurrent.futures.Future`; its result is a `SaveReport`.
+
+    Raises:
+      CheckpointExistsError: As for `save`; so are the other errors about what is passed.
+    """
+    saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS)
+    try:
+        saving.detach()
+    except BaseException:
+        saving.give_up()
+        raise
+    handle = workers.SaveHandle()
+    saving.session.track(handle)
+    workers.saving.submit(lambda: handle.run(saving.run))
+    return handle
+
+
+def _prepare(
+    path: PathLike,
+    state: Any,
+    custom_metadata: Mapping[str, Any] | None,
+    replace: bool,  # noqa: FBT001 - the public functions name it
+    options: SaveOptions,
+) -> "_Saving":
+    """Checks everything that a caller can get wrong, then enters the session and claims leaves."""
+    started = time.perf_counter()
+    where = storage.resolve(path)
+    if not isinstance(options, SaveOptions):
+        raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
+    metadata = check_json(custom_metadata)
+    described = _describe(state, options)
+    session = session_of(where)
+    session.raise_unseen()
+    lock = storage.lock_for_saving(where)
+    try:
+        session.enter(lock, durable=options.durable)
+        leaves, time_ns = session.claim([one.leaf for one in described], replace=replace)
+    except BaseException:
+        lock.release()
+        raise
+    return _Saving(session, lock, described, leaves, time_ns, metadata, options, started)
+
+
+def _describe(state: Any, options: SaveOptions) -> list[Described]:
+    flat, _ = tree_util.tree_flatten_with_path(state, is_leaf=snapshot.is_leaf)
+    if not flat or (len(flat) == 1 and not flat[0][0] and snapshot.is_leaf(flat[0][1])):
+        raise EmptyStateError(f"state {state!r} has no leaves: there is nothing to save.")
+    return [
+        snapshot.describe(
+            keypaths.from_jax(path),
+            value,
+            chunk_bytes=options.chunk_bytes,
+            compression=options.compression,
+        )
+        for path, value in flat
+    ]
+
+
+class _Saving:
+    """One save on its way. It ends in `run` or `give_up`, which give back all that it holds."""
+
+    def __init__(
+        self,
+        session: "Session",
+        lock: storage.SessionLock,
+        described: list[Described],
+        leaves: list[Leaf],
+        time_ns: int,
+        custom_metadata: dict[str, Any],
+        options: SaveOptions,
+        started: float,
+    ) -> None:
+        self.session = session
+        self._lock = lock
+        self._described = described
+        self._leaves = leaves
+        self._options = options
+        self._started = started
+        self._part = Part(
+            process=processes.index(),
+            time_ns=time_ns,
+            custom_metadata=custom_metadata,
+            leaves=(),
+            bytes=sum(one.bytes for one in described),
+        )
+        self._name = f"part.{time_ns:019d}.p{self._part.process}.{uuid.uuid4().hex[:12]}"
+        self._blocked_secs: float | None = None
+        self._budget_secs = 0.0
+        self._budget_bytes = 0
+
+    def detach(self) -> None:
+        """Makes what is to be written safe from the caller, within the memory budget."""
+        limit = self._options.max_inflight_bytes
+        self._budget_secs = _budget.acquire(self._part.bytes, limit=limit)
+        self._budget_bytes = self._part.bytes
+        self._described = snapshot.detach(self._described)
+        self._blocked_secs = time.perf_counter() - self._started
+
+    def run(self) -> SaveReport:
+        """Writes and commits the part."""
+        began = time.perf_counter()
+        try:
+            if self.session.is_aborted:
+                raise NoSessionError(
+                    f"The session of {self.session.where.final} was aborted before this part of "
+                    "it was written."
+                )
+            self._write()
+        except BaseException:
+            self.give_up()
+            raise
+        self._give_back()
+        ended = time.perf_counter()
+        return SaveReport(
+            path=self.session.where.final,
+            part=self._name,
+            leaves=len(self._leaves),
+            bytes=self._part.bytes,
+            blocked_secs=ended - self._started if self._blocked_secs is None else self._blocked_secs,
+            budget_secs=self._budget_secs,
+            write_secs=ended - began,
+            committed_at=time.time(),
+        )
+
+    def _write(self) -> None:
+        directory = storage.create_part(self.session.where, self._name)
+        data = [
+            (leaf, [snapshot.to_host(source) for source in one.sources])
+            for leaf, one in zip(self._leaves, self._described, strict=True)
+        ]
+        written = arrays.write_part(directory, data, checksum=self._options.checksum)
+        table = encode_part(replace(self._part, leaves=tuple(written)))
+        storage.commit_part(directory, table, durable=self._options.durable)
+
+    def give_up(self) -> None:
+        """Leaves the session as it was before this save."""
+        self.session.release(self._leaves)
+        with contextlib.suppress(OSError):
+            storage.remove_part(self.session.where, self._name)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self._described = []
+        self._lock.release()
+        if self._budget_bytes:
+            _budget.release(self._budget_bytes)
+            self._budget_bytes = 0
+
+
+class Session:
+    """What this process knows of the unfinished checkpoint at one path."""
+
+    def __init__(self, where: CheckpointPath) -> None:
+        self.where = where
+        self.is_aborted = False
+        self._lock = threading.Lock()
+        self._ledger = Ledger()
+        self._anchor = -1  # a descriptor of the directory: while it is open its inode is not reused
+        self._identity: tuple[int, int] | None = None
+        self._last_time_ns = 0
+        self._handles: set[workers.SaveHandle] = set()
+        self._failed: list[workers.SaveHandle] = []
+
+    def track(self, handle: workers.SaveHandle) -> None:
+        """Remembers a save in flight until it is done, and one that failed until that is known."""
+        with self._lock:
+            self._handles.add(handle)
+        handle.add_done_callback(self._untrack)
+
+    def _untrack(self, handle: Any) -> None:
+        with self._lock:
+            self._handles.discard(handle)
+            if handle.has_failed:
+                self._failed.append(handle)
+
+    def wait(self) -> None:
+        """Waits for the saves in flight that this process had when it was called."""
+        with self._lock:
+            handles = list(self._handles)
+        wait(handles)
+
+    def raise_unseen(self) -> None:
+        """Raises the error of a background save that nobody has asked for, once."""
+        with self._lock:
+            failed, self._failed = self._failed, []
+        errors = [error for handle in failed if (error := handle.unseen_error())]
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"And another save of this session failed: {other!r}")
+            errors[0].add_note(f"It was a save_async to {self.where.final} that failed.")
+            raise errors[0]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing in flight, and no error to tell."""
+        return not self._handles and not self._failed
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the directory that this is about is gone."""
+        current = storage.identity(self.where.session)
+        return self.is_idle and (current is None or current != self._identity)
+
+    def enter(self, lock: storage.SessionLock, *, durable: bool) -> None:
+        """Makes the ledger that of the locked directory, which may be new since the last save."""
+        with self._lock:
+            if lock.identity == self._identity:
+                return
+            storage.prepare_session(self.where, durable=durable)
+            self._close_anchor()
+            self._ledger = Ledger()
+            for part in read_parts(self.where, process=processes.index()).values():
+                self._ledger.load(part)
+            self._anchor = lock.duplicate()
+            self._identity = lock.identity
+
+    def claim(self, leaves: Sequence[Leaf], *, replace: bool) -> tuple[list[Leaf], int]:
+        """Claims leaves; returns them in their generations, and the save's time in nanoseconds."""
+        with self._lock:
+            visible = _VisibleGenerations(self.where)
+            claimed = self._ledger.claim(leaves, replace=replace, visible=visible.of)
+            self._last_time_ns = max(time.time_ns(), self._last_time_ns + 1)
+            return claimed, self._last_time_ns
+
+    def release(self, leaves: Sequence[Leaf]) -> None:
+        """Takes back the claims of a save that failed."""
+        with self._lock:
+            self._ledger.release(leaves)
+
+    def close(self) -> None:
+        """Forgets everything but what is in flight."""
+        with self._lock:
+            self._close_anchor()
+            self._ledger = Ledger()
+
+    def _close_anchor(self) -> None:
+        anchor, self._anchor, self._identity = self._anchor, -1, None
+        if anchor >= 0:
+            os.close(anchor)
+
+
+class _VisibleGenerations:
+    """Largest generation of each leaf in a session's parts, read from disk when first asked for."""
+
+    def __init__(self, where: CheckpointPath) -> None:
+        self._where = where
+        self._largest: dict[str, int] | None = None
+
+    def of(self, name: str) -> int:
+        """Returns -1 for a leaf that no part holds."""
+        if self._largest is None:
+            self._largest = {}
+            for part in read_parts(self._where).values():
+                for leaf in part.leaves:
+                    known = self._largest.get(leaf.name, -1)
+                    self._largest[leaf.name] = max(known, leaf.generation)
+        return self._largest.get(name, -1)
+
+
+_sessions: dict[Path, Session] = {}
+_sessions_lock = threading.Lock()
+
+
+def _forget_all() -> None:
+    """A forked child has none of its parent's threads: nothing of this is in flight there."""
+    global _sessions_lock, _budget  # noqa: PLW0603
+    _sessions_lock, _budget = threading.Lock(), snapshot.MemoryBudget()
+    _sessions.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+def session_of(where: CheckpointPath) -> Session:
+    """Returns what this process knows of a session; drops what it knows of sessions now gone."""
+    with _sessions_lock:
+        session = _sessions.get(where.final)
+        if session is None:
+            for final, other in list(_sessions.items()):
+                if other.is_stale:
+                    other.close()
+                    del _sessions[final]
+            session = _sessions[where.final] = Session(where)
+        return session
+
+
+def forget(session: Session, *, for_good: bool = False) -> None:
+    """Forgets a session that was finalized; one that was aborted, with what is in flight."""
+    session.close()
+    with _sessions_lock:
+        is_known = _sessions.get(session.where.final) is session
+        if is_known and (session.is_idle or for_good):
+            del _sessions[session.where.final]
+
+
+def read_parts(
+    where: CheckpointPath,
+    *,
+    process: int | None = None,
+    known: Mapping[str, Part] | None = None,
+    torn: list[str] | None = None,
+) -> dict[str, Part]:
+    """Reads the committed parts of a session.
+
+    Args:
+      where: The session.
+      process: Only the parts of this process.
+      known: Parts read before, by name: a committed part never changes.
+      torn: Where to put the names of the directories that are not committed parts.
+
+    Returns:
+      Name of each part -> its table of contents.
+    """
+    parts = {}
+    for name in storage.part_names(where):
+        if process is not None and f".p{process}." not in name:
+            continue
+        part = (known or {}).get(name) or _read_part(where, name)
+        if part is not None:
+            parts[name] = part
+        elif torn is not None:
+            torn.append(name)
+    return parts
+
+
+def _read_part(where: CheckpointPath, name: str) -> Part | None:
+    path = where.state / name / storage.PART_TABLE
+    data = storage.read(path)
+    if data is None:
+        return None
+    with contextlib.suppress(CorruptCheckpointError):
+        return decode_part(data, where=str(path))
+    return None

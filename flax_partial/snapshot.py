@@ -1,0 +1,378 @@
+"""Leaves of a state -> boxes in host memory that survive what the caller does next.
+
+`describe` says what a leaf is and which boxes of it this process has to write, without touching
+data. `detach` makes boxes the caller's no longer: after it, arrays may be donated, deleted or
+written over. It waits for no computation. `to_host` gives the data, and may wait.
+
+Arrays are taken shard by shard, each box once (the shard that is replica 0): no array is ever
+assembled.
+"""
+
+import operator
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+
+from flax_partial import part as kinds
+from flax_partial.arrays import STORABLE_DTYPES
+from flax_partial.chunks import Shape, choose_chunk_shape
+from flax_partial.errors import UnsupportedLeafError
+from flax_partial.keypaths import KeyPath
+from flax_partial.part import Box, Leaf
+
+# A copy of a small ready array costs 2-20 us; a view of it would make a later donation copy instead.
+_COPIED_BYTES = 64 * 1024
+_PINNED_HOST = "pinned_host"
+
+Source = np.ndarray | jax.Array
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Rows of a leaf that is saved piece by piece, such as one layer of a stacked `[layers, ...]`.
+
+    On disk, and when loaded, the leaf is one ordinary array.
+
+    Attributes:
+      value: `jax.Array` or `np.ndarray`; holds rows `start : start + value.shape[axis]`.
+      start: First row that `value` holds.
+      size: Number of rows of the whole leaf.
+      axis: The axis that is cut; negative counts from the end.
+    """
+
+    value: Any
+    start: int
+    size: int
+    axis: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A leaf and where the data of its boxes is.
+
+    Attributes:
+      leaf: What it is, with the boxes that this process has to write, without digests.
+      sources: The data of each box: host arrays, or arrays on a single device.
+      is_ours: Whether the sources were made here, so that nobody else can change them.
+    """
+
+    leaf: Leaf
+    sources: Sequence[Source] = ()
+    is_ours: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data of all boxes."""
+        return sum(source.nbytes for source in self.sources)
+
+
+def is_leaf(node: object) -> bool:
+    """Whether a node that JAX does not take for a leaf is one here: None, and empty containers."""
+    return node is None or (isinstance(node, (list, tuple, Mapping)) and not node)
+
+
+def describe(
+    path: KeyPath, value: object, *, chunk_bytes: int, compression: str | None
+) -> Described:
+    """Says how a leaf is stored; touches no data and waits for nothing.
+
+    Args:
+      path: Where it stands in the tree.
+      value: The leaf.
+      chunk_bytes: Wanted size of a chunk, in bytes.
+      compression: Codec of its chunks.
+
+    Raises:
+      UnsupportedLeafError: No checkpoint can hold the value.
+    """
+    if isinstance(value, (jax.Array, np.ndarray, np.generic, Slice)):
+        return _describe_array(path, value, chunk_bytes, compression)
+    if isinstance(value, (bool, int, float, complex)):
+        return _describe_scalar(path, value)
+    if isinstance(value, str):
+        _require_utf8(path, value)
+        return Described(Leaf(path, kinds.STRING, text=value))
+    if value is None:
+        return Described(Leaf(path, kinds.NONE))
+    if is_leaf(value):
+        return Described(Leaf(path, _empty_kind(value)))
+    raise _unsupported(
+        path,
+        f"is a {type(value).__module__}.{type(value).__qualname__}",
+        "Leaves are arrays, numbers, strings and None; convert it, for example with np.asarray(), "
+        "or leave it out.",
+    )
+
+
+def _unsupported(path: KeyPath, what: str, way_out: str) -> UnsupportedLeafError:
+    return UnsupportedLeafError(f"Leaf {path.name!r} {what}, which cannot be saved. {way_out}")
+
+
+def _empty_kind(value: object) -> str:
+    if isinstance(value, Mapping):
+        return kinds.DICT
+    if isinstance(value, list):
+        return kinds.LIST
+    return kinds.NAMED_TUPLE if hasattr(value, "_fields") else kinds.TUPLE
+
+
+def _require_utf8(path: KeyPath, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _unsupported(path, "holds a lone surrogate", "Encode the text first.") from error
+
+
+def _describe_scalar(path: KeyPath, value: complex) -> Described:
+    try:
+        array = _scalar_array(value)
+    except OverflowError as error:
+        raise _unsupported(
+            path, f"is {value}", "Integers go from -2**63 to 2**64 - 1; save a string instead."
+        ) from error
+    leaf = Leaf(path, kinds.SCALAR, array.dtype.name, boxes=(Box((), ()),))
+    return Described(leaf, (array,), is_ours=True)
+
+
+def _scalar_array(value: complex) -> np.ndarray:
+    if isinstance(value, bool):
+        return np.array(value)
+    if isinstance(value, int):
+        return np.array(value, np.int64 if value < 2**63 else np.uint64)
+    return np.array(value, np.float64 if isinstance(value, float) else np.complex128)
+
+
+def _describe_array(
+    path: KeyPath, value: Any, chunk_bytes: int, compression: str | None
+) -> Described:
+    cut = None
+    if isinstance(value, Slice):
+        cut, value = value, value.value
+    if isinstance(value, jax.Array):
+        kind, text, value = _jax_kind(path, value)
+    elif isinstance(value, (np.ndarray, np.generic)):
+        kind = kinds.NUMPY_ARRAY if isinstance(value, np.ndarray) else kinds.NUMPY_SCALAR
+        text, value = "", _native(path, value)
+    else:
+        raise _unsupported(path, f"is a Slice of a {type(value).__name__}", "Slice arrays only.")
+    if value.dtype.name not in STORABLE_DTYPES:
+        raise _unsupported(
+            path,
+            f"has dtype {value.dtype.name}",
+            f"Convert it to one of: {', '.join(sorted(STORABLE_DTYPES))}.",
+        )
+    shape, axis, offset = _placement(path, value.shape, cut)
+    placed, unit, sharding = _boxes(value, axis)
+    chunk = choose_chunk_shape(
+        shape,
+        unit=unit,
+        pinned=frozenset() if axis is None else frozenset((axis,)),
+        itemsize=value.dtype.itemsize,
+        target_bytes=chunk_bytes,
+    )
+    leaf = Leaf(
+        path,
+        kind,
+        value.dtype.name,
+        shape,
+        chunk,
+        compression=compression,
+        sharding=sharding,
+        text=text,
+        boxes=tuple(Box(_moved(start, axis, offset), source.shape) for start, source in placed),
+    )
+    return Described(leaf, tuple(source for _, source in placed))
+
+
+def _jax_kind(path: KeyPath, value: jax.Array) -> tuple[str, str, jax.Array]:
+    if isinstance(value, jax.core.Tracer):
+        raise _unsupported(path, "is being traced", "Save outside of jit, grad and vmap.")
+    if value.is_deleted():
+        raise _unsupported(
+            path, "was deleted or donated", "Save it before the call that donates it."
+        )
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return kinds.PRNG_KEY, str(jax.random.key_impl(value)), jax.random.key_data(value)
+    return kinds.JAX_ARRAY, "", value
+
+
+def _native(path: KeyPath, value: np.ndarray | np.generic) -> np.ndarray:
+    if isinstance(value, np.ma.MaskedArray):
+        raise _unsupported(path, "is a masked array", "Save its data and its mask.")
+    array = np.asarray(value)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
+def _placement(path: KeyPath, shape: Shape, cut: Slice | None) -> tuple[Shape, int | None, int]:
+    """Returns the leaf's global shape, the axis that is cut, and the first row held along it."""
+    if cut is None:
+        return shape, None, 0
+    try:
+        start, size, axis = map(operator.index, (cut.start, cut.size, cut.axis))
+        axis = range(len(shape))[axis]
+    except (TypeError, IndexError) as error:
+        raise _unsupported(
+            path,
+            f"is a Slice with start={cut.start!r}, size={cut.size!r}, axis={cut.axis!r} of an "
+            f"array of shape {shape}",
+            "start and size are integers, and axis is one of the array's.",
+        ) from error
+    if start < 0 or start + shape[axis] > size or not shape[axis]:
+        raise _unsupported(
+            path,
+            f"is a Slice of rows {start} to {start + shape[axis]} of {size}",
+            "Give at least one row, all of them inside the leaf.",
+        )
+    return (*shape[:axis], size, *shape[axis + 1 :]), axis, start
+
+
+def _moved(start: Shape, axis: int | None, offset: int) -> Shape:
+    if axis is None:
+        return start
+    return (*start[:axis], start[axis] + offset, *start[axis + 1 :])
+
+
+def _boxes(
+    value: Source, axis: int | None
+) -> tuple[list[tuple[Shape, Source]], Shape, dict[str, Any] | None]:
+    """Returns the boxes to write, each its start and data; the shape of a shard; the sharding."""
+    origin = (0,) * value.ndim
+    if isinstance(value, np.ndarray):
+        return [(origin, value)], value.shape, None
+    sharding = value.sharding
+    if isinstance(sharding, SingleDeviceSharding):
+        return [(origin, value)], value.shape, _sharding_json(sharding, axis)
+    shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
+    placed = [(tuple(cut.start or 0 for cut in shard.index), shard.data) for shard in shards]
+    return placed, sharding.shard_shape(value.shape), _sharding_json(sharding, axis)
+
+
+@lru_cache(maxsize=1024)
+def _sharding_json(sharding: Sharding, axis: int | None) -> dict[str, Any]:
+    """Returns a sharding in Orbax's terms; `axis` is cut into rows, so not sharded as a whole."""
+    devices = sharding.device_set
+    if not isinstance(sharding, NamedSharding):
+        device = min(devices, key=lambda device: device.id)
+        number = _device_number(device, is_local=True)
+        return {
+            "sharding_type": "SingleDeviceSharding",
+            "device_str": f"{device.platform}:{number}",
+        }
+    mesh = sharding.mesh
+    is_local = len({device.process_index for device in devices}) == 1
+    numbers = np.vectorize(lambda device: {"id": _device_number(device, is_local=is_local)})
+    spec = [None if i == axis else _axes_json(axes) for i, axes in enumerate(sharding.spec)]
+    return {
+        "sharding_type": "NamedSharding",
+        "shape": list(mesh.devices.shape),
+        "axis_names": list(mesh.axis_names),
+        "axis_types": [f"AxisType.{axis_type.name}" for axis_type in mesh.axis_types],
+        "partition_spec": spec,
+        "device_mesh": {"mesh": numbers(mesh.devices).tolist()},
+    }
+
+
+def _axes_json(axes: object) -> object:
+    return list(axes) if isinstance(axes, tuple) else axes if isinstance(axes, str) else None
+
+
+def _device_number(device: jax.Device, *, is_local: bool) -> int:
+    """A device of one process among several has a number that no other run would know."""
+    if is_local and jax.process_count() > 1:
+        return int(device.local_hardware_id)
+    return int(device.id)
+
+
+def detach(described: Sequence[Described]) -> list[Described]:
+    """Makes the sources safe from donation, deletion and overwriting, without waiting for them.
+
+    Small arrays that are ready are copied. On a CPU, a large one that is ready is viewed, which is
+    free, and makes a donation that comes while it lives copy. Everything else is transferred to
+    pinned host memory, a true copy that is issued at once and done when the array is computed.
+    """
+    slots = [list(one.sources) for one in described]
+    transfers: list[tuple[int, int]] = []
+    for i, one in enumerate(described):
+        for j, source in enumerate(one.sources):
+            if isinstance(source, np.ndarray):
+                slots[i][j] = source if one.is_ours else source.copy(order="C")
+            elif not _taken_on_host(source):
+                transfers.append((i, j))
+            else:
+                view = np.asarray(source)
+                slots[i][j] = view.copy() if view.nbytes <= _COPIED_BYTES else view
+    for (i, j), copy in zip(transfers, _transferred([slots[i][j] for i, j in transfers]), strict=True):
+        slots[i][j] = copy
+    return [
+        Described(one.leaf, tuple(sources), is_ours=True)
+        for one, sources in zip(described, slots, strict=True)
+    ]
+
+
+def _taken_on_host(source: jax.Array) -> bool:
+    """Whether NumPy can take the array without waiting for a computation or a transfer."""
+    device = _device_of(source)
+    if not _has_pinned_host(device):
+        return True
+    return device.platform == "cpu" and source.is_ready()
+
+
+def _transferred(sources: list[Any]) -> list[jax.Array]:
+    if not sources:
+        return []
+    targets = [
+        SingleDeviceSharding(_device_of(source), memory_kind=_PINNED_HOST) for source in sources
+    ]
+    # An array that lives in pinned memory already would otherwise be passed on as it is.
+    return list(jax.device_put(sources, targets, may_alias=False))
+
+
+def _device_of(source: jax.Array) -> jax.Device:
+    (device,) = source.sharding.device_set
+    return device
+
+
+@lru_cache(maxsize=1024)
+def _has_pinned_host(device: jax.Device) -> bool:
+    return any(memory.kind == _PINNED_HOST for memory in device.addressable_memories())
+
+
+def to_host(source: Source) -> np.ndarray:
+    """Returns a box's data in C order; waits until it is computed and transferred."""
+    return np.asarray(source, order="C")
+
+
+class MemoryBudget:
+    """Bytes that snapshots waiting to be written hold, in this process."""
+
+    def __init__(self) -> None:
+        self._held = 0
+        self._changed = threading.Condition()
+
+    def acquire(self, size: int, *, limit: int | None) -> float:
+        """Waits until `size` more bytes fit under `limit`; returns the seconds that it took.
+
+        What is larger than the limit by itself waits until it is alone.
+        """
+        started = time.perf_counter()
+        limit = sys.maxsize if limit is None else limit
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + size <= limit)
+            self._held += size
+        return time.perf_counter() - started
+
+    def release(self, size: int) -> None:
+        """Gives bytes back."""
+        with self._changed:
+            self._held -= size
+            self._changed.notify_all()

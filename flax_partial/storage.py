@@ -1,0 +1,401 @@
+"""The one module that touches files: paths, locks, atomic writes, commit, removal.
+
+A session is the directory `<checkpoint>.partial_save`. Whoever saves into it holds a shared `flock`
+on the directory itself, whoever finalizes or aborts an exclusive one; there is no lock file, and the
+kernel drops the lock of a process that dies. After waiting, the inode behind the path is compared
+with the one that was locked: the session may have been renamed away meanwhile.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flax_partial.errors import CheckpointExistsError, NoSessionError
+
+SESSION_SUFFIX = ".partial_save"
+PART_PREFIX = "part."
+PART_TABLE = "part.json"
+CONTENTS = "contents.json"
+STATE = "state"
+
+_ROOT_FILES = frozenset(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"))
+_STATE_FILES = frozenset(("_METADATA", "_sharding", "_strings.json", CONTENTS, "manifest.ocdbt"))
+_STATE_DIRECTORIES = frozenset(("array_metadatas", "d"))
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPath:
+    """Where a checkpoint is, or will be.
+
+    Attributes:
+      final: The finalized checkpoint; absolute, its parent without symbolic links.
+      session: The directory of the unfinished one.
+    """
+
+    final: Path
+    session: Path
+
+    @property
+    def state(self) -> Path:
+        """The session's directory of parts."""
+        return self.session / STATE
+
+
+def resolve(path: str | os.PathLike[str]) -> CheckpointPath:
+    """Takes the path of a checkpoint, or of its session, as a user gives it.
+
+    Raises:
+      TypeError: It is not a path of text.
+      ValueError: It has no last component that could name a checkpoint.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"path must be a str or an os.PathLike of str, not {type(text).__name__}")
+    parent, name = os.path.split(os.path.abspath(text))
+    name = name.removesuffix(SESSION_SUFFIX)
+    if not text or not name or "\0" in text:
+        raise ValueError(f"path {text!r} does not name a checkpoint: give a directory below a parent")
+    final = Path(os.path.realpath(parent), name)
+    return CheckpointPath(final, final.with_name(name + SESSION_SUFFIX))
+
+
+class SessionLock:
+    """A held `flock` on a session directory, with the directory's identity."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        status = os.fstat(descriptor)
+        self.identity = (status.st_dev, status.st_ino)
+
+    def release(self) -> None:
+        """Gives the lock back; a second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            # Closing would do, unless a forked child still had the descriptor.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+    def duplicate(self) -> int:
+        """Opens another descriptor of the directory, which holds no lock; the caller closes it."""
+        return os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._descriptor)
+
+
+def lock_for_saving(where: CheckpointPath) -> SessionLock:
+    """Creates the session if there is none, and locks it against finalize and abort.
+
+    Raises:
+      CheckpointExistsError: The finalized checkpoint is there, or something that is not a session.
+      OSError: The directory cannot be made.
+    """
+    while True:
+        require_absent(where)
+        try:
+            lock = _lock(where.session, fcntl.LOCK_SH)
+        except NotADirectoryError as error:
+            raise _not_a_session(where, "it is not a directory") from error
+        if lock is None:
+            _create_session(where)
+        elif os.path.lexists(where.final):
+            lock.release()
+        else:
+            return lock
+
+
+@contextmanager
+def locked_exclusively(where: CheckpointPath) -> Iterator[None]:
+    """Waits until nobody saves into the session, and keeps everybody out.
+
+    Raises:
+      NoSessionError: There is no session, or none any more.
+      CheckpointExistsError: What is at its place is not a directory.
+    """
+    try:
+        lock = _lock(where.session, fcntl.LOCK_EX)
+    except NotADirectoryError as error:
+        raise _not_a_session(where, "it is not a directory") from error
+    if lock is None:
+        raise no_session(where)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lock(directory: Path, kind: int) -> SessionLock | None:
+    """Returns None where there is no directory, before or after waiting for the lock."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, kind)
+        lock = SessionLock(descriptor)
+        if identity(directory) == lock.identity:
+            return lock
+    except BaseException:
+        os.close(descriptor)
+        raise
+    lock.release()
+    return None
+
+
+def identity(directory: Path) -> tuple[int, int] | None:
+    """Device and inode of a directory; None where there is none."""
+    try:
+        status = os.stat(directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _create_session(where: CheckpointPath) -> None:
+    os.makedirs(where.session.parent, exist_ok=True)
+    try:
+        os.mkdir(where.session)
+    except FileExistsError:
+        if not where.session.is_dir() or where.session.is_symlink():
+            raise _not_a_session(where, "it is not a directory") from None
+
+
+def prepare_session(where: CheckpointPath, *, durable: bool) -> None:
+    """Makes a locked session ready for this process's first part.
+
+    Every process does this once, whoever created the directories: only its own fsync of them is
+    known to have happened when its first save returns.
+
+    Raises:
+      CheckpointExistsError: The directory holds what is not a session's.
+    """
+    foreign = _foreign_entries(where)
+    if foreign:
+        raise _not_a_session(where, f"it holds {foreign[0]!r}")
+    os.makedirs(where.state, exist_ok=True)
+    if durable:
+        fsync_directory(where.session)
+        fsync_directory(where.session.parent)
+
+
+def _foreign_entries(where: CheckpointPath) -> list[str]:
+    known = _STATE_FILES | _STATE_DIRECTORIES
+    found = [name for name in listed(where.session) if name != STATE and name not in _ROOT_FILES]
+    found += [
+        f"{STATE}/{name}"
+        for name in listed(where.state)
+        if name not in known and not name.startswith(PART_PREFIX)
+    ]
+    return found
+
+
+def listed(directory: Path) -> list[str]:
+    """Returns the names in a directory, in no order; none where there is no directory."""
+    try:
+        return os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _not_a_session(where: CheckpointPath, why: str) -> CheckpointExistsError:
+    return CheckpointExistsError(
+        f"{where.session} is in the way: {why}, so it is not an unfinished checkpoint of "
+        "flax_partial. Move it away, or use another path."
+    )
+
+
+def no_session(where: CheckpointPath) -> NoSessionError:
+    """The error for a session that is not there."""
+    if os.path.lexists(where.final):
+        return NoSessionError(f"No unfinished checkpoint: {where.final} is finalized already.")
+    return NoSessionError(f"No unfinished checkpoint at {where.session}. Save something first.")
+
+
+def require_absent(where: CheckpointPath) -> None:
+    """Raises CheckpointExistsError if anything is at the final path."""
+    if os.path.lexists(where.final):
+        raise CheckpointExistsError(
+            f"{where.final} exists already, finalized or made by somebody else. "
+            "Use another path, or remove it first."
+        )
+
+
+def is_session(where: CheckpointPath) -> bool:
+    """Whether there is an unfinished checkpoint."""
+    return where.session.is_dir()
+
+
+def part_names(where: CheckpointPath) -> list[str]:
+    """Names of a session's part directories, torn ones included, oldest first."""
+    return part_names_in(where.state)
+
+
+def part_names_in(state: Path) -> list[str]:
+    """Names of the part directories in `state`, oldest first."""
+    return sorted(name for name in listed(state) if name.startswith(PART_PREFIX))
+
+
+def read(path: Path) -> bytes | None:
+    """Returns a file's bytes; None where there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def create_part(where: CheckpointPath, name: str) -> Path:
+    """Makes the directory of a part."""
+    directory = where.state / name
+    os.mkdir(directory)
+    return directory
+
+
+def commit_part(directory: Path, table: bytes, *, durable: bool) -> None:
+    """Commits a part: its data first, then its table of contents, whole or not at all.
+
+    The order matters in a power cut: a table that is durable before its data would
+    commit a corrupt part.
+    """
+    temporary = directory / (PART_TABLE + ".tmp")
+    if durable:
+        sync_database(directory)
+    _write(temporary, table, durable=durable)
+    os.rename(temporary, directory / PART_TABLE)
+    if durable:
+        fsync_directory(directory)
+        fsync_directory(directory.parent)
+
+
+def sync_database(directory: Path) -> None:
+    """Makes an OCDBT database durable: data files, their directory, then the manifest."""
+    data = directory / "d"
+    names = listed(data)
+    for name in names:
+        _fsync(data / name, os.O_RDONLY)
+    if names:
+        fsync_directory(data)
+    manifest = directory / "manifest.ocdbt"
+    if manifest.exists():
+        _fsync(manifest, os.O_RDONLY)
+
+
+def commit_checkpoint(
+    where: CheckpointPath, *, root_files: dict[str, bytes], contents: bytes
+) -> None:
+    """Writes the root files beside a durable root database, and renames the session. All durable.
+
+    Raises:
+      CheckpointExistsError: Something appeared at the final path; the session is left as it was.
+    """
+    files = {**root_files, f"{STATE}/{CONTENTS}": contents}
+    directories = {where.session, where.state}
+    for name, data in files.items():
+        path = where.session / name
+        if path.parent not in directories:
+            os.makedirs(path.parent, exist_ok=True)
+            directories.add(path.parent)
+        _write(path, data, durable=True)
+    sync_database(where.state)
+    for directory in sorted(directories, reverse=True):  # the inner ones first
+        fsync_directory(directory)
+    _rename_to_new(where.session, where.final)
+    fsync_directory(where.final.parent)
+
+
+def clear_root(where: CheckpointPath) -> None:
+    """Removes what an attempt to finalize left: files that are derived from the parts."""
+    for name in sorted(_ROOT_FILES):
+        (where.session / name).unlink(missing_ok=True)
+    for name in sorted(_STATE_FILES):
+        (where.state / name).unlink(missing_ok=True)
+    for name in sorted(_STATE_DIRECTORIES):
+        _remove_tree(where.state / name)
+
+
+def remove_part(where: CheckpointPath, name: str) -> None:
+    """Removes the directory of a torn part."""
+    _remove_tree(where.state / name)
+
+
+def remove_session(where: CheckpointPath) -> None:
+    """Drops a locked session: renamed away first, so that no half of it looks like a session.
+
+    Raises:
+      CheckpointExistsError: The directory holds what is not a session's; nothing is removed.
+    """
+    foreign = _foreign_entries(where)
+    if foreign:
+        raise _not_a_session(where, f"it holds {foreign[0]!r}")
+    remove_directory(where.session)
+
+
+def remove_directory(directory: Path) -> None:
+    """Removes a directory that others may be looking at: it disappears at once, then is deleted."""
+    doomed = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.deleted")
+    os.rename(directory, doomed)
+    fsync_directory(directory.parent)
+    _remove_tree(doomed)
+
+
+def _remove_tree(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        return
+
+
+def _write(path: Path, data: bytes, *, durable: bool) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        if durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Makes the names in a directory durable."""
+    _fsync(directory, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename_to_new(source: Path, target: Path) -> None:
+    """Renames without replacing anything: plain rename(2) would replace an empty directory."""
+    code = _renameat2(source, target)
+    if code in (errno.EINVAL, errno.ENOSYS):  # the file system, or the kernel, does not know it
+        if not os.path.lexists(target):
+            os.rename(source, target)
+            return
+        code = errno.EEXIST
+    if code == errno.EEXIST:
+        raise CheckpointExistsError(f"{target} exists already; the session {source} was kept.")
+    if code:
+        raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+
+def _renameat2(source: Path, target: Path) -> int:
+    """Returns the error number, 0 for success; ENOSYS where the C library has no such call."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return errno.ENOSYS
+    old, new = os.fsencode(source), os.fsencode(target)
+    if call(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_NOREPLACE) == 0:
+        return 0
+    return ctypes.get_errno()
