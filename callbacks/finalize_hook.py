@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +35,11 @@ class _Entry:
       checkpoint: The checkpoint.
       callbacks: Those that save into it, by state key; empty until the first of them is done.
       awaited: State keys of those that are not done; None until the first is.
-      ends_epoch: Whether it waits for the end of the epoch once it is closed.
     """
 
     checkpoint: PendingCheckpoint
     callbacks: dict[str, Participant]
     awaited: set[str] | None = None
-    ends_epoch: bool = False
 
 
 class FinalizeHook:
@@ -57,8 +55,8 @@ class FinalizeHook:
         self._entries: dict[Path, _Entry] = {}
         self._latest: PendingCheckpoint | None = None
         self._finished: list[tuple[PendingCheckpoint, CheckpointReport]] = []
-        self._worker: ThreadPoolExecutor | None = None
-        self._jobs: list[Future[None]] = []
+        self._worker: futures.ThreadPoolExecutor | None = None
+        self._jobs: list[futures.Future[None]] = []
 
     @property
     def reports(self) -> tuple[CheckpointReport, ...]:
@@ -111,6 +109,7 @@ class FinalizeHook:
 
     def recover(self, directory: Path) -> None:
         """Finalizes or drops what an ended run left unfinished in `directory`."""
+        futures.wait(self._jobs)
         with self._lock:
             live = set(self._entries)
         run_directory.recover(directory, live=live)
@@ -217,7 +216,9 @@ class FinalizeHook:
             del self._entries[entry.checkpoint.path]
             self._jobs = [job for job in self._jobs if not job.done()]
             if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="flax_partial_finalize")
+                self._worker = futures.ThreadPoolExecutor(
+                    1, thread_name_prefix="flax_partial_finalize"
+                )
             self._jobs.append(self._worker.submit(_run, work, entry, *arguments))
 
     def _finalize(self, entry: _Entry, metrics: Mapping[str, Any]) -> None:
@@ -228,7 +229,8 @@ class FinalizeHook:
             checkpoint.fail(error, callbacks)
             return
         if report is None:
-            self._drop_incomplete(checkpoint)
+            why = f"a save failed ({checkpoint.error})."
+            run_directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
             return
         self._finished.append((checkpoint, report))
         logger.info("Finalized %s: %d groups.", report.path, len(report.groups))
@@ -236,13 +238,10 @@ class FinalizeHook:
 
     def _drop(self, entry: _Entry) -> None:
         entry.checkpoint.wait()
-        run_directory.drop(entry.checkpoint.path, "its step never ended.")
-
-    def _drop_incomplete(self, checkpoint: PendingCheckpoint) -> None:
-        """A failure on the way to finalize may have left all groups there: `recover` decides."""
-        why = run_directory.lacking(checkpoint.path, checkpoint.step)
-        if why is not None:
-            run_directory.drop(checkpoint.path, f"{why} ({checkpoint.error}).")
+        checkpoint = entry.checkpoint
+        run_directory.drop_unless_complete(
+            checkpoint.path, checkpoint.step, "its step never ended."
+        )
 
     def _prune(self, directory: Path, callbacks: Iterable[Participant]) -> None:
         for callback in callbacks:

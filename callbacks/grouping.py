@@ -46,7 +46,9 @@ class Branch:
 
 
 def flatten(tree: Any) -> Leaves:
-    """The leaves of a tree with their paths; None and empty containers are leaves, too."""
+    """The leaves of a tree with their paths; None and empty containers in it are leaves, too."""
+    if _is_leaf(tree):
+        return []
     return tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]
 
 

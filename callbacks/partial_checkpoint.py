@@ -160,12 +160,12 @@ class PartialCheckpointCallback:
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         """Finalizes or drops what an ended run has left unfinished."""
         self.finalizer.join(self)
-        self._step_before = None
+        self._step_before = trainer.global_step
         self.recover()
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Starts to count where the trainer, now restored, starts."""
-        self._step_before = None
+        """Takes note of the step that training, restored by now, starts from."""
+        self._step_before = trainer.global_step
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """Takes note of the step that the batch follows."""
@@ -186,7 +186,7 @@ class PartialCheckpointCallback:
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Finalizes; saves first if the epoch ended with a batch that did not look its last."""
         step = trainer.global_step
-        if step != self._last_saved and self._schedule.is_epoch_due(trainer.current_epoch):
+        if self.is_due(trainer, step, epoch_ends=True):
             self._save(trainer, module, step, epoch_ends=True)
         self.finalizer.epoch_ended(trainer)
 
@@ -264,12 +264,12 @@ class PartialCheckpointCallback:
     # What the hook calls.
 
     def is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
-        """Whether to save `step`, with which the epoch may end, and was not saved yet."""
+        """Whether to save `step`, which may end its epoch, and is not saved yet; never step 0."""
         schedule = self._schedule
         is_due = schedule.is_step_due(step) or (
             epoch_ends and schedule.is_epoch_due(trainer.current_epoch)
         )
-        return is_due and step != self._last_saved
+        return is_due and step not in (0, self._last_saved)
 
     def failed(self, error: BaseException) -> None:
         """Counts a checkpoint that will not be; raises its error at the next hook, or logs it."""
@@ -303,17 +303,16 @@ class PartialCheckpointCallback:
     def _rest(self, trainer: Any, module: Any, checkpoint: PendingCheckpoint) -> dict[str, Any]:
         """The groups of the state that were not streamed."""
         tree = state.take(trainer, module, self._state_fn)
-        if tree is None and not checkpoint.names:
+        if tree is None and self._state_fn is None and not checkpoint.names:
             raise TypeError(
                 f"Found no state to save in {type(trainer).__name__}: its module is no NNX module, "
                 "and its `state` no tree. Pass state_fn=, or stream every layer."
             )
-        leaves = grouping.flatten(tree) if tree is not None else []
+        leaves = grouping.flatten(tree)
         group_by = self._group_by or grouping.layerwise(leaves)
         rest = [item for item in leaves if grouping.leaf_name(item[0]) not in checkpoint.names]
-        return {
-            name: grouping.subtree(group) for name, group in grouping.cut(rest, group_by).items()
-        }
+        groups = grouping.cut(rest, group_by)
+        return {name: grouping.subtree(group) for name, group in groups.items()}
 
     def _step_before_batch(self, trainer: Any) -> int:
         if self._step_before is None:

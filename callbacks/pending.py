@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flax_partial.callbacks.schedule import Retention
+
+
+_OWN_LEAF = "checkpoint_step"
 
 
 class Participant(Protocol):
@@ -96,6 +100,7 @@ class PendingCheckpoint:
         self.error: BaseException | None = None
         self._lock = threading.Lock()
         self._groups: dict[str, list[str]] = {}
+        self._pieces: Counter[str] = Counter()
         self._saves: dict[str, fp.SaveHandle] = {}
         self._messages: list[fp.SaveHandle] = []
         self._carrier: Any = None
@@ -125,10 +130,12 @@ class PendingCheckpoint:
     def annotate(self, participant: Participant, metadata: Mapping[str, Any]) -> None:
         """Adds custom metadata to the session.
 
-        Metadata travels with leaves: a small one that is saved already is saved once more.
+        Metadata travels with leaves: a small one that is saved already is saved once more. Where
+        all leaves are cut into slices, which cannot be, a leaf of our own is.
         """
-        if self._carrier is not None and self.error is None:
-            handle = self._submit(participant, self._carrier, metadata, replace=True)
+        if self.error is None and self.names:
+            carrier = self._carrier or {_OWN_LEAF: self.step}
+            handle = self._submit(participant, carrier, metadata, replace=True)
             self._messages += [handle] if handle else []
 
     def wait(self) -> None:
@@ -156,8 +163,11 @@ class PendingCheckpoint:
           metrics: What to store with the checkpoint.
 
         Raises:
+          EmptyStateError: No callback saved anything.
           PartialCheckpointError, OSError: Finalize failed; the session is left as it was.
         """
+        if not self.names and self.error is None:
+            raise fp.EmptyStateError("No callback had anything to save.")
         self.wait()
         if metrics:
             self.annotate(participant, {"metrics": metrics})
@@ -183,10 +193,11 @@ class PendingCheckpoint:
     def _enter(self, participant: Participant, group: str) -> str:
         """Gives each save a name of its own: a group may come in several pieces."""
         with self._lock:
-            groups = self._groups.setdefault(participant.state_key, [])
-            earlier = sum(known.partition("#")[0] == group for known in groups)
-            groups.append(f"{group}#{earlier + 1}" if earlier else group)
-            return groups[-1]
+            self._pieces[group] += 1
+            piece = self._pieces[group]
+            name = group if piece == 1 else f"{group}#{piece}"
+            self._groups.setdefault(participant.state_key, []).append(name)
+            return name
 
     def _save_group(
         self, participant: Participant, group: str, tree: Any, closing: Mapping[str, Any]

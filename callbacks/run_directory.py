@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 from typing import TYPE_CHECKING, Literal
@@ -36,24 +35,21 @@ def recover(directory: Path, *, live: Container[Path] = ()) -> None:
     for entry in entries:
         session = _SESSION.fullmatch(entry.name)
         if session and directory / session[1] not in live:
-            _settle(directory, int(session[1]))
+            _settle(directory / session[1], int(session[1]))
         elif _REMOVED.fullmatch(entry.name):
             fp.abort(entry)
 
 
-def drop(path: Path, why: object) -> None:
-    """Drops an unfinished checkpoint, and says why."""
-    with contextlib.suppress(fp.NoSessionError):
-        fp.abort(path)
-    logger.warning("Dropped the unfinished checkpoint %s: %s", path, why)
+def drop_unless_complete(path: Path, step: int, why: str) -> None:
+    """Drops a session that lacks anything of the checkpoint of `step`, and says why.
 
-
-def lacking(path: Path, step: int) -> str | None:
-    """Says why the session of `path` is not the whole checkpoint of `step`; None if it is."""
+    One that lacks nothing is left for `recover` to finalize: it failed for some other reason.
+    """
     try:
-        return completeness.missing(fp.status(path), step)
+        if completeness.missing(fp.status(path), step) is not None:
+            _drop(path, why)
     except fp.NoSessionError:
-        return "nothing was saved"
+        return
 
 
 def prune(directory: Path, retention: Retention) -> None:
@@ -100,15 +96,19 @@ def scores(directory: Path, steps: Iterable[int], monitor: str | None) -> dict[i
     return found
 
 
-def _settle(directory: Path, step: int) -> None:
-    path = directory / str(step)
-    why = lacking(path, step)
-    if why is None:
-        try:
-            fp.finalize(path)
-        except fp.PartialCheckpointError as error:  # what waiting does not mend
-            why = str(error)
-        else:
-            logger.warning("Finalized %s, which an ended run had saved but not finalized.", path)
-    if why is not None:
-        drop(path, f"it was left by an ended run, and {why}")
+def _settle(path: Path, step: int) -> None:
+    lacking = completeness.missing(fp.status(path), step)
+    if lacking is not None:
+        _drop(path, f"it was left by an ended run, and {lacking}.")
+        return
+    try:
+        fp.finalize(path)
+    except fp.PartialCheckpointError as error:  # calling again would not mend it
+        _drop(path, f"it was left by an ended run, and cannot be finalized: {error}")
+    else:
+        logger.warning("Finalized %s, which an ended run had saved but not finalized.", path)
+
+
+def _drop(path: Path, why: str) -> None:
+    fp.abort(path)
+    logger.warning("Dropped the unfinished checkpoint %s: %s", path, why)

@@ -1,0 +1,429 @@
+"""What the callback promises while all goes well, held with a trainer that is as small as can be."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stub_trainer import EVERYTHING, LAYERS, PARAMS, Loop, StubTrainer, new_state
+
+import flax_partial as fp
+from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def assert_is_step(path: Path, step: int) -> None:
+    """Every array of the checkpoint is of this step: parts of two steps would show."""
+    loaded = fp.load(path)
+    expected = new_state(step)
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    for got, want in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+    assert fp.metadata(path).custom_metadata["step"] == step
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir())
+
+
+@pytest.mark.parametrize(
+    "streamed",
+    [
+        pytest.param(frozenset(), id="nothing streamed"),
+        pytest.param(PARAMS, id="parameters streamed"),
+        pytest.param(frozenset([("opt_state", "blocks.1")]), id="one layer streamed"),
+        pytest.param(EVERYTHING, id="all layers streamed"),
+    ],
+)
+@pytest.mark.parametrize("counts_first", [False, True], ids=["counts after", "counts before"])
+@pytest.mark.parametrize("starts_batches", [False, True], ids=["", "batch start hook"])
+def test_checkpoint_holds_the_whole_state_of_its_step(
+    tmp_path: Path, streamed: Any, *, counts_first: bool, starts_batches: bool
+) -> None:
+    callback = PartialCheckpointCallback(tmp_path / "run", every_n_train_steps=2)
+    Loop(
+        callback,
+        epochs=2,
+        batches=3,
+        streamed=streamed,
+        counts_first=counts_first,
+        starts_batches=starts_batches,
+    ).fit()
+    assert names_in(tmp_path / "run") == ["2", "3", "4", "6"]
+    for step in (2, 3, 4, 6):
+        assert_is_step(tmp_path / "run" / str(step), step)
+
+
+def test_group_is_committed_while_the_step_still_computes(tmp_path: Path) -> None:
+    def look(trainer: StubTrainer) -> None:
+        if trainer.is_last_batch:
+            wait_for_leaves(tmp_path / "2", 4)
+            seen.append(fp.status(tmp_path / "2").leaves)
+
+    seen: list[tuple[str, ...]] = []
+    streamed = [("params", "head"), ("params", "blocks.1")]
+    Loop(PartialCheckpointCallback(tmp_path), streamed=streamed, at={"ready": look}).fit()
+    assert seen == [
+        ("params.blocks.1.b", "params.blocks.1.w", "params.head.b", "params.head.w"),
+    ]
+
+
+def wait_for_leaves(path: Path, count: int) -> None:
+    """Waits until so many leaves are committed; the test's own timeout ends it otherwise."""
+    pause = threading.Event()
+    while True:
+        try:
+            if len(fp.status(path).leaves) >= count:
+                return
+        except fp.NoSessionError:
+            pass
+        pause.wait(0.01)
+
+
+def test_layers_come_in_any_order_from_any_thread(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path)
+
+    def stream(trainer: StubTrainer) -> None:
+        threads = [
+            threading.Thread(
+                target=callback.on_layer_ready,
+                args=(trainer, layer, {"w": jnp.full((4,), number, jnp.float32)}),
+            )
+            for number, layer in enumerate(LAYERS)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    loop = Loop(callback, batches=1, at={"ready": stream})
+    loop.trainer.state = {"seen": jnp.int32(0)}
+    loop.fit()
+    params = fp.load(tmp_path / "1")["params"]
+    assert [params[name]["w"][0] for name in ("embed", "head")] == [0, 3]
+    assert [params["blocks"][key]["w"][0] for key in "01"] == [1, 2]
+
+
+def test_streaming_costs_nothing_on_steps_that_are_not_saved(tmp_path: Path) -> None:
+    class Untouchable:
+        """Fails whoever looks at it."""
+
+        def __getattribute__(self, name: str) -> Any:
+            raise AssertionError(name)
+
+    callback = PartialCheckpointCallback(tmp_path, every_n_epochs=None, every_n_train_steps=3)
+    trainer = StubTrainer()
+    callback.on_fit_start(trainer, None)
+    for step in (1, 2):
+        assert not callback.will_save(trainer)
+        callback.on_layer_ready(trainer, "head", Untouchable())
+        callback.on_optimizer_state_ready(trainer, "head", Untouchable())
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, None, None, None, step)
+    assert names_in(tmp_path) == []
+    assert callback.will_save(trainer)
+    callback.on_layer_ready(trainer, "head", {"w": jnp.ones(3)})
+    callback.on_exception(trainer, None, KeyboardInterrupt())
+    assert names_in(tmp_path) == ["3.partial_save"]
+
+
+def test_a_step_is_saved_once_however_often_its_batches_end(tmp_path: Path) -> None:
+    """With accumulated gradients, several batches make one step."""
+    callback = PartialCheckpointCallback(tmp_path, every_n_epochs=None, every_n_train_steps=2)
+    trainer = StubTrainer()
+    callback.on_fit_start(trainer, None)
+    for batch in range(8):
+        assert callback.will_save(trainer) == (trainer.global_step % 2 == 1)
+        trainer.global_step = (batch + 1) // 2
+        trainer.state = new_state(trainer.global_step)
+        callback.on_train_batch_end(trainer, None, None, None, batch)
+    callback.on_train_end(trainer, None)
+    assert fp.steps(tmp_path) == [2, 4]
+    assert callback.failed_saves == 0
+
+
+def test_epoch_is_saved_at_its_last_batch_and_finalized_when_it_ends(tmp_path: Path) -> None:
+    def before_the_end(trainer: StubTrainer) -> None:
+        wait_for_leaves(tmp_path / str(trainer.global_step), 17)
+        seen.append(names_in(tmp_path))
+
+    seen: list[list[str]] = []
+    callback = PartialCheckpointCallback(tmp_path, every_n_epochs=2)
+    Loop(callback, epochs=4, batches=2, at={"on_train_epoch_end": _on_odd(before_the_end)}).fit()
+    assert seen == [["4.partial_save"], ["4", "8.partial_save"]]
+    assert fp.steps(tmp_path) == [4, 8]
+    assert [report.epoch for report in callback.reports] == [1, 3]
+
+
+def _on_odd(look: Any) -> Any:
+    return lambda trainer: look(trainer) if trainer.current_epoch % 2 else None
+
+
+def test_epoch_that_ends_early_is_saved_all_the_same(tmp_path: Path) -> None:
+    class NeverLast(StubTrainer):
+        __slots__ = ()
+        is_last_batch = property(lambda _: False, lambda *_: None)  # type: ignore[assignment]
+
+    callback = PartialCheckpointCallback(tmp_path)
+    loop = Loop(callback, epochs=2, batches=2, streamed=EVERYTHING)
+    loop.trainer = NeverLast()
+    loop.fit()
+    assert fp.steps(tmp_path) == [2, 4]
+    assert_is_step(tmp_path / "4", 4)
+
+
+def test_step_is_finalized_in_the_background_before_training_ends(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path, every_n_epochs=None, every_n_train_steps=1)
+    seen = threading.Event()
+
+    def look(trainer: StubTrainer) -> None:
+        pause = threading.Event()
+        while trainer.global_step == 2 and not (tmp_path / "1").exists():
+            pause.wait(0.01)
+        seen.set()
+
+    Loop(callback, batches=3, at={"on_train_batch_start": look}).fit()
+    assert seen.is_set()
+    assert fp.steps(tmp_path) == [1, 2, 3]
+
+
+def test_groups_are_layers_by_default_and_whatever_group_by_says(tmp_path: Path) -> None:
+    layers = PartialCheckpointCallback(tmp_path / "layers")
+    Loop(layers, streamed=[("params", "head")]).fit()
+    assert layers.reports[0].groups == (
+        "params.head",
+        "opt_state.blocks.0",
+        "opt_state.blocks.1",
+        "opt_state.embed",
+        "opt_state.head",
+        "params.blocks.0",
+        "params.blocks.1",
+        "params.embed",
+        "seen",
+    )
+    roots = PartialCheckpointCallback(tmp_path / "roots", group_by=lambda path: path[0].key)
+    Loop(roots).fit()
+    assert roots.reports[0].groups == ("opt_state", "params", "seen")
+    for directory in ("layers", "roots"):
+        assert_is_step(tmp_path / directory / "2", 2)
+
+
+def test_state_fn_says_what_is_saved(tmp_path: Path) -> None:
+    def state_fn(trainer: StubTrainer, module: str) -> Any:
+        return {"name": module, "seen": trainer.state["seen"]}
+
+    Loop(PartialCheckpointCallback(tmp_path, state_fn=state_fn)).fit("a module")
+    assert fp.load(tmp_path / "2") == {"name": "a module", "seen": 2}
+
+
+def test_streamed_name_may_be_a_tuple_with_list_indices(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path, state_fn=lambda *_: {"params": {"head": [1]}})
+
+    def stream(trainer: StubTrainer) -> None:
+        callback.on_layer_ready(trainer, ("blocks", 1), {"w": 11})
+        callback.on_layer_ready(trainer, ("blocks", 0), {"w": 10})
+        callback.on_layer_ready(trainer, ("dotted.name",), 5)
+        callback.on_optimizer_state_ready(trainer, "", [1, 2])
+
+    Loop(callback, batches=1, at={"ready": stream}).fit()
+    assert fp.load(tmp_path / "1") == {
+        "params": {"blocks": [{"w": 10}, {"w": 11}], "dotted.name": 5, "head": [1]},
+        "opt_state": [1, 2],
+    }
+
+
+def test_layer_in_pieces_and_slices_become_one_checkpoint(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path, state_fn=lambda *_: {})
+    stacked = jnp.arange(12, dtype=jnp.float32).reshape(3, 4)
+
+    def stream(trainer: StubTrainer) -> None:
+        for layer in (2, 0, 1):
+            piece = fp.Slice(stacked[layer : layer + 1], layer, 3)
+            callback.on_layer_ready(trainer, "stacked", {"w": piece})
+
+    Loop(callback, batches=1, at={"ready": stream}).fit()
+    loaded = fp.load(tmp_path / "1")
+    np.testing.assert_array_equal(loaded["params"]["stacked"]["w"], stacked)
+    (report,) = callback.reports
+    assert report.groups == ("params.stacked", "params.stacked#2", "params.stacked#3")
+
+
+def test_callbacks_that_share_a_hook_make_one_checkpoint_finalized_once(tmp_path: Path) -> None:
+    hook = FinalizeHook()
+    one = PartialCheckpointCallback(tmp_path, finalizer=hook, state_fn=lambda *_: {})
+    two = PartialCheckpointCallback(tmp_path, finalizer=hook)
+    receivers = {"params": one, "opt_state": two}
+    Loop(one, two, epochs=2, streamed=EVERYTHING, receivers=receivers).fit()
+    assert one.state_key != two.state_key
+    assert names_in(tmp_path) == ["2", "4"]
+    assert [report.step for report in hook.reports] == [2, 4]
+    for step in (2, 4):
+        assert_is_step(tmp_path / str(step), step)
+
+
+def test_hook_waits_only_for_the_callbacks_that_save_the_step(tmp_path: Path) -> None:
+    hook = FinalizeHook()
+    often = PartialCheckpointCallback(
+        tmp_path, every_n_epochs=None, every_n_train_steps=1, finalizer=hook,
+        state_fn=lambda trainer, _: {"params": trainer.state["params"]},
+    )  # fmt: skip
+    seldom = PartialCheckpointCallback(
+        tmp_path, every_n_epochs=None, every_n_train_steps=2, finalizer=hook,
+        state_fn=lambda trainer, _: {"opt_state": trainer.state["opt_state"]},
+    )  # fmt: skip
+    Loop(seldom, often, batches=4).fit()
+    assert fp.steps(tmp_path) == [1, 2, 3, 4]
+    assert [sorted(fp.load(tmp_path / str(step))) for step in (1, 2)] == [
+        ["params"],
+        ["opt_state", "params"],
+    ]
+
+
+def test_callbacks_of_different_directories_may_share_a_hook(tmp_path: Path) -> None:
+    hook = FinalizeHook()
+    one = PartialCheckpointCallback(tmp_path / "one", keep_last=1, finalizer=hook)
+    two = PartialCheckpointCallback(tmp_path / "two", keep_last=2, finalizer=hook)
+    Loop(one, two, epochs=3).fit()
+    assert [fp.steps(tmp_path / name) for name in ("one", "two")] == [[6], [4, 6]]
+
+
+def test_reports_tell_what_each_checkpoint_cost(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path)
+    Loop(callback, epochs=2, streamed=PARAMS, metrics=lambda step: {"loss": 1 / step}).fit()
+    first, second = callback.reports
+    assert (first.step, second.step) == (2, 4)
+    assert first.path == tmp_path / "2"
+    assert first.groups[:4] == ("params.head", "params.embed", "params.blocks.1", "params.blocks.0")
+    size = 8 * (ROWS_BYTES + 4) + 4
+    assert first.bytes == size == sum(save.bytes for save in first.saves.values())
+    assert first.metrics == {"loss": 0.5}
+    assert first.write_secs >= max(save.write_secs for save in first.saves.values()) > 0
+    assert first.finalize_secs > 0
+    assert first.blocked_secs >= sum(save.blocked_secs for save in first.saves.values()) > 0
+
+
+ROWS_BYTES = 300 * 2 * 4
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_end_of_training_waits_and_leaves_nothing_running(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    progress: bool,
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes what pytest captures for a terminal
+    callback = PartialCheckpointCallback(tmp_path, progress=progress)
+    trainer = StubTrainer()
+    callback.on_fit_start(trainer, None)
+    trainer.is_last_batch, trainer.global_step = True, 1
+    callback.on_train_batch_end(trainer, None, None, None, 0)
+    callback.on_train_epoch_end(trainer, None)
+    callback.on_train_end(trainer, None)
+    assert fp.steps(tmp_path) == [1]
+    assert not any(thread.name.startswith("flax_partial") for thread in threading.enumerate())
+    assert ("Finishing checkpoints" in capsys.readouterr().out) == progress
+
+
+def test_teardown_waits_too(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path, every_n_epochs=None, every_n_train_steps=1)
+    trainer = StubTrainer()
+    callback.setup(trainer, None, "fit")
+    trainer.global_step = 1
+    callback.on_train_batch_end(trainer, None, None, None, 0)
+    callback.teardown(trainer, None, "fit")
+    assert fp.steps(tmp_path) == [1]
+
+
+def test_restore_gives_the_newest_or_the_best_and_its_step(tmp_path: Path) -> None:
+    losses = {2: 0.5, 4: 0.1, 6: 0.3}
+    callback = PartialCheckpointCallback(tmp_path, monitor="loss")
+    Loop(callback, epochs=3, metrics=lambda step: {"loss": losses.get(step, 9.0)}).fit()
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), new_state(0))
+    again = PartialCheckpointCallback(tmp_path, monitor="loss")
+    for which, step in (("latest", 6), ("best", 4)):
+        found = again.restore(target, which=which)  # type: ignore[arg-type]
+        assert found is not None
+        restored, at = found
+        assert at == step
+        jax.tree.map(np.testing.assert_array_equal, restored, new_state(step))
+    only = again.restore({"params": target["params"]})
+    assert only is not None
+    assert list(only[0]) == ["params"]
+    everything = again.restore()
+    assert everything is not None
+    assert sorted(everything[0]) == ["opt_state", "params", "seen"]
+
+
+def test_restore_of_nothing_is_none(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path / "never made", monitor="loss")
+    assert callback.restore() is None
+    assert callback.restore(which="best") is None
+    assert not (tmp_path / "never made").exists()
+
+
+def test_resumed_run_goes_on_with_the_next_step(tmp_path: Path) -> None:
+    Loop(PartialCheckpointCallback(tmp_path), epochs=2).fit()
+    callback = PartialCheckpointCallback(tmp_path)
+    found = callback.restore(new_state(0))
+    assert found is not None
+    Loop(callback, epochs=4, streamed=EVERYTHING).resume(*found).fit()
+    assert fp.steps(tmp_path) == [2, 4, 6, 8]
+    assert_is_step(tmp_path / "8", 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        pytest.param({}, [2, 4, 6, 8, 10], id="everything"),
+        pytest.param({"keep_last": 2}, [8, 10], id="the newest"),
+        pytest.param({"monitor": "loss", "save_top_k": 2}, [4, 6, 10], id="the best"),
+        pytest.param(
+            {"monitor": "loss", "save_top_k": 1, "keep_last": 2}, [4, 8, 10], id="best and newest"
+        ),
+        pytest.param(
+            {"monitor": "loss", "mode": "max", "save_top_k": 1}, [8, 10], id="the largest"
+        ),
+    ],
+)
+def test_checkpoints_that_are_kept(tmp_path: Path, options: Any, kept: list[int]) -> None:
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 9.0, 10: 5.0}
+    callback = PartialCheckpointCallback(tmp_path, **options)
+    Loop(callback, epochs=5, metrics=lambda step: {"loss": jnp.float32(losses.get(step, 0))}).fit()
+    assert names_in(tmp_path) == sorted(map(str, kept))
+
+
+def test_metrics_of_the_whole_epoch_are_stored(tmp_path: Path) -> None:
+    def validate(trainer: StubTrainer) -> None:
+        trainer.callback_metrics["val_loss"] = jnp.float32(0.25)
+
+    callback = PartialCheckpointCallback(tmp_path, monitor="val_loss")
+    metrics = {"loss": float("nan"), "text": "high"}
+    at = {"on_train_epoch_end": validate}
+    Loop(callback, epochs=1, streamed=EVERYTHING, metrics=lambda _: metrics, at=at).fit()
+    custom = fp.metadata(tmp_path / "2").custom_metadata
+    assert (custom["step"], custom["epoch"], custom["metrics"]) == (2, 0, {"val_loss": 0.25})
+    assert_is_step(tmp_path / "2", 2)
+
+
+def test_state_dict_round_trip_does_not_save_the_same_step_again(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path)
+    Loop(callback, epochs=1).fit()
+    again = PartialCheckpointCallback(tmp_path)
+    again.load_state_dict(callback.state_dict())
+    assert again.state_key == callback.state_key
+    assert again.state_dict() == callback.state_dict() == {"last_saved": 2, "failed_saves": 0}
+    trainer = StubTrainer()
+    trainer.global_step, trainer.is_last_batch = 2, True
+    again.on_fit_start(trainer, None)
+    again.on_train_batch_end(trainer, None, None, None, 1)
+    again.on_train_end(trainer, None)
+    assert names_in(tmp_path) == ["2"]
