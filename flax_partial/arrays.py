@@ -1,8 +1,8 @@
 """The one module that speaks tensorstore: write a part, merge parts, read leaves.
 
 Arrays are zarr3 in an OCDBT database, one database a part and one for the finalized checkpoint,
-whose values refer to the parts' data files. A part holds chunks only; the zarr metadata of a leaf is
-a function of its table entry and is written once, when parts are merged.
+whose values refer to the parts' data files. A part holds chunks only; the zarr metadata of a leaf
+is a function of its table entry and is written once, when parts are merged.
 
 Small chunks are written and read as raw key-value pairs, which costs a twentieth of opening a zarr
 array; large ones through zarr, which takes no extra memory. Both give the same bytes on disk.
@@ -18,24 +18,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from flax_partial.chunks import Shape, chunk_keys, chunk_numbers, chunk_regions, covering_box, slices
+from flax_partial.chunks import (
+    Shape,
+    chunk_keys,
+    chunk_numbers,
+    chunk_regions,
+    covering_box,
+    slices,
+)
 from flax_partial.errors import CorruptCheckpointError
 from flax_partial.merge import PartCopy
+from flax_partial.orbax_format import zarr_metadata
 from flax_partial.part import Leaf, digest
-
-# dtypes that zarr3 stores, by NumPy's names (tensorstore 0.1.86; raw bytes and zarr's encoding of
-# each were compared and are the same).
-STORABLE_DTYPES = frozenset(
-    """
-    bool int2 int4 int8 int16 int32 int64 uint8 uint16 uint32 uint64
-    float16 float32 float64 complex64 complex128 bfloat16 float4_e2m1fn float8_e3m4
-    float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu
-    """.split()
-)
 
 _RAW_CHUNK_BYTES = 128 * 1024  # above this a raw write's extra copies cost more than a zarr open
 _INLINE_BYTES = 1024
@@ -44,22 +41,6 @@ _OPEN_AT_ONCE = 512
 
 Region = tuple[Leaf, Shape, Shape]
 HostBoxes = Sequence[tuple[Leaf, Sequence[np.ndarray]]]
-
-
-def dtype_of(leaf: Leaf) -> np.dtype[Any]:
-    """NumPy dtype of a leaf's stored elements.
-
-    Raises:
-      CorruptCheckpointError: There is no such dtype.
-    """
-    if leaf.dtype not in STORABLE_DTYPES:
-        raise CorruptCheckpointError(f"Leaf {leaf.name!r} has unknown dtype {leaf.dtype!r}.")
-    return np.dtype(getattr(ml_dtypes, leaf.dtype, leaf.dtype))
-
-
-def bytes_of(leaf: Leaf) -> int:
-    """Size of a leaf's data in memory, in bytes."""
-    return math.prod(leaf.shape) * dtype_of(leaf).itemsize if leaf.is_array else 0
 
 
 def write_part(directory: Path, boxes: HostBoxes, *, checksum: bool) -> list[Leaf]:
@@ -117,7 +98,7 @@ def _database(directory: Path, *, create: bool) -> dict[str, Any]:
 
 
 def _is_raw(leaf: Leaf) -> bool:
-    chunk_bytes = math.prod(leaf.chunk) * dtype_of(leaf).itemsize
+    chunk_bytes = math.prod(leaf.chunk) * leaf.numpy_dtype.itemsize
     return chunk_bytes <= _RAW_CHUNK_BYTES and leaf.compression is None
 
 
@@ -149,7 +130,7 @@ def _write_zarr(
 ) -> list[Any]:
     spec = {
         "driver": "zarr3",
-        "metadata": zarr_metadata(leaf),
+        "metadata": json.loads(zarr_metadata(leaf)),
         "kvstore": _database(directory, create=True) | {"path": leaf.prefix},
         "store_data_equal_to_fill_value": True,  # a chunk that is not there is a lost one
     }
@@ -162,29 +143,6 @@ def _write_zarr(
         region = store[slices(box.start, box.shape)]
         writes.append(region.write(array, can_reference_source_data_indefinitely=True).copy)
     return writes
-
-
-def zarr_metadata(leaf: Leaf) -> dict[str, Any]:
-    """The zarr3 metadata of an array leaf (zarr core specification 3.0, array metadata)."""
-    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if leaf.compression:
-        codecs.append({"name": leaf.compression, "configuration": {"level": 1, "checksum": False}})
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": leaf.shape,
-        "data_type": leaf.dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": leaf.chunk}},
-        "chunk_key_encoding": {"name": "default"},
-        "fill_value": _fill_value(leaf.dtype),
-        "codecs": codecs,
-    }
-
-
-def _fill_value(dtype: str) -> bool | float | list[float]:
-    if dtype == "bool":
-        return False
-    return [0.0, 0.0] if dtype.startswith("complex") else 0
 
 
 def _with_digests(leaf: Leaf, data: Sequence[np.ndarray]) -> Leaf:
@@ -205,7 +163,7 @@ def digests_of(array: np.ndarray, chunk: Shape) -> Iterator[str]:
 
 
 def _bytes_view(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def merge_parts(state: Path, copies: Sequence[PartCopy], leaves: Sequence[Leaf]) -> None:
@@ -229,7 +187,7 @@ def merge_parts(state: Path, copies: Sequence[PartCopy], leaves: Sequence[Leaf])
             _copy_parts(state, copies[first : first + _OPEN_AT_ONCE], target, context)
         for leaf in leaves:
             if leaf.is_array:
-                target.write(leaf.prefix + "zarr.json", _to_json(zarr_metadata(leaf)))
+                target.write(leaf.prefix + "zarr.json", zarr_metadata(leaf))
         transaction.commit_sync()
     except ValueError as error:
         raise _as_os_error(error, state) from error
@@ -256,10 +214,6 @@ def _copy_parts(
             raise CorruptCheckpointError(f"{state / part}: cannot be read: {error}") from error
 
 
-def _to_json(value: dict[str, Any]) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
 def read_regions(state: Path, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
     """Reads boxes of leaves from a finalized checkpoint, all at once, and checks every digest.
 
@@ -271,78 +225,66 @@ def read_regions(state: Path, regions: Sequence[Region]) -> list[np.ndarray | Ex
       For each region its data, C-contiguous and the caller's own, or a `CorruptCheckpointError`
       that names the leaf.
     """
-    context = _context()
-    spec = _database(state, create=False)
-    database = ts.KvStore.open(spec, context=context).result()
-    started = [_start(spec, database, context, *region) for region in regions]
+    reader = _Reader(state)
+    started = [reader.start(*region) for region in regions]
     return [_outcome(finish, leaf) for finish, (leaf, _, _) in zip(started, regions, strict=True)]
 
 
-def _start(
-    spec: dict[str, Any],
-    database: ts.KvStore,
-    context: ts.Context,
-    leaf: Leaf,
-    start: Shape,
-    shape: Shape,
-) -> Callable[[], np.ndarray]:
-    """Starts to read the chunks that hold a box; what it returns waits, checks and cuts."""
-    dtype = dtype_of(leaf)
-    if not math.prod(shape):
-        return lambda: np.empty(shape, dtype)
-    low, size = covering_box(start, shape, leaf.chunk, leaf.shape)
-    read = (
-        _start_raw(database, leaf, low, size)
-        if _is_raw(leaf)
-        else _start_zarr(spec, context, leaf, low, size)
-    )
+class _Reader:
+    """Reads from one root database; each method starts to read, and returns what waits for it."""
 
-    def finish() -> np.ndarray:
-        array = read()
-        _check(leaf, low, array)
-        if size == shape:
+    def __init__(self, state: Path) -> None:
+        self._context = _context()
+        self._spec = _database(state, create=False)
+        self._database = ts.KvStore.open(self._spec, context=self._context).result()
+
+    def start(self, leaf: Leaf, start: Shape, shape: Shape) -> Callable[[], np.ndarray]:
+        """Reads the chunks that hold a box, checks them, and cuts the box out of them."""
+        if not math.prod(shape):
+            return lambda: np.empty(shape, leaf.numpy_dtype)
+        low, size = covering_box(start, shape, leaf.chunk, leaf.shape)
+        read = (self._raw if _is_raw(leaf) else self._zarr)(leaf, low, size)
+
+        def finish() -> np.ndarray:
+            array = read()
+            _check(leaf, low, array)
+            if size == shape:
+                return array
+            offset = tuple(a - b for a, b in zip(start, low, strict=True))
+            return array[slices(offset, shape)].copy()
+
+        return finish
+
+    def _raw(self, leaf: Leaf, start: Shape, shape: Shape) -> Callable[[], np.ndarray]:
+        keys = chunk_keys(leaf.prefix, start, shape, leaf.chunk)
+        reads = [(key, self._database.read(key)) for key in keys]
+
+        def finish() -> np.ndarray:
+            array = np.empty(shape, leaf.numpy_dtype)
+            for (key, read), region in zip(reads, chunk_regions(shape, leaf.chunk), strict=True):
+                result = read.result()
+                if result.state != "value":
+                    raise ValueError(f"chunk {key!r} is missing")
+                chunk = np.frombuffer(result.value, array.dtype).reshape(leaf.chunk)
+                array[region] = chunk[tuple(slice(r.stop - r.start) for r in region)]
             return array
-        offset = tuple(a - b for a, b in zip(start, low, strict=True))
-        return array[slices(offset, shape)].copy()
 
-    return finish
+        return finish
 
-
-def _start_raw(
-    database: ts.KvStore, leaf: Leaf, start: Shape, shape: Shape
-) -> Callable[[], np.ndarray]:
-    dtype = dtype_of(leaf)
-    reads = [(key, database.read(key)) for key in chunk_keys(leaf.prefix, start, shape, leaf.chunk)]
-
-    def finish() -> np.ndarray:
-        array = np.empty(shape, dtype)
-        for (key, read), region in zip(reads, chunk_regions(shape, leaf.chunk), strict=True):
-            result = read.result()
-            if result.state != "value":
-                raise ValueError(f"chunk {key!r} is missing")
-            chunk = np.frombuffer(result.value, dtype).reshape(leaf.chunk)
-            array[region] = chunk[tuple(slice(r.stop - r.start) for r in region)]
-        return array
-
-    return finish
-
-
-def _start_zarr(
-    spec: dict[str, Any], context: ts.Context, leaf: Leaf, start: Shape, shape: Shape
-) -> Callable[[], np.ndarray]:
-    store = ts.open(
-        {
-            "driver": "zarr3",
-            "metadata": zarr_metadata(leaf),
-            "kvstore": spec | {"path": leaf.prefix},
-            "fill_missing_data_reads": False,  # else a lost chunk reads as zeros
-        },
-        open=True,
-        assume_metadata=True,
-        context=context,
-    ).result()
-    reading = store[slices(start, shape)].read()
-    return lambda: np.asarray(reading.result(), order="C")
+    def _zarr(self, leaf: Leaf, start: Shape, shape: Shape) -> Callable[[], np.ndarray]:
+        store = ts.open(
+            {
+                "driver": "zarr3",
+                "metadata": json.loads(zarr_metadata(leaf)),
+                "kvstore": self._spec | {"path": leaf.prefix},
+                "fill_missing_data_reads": False,  # else a lost chunk reads as zeros
+            },
+            open=True,
+            assume_metadata=True,
+            context=self._context,
+        ).result()
+        reading = store[slices(start, shape)].read()
+        return lambda: np.asarray(reading.result(), order="C")
 
 
 def _check(leaf: Leaf, start: Shape, array: np.ndarray) -> None:
@@ -378,7 +320,7 @@ def read_zarr_metadata(state: Path, leaves: Sequence[Leaf]) -> dict[str, str]:
         except ValueError as error:
             problems[leaf.name] = f"its zarr metadata cannot be read: {error}"
             continue
-        if found != _to_json(zarr_metadata(leaf)).encode():
+        if found != zarr_metadata(leaf):
             problems[leaf.name] = "its zarr metadata is missing, or not what the parts add up to"
     return problems
 
@@ -386,11 +328,9 @@ def read_zarr_metadata(state: Path, leaves: Sequence[Leaf]) -> dict[str, str]:
 def _as_os_error(error: ValueError, directory: Path) -> OSError:
     """tensorstore reports what the operating system refused as ValueError, with its words."""
     text = str(error)
-    code = next((number for number, words in _OS_ERRORS.items() if words in text), errno.EIO)
+    code = next((code for code, words in _OS_ERRORS.items() if words in text), errno.EIO)
     return OSError(code, f"{os.strerror(code)} ({text})", str(directory))
 
 
-_OS_ERRORS = {
-    number: os.strerror(number)
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EMFILE)
-}
+_REFUSALS = ("ENOSPC", "EDQUOT", "EACCES", "EROFS", "ENOENT", "EMFILE")
+_OS_ERRORS = {code: os.strerror(code) for code in (getattr(errno, name) for name in _REFUSALS)}

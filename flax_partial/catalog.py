@@ -1,6 +1,5 @@
 """A run's directory of steps: `directory/<step>/`, each a finalized checkpoint."""
 
-import os
 from pathlib import Path
 
 from flax_partial import orbax_reader, storage
@@ -24,13 +23,13 @@ def steps(directory: PathLike) -> list[int]:
 
 
 def latest(directory: PathLike) -> Path | None:
-    """Returns the finalized checkpoint of the last step in a run's directory; None if there is none.
+    """Returns the finalized checkpoint of a run's last step; None if it has none.
 
     Args:
       directory: The run's directory.
     """
     found = steps(directory)
-    return Path(os.path.abspath(directory), str(found[-1])) if found else None
+    return Path(directory).absolute() / str(found[-1]) if found else None
 
 
 def _is_step(name: str) -> bool:

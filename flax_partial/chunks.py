@@ -112,4 +112,3 @@ def _indices(counts: Shape) -> Iterator[Shape]:
             rest, position = divmod(rest, count)
             index.append(position)
         yield tuple(reversed(index))
-

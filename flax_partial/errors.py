@@ -2,7 +2,7 @@
 
     PartialCheckpointError
     ├── CheckpointExistsError   (FileExistsError)    the finalized checkpoint is there already
-    ├── NoSessionError          (FileNotFoundError)  no unfinished checkpoint, or no checkpoint, at this path
+    ├── NoSessionError          (FileNotFoundError)  nothing here to finalize, look at or load
     ├── KeyConflictError        (ValueError)         two leaves cannot stand in one tree
     ├── UnsupportedLeafError    (TypeError)          a value that no checkpoint can hold
     │   └── EmptyStateError     (ValueError)         a state without a single leaf
@@ -28,7 +28,7 @@ class NoSessionError(PartialCheckpointError, FileNotFoundError):
 
 
 class KeyConflictError(PartialCheckpointError, ValueError):
-    """Two leaves cannot stand in one checkpoint: the same key twice, or a leaf that is a subtree."""
+    """Two leaves cannot stand in one tree: the same key twice, or a leaf that is a subtree."""
 
 
 class UnsupportedLeafError(PartialCheckpointError, TypeError):

@@ -153,7 +153,7 @@ class KeyTree:
 
     def gaps(self) -> Iterator[str]:
         """Says which lists lack an element."""
-        stack = [((), self._root)] if self._root else []
+        stack: list[tuple[tuple[str, ...], _Node]] = [((), self._root)] if self._root else []
         while stack:
             texts, node = stack.pop()
             if node.container == "list":

@@ -45,8 +45,8 @@ class Ledger:
         Args:
           leaves: The leaves, with their boxes.
           replace: Whether to start a new generation of what is held already.
-          visible: Largest generation of a leaf in the parts of other processes, -1 if there is none;
-            asked only to replace a leaf that this process never wrote.
+          visible: Largest generation of a leaf in the parts on disk, -1 if there is none; asked
+            only to replace a leaf that this process never wrote.
 
         Returns:
           The leaves, each in its generation.
@@ -113,8 +113,7 @@ class Ledger:
             return held.last_generation + 1
         what = "is" if chunks is None else "is, or overlaps what is,"
         return (
-            f"Leaf {leaf.name!r} {what} already in this session. "
-            "Pass replace=True to overwrite it."
+            f"Leaf {leaf.name!r} {what} already in this session. Pass replace=True to overwrite it."
         )
 
     def _hold(self, leaf: Leaf, chunks: frozenset[int] | None) -> None:

@@ -1,8 +1,8 @@
 """Reading finalized checkpoints: load, metadata, verify.
 
-What is read is planned first: every leaf of the target is compared with the checkpoint, and all that
-does not fit is told in one error, before any array data is read. Then only the boxes that this
-process's devices hold are read.
+What is read is planned first: every leaf of the target is compared with the checkpoint, and all
+that does not fit is told in one error, before any array data is read. Then only the boxes that
+this process's devices hold are read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from jax import tree_util
 
 from flax_partial import arrays, keypaths, orbax_format, orbax_reader, placing, snapshot, storage
 from flax_partial import part as kinds
-from flax_partial.arrays import Region, bytes_of
+from flax_partial.arrays import Region
 from flax_partial.errors import CorruptCheckpointError, NoSessionError, TargetMismatchError
 from flax_partial.merge import merge
 from flax_partial.part import Contents, Leaf, decode_contents, encode_contents
@@ -45,10 +45,8 @@ class _OwnCheckpoint:
         return arrays.read_regions(self._state, regions)
 
 
-def load(
-    path: PathLike, target: Any = None, *, partial: bool = False, cast: bool = False
-) -> Any:
-    """Reads a finalized checkpoint, ours or one that Orbax wrote. Checks the digest of what it reads.
+def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: bool = False) -> Any:
+    """Reads a finalized checkpoint, ours or Orbax's, and checks the digests of what it reads.
 
     Args:
       path: The checkpoint.
@@ -75,7 +73,7 @@ def load(
     flat, structure = tree_util.tree_flatten_with_path(target, is_leaf=snapshot.is_leaf)
     wanted = [(keypaths.from_jax(path).name, value) for path, value in flat]
     placements = _plan(checkpoint.contents.leaves, wanted, partial=partial, cast=cast)
-    return structure.unflatten(_read(checkpoint, placements))
+    return tree_util.tree_unflatten(structure, _read(checkpoint, placements))
 
 
 def metadata(path: PathLike) -> CheckpointMetadata:
@@ -116,7 +114,7 @@ def verify(path: PathLike) -> VerifyReport:
         for leaf, outcome in zip(batch, checkpoint.read(regions), strict=True):
             if isinstance(outcome, Exception):
                 bad[leaf.name] = str(outcome)
-    return VerifyReport(where.final, len(leaves), sum(map(bytes_of, leaves)), bad)
+    return VerifyReport(where.final, len(leaves), sum(leaf.bytes for leaf in leaves), bad)
 
 
 def open_checkpoint(where: CheckpointPath) -> Checkpoint:
@@ -167,7 +165,7 @@ def _describe_leaf(leaf: Leaf) -> LeafMetadata:
     shape, dtype = leaf.shape, leaf.dtype
     if leaf.kind == kinds.PRNG_KEY:
         shape, dtype = placing.key_shape_and_dtype(leaf)
-    return LeafMetadata(leaf.name, leaf.kind, shape, dtype, bytes_of(leaf), leaf.sharding)
+    return LeafMetadata(leaf.name, leaf.kind, shape, dtype, leaf.bytes, leaf.sharding)
 
 
 def _plan(
@@ -205,7 +203,7 @@ def _read(checkpoint: Checkpoint, placements: Sequence[Placement]) -> list[Any]:
     errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
     if errors:
         raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
-    data = iter(outcomes)
+    data: Iterator[Any] = iter(outcomes)
     return [one.build([next(data) for _ in one.boxes]) for one in placements]
 
 
@@ -222,7 +220,9 @@ def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
                 if kind == keypaths.INDEX:
                     lists.append((node, key))
             node = node[key]
-            key = keys.setdefault((id(node), text), text if kind in keypaths.TEXT_KEYS else int(text))
+            key = keys.setdefault(
+                (id(node), text), text if kind in keypaths.TEXT_KEYS else int(text)
+            )
         node[key] = value
     for parent, key in reversed(lists):  # the inner ones first
         children = parent[key]
@@ -236,11 +236,11 @@ def _batches(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
     for leaf in leaves:
         if not leaf.is_array:
             continue
-        if batch and size + bytes_of(leaf) > _VERIFIED_AT_ONCE_BYTES:
+        if batch and size + leaf.bytes > _VERIFIED_AT_ONCE_BYTES:
             yield batch
             batch, size = [], 0
         batch.append(leaf)
-        size += bytes_of(leaf)
+        size += leaf.bytes
     if batch:
         yield batch
 
@@ -266,5 +266,4 @@ def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tup
         if storage.read(where.final / name) != data:
             yield name, "it is missing, or not what the parts add up to"
     stored = arrays.read_zarr_metadata(where.final / storage.STATE, contents.leaves)
-    for leaf_name, problem in stored.items():
-        yield leaf_name, problem
+    yield from stored.items()

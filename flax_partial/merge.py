@@ -65,7 +65,7 @@ class _Held:
 
 
 def merge(parts: Mapping[str, Part]) -> MergePlan:
-    """Plans the checkpoint that `parts` (part name -> contents) make, in time linear in their size."""
+    """Plans the checkpoint that `parts` (name -> contents) make; linear in their size."""
     ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
     newest = _newest(ordered)
     dead: dict[str, set[str]] = {}
@@ -122,8 +122,8 @@ def _disagreement(held: _Held) -> str | None:
     for name, leaf in held.by[1:]:
         if _identity(leaf) != first:
             return (
-                f"Leaf {leaf.name!r} was saved as {_described(held.leaf)} by {held.by[0][0]} and as "
-                f"{_described(leaf)} by {name}. Save it again with replace=True."
+                f"Leaf {leaf.name!r} was saved as {_described(held.leaf)} by {held.by[0][0]} and "
+                f"as {_described(leaf)} by {name}. Save it again with replace=True."
             )
     return None
 
@@ -147,9 +147,7 @@ def _described(leaf: Leaf) -> str:
     return f"{text} in chunks of {list(leaf.chunk)}"
 
 
-def _whole(
-    held: _Held, dead: dict[str, set[str]], conflicts: list[str]
-) -> tuple[Leaf, str | None]:
+def _whole(held: _Held, dead: dict[str, set[str]], conflicts: list[str]) -> tuple[Leaf, str | None]:
     """Puts the boxes of a leaf together; notes duplicates in `dead`, and says what is lacking."""
     leaf = held.leaf
     if not leaf.is_array:
@@ -201,7 +199,7 @@ def _tree_problems(leaves: list[Leaf]) -> list[str]:
             tree.add(leaf.path)
         else:
             problems.append(problem)
-    return [*problems, *tree.gaps()] if not problems else problems
+    return problems or list(tree.gaps())
 
 
 def _copy(name: str, part: Part, newest: Mapping[str, _Held], duplicates: set[str]) -> PartCopy:
@@ -236,5 +234,3 @@ def _runs(keys: list[tuple[bytes, bool]]) -> list[KeyRange]:
     if first is not None and last is not None:
         ranges.append((first, last + "\0"))
     return ranges
-
-

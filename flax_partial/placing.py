@@ -1,15 +1,15 @@
-"""Which boxes of a leaf to read, and what to make of them: a leaf of the wanted type and sharding."""
+"""Which boxes of a leaf to read, and what to make of them: the wanted type and sharding."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from flax_partial import part as kinds
-from flax_partial.arrays import dtype_of
 from flax_partial.chunks import Shape
 from flax_partial.errors import TargetMismatchError
 from flax_partial.part import Leaf
@@ -49,7 +49,7 @@ def as_saved(leaf: Leaf) -> Placement:
         kinds.PRNG_KEY: lambda array: _key(leaf, array),
     }
     if leaf.kind == kinds.JAX_ARRAY:
-        problem = _unknown_to_jax(leaf, dtype_of(leaf))
+        problem = _unknown_to_jax(leaf, leaf.numpy_dtype)
         if problem:
             raise TargetMismatchError(problem)
     build = builders[leaf.kind]
@@ -58,7 +58,12 @@ def as_saved(leaf: Leaf) -> Placement:
 
 def plain_value(leaf: Leaf) -> Any:
     """The value of a leaf without array data."""
-    values = {kinds.NONE: None, kinds.DICT: {}, kinds.LIST: [], kinds.STRING: leaf.text}
+    values: dict[str, Any] = {
+        kinds.NONE: None,
+        kinds.DICT: {},
+        kinds.LIST: [],
+        kinds.STRING: leaf.text,
+    }
     return values.get(leaf.kind, ())
 
 
@@ -72,7 +77,7 @@ def as_target(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
         return _as_number(leaf, target, cast=cast)
     if not (hasattr(target, "shape") and hasattr(target, "dtype")):
         return f"{leaf.name!r}: the target has {_said(target)}, which no checkpoint can hold"
-    is_key = jax.dtypes.issubdtype(target.dtype, jax.dtypes.prng_key)
+    is_key = jnp.issubdtype(target.dtype, jax.dtypes.prng_key)
     if is_key != (leaf.kind == kinds.PRNG_KEY):
         return _differ(leaf, target)
     return _as_key(leaf, target) if is_key else _as_array(leaf, target, cast=cast)
@@ -104,9 +109,7 @@ def _differ(leaf: Leaf, target: Any) -> str:
     shape, dtype = leaf.shape, leaf.dtype
     if leaf.kind == kinds.PRNG_KEY:
         shape, dtype = key_shape_and_dtype(leaf)
-    return (
-        f"{leaf.name!r} is {dtype}{list(shape)} in the checkpoint, {_said(target)} in the target"
-    )
+    return f"{leaf.name!r} is {dtype}{list(shape)} in the checkpoint, {_said(target)} in the target"
 
 
 def _as_plain(leaf: Leaf, target: Any) -> Placement | str:
@@ -129,16 +132,16 @@ def _as_number(leaf: Leaf, target: complex, *, cast: bool) -> Placement | str:
     wanted = type(target)
     families = {bool: "b", int: "iu", float: "f", complex: "c"}
     family = next(letters for kind, letters in families.items() if isinstance(target, kind))
-    kind = _family(dtype_of(leaf))
+    kind = _family(leaf.numpy_dtype)
     if leaf.shape or leaf.kind == kinds.PRNG_KEY or (kind not in family and not cast):
         return _differ(leaf, target)
     return Placement(leaf, _whole(leaf), lambda data: wanted(data[0].item()))
 
 
 def _family(dtype: np.dtype[Any]) -> str:
-    if jax.dtypes.issubdtype(dtype, np.floating):
+    if jnp.issubdtype(dtype, np.floating):
         return "f"
-    return "i" if jax.dtypes.issubdtype(dtype, np.integer) else dtype.kind
+    return "i" if jnp.issubdtype(dtype, np.integer) else dtype.kind
 
 
 def _as_key(leaf: Leaf, target: Any) -> Placement | str:
@@ -154,12 +157,13 @@ def _as_key(leaf: Leaf, target: Any) -> Placement | str:
 
 
 def _key(leaf: Leaf, data: np.ndarray) -> jax.Array:
-    return jax.random.wrap_key_data(jax.device_put(data), impl=leaf.text)
+    key: jax.Array = jax.random.wrap_key_data(jax.device_put(data), impl=leaf.text)
+    return key
 
 
 def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     dtype = np.dtype(target.dtype)
-    if leaf.shape != tuple(target.shape) or (dtype_of(leaf) != dtype and not cast):
+    if leaf.shape != tuple(target.shape) or (leaf.numpy_dtype != dtype and not cast):
         return _differ(leaf, target)
     if isinstance(target, (np.ndarray, np.generic)):
         is_scalar = isinstance(target, np.generic)

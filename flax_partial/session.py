@@ -1,8 +1,8 @@
 """Saving: how a state becomes a committed part, and what this process knows of each session.
 
-A save claims its leaves, takes a snapshot, writes a part beside all others, and commits it. It looks
-at nothing that other processes wrote: its cost is that of its own leaves. While it is under way it
-holds a shared lock on the session, so that finalize and abort wait for it.
+A save claims its leaves, takes a snapshot, writes a part beside all others, and commits it. It
+looks at nothing that other processes wrote: its cost is that of its own leaves. While it is under
+way it holds a shared lock on the session, so that finalize and abort wait for it.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,16 @@ def _prepare(
     except BaseException:
         lock.release()
         raise
-    return _Saving(session, lock, described, leaves, time_ns, metadata, options, started)
+    return _Saving(
+        session=session,
+        lock=lock,
+        described=described,
+        leaves=leaves,
+        time_ns=time_ns,
+        custom_metadata=metadata,
+        options=options,
+        started=started,
+    )
 
 
 def _describe(state: Any, options: SaveOptions) -> list[Described]:
@@ -151,6 +160,7 @@ class _Saving:
 
     def __init__(
         self,
+        *,
         session: "Session",
         lock: storage.SessionLock,
         described: list[Described],
@@ -174,7 +184,7 @@ class _Saving:
             bytes=sum(one.bytes for one in described),
         )
         self._name = f"part.{time_ns:019d}.p{self._part.process}.{uuid.uuid4().hex[:12]}"
-        self._blocked_secs: float | None = None
+        self._blocked_secs = 0.0  # of a save in the background; the other kind is all blocked
         self._budget_secs = 0.0
         self._budget_bytes = 0
 
@@ -190,11 +200,7 @@ class _Saving:
         """Writes and commits the part."""
         began = time.perf_counter()
         try:
-            if self.session.is_aborted:
-                raise NoSessionError(
-                    f"The session of {self.session.where.final} was aborted before this part of "
-                    "it was written."
-                )
+            self.session.require_not_aborted()
             self._write()
         except BaseException:
             self.give_up()
@@ -206,7 +212,7 @@ class _Saving:
             part=self._name,
             leaves=len(self._leaves),
             bytes=self._part.bytes,
-            blocked_secs=ended - self._started if self._blocked_secs is None else self._blocked_secs,
+            blocked_secs=self._blocked_secs or ended - self._started,
             budget_secs=self._budget_secs,
             write_secs=ended - began,
             committed_at=time.time(),
@@ -262,6 +268,13 @@ class Session:
             self._handles.discard(handle)
             if handle.has_failed:
                 self._failed.append(handle)
+
+    def require_not_aborted(self) -> None:
+        """Raises NoSessionError if the session was aborted."""
+        if self.is_aborted:
+            raise NoSessionError(
+                f"The session of {self.where.final} was aborted before this part was written."
+            )
 
     def wait(self) -> None:
         """Waits for the saves in flight that this process had when it was called."""
@@ -353,7 +366,7 @@ _sessions_lock = threading.Lock()
 
 def _forget_all() -> None:
     """A forked child has none of its parent's threads: nothing of this is in flight there."""
-    global _sessions_lock, _budget  # noqa: PLW0603
+    global _sessions_lock, _budget
     _sessions_lock, _budget = threading.Lock(), snapshot.MemoryBudget()
     _sessions.clear()
 

@@ -18,17 +18,17 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from flax_partial import part as kinds
-from flax_partial.arrays import STORABLE_DTYPES
 from flax_partial.chunks import Shape, choose_chunk_shape
 from flax_partial.errors import UnsupportedLeafError
 from flax_partial.keypaths import KeyPath
-from flax_partial.part import Box, Leaf
+from flax_partial.part import STORABLE_DTYPES, Box, Leaf
 
-# A copy of a small ready array costs 2-20 us; a view of it would make a later donation copy instead.
+# A copy of a small ready array costs 2-20 us; a view would make a later donation copy instead.
 _COPIED_BYTES = 64 * 1024
 _PINNED_HOST = "pinned_host"
 
@@ -171,13 +171,16 @@ def _describe_array(
         )
     shape, axis, offset = _placement(path, value.shape, cut)
     placed, unit, sharding = _boxes(value, axis)
-    chunk = choose_chunk_shape(
-        shape,
-        unit=unit,
-        pinned=frozenset() if axis is None else frozenset((axis,)),
-        itemsize=value.dtype.itemsize,
-        target_bytes=chunk_bytes,
-    )
+    if unit == shape and value.nbytes <= chunk_bytes and value.size:
+        chunk = shape
+    else:
+        chunk = choose_chunk_shape(
+            shape,
+            unit=unit,
+            pinned=frozenset() if axis is None else frozenset((axis,)),
+            itemsize=value.dtype.itemsize,
+            target_bytes=chunk_bytes,
+        )
     leaf = Leaf(
         path,
         kind,
@@ -199,7 +202,7 @@ def _jax_kind(path: KeyPath, value: jax.Array) -> tuple[str, str, jax.Array]:
         raise _unsupported(
             path, "was deleted or donated", "Save it before the call that donates it."
         )
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return kinds.PRNG_KEY, str(jax.random.key_impl(value)), jax.random.key_data(value)
     return kinds.JAX_ARRAY, "", value
 
@@ -260,7 +263,7 @@ def _boxes(
 @lru_cache(maxsize=1024)
 def _sharding_json(sharding: Sharding, axis: int | None) -> dict[str, Any]:
     """Returns a sharding in Orbax's terms; `axis` is cut into rows, so not sharded as a whole."""
-    devices = sharding.device_set
+    devices: set[Any] = sharding.device_set
     if not isinstance(sharding, NamedSharding):
         device = min(devices, key=lambda device: device.id)
         number = _device_number(device, is_local=True)
@@ -286,7 +289,7 @@ def _axes_json(axes: object) -> object:
     return list(axes) if isinstance(axes, tuple) else axes if isinstance(axes, str) else None
 
 
-def _device_number(device: jax.Device, *, is_local: bool) -> int:
+def _device_number(device: Any, *, is_local: bool) -> int:
     """A device of one process among several has a number that no other run would know."""
     if is_local and jax.process_count() > 1:
         return int(device.local_hardware_id)
@@ -311,7 +314,9 @@ def detach(described: Sequence[Described]) -> list[Described]:
             else:
                 view = np.asarray(source)
                 slots[i][j] = view.copy() if view.nbytes <= _COPIED_BYTES else view
-    for (i, j), copy in zip(transfers, _transferred([slots[i][j] for i, j in transfers]), strict=True):
+    for (i, j), copy in zip(
+        transfers, _transferred([slots[i][j] for i, j in transfers]), strict=True
+    ):
         slots[i][j] = copy
     return [
         Described(one.leaf, tuple(sources), is_ours=True)
@@ -324,7 +329,8 @@ def _taken_on_host(source: jax.Array) -> bool:
     device = _device_of(source)
     if not _has_pinned_host(device):
         return True
-    return device.platform == "cpu" and source.is_ready()
+    is_ready: bool = source.is_ready()  # type: ignore[attr-defined] # of every concrete array
+    return is_ready and device.platform == "cpu"
 
 
 def _transferred(sources: list[Any]) -> list[jax.Array]:
@@ -337,13 +343,13 @@ def _transferred(sources: list[Any]) -> list[jax.Array]:
     return list(jax.device_put(sources, targets, may_alias=False))
 
 
-def _device_of(source: jax.Array) -> jax.Device:
+def _device_of(source: jax.Array) -> Any:
     (device,) = source.sharding.device_set
     return device
 
 
 @lru_cache(maxsize=1024)
-def _has_pinned_host(device: jax.Device) -> bool:
+def _has_pinned_host(device: Any) -> bool:
     return any(memory.kind == _PINNED_HOST for memory in device.addressable_memories())
 
 

@@ -1,9 +1,9 @@
 """The one module that touches files: paths, locks, atomic writes, commit, removal.
 
 A session is the directory `<checkpoint>.partial_save`. Whoever saves into it holds a shared `flock`
-on the directory itself, whoever finalizes or aborts an exclusive one; there is no lock file, and the
-kernel drops the lock of a process that dies. After waiting, the inode behind the path is compared
-with the one that was locked: the session may have been renamed away meanwhile.
+on the directory itself, whoever finalizes or aborts an exclusive one; there is no lock file, and
+the kernel drops the lock of a process that dies. After waiting, the inode behind the path is
+compared with the one that was locked: the session may have been renamed away meanwhile.
 """
 
 import ctypes
@@ -63,7 +63,9 @@ def resolve(path: str | os.PathLike[str]) -> CheckpointPath:
     parent, name = os.path.split(os.path.abspath(text))
     name = name.removesuffix(SESSION_SUFFIX)
     if not text or not name or "\0" in text:
-        raise ValueError(f"path {text!r} does not name a checkpoint: give a directory below a parent")
+        raise ValueError(
+            f"path {text!r} does not name a checkpoint: give a directory below a parent"
+        )
     final = Path(os.path.realpath(parent), name)
     return CheckpointPath(final, final.with_name(name + SESSION_SUFFIX))
 
