@@ -178,7 +178,15 @@ def check_json(value: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping):
         raise UnsupportedLeafError(f"custom_metadata is a dict, not a {type(value).__name__}.")
-    return {key: _json_value(item, f"[{key!r}]") for key, item in _with_text_keys(value, "")}
+    try:
+        checked = {k: _json_value(v, f"[{k!r}]") for k, v in _with_text_keys(value, "")}
+        _to_json(checked)
+    except (ValueError, RecursionError) as error:  # lone surrogates, integers too long for Python
+        raise UnsupportedLeafError(
+            f"custom_metadata cannot be written as JSON: {type(error).__name__}: {error}. "
+            "Save what is not text, a number of common size, or of common depth as a leaf."
+        ) from error
+    return checked
 
 
 def _json_value(value: object, where: str) -> Any:
@@ -253,8 +261,12 @@ def _encode(
         "shardings": [json.loads(text) for text in shardings],
         "leaves": rows,
     }
-    body = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    body = _to_json(table)
     return b"".join((_HEAD, digest(body).encode(), _MIDDLE, body, b"}\n"))
+
+
+def _to_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _leaf_to_json(leaf: Leaf, shardings: dict[str, int]) -> dict[str, Any]:
