@@ -62,12 +62,21 @@ def resolve(path: str | os.PathLike[str]) -> CheckpointPath:
         raise TypeError(f"path must be a str or an os.PathLike of str, not {type(text).__name__}")
     parent, name = os.path.split(os.path.abspath(text))
     name = name.removesuffix(SESSION_SUFFIX)
-    if not text or not name or "\0" in text:
+    if not text or not name or "\0" in text or not _is_utf8(text):
         raise ValueError(
-            f"path {text!r} does not name a checkpoint: give a directory below a parent"
+            f"path {text!r} does not name a checkpoint: give a directory below a parent, in UTF-8"
         )
     final = Path(os.path.realpath(parent), name)
     return CheckpointPath(final, final.with_name(name + SESSION_SUFFIX))
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether tensorstore can be told of this path: it knows no surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class SessionLock:
