@@ -6,7 +6,7 @@ is also a subtree, and no node has both list and mapping children. Adding or rem
 time linear in its length, whatever the tree holds already.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +36,23 @@ class KeyPath:
     def name(self) -> str:
         """The leaf's name: its keys joined with a dot."""
         return ".".join(self.texts)
+
+
+def flatten(
+    tree: Any, *, is_leaf: Callable[[object], bool]
+) -> tuple[list[tuple[tuple[Any, ...], Any]], tree_util.PyTreeDef]:
+    """Returns the leaves of a tree with their key paths, and its structure, as JAX does.
+
+    Raises:
+      UnsupportedLeafError: JAX cannot flatten it: keys of one dict cannot be compared.
+    """
+    try:
+        return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    except ValueError as error:
+        raise UnsupportedLeafError(
+            f"JAX cannot flatten this tree: {error} The keys of one dict must be all strings, or "
+            "all integers."
+        ) from error
 
 
 def from_jax(path: tuple[Any, ...]) -> KeyPath:

@@ -70,7 +70,7 @@ def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: boo
     if target is None:
         placements = [placing.as_saved(leaf) for leaf in checkpoint.contents.leaves]
         return _nested(checkpoint.contents.leaves, _read(checkpoint, placements))
-    flat, structure = tree_util.tree_flatten_with_path(target, is_leaf=snapshot.is_leaf)
+    flat, structure = keypaths.flatten(target, is_leaf=snapshot.is_leaf)
     wanted = [(keypaths.from_jax(path).name, value) for path, value in flat]
     placements = _plan(checkpoint.contents.leaves, wanted, partial=partial, cast=cast)
     return tree_util.tree_unflatten(structure, _read(checkpoint, placements))
