@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jax import tree_util
-
 from flax_partial import arrays, keypaths, processes, snapshot, storage, workers
 from flax_partial.errors import CorruptCheckpointError, EmptyStateError, NoSessionError
 from flax_partial.ledger import Ledger
@@ -119,10 +117,12 @@ def _prepare(
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     metadata = check_json(custom_metadata)
     described = _describe(state, options)
-    session = session_of(where)
-    session.raise_unseen()
+    if not storage.is_session(where):  # refuse what is at odds with itself before making one
+        Ledger().claim([one.leaf for one in described], replace=False, visible=lambda _: -1)
     lock = storage.lock_for_saving(where)
     try:
+        session = session_of(where, seen=lock.identity)
+        session.raise_unseen()
         session.enter(lock, durable=options.durable)
         leaves, time_ns = session.claim([one.leaf for one in described], replace=replace)
     except BaseException:
@@ -141,7 +141,7 @@ def _prepare(
 
 
 def _describe(state: Any, options: SaveOptions) -> list[Described]:
-    flat, _ = tree_util.tree_flatten_with_path(state, is_leaf=snapshot.is_leaf)
+    flat, _ = keypaths.flatten(state, is_leaf=snapshot.is_leaf)
     if not flat or (len(flat) == 1 and not flat[0][0] and snapshot.is_leaf(flat[0][1])):
         raise EmptyStateError(f"state {state!r} has no leaves: there is nothing to save.")
     return [
@@ -253,6 +253,7 @@ class Session:
         self._ledger = Ledger()
         self._anchor = -1  # a descriptor of the directory: while it is open its inode is not reused
         self._identity: tuple[int, int] | None = None
+        self.seen: tuple[int, int] | None = None  # the directory that somebody last locked to save
         self._last_time_ns = 0
         self._handles: set[workers.SaveHandle] = set()
         self._failed: list[workers.SaveHandle] = []
@@ -265,9 +266,15 @@ class Session:
 
     def _untrack(self, handle: Any) -> None:
         with self._lock:
-            self._handles.discard(handle)
-            if handle.has_failed:
-                self._failed.append(handle)
+            self._forget_done([handle])
+
+    def _forget_done(self, handles: Sequence[workers.SaveHandle]) -> None:
+        """Whoever waits for a handle may be here before its own callback: both settle it, once."""
+        for handle in handles:
+            if handle in self._handles and handle.done():
+                self._handles.discard(handle)
+                if handle.has_failed:
+                    self._failed.append(handle)
 
     def require_not_aborted(self) -> None:
         """Raises NoSessionError if the session was aborted."""
@@ -285,6 +292,7 @@ class Session:
     def raise_unseen(self) -> None:
         """Raises the error of a background save that nobody has asked for, once."""
         with self._lock:
+            self._forget_done(list(self._handles))
             failed, self._failed = self._failed, []
         errors = [error for handle in failed if (error := handle.unseen_error())]
         if errors:
@@ -301,8 +309,13 @@ class Session:
     @property
     def is_stale(self) -> bool:
         """Whether the directory that this is about is gone."""
-        current = storage.identity(self.where.session)
-        return self.is_idle and (current is None or current != self._identity)
+        if not self.is_idle:
+            return False
+        try:
+            current = storage.identity(self.where.session)
+        except OSError:  # such as a name that is too long: there never was a session
+            return True
+        return current is None or current != self.seen
 
     def enter(self, lock: storage.SessionLock, *, durable: bool) -> None:
         """Makes the ledger that of the locked directory, which may be new since the last save."""
@@ -374,8 +387,11 @@ def _forget_all() -> None:
 os.register_at_fork(after_in_child=_forget_all)
 
 
-def session_of(where: CheckpointPath) -> Session:
-    """Returns what this process knows of a session; drops what it knows of sessions now gone."""
+def session_of(where: CheckpointPath, *, seen: tuple[int, int] | None = None) -> Session:
+    """Returns what this process knows of a session; drops what it knows of sessions now gone.
+
+    A save says which directory it has `seen`, and locked: until it is done this one is not gone.
+    """
     with _sessions_lock:
         session = _sessions.get(where.final)
         if session is None:
@@ -384,6 +400,7 @@ def session_of(where: CheckpointPath) -> Session:
                     other.close()
                     del _sessions[final]
             session = _sessions[where.final] = Session(where)
+        session.seen = seen or session.seen
         return session
 
 
