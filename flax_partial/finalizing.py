@@ -9,15 +9,17 @@ import time
 from collections.abc import Iterable, Sequence
 
 from flax_partial import arrays, orbax_format, storage, workers
-from flax_partial import processes as jax_processes
 from flax_partial.errors import IncompleteCheckpointError, KeyConflictError, NoSessionError
-from flax_partial.loading import describe_contents
+from flax_partial.loading import metadata
 from flax_partial.merge import MergePlan, merge, merge_metadata
 from flax_partial.part import Contents, Leaf, Part, encode_contents
+from flax_partial.processes import agree, count, index
 from flax_partial.reports import CheckpointMetadata, PartStatus, SessionStatus
 from flax_partial.session import PathLike, forget, read_parts, session_of
 from flax_partial.storage import CheckpointPath
 
+# JAX aborts every process 100 s after one of them died (its heartbeat timeout): say so before that.
+_DEFAULT_TIMEOUT_SECS = 90.0
 _MOST_NAMED = 20  # leaves that an error lists
 
 
@@ -35,8 +37,11 @@ def finalize(
     Args:
       path: The checkpoint, or its session `<path>.partial_save`.
       expect: Names of leaves or subtrees that must be there, keys joined with a dot (or a slash).
-      processes: Indices of the processes that take part; all of them if None.
-      timeout_secs: For how many seconds to wait for leaves that are missing; not at all if None.
+      processes: Indices of the processes that call this under `jax.distributed`; all of them if
+        None. The first of them finalizes when the others have called it, and all return, or raise
+        the same. With `expect` and None it waits for nobody: what it expects says when all is in.
+      timeout_secs: For how many seconds to wait for what is missing. None: for leaves not at all,
+        for other processes 90 s.
 
     Returns:
       What the checkpoint holds.
@@ -50,21 +55,30 @@ def finalize(
     """
     where = storage.resolve(path)
     expected = _names(expect)
-    _require_participants(processes)
+    participants = _participants(processes)
     session = session_of(where)
-    session.wait()
-    session.raise_unseen()
-    storage.require_absent(where)
-    if timeout_secs is not None:
-        _wait_for_leaves(where, expected, timeout_secs)
-    try:
-        with storage.locked_exclusively(where):
-            contents = _commit(where, expected)
-    except NoSessionError:
-        storage.require_absent(where)  # somebody else has finalized it while this one waited
-        raise
+
+    def finish_saves() -> None:
+        session.wait()
+        session.raise_unseen()
+
+    def commit() -> None:
+        _commit_when_whole(where, expected, timeout_secs or 0.0)
+
+    if len(participants) > 1:
+        agree(
+            str(where.final),
+            participants=participants,
+            awaited=() if expected and processes is None else participants,
+            ready=finish_saves,
+            act=commit,
+            timeout_secs=_DEFAULT_TIMEOUT_SECS if timeout_secs is None else timeout_secs,
+        )
+    else:
+        finish_saves()
+        commit()
     forget(session)
-    return describe_contents(where.final, contents)
+    return metadata(where.final)
 
 
 def finalize_async(
@@ -169,6 +183,18 @@ def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
     return names
 
 
+def _commit_when_whole(where: CheckpointPath, expected: Sequence[str], timeout_secs: float) -> None:
+    storage.require_absent(where)
+    if timeout_secs:
+        _wait_for_leaves(where, expected, timeout_secs)
+    try:
+        with storage.locked_exclusively(where):
+            _commit(where, expected)
+    except NoSessionError:
+        storage.require_absent(where)  # somebody else has finalized it while this one waited
+        raise
+
+
 def _wait_for_leaves(where: CheckpointPath, expected: Sequence[str], timeout_secs: float) -> None:
     """Waits until nothing is missing, or time is up. Holds no lock: saves have to go on."""
     deadline = time.monotonic() + timeout_secs
@@ -186,7 +212,7 @@ def _wait_for_leaves(where: CheckpointPath, expected: Sequence[str], timeout_sec
         pause = min(pause * 1.5, 1.0)
 
 
-def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
+def _commit(where: CheckpointPath, expected: Sequence[str]) -> None:
     """Makes the checkpoint of a locked session."""
     storage.require_absent(where)
     torn: list[str] = []
@@ -209,7 +235,6 @@ def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
         root_files=orbax_format.root_files(contents),
         contents=encode_contents(contents),
     )
-    return contents
 
 
 def _require_whole(
@@ -248,8 +273,18 @@ def _listed(lines: Sequence[str]) -> str:
     return "\n".join(shown)
 
 
-def _require_participants(processes: Iterable[int] | None) -> None:
-    known = range(jax_processes.count())
-    for process in processes or ():
-        if process not in known:
-            raise ValueError(f"processes are 0 to {len(known) - 1}; there is no {process!r}")
+def _participants(processes: Iterable[int] | None) -> tuple[int, ...]:
+    """Returns the ascending indices of the processes that take part.
+
+    Raises:
+      ValueError: There is no such process, or this one is not among them.
+    """
+    everyone = tuple(range(count()))
+    if processes is None:
+        return everyone
+    chosen = tuple(sorted(set(processes)))
+    if not set(chosen).issubset(everyone):
+        raise ValueError(f"processes are 0 to {count() - 1}, not {list(chosen)}")
+    if index() not in chosen:
+        raise ValueError(f"process {index()} calls finalize, but is not among {list(chosen)}")
+    return chosen
