@@ -200,7 +200,7 @@ class PartialCheckpointCallback:
         self.finalizer.leave()
         self.finalizer.part(self)
         while self._failures:
-            logger.error("A checkpoint had failed, too: %s", self._failures.popleft())
+            logger.error("A checkpoint had failed, too.", exc_info=self._failures.popleft())
 
     @_held
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
@@ -277,7 +277,7 @@ class PartialCheckpointCallback:
         if self._on_save_error == "raise":
             self._failures.append(error)
         else:
-            logger.error("A checkpoint failed, training goes on: %s", error)
+            logger.error("A checkpoint failed; training goes on.", exc_info=error)
 
     @_held
     def _stream(self, trainer: Any, root: str, name: grouping.Name, tree: Any) -> None:

@@ -16,6 +16,7 @@ from flax_partial.callbacks import completeness, grouping
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from concurrent.futures import Future
     from pathlib import Path
 
     from flax_partial.callbacks.schedule import Retention
@@ -103,11 +104,18 @@ class PendingCheckpoint:
         self._pieces: Counter[str] = Counter()
         self._saves: dict[str, fp.SaveHandle] = {}
         self._messages: list[fp.SaveHandle] = []
+        self._owners: dict[tuple[str, int], str] = {}
         self._carrier: Any = None
 
     def save(self, participant: Participant, group: str, tree: Any) -> None:
-        """Saves a group in the background; returns once its arrays may be donated."""
-        self._save_group(participant, self._enter(participant, group), tree, {})
+        """Saves a group in the background; returns once its arrays may be donated.
+
+        What another callback has saved is left out: a trainer may hand every layer to all of them.
+        """
+        leaves = self._claim(participant, tree)
+        if leaves:
+            name = self._enter(participant, group)
+            self._save_group(participant, name, grouping.subtree(leaves), {})
 
     def close(
         self, participant: Participant, groups: Mapping[str, Any], *, callbacks: Iterable[str]
@@ -119,11 +127,12 @@ class PendingCheckpoint:
           groups: Group to the tree it holds; empty where all was streamed.
           callbacks: State keys of all callbacks that save into this checkpoint.
         """
-        entered = {self._enter(participant, group): tree for group, tree in groups.items()}
+        claimed = {group: self._claim(participant, tree) for group, tree in groups.items()}
+        entered = {self._enter(participant, name): rest for name, rest in claimed.items() if rest}
         key = participant.state_key
         closing = completeness.closing(callbacks, callback=key, groups=self._groups.get(key, []))
-        for group, tree in entered.items():
-            self._save_group(participant, group, tree, closing)
+        for group, leaves in entered.items():
+            self._save_group(participant, group, grouping.subtree(leaves), closing)
         if not entered:
             self.annotate(participant, {"session": closing})
 
@@ -190,6 +199,22 @@ class PendingCheckpoint:
             finalize_secs=finalize_secs,
         )
 
+    def _claim(self, participant: Participant, tree: Any) -> grouping.Leaves:
+        """Returns the leaves of a tree, but for those that another callback saves."""
+        leaves = grouping.flatten(tree)
+        with self._lock:
+            owners = [
+                self._owners.setdefault(_box(*leaf), participant.state_key) for leaf in leaves
+            ]
+            mine = [
+                leaf
+                for leaf, owner in zip(leaves, owners, strict=True)
+                if owner == participant.state_key
+            ]
+            self.names.update(grouping.leaf_name(path) for path, _ in mine)
+            self._carrier = self._carrier or _carrier(mine)
+        return mine
+
     def _enter(self, participant: Participant, group: str) -> str:
         """Gives each save a name of its own: a group may come in several pieces."""
         with self._lock:
@@ -204,10 +229,6 @@ class PendingCheckpoint:
     ) -> None:
         if self.error is not None:
             return
-        leaves = grouping.flatten(tree)
-        with self._lock:
-            self.names.update(grouping.leaf_name(path) for path, _ in leaves)
-            self._carrier = self._carrier or _carrier(leaves)
         saved = completeness.saved(callback=participant.state_key, group=group)
         handle = self._submit(participant, tree, {"session": {**saved, **closing}})
         if handle is not None:
@@ -233,13 +254,17 @@ class PendingCheckpoint:
             self.fail(error, [participant])
             return None
 
-        def finished(handle: fp.SaveHandle) -> None:
+        def finished(handle: Future[fp.SaveReport]) -> None:
             error = handle.exception()
             if error is not None:
                 self.fail(error, [participant])
 
         handle.add_done_callback(finished)
         return handle
+
+
+def _box(path: grouping.KeyPath, leaf: Any) -> tuple[str, int]:
+    return grouping.leaf_name(path), leaf.start if isinstance(leaf, fp.Slice) else 0
 
 
 def _carrier(leaves: grouping.Leaves) -> Any:

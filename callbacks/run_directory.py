@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import flax_partial as fp
 from flax_partial.callbacks import completeness
@@ -68,7 +68,7 @@ def prune(directory: Path, retention: Retention) -> None:
         logger.info("Removed the checkpoint %s.", directory / str(step))
 
 
-def choose(directory: Path, retention: Retention, which: Literal["latest", "best"]) -> int | None:
+def choose(directory: Path, retention: Retention, which: str) -> int | None:
     """The newest step, or the best one of those that have a score; None if there is none.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the callback promises while all goes well, held with a trainer that is as small as can be."""
+"""What the callback promises while all goes well, with a trainer as small as can be."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stub_trainer import EVERYTHING, LAYERS, PARAMS, Loop, StubTrainer, new_state
+from stub_trainer import EVERYTHING, LAYERS, PARAMS, ROWS, Loop, StubTrainer, new_state
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
@@ -268,6 +268,24 @@ def test_callbacks_that_share_a_hook_make_one_checkpoint_finalized_once(tmp_path
         assert_is_step(tmp_path / str(step), step)
 
 
+def test_layer_handed_to_all_callbacks_is_saved_by_one(tmp_path: Path) -> None:
+    hook = FinalizeHook()
+    callbacks = [PartialCheckpointCallback(tmp_path, finalizer=hook) for _ in range(2)]
+
+    def stream(trainer: StubTrainer) -> None:
+        params = trainer.state["params"]
+        for callback in callbacks:
+            callback.on_layer_ready(trainer, "head", params["head"])
+            for layer, key in enumerate(params["blocks"]):
+                piece = fp.Slice(params["blocks"][key]["w"], ROWS * layer, 2 * ROWS)
+                callback.on_layer_ready(trainer, "stacked", piece)
+
+    Loop(*callbacks, at={"ready": stream}).fit()
+    assert fp.steps(tmp_path) == [2]
+    assert fp.load(tmp_path / "2")["params"]["stacked"].shape == (2 * ROWS, 2)
+    assert hook.reports[0].groups[:3] == ("params.head", "params.stacked", "params.stacked#2")
+
+
 def test_hook_waits_only_for_the_callbacks_that_save_the_step(tmp_path: Path) -> None:
     hook = FinalizeHook()
     often = PartialCheckpointCallback(
@@ -301,15 +319,12 @@ def test_reports_tell_what_each_checkpoint_cost(tmp_path: Path) -> None:
     assert (first.step, second.step) == (2, 4)
     assert first.path == tmp_path / "2"
     assert first.groups[:4] == ("params.head", "params.embed", "params.blocks.1", "params.blocks.0")
-    size = 8 * (ROWS_BYTES + 4) + 4
+    size = 8 * (ROWS * 2 * 4 + 2 * 2) + 4
     assert first.bytes == size == sum(save.bytes for save in first.saves.values())
     assert first.metrics == {"loss": 0.5}
     assert first.write_secs >= max(save.write_secs for save in first.saves.values()) > 0
     assert first.finalize_secs > 0
     assert first.blocked_secs >= sum(save.blocked_secs for save in first.saves.values()) > 0
-
-
-ROWS_BYTES = 300 * 2 * 4
 
 
 @pytest.mark.parametrize("progress", [False, True])

@@ -1,0 +1,411 @@
+"""What the callback promises when something fails: no hang, no mixture, nothing half finalized."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import pytest
+from stub_trainer import EVERYTHING, PARAMS, Loop, StubTrainer, new_state
+from test_callback import assert_is_step, names_in
+
+import flax_partial as fp
+from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("_logged")
+
+
+@pytest.fixture
+def _logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "flax_partial")
+
+
+@pytest.fixture
+def _full_disk() -> Iterator[None]:
+    """No file may grow over 1 MiB: larger groups fail in the background, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class StateError(Exception):
+    """What a test's own `state_fn` raises."""
+
+
+UNSAVABLE = {"w": object()}
+TOO_LARGE = {"w": np.arange(2**20)}
+
+FAILING = pytest.mark.parametrize(
+    ("tree", "kind", "message"),
+    [
+        pytest.param(UNSAVABLE, fp.UnsupportedLeafError, "params.bad.w", id="refused at once"),
+        pytest.param(TOO_LARGE, OSError, "too large", id="failed in the background"),
+    ],
+)
+
+
+def streams_in_step(
+    callback: PartialCheckpointCallback, step: int, tree: Any
+) -> Callable[[StubTrainer], None]:
+    def stream(trainer: StubTrainer) -> None:
+        if trainer.global_step + 1 == step:
+            callback.on_layer_ready(trainer, "bad", tree)
+
+    return stream
+
+
+@FAILING
+@pytest.mark.usefixtures("_full_disk")
+def test_failed_save_is_raised_at_the_next_hook(
+    tmp_path: Path, tree: Any, kind: Any, message: str
+) -> None:
+    callback = PartialCheckpointCallback(tmp_path, every_n_epochs=None, every_n_train_steps=1)
+
+    def wait_until_it_failed(trainer: StubTrainer) -> None:
+        while trainer.global_step == 3 and not callback.failed_saves:
+            time.sleep(0.01)
+
+    stream = streams_in_step(callback, 3, tree)
+    at = {"ready": stream, "on_train_batch_end": wait_until_it_failed}
+    loop = Loop(callback, batches=9, at=at)
+    with pytest.raises(kind, match=message) as caught:
+        loop.fit()
+    assert any("step 3" in note for note in caught.value.__notes__)
+    assert loop.trainer.global_step <= 3
+    assert callback.failed_saves == 1
+    assert fp.steps(tmp_path) == [1, 2]
+
+
+@FAILING
+@pytest.mark.usefixtures("_full_disk")
+def test_failed_save_is_logged_and_counted_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tree: Any, kind: Any, message: str
+) -> None:
+    callback = PartialCheckpointCallback(
+        tmp_path, every_n_epochs=None, every_n_train_steps=1, on_save_error="warn"
+    )
+    at = {"ready": streams_in_step(callback, 2, tree)}
+    Loop(callback, batches=4, streamed=PARAMS, at=at).fit()
+    assert names_in(tmp_path) == ["1", "3", "4"]
+    assert_is_step(tmp_path / "3", 3)
+    assert callback.failed_saves == 1
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1
+    assert errors[0].exc_info is not None
+    assert isinstance(errors[0].exc_info[1], kind)
+    assert message in str(errors[0].exc_info[1])
+    assert "Dropped the unfinished checkpoint" in caplog.text
+
+
+@pytest.mark.usefixtures("_full_disk")
+def test_one_callback_of_two_fails_and_nothing_is_finalized(tmp_path: Path) -> None:
+    hook = FinalizeHook()
+    one = PartialCheckpointCallback(tmp_path, finalizer=hook, on_save_error="warn")
+    two = PartialCheckpointCallback(tmp_path, finalizer=hook, on_save_error="warn")
+    receivers = {"params": one, "opt_state": two}
+    at = {"ready": streams_in_step(two, 2, TOO_LARGE)}
+    Loop(one, two, epochs=2, streamed=EVERYTHING, receivers=receivers, at=at).fit()
+    assert names_in(tmp_path) == ["4"]
+    assert (one.failed_saves, two.failed_saves) == (0, 1)
+
+
+def test_state_fn_that_raises_is_a_failed_save(tmp_path: Path) -> None:
+    def state_fn(trainer: StubTrainer, _: Any) -> Any:
+        if trainer.global_step == 2:
+            raise StateError("no state")
+        return trainer.state
+
+    warned = PartialCheckpointCallback(tmp_path / "w", state_fn=state_fn, on_save_error="warn")
+    Loop(warned, epochs=2, streamed=PARAMS).fit()
+    assert names_in(tmp_path / "w") == ["4"]
+    raised = PartialCheckpointCallback(tmp_path / "r", state_fn=state_fn)
+    with pytest.raises(StateError):
+        Loop(raised, epochs=2).fit()
+
+
+def test_nothing_to_save_is_said(tmp_path: Path) -> None:
+    unknown = PartialCheckpointCallback(tmp_path)
+    loop = Loop(unknown)
+    loop.trainer.state = object()
+    del loop  # its step would need a tree
+    trainer = StubTrainer()
+    trainer.state, trainer.global_step, trainer.is_last_batch = object(), 1, True
+    with pytest.raises(TypeError, match="Pass state_fn="):
+        unknown.on_train_batch_end(trainer, None, None, None, 0)
+    empty = PartialCheckpointCallback(tmp_path, state_fn=lambda *_: {})
+    with pytest.raises(fp.EmptyStateError):
+        Loop(empty).fit()
+    assert names_in(tmp_path) == []
+
+
+def test_failed_finalize_is_raised_and_nothing_is_lost(tmp_path: Path) -> None:
+    def block(trainer: StubTrainer) -> None:
+        (tmp_path / str(trainer.global_step)).mkdir()
+
+    with pytest.raises(fp.CheckpointExistsError):
+        Loop(PartialCheckpointCallback(tmp_path), at={"on_train_epoch_end": block}).fit()
+    assert names_in(tmp_path) == ["2", "2.partial_save"]
+    (tmp_path / "2").rmdir()
+    PartialCheckpointCallback(tmp_path).on_fit_start(StubTrainer(), None)
+    assert_is_step(tmp_path / "2", 2)
+
+
+def test_failed_finalize_is_counted_by_all_callbacks(tmp_path: Path) -> None:
+    def block(trainer: StubTrainer) -> None:
+        (tmp_path / str(trainer.global_step)).mkdir(exist_ok=trainer.global_step > 2)
+
+    hook = FinalizeHook()
+    callbacks = [
+        PartialCheckpointCallback(tmp_path, finalizer=hook, on_save_error="warn") for _ in range(2)
+    ]
+    Loop(*callbacks, at={"on_train_epoch_end": block}).fit()
+    assert [callback.failed_saves for callback in callbacks] == [1, 1]
+
+
+def test_exception_lets_saves_finish_and_leaves_the_session(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupt(trainer: StubTrainer) -> None:
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+
+    callback = PartialCheckpointCallback(tmp_path)
+    at = {"ready": interrupt}
+    with pytest.raises(KeyboardInterrupt):
+        Loop(callback, epochs=2, streamed=PARAMS, at=at).fit()
+    assert names_in(tmp_path) == ["2", "4.partial_save"]
+    assert len(fp.status(tmp_path / "4").leaves) == 8
+    assert f"Left {tmp_path / '4'} unfinished" in caplog.text
+
+
+@pytest.mark.usefixtures("_full_disk")
+def test_exception_is_not_hidden_by_a_failed_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = PartialCheckpointCallback(tmp_path)
+
+    def stream_and_fail(trainer: StubTrainer) -> None:
+        if trainer.is_last_batch:
+            callback.on_layer_ready(trainer, "bad", TOO_LARGE)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Loop(callback, at={"ready": stream_and_fail}).fit()
+    assert "too large" in caplog.text
+    assert fp.steps(tmp_path) == []
+
+
+def test_session_left_complete_is_finalized_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: StubTrainer) -> None:
+        raise ZeroDivisionError
+
+    for streamed in (frozenset(), PARAMS, EVERYTHING):
+        directory = tmp_path / str(len(streamed))
+        with pytest.raises(ZeroDivisionError):
+            Loop(
+                PartialCheckpointCallback(directory),
+                streamed=streamed,
+                at={"on_train_epoch_end": fail},
+            ).fit()
+        assert names_in(directory) == ["2.partial_save"]
+        PartialCheckpointCallback(directory).on_fit_start(StubTrainer(), None)
+        assert_is_step(directory / "2", 2)
+        assert f"Finalized {directory / '2'}" in caplog.text
+
+
+def test_session_of_two_callbacks_is_complete_with_the_groups_of_both(tmp_path: Path) -> None:
+    def fail(_: StubTrainer) -> None:
+        raise ZeroDivisionError
+
+    class Raises:
+        """Stands between the two callbacks in the trainer's list."""
+
+        def __getattr__(self, hook: str) -> Any:
+            return fail_at_batch_end if hook == "on_train_batch_end" else lambda *_: None
+
+    def fail_at_batch_end(trainer: StubTrainer, *_: Any) -> None:
+        if trainer.is_last_batch:
+            raise ZeroDivisionError
+
+    for between, recovered in ((True, []), (False, [2])):
+        directory = tmp_path / str(between)
+        hook = FinalizeHook()
+        one = PartialCheckpointCallback(
+            directory, finalizer=hook, state_fn=lambda trainer, _: {"a": trainer.state["params"]}
+        )
+        two = PartialCheckpointCallback(
+            directory, finalizer=hook, state_fn=lambda trainer, _: {"b": trainer.state["seen"]}
+        )
+        order = [one, Raises(), two] if between else [one, two, Raises()]
+        with pytest.raises(ZeroDivisionError):
+            Loop(*order).fit()
+        assert names_in(directory) == ["2.partial_save"]
+        PartialCheckpointCallback(directory).recover()
+        assert fp.steps(directory) == recovered
+        assert names_in(directory) == [str(step) for step in recovered]
+
+
+def test_session_left_incomplete_is_dropped_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fp.save(tmp_path / "2", {"a": 1}, custom_metadata={"step": 2})
+    fp.save(tmp_path / "3", {"a": 1})
+    fp.save(tmp_path / "mine", {"a": 1})
+    PartialCheckpointCallback(tmp_path).on_fit_start(StubTrainer(), None)
+    assert names_in(tmp_path) == ["mine.partial_save"]
+    assert f"Dropped the unfinished checkpoint {tmp_path / '2'}: " in caplog.text
+    assert "the step had not ended" in caplog.text
+    assert "does not belong to step 3" in caplog.text
+
+
+def test_session_whose_checkpoint_is_there_is_dropped(tmp_path: Path) -> None:
+    Loop(PartialCheckpointCallback(tmp_path)).fit()
+    (tmp_path / "2").rename(tmp_path / "aside")
+    Loop(PartialCheckpointCallback(tmp_path / "other")).fit()
+    (tmp_path / "other" / "2").rename(tmp_path / "2.partial_save")
+    (tmp_path / "aside").rename(tmp_path / "2")
+    PartialCheckpointCallback(tmp_path).recover()
+    assert names_in(tmp_path) == ["2", "other"]
+    assert_is_step(tmp_path / "2", 2)
+
+
+def test_torn_part_does_not_count(tmp_path: Path) -> None:
+    def fail(_: StubTrainer) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Loop(PartialCheckpointCallback(tmp_path), at={"on_train_epoch_end": fail}).fit()
+    part = fp.status(tmp_path / "2").parts[3]
+    (tmp_path / "2.partial_save" / "state" / part.name / "part.json").unlink()
+    PartialCheckpointCallback(tmp_path).recover()
+    assert names_in(tmp_path) == []
+
+
+def test_removal_that_was_interrupted_is_completed(tmp_path: Path) -> None:
+    Loop(PartialCheckpointCallback(tmp_path), epochs=2).fit()
+    (tmp_path / "2").rename(tmp_path / ".removed-2.partial_save")
+    callback = PartialCheckpointCallback(tmp_path)
+    assert fp.steps(tmp_path) == [4]
+    callback.recover()
+    assert names_in(tmp_path) == ["4"]
+
+
+def test_restore_finalizes_what_an_ended_run_left_before_it_chooses(tmp_path: Path) -> None:
+    def fail(trainer: StubTrainer) -> None:
+        if trainer.global_step == 4:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Loop(PartialCheckpointCallback(tmp_path), epochs=2, at={"on_train_epoch_end": fail}).fit()
+    found = PartialCheckpointCallback(tmp_path).restore(new_state(0))
+    assert found is not None
+    assert found[1] == 4
+    jax.tree.map(np.testing.assert_array_equal, found[0], new_state(4))
+
+
+def test_layers_of_a_step_that_never_ended_do_not_reach_the_next_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trainer streams a step and skips its end, as for a batch with a bad gradient."""
+    callback = PartialCheckpointCallback(tmp_path, every_n_epochs=None, every_n_train_steps=1)
+    trainer = StubTrainer()
+    callback.on_fit_start(trainer, None)
+    callback.on_layer_ready(trainer, "head", new_state(1)["params"]["head"])
+    trainer.global_step, trainer.state = 2, new_state(2)
+    callback.on_train_batch_end(trainer, None, None, None, 1)
+    callback.on_train_end(trainer, None)
+    assert names_in(tmp_path) == ["2"]
+    assert_is_step(tmp_path / "2", 2)
+    assert (
+        f"Dropped the unfinished checkpoint {tmp_path / '1'}: its step never ended" in caplog.text
+    )
+
+
+def test_layers_of_a_step_that_never_ended_are_dropped_when_training_ends(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path, every_n_epochs=None, every_n_train_steps=1)
+    trainer = StubTrainer()
+    callback.on_fit_start(trainer, None)
+    callback.on_layer_ready(trainer, "head", new_state(1)["params"]["head"])
+    callback.on_train_end(trainer, None)
+    assert names_in(tmp_path) == []
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    Loop(PartialCheckpointCallback(tmp_path), epochs=3).fit()
+    with pytest.raises(fp.CheckpointExistsError, match="holds step 6 already"):
+        Loop(PartialCheckpointCallback(tmp_path), epochs=1).fit()
+    callback = PartialCheckpointCallback(tmp_path, on_save_error="warn")
+    Loop(callback, epochs=4).fit()
+    assert callback.failed_saves == 3
+    assert names_in(tmp_path) == ["2", "4", "6", "8"]
+    assert_is_step(tmp_path / "4", 4)
+
+
+def test_callback_that_left_is_not_waited_for(tmp_path: Path) -> None:
+    hook = FinalizeHook()
+    Loop(PartialCheckpointCallback(tmp_path / "first", finalizer=hook)).fit()
+    Loop(PartialCheckpointCallback(tmp_path / "first", finalizer=hook), epochs=2).resume(
+        new_state(2), 2
+    ).fit()
+    assert fp.steps(tmp_path / "first") == [2, 4]
+
+
+_KILLED_RUN = """
+import os, signal, sys
+from pathlib import Path
+from stub_trainer import EVERYTHING, Loop
+from test_callback import wait_for_leaves
+from flax_partial.callbacks import PartialCheckpointCallback
+
+directory, moment, leaves = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+def kill(trainer):
+    if trainer.current_epoch == 1 and trainer.is_last_batch:
+        wait_for_leaves(directory / "4", leaves)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Loop(PartialCheckpointCallback(directory), epochs=3, streamed=EVERYTHING, at={moment: kill}).fit()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "leaves", "recovered"),
+    [
+        pytest.param("ready", 16, 2, id="all streamed, the step not ended"),
+        pytest.param("on_train_epoch_end", 17, 4, id="all saved, not finalized"),
+    ],
+)
+def test_killed_run_goes_on_from_what_was_whole(
+    tmp_path: Path, moment: str, leaves: int, recovered: int
+) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-P", "-c", _KILLED_RUN, str(tmp_path), moment, str(leaves)],
+        check=False,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert "4.partial_save" in names_in(tmp_path)
+    callback = PartialCheckpointCallback(tmp_path)
+    found = callback.restore(new_state(0))
+    assert found is not None
+    assert found[1] == recovered
+    Loop(callback, epochs=3, streamed=EVERYTHING).resume(*found).fit()
+    assert names_in(tmp_path) == ["2", "4", "6"]
+    for step in (2, 4, 6):
+        assert_is_step(tmp_path / str(step), step)

@@ -1,0 +1,190 @@
+"""The callback knows an NNX module with its optimizer, and a Flax `TrainState`, by itself."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import flax_partial as fp
+from flax_partial.callbacks import PartialCheckpointCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _as_optax_needs_it() -> Iterator[None]:
+    """Optax raises a Python float to the power of its int32 count."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+ADAM = optax.adamw(1e-2)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dropout(self.norm(self.linear(x)))
+
+
+class Model(nnx.Module):
+    def __init__(self, seed: int) -> None:
+        rngs = nnx.Rngs(seed)
+        self.embed = nnx.Linear(2, 4, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@nnx.jit
+def train(model: Model, optimizer: nnx.Optimizer[Model]) -> None:
+    def loss(model: Model) -> jax.Array:
+        return jnp.square(model(jnp.ones((3, 2)))).mean()
+
+    optimizer.update(model, nnx.grad(loss)(model))
+
+
+def model_and_optimizer(seed: int) -> tuple[Model, nnx.Optimizer[Model]]:
+    model = Model(seed)
+    return model, nnx.Optimizer(model, ADAM, wrt=nnx.Param)
+
+
+def trainer_with(**attributes: Any) -> Any:
+    return SimpleNamespace(
+        global_step=0, current_epoch=0, callback_metrics={}, is_last_batch=True, **attributes
+    )
+
+
+def save_one_step(callback: PartialCheckpointCallback, trainer: Any, module: Any) -> None:
+    """A step in which `callback` is handed the layers that `trainer.streamed` names."""
+    callback.on_fit_start(trainer, module)
+    for name, tree in getattr(trainer, "streamed", {}).items():
+        callback.on_layer_ready(trainer, name, tree)
+    trainer.global_step += 1
+    callback.on_train_batch_end(trainer, module, None, None, 0)
+    callback.on_train_epoch_end(trainer, module)
+    callback.on_train_end(trainer, module)
+
+
+def assert_equal(got: Any, want: Any) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        if jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)  # noqa: PLW2901
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("place", ["module", "state"])
+def test_nnx_module_and_optimizer_are_saved_and_restored_in_place(
+    tmp_path: Path, place: str
+) -> None:
+    model, optimizer = model_and_optimizer(0)
+    train(model, optimizer)
+    callback = PartialCheckpointCallback(tmp_path)
+    if place == "module":
+        save_one_step(callback, trainer_with(optimizer=optimizer), model)
+    else:
+        save_one_step(callback, trainer_with(optimizer=optimizer, state=model), None)
+    assert set(callback.reports[0].groups) > {"params.embed", "params.blocks.0", "params.blocks.1"}
+
+    other, other_optimizer = model_and_optimizer(1)
+    bias = other.embed.bias
+    found = callback.restore({"params": other, "opt_state": other_optimizer})
+    assert found is not None
+    restored, step = found
+    assert step == 1
+    assert restored["params"] is other
+    assert other.embed.bias is bias
+    assert_equal(nnx.state(other), nnx.state(model))
+    assert_equal(nnx.state(other_optimizer), nnx.state(optimizer))
+    train(model, optimizer)
+    train(other, other_optimizer)
+    assert_equal(nnx.state(other), nnx.state(model))
+
+
+def test_nnx_module_alone_is_restored_from_params(tmp_path: Path) -> None:
+    model, optimizer = model_and_optimizer(0)
+    callback = PartialCheckpointCallback(tmp_path)
+    save_one_step(callback, trainer_with(optimizer=optimizer), model)
+    other = Model(1)
+    found = callback.restore(other)
+    assert found is not None
+    assert found[0] is other
+    assert_equal(nnx.state(other), nnx.state(model))
+
+
+@pytest.mark.parametrize("streamed_as", ["module", "state", "pure"])
+def test_streamed_nnx_layers_are_not_taken_twice(tmp_path: Path, streamed_as: str) -> None:
+    model = Model(0)
+    take = {
+        "module": lambda block: block,
+        "state": nnx.state,
+        "pure": lambda block: nnx.to_pure_dict(nnx.state(block)),
+    }[streamed_as]
+    trainer = trainer_with(
+        streamed={f"blocks.{number}": take(block) for number, block in enumerate(model.blocks)}
+    )
+    callback = PartialCheckpointCallback(tmp_path)
+    save_one_step(callback, trainer, model)
+    (report,) = callback.reports
+    assert report.groups == ("params.blocks.0", "params.blocks.1", "params.embed")
+    other = Model(1)
+    assert callback.restore(other) is not None
+    assert_equal(nnx.state(other), nnx.state(model))
+
+
+def test_model_that_does_not_fit_is_left_as_it_was(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path)
+    save_one_step(callback, trainer_with(), Model(0))
+    wider = nnx.Linear(7, 7, rngs=nnx.Rngs(2))
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(wider)))
+    with pytest.raises(fp.TargetMismatchError):
+        callback.restore({"params": {"embed": wider}})
+    assert_equal(nnx.to_pure_dict(nnx.state(wider)), before)
+
+
+@pytest.mark.parametrize("place", ["module", "state"])
+def test_train_state_is_saved_with_its_own_fields(tmp_path: Path, place: str) -> None:
+    def new(value: float) -> TrainState:
+        params = {"Dense_0": {"kernel": jnp.full((3, 2), value), "bias": jnp.full((2,), value)}}
+        return TrainState.create(apply_fn=print, params=params, tx=optax.adam(0.1))
+
+    state = new(1.0).apply_gradients(grads=new(0.5).params)
+    callback = PartialCheckpointCallback(tmp_path)
+    if place == "module":
+        save_one_step(callback, trainer_with(), state)
+    else:
+        save_one_step(callback, trainer_with(state=state), None)
+    assert callback.reports[0].groups == (
+        "step",
+        "params.Dense_0",
+        "opt_state.0",
+        "opt_state.Dense_0",
+        "opt_state.1",
+    )
+    found = callback.restore(new(0.0))
+    assert found is not None
+    restored = found[0]
+    assert isinstance(restored, TrainState)
+    assert restored.apply_fn is print
+    assert_equal(restored.params, state.params)
+    assert_equal(restored.opt_state, state.opt_state)
+    assert restored.step == 1

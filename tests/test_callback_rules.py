@@ -1,0 +1,236 @@
+"""The callback's pure rules: when to save, what to keep, how to group, what is complete."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flax_partial as fp
+from flax_partial.callbacks import PartialCheckpointCallback
+from flax_partial.callbacks.completeness import closing, missing, saved
+from flax_partial.callbacks.grouping import cut, flatten, layerwise, leaf_name, placed, subtree
+from flax_partial.callbacks.schedule import Retention, Schedule
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_epochs": 0}, "every_n_epochs is 0"),
+        ({"every_n_train_steps": -1}, "every_n_train_steps is -1"),
+        ({"every_n_epochs": None}, "nothing would be saved"),
+        ({"keep_last": 0}, "keep_last is 0"),
+        ({"save_top_k": 3}, "Pass monitor="),
+        ({"monitor": "loss", "save_top_k": 0}, "save_top_k is 0"),
+        ({"mode": "best"}, "mode is 'best'"),
+        ({"on_save_error": "ignore"}, "on_save_error is 'ignore'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_options_without_a_meaning_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PartialCheckpointCallback("run", **options)
+
+
+def test_callbacks_of_one_directory_agree_on_what_to_keep(tmp_path: Path) -> None:
+    first = PartialCheckpointCallback(tmp_path, keep_last=3)
+    second = PartialCheckpointCallback(tmp_path, finalizer=first.finalizer)
+    third = PartialCheckpointCallback(tmp_path, keep_last=2, finalizer=first.finalizer)
+    first.setup(None, None, "fit")
+    second.setup(None, None, "fit")
+    with pytest.raises(ValueError, match="Give these options to one of them only"):
+        third.setup(None, None, "fit")
+
+
+def test_best_needs_a_monitor(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="monitor=None"):
+        PartialCheckpointCallback(tmp_path).restore(which="best")
+    with pytest.raises(ValueError, match="which='newest'"):
+        PartialCheckpointCallback(tmp_path, monitor="loss").restore(which="newest")  # type: ignore[arg-type]
+
+
+def test_schedule_counts_epochs_from_zero_and_steps_from_one() -> None:
+    schedule = Schedule(every_n_epochs=2, every_n_train_steps=5)
+    assert [epoch for epoch in range(6) if schedule.is_epoch_due(epoch)] == [1, 3, 5]
+    assert [step for step in range(1, 12) if schedule.is_step_due(step)] == [5, 10]
+
+
+@given(
+    steps=st.sets(st.integers(1, 99), min_size=1),
+    scores=st.dictionaries(st.integers(1, 99), st.floats(-5, 5)),
+    keep_last=st.none() | st.integers(1, 5),
+    top=st.none() | st.integers(1, 5),
+    mode=st.sampled_from(["min", "max"]),
+)
+def test_what_is_kept(
+    steps: set[int], scores: dict[int, float], keep_last: int | None, top: int | None, mode: Any
+) -> None:
+    retention = Retention(keep_last, "loss", mode, top)
+    expired = retention.expired(steps, scores)
+    kept = steps - set(expired)
+    assert expired == sorted(expired)
+    assert max(steps) in kept
+    assert set(sorted(steps)[-(keep_last or 1) :]) <= kept
+    if keep_last is None and top is None:
+        assert kept == steps
+        return
+    assert len(kept) <= (keep_last or 1) + (top or 0)
+    sign = 1 if mode == "min" else -1
+    scored = sorted(sign * scores[step] for step in steps if step in scores)
+    for score in scored[: top or 0]:
+        assert any(score == sign * scores[step] for step in kept if step in scores)
+
+
+def test_checkpoints_without_a_score_rank_last() -> None:
+    retention = Retention(monitor="loss", save_top_k=2)
+    assert retention.ranked([1, 2, 3, 4], {1: 0.5, 3: 0.5}) == [3, 1, 4, 2]
+
+
+def groups_of(tree: Any) -> dict[str, list[str]]:
+    leaves = flatten(tree)
+    groups = cut(leaves, layerwise(leaves))
+    return {group: [leaf_name(path) for path, _ in group_of] for group, group_of in groups.items()}
+
+
+def test_layers_of_optax_state_are_those_of_their_parameters() -> None:
+    params = {
+        "embed": {"table": jnp.ones(2)},
+        "decoder": {"layers": [{"q": jnp.ones(2), "mlp": [jnp.ones(2)]} for _ in range(2)]},
+    }
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    groups = groups_of({"params": params, "opt_state": optimizer.init(params), "step": 3})
+    assert list(groups) == [
+        "opt_state.0",
+        "opt_state.1",
+        "opt_state.decoder.layers.0",
+        "opt_state.decoder.layers.1",
+        "opt_state.embed",
+        "params.decoder.layers.0",
+        "params.decoder.layers.1",
+        "params.embed",
+        "step",
+    ]
+    assert groups["opt_state.decoder.layers.1"] == [
+        f"opt_state.1.0.{moment}.decoder.layers.1.{name}"
+        for moment in ("mu", "nu")
+        for name in ("mlp.0", "q")
+    ]
+
+
+@given(
+    st.recursive(
+        st.integers(0, 9) | st.none(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from("abc") | st.integers(0, 3).map(str), inner, max_size=3
+            )
+            | st.tuples(inner, inner)
+        ),
+        max_leaves=12,
+    )
+)
+def test_groups_have_every_leaf_once_at_its_own_path(tree: Any) -> None:
+    leaves = flatten(tree)
+    groups = cut(leaves, layerwise(leaves))
+    again = [item for group in groups.values() for item in flatten(subtree(group))]
+    assert sorted(again, key=str) == sorted(leaves, key=str)
+
+
+def test_placed_keeps_key_kinds() -> None:
+    (leaf,) = flatten(placed("params", ("blocks", 3), {"w": 1}))
+    key = jax.tree_util
+    assert leaf == (
+        (key.DictKey("params"), key.DictKey("blocks"), key.SequenceKey(3), key.DictKey("w")),
+        1,
+    )
+
+
+def status_of(*sessions: dict[str, Any], step: int = 5) -> fp.SessionStatus:
+    """A session with a part for each argument, merged as the engine does."""
+    merged: dict[str, Any] = {}
+    for session in sessions:
+        for key, value in session.items():
+            if isinstance(value, dict):
+                for callback, by_process in value.items():
+                    known = merged.setdefault(key, {}).setdefault(callback, {})
+                    for process, groups in by_process.items():
+                        if isinstance(groups, dict):
+                            known.setdefault(process, {}).update(groups)
+                        else:
+                            known[process] = groups
+            else:
+                merged[key] = value
+    part = fp.PartStatus("part", 0, 0.0, ("a",), 1, {"step": step})
+    return fp.SessionStatus(
+        Path("5"), (part,), (), ("a",), 1, (0,), {"step": step, "session": merged}
+    )
+
+
+def _saved(callback: str, *groups: str) -> list[dict[str, Any]]:
+    return [saved(callback=callback, group=group) for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("sessions", "step", "lacks"),
+    [
+        pytest.param(_saved("a", "x"), 5, "the step had not ended", id="no list"),
+        pytest.param(
+            [*_saved("a", "x"), closing(["a"], callback="a", groups=["x"])], 5, None, id="complete"
+        ),
+        pytest.param(
+            [*_saved("a", "x"), closing(["a"], callback="a", groups=["x", "y", "z"])],
+            5,
+            "it lacks y, z",
+            id="groups missing",
+        ),
+        pytest.param(
+            [*_saved("a", "x"), closing(["a", "b"], callback="a", groups=["x"])],
+            5,
+            "the step had not ended for b in process 0",
+            id="another callback was not done",
+        ),
+        pytest.param(
+            [
+                *_saved("a", "x"),
+                *_saved("b", "y"),
+                closing(["b", "a"], callback="a", groups=["x"]),
+                closing(["a", "b"], callback="b", groups=["y"]),
+            ],
+            5,
+            None,
+            id="two callbacks",
+        ),
+        pytest.param(
+            [
+                *_saved("a", "x"),
+                {**closing(["a"], callback="a", groups=["x"]), "processes": 2},
+            ],
+            5,
+            "the step had not ended for a in process 1",
+            id="another process was not done",
+        ),
+        pytest.param(
+            [*_saved("a", "x"), closing(["a"], callback="a", groups=["x"])],
+            6,
+            "part does not belong to step 6",
+            id="another step",
+        ),
+    ],
+)
+def test_what_a_session_lacks(sessions: Any, step: int, lacks: str | None) -> None:
+    assert missing(status_of(*sessions), step) == lacks
+
+
+def test_importing_the_callbacks_imports_neither_flax_nor_optax() -> None:
+    code = "import flax_partial.callbacks, sys; print({'flax', 'optax'} & set(sys.modules))"
+    command = [sys.executable, "-P", "-c", code]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "set()\n"
