@@ -30,6 +30,7 @@ from flax_partial.chunks import (
     slices,
 )
 from flax_partial.errors import CorruptCheckpointError
+from flax_partial.keypaths import prefix_of
 from flax_partial.merge import PartCopy
 from flax_partial.orbax_format import zarr_metadata
 from flax_partial.part import Leaf, digest
@@ -303,6 +304,70 @@ def _outcome(finish: Callable[[], np.ndarray], leaf: Leaf) -> np.ndarray | Excep
         return finish()
     except ValueError as error:
         return CorruptCheckpointError(f"Leaf {leaf.name!r}: {error}")
+
+
+Store = ts.TensorStore
+
+
+def open_stores(
+    directory: Path, names: Sequence[str], *, driver: str, in_database: bool, fill_missing: bool
+) -> list[Store | Exception]:
+    """Opens arrays as another program laid them out, all at once.
+
+    Args:
+      directory: Where they are, absolute.
+      names: Their names.
+      driver: `zarr` or `zarr3`.
+      in_database: Whether the directory is an OCDBT database, not plain files.
+      fill_missing: Whether a chunk that is not there means zeros; an error when reading otherwise.
+
+    Returns:
+      For each name the open array, or what tensorstore says.
+    """
+    context = _context()
+    base: dict[str, Any] = _database(directory, create=False) if in_database else {"driver": "file"}
+    root = "" if in_database else f"{directory}/"
+    opening = [
+        ts.open(
+            {
+                "driver": driver,
+                "kvstore": base | {"path": root + prefix_of(name)},
+                "fill_missing_data_reads": fill_missing,
+            },
+            open=True,
+            read=True,
+            context=context,
+        )
+        for name in names
+    ]
+    return [_result(future) for future in opening]
+
+
+def describe_store(store: Store) -> tuple[str, Shape, Shape]:
+    """Returns dtype, shape and the shape of what is read at once."""
+    chunk = store.chunk_layout.read_chunk.shape or (1,) * store.rank
+    return store.dtype.name, store.shape, tuple(max(size or 1, 1) for size in chunk)
+
+
+def read_stores(regions: Sequence[tuple[Store, Shape, Shape]]) -> list[np.ndarray | Exception]:
+    """Reads boxes of open arrays, all at once: each an array, the box's start and its shape.
+
+    Returns:
+      For each box its data, C-contiguous and the caller's own, or what tensorstore says.
+    """
+    reading = [store[slices(start, shape)].read() for store, start, shape in regions]
+    outcomes = [_result(future) for future in reading]
+    return [
+        outcome if isinstance(outcome, Exception) else np.asarray(outcome, order="C")
+        for outcome in outcomes
+    ]
+
+
+def _result(future: ts.Future[Any]) -> Any:
+    try:
+        return future.result()
+    except ValueError as error:
+        return error
 
 
 def read_zarr_metadata(state: Path, leaves: Sequence[Leaf]) -> dict[str, str]:

@@ -29,7 +29,10 @@ _VERIFIED_AT_ONCE_BYTES = 256 << 20
 class Checkpoint(Protocol):
     """A finalized checkpoint, ours or Orbax's."""
 
-    contents: Contents
+    @property
+    def contents(self) -> Contents:
+        """What it holds."""
+        ...
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
         """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf."""
