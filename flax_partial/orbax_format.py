@@ -49,7 +49,7 @@ PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTre
 
 SEQUENCE_KEY, DICT_KEY = 1, 2
 
-# An empty named tuple has no type of its own. Orbax hands scalars back as Python's own.
+# An empty named tuple has no type of its own.
 VALUE_TYPES: Mapping[str, str] = {
     JAX_ARRAY: "jax.Array",
     PRNG_KEY: "jax.Array",
@@ -108,9 +108,15 @@ def _tree_metadata(leaves: tuple[Leaf, ...]) -> dict[str, Any]:
     }
 
 
+def _value_type(leaf: Leaf) -> str:
+    # One complex scalar would keep v0's StandardCheckpointer from reading any of the checkpoint.
+    is_complex = leaf.kind == SCALAR and leaf.dtype.startswith("complex")
+    return VALUE_TYPES[NUMPY_ARRAY if is_complex else leaf.kind]
+
+
 def _tree_entry(leaf: Leaf) -> dict[str, Any]:
     value = {
-        "value_type": VALUE_TYPES[leaf.kind],
+        "value_type": _value_type(leaf),
         "skip_deserialize": not leaf.is_array and leaf.kind != STRING,
     }
     if value["value_type"] == VALUE_TYPES[JAX_ARRAY]:
