@@ -14,7 +14,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ import tensorstore as ts
 
 from flax_partial.chunks import (
     Shape,
-    chunk_keys,
     chunk_numbers,
     chunk_regions,
     covering_box,
@@ -33,7 +31,7 @@ from flax_partial.errors import CorruptCheckpointError
 from flax_partial.keypaths import prefix_of
 from flax_partial.merge import PartCopy
 from flax_partial.orbax_format import zarr_metadata
-from flax_partial.part import Leaf, digest
+from flax_partial.part import Box, Leaf, digest
 
 _RAW_CHUNK_BYTES = 128 * 1024  # above this a raw write's extra copies cost more than a zarr open
 _INLINE_BYTES = 1024
@@ -148,10 +146,10 @@ def _write_zarr(
 
 def _with_digests(leaf: Leaf, data: Sequence[np.ndarray]) -> Leaf:
     boxes = [
-        replace(box, digests=tuple(digests_of(array, leaf.chunk)))
+        Box(box.start, box.shape, tuple(digests_of(array, leaf.chunk)))
         for box, array in zip(leaf.boxes, data, strict=True)
     ]
-    return replace(leaf, boxes=tuple(boxes))
+    return leaf.with_boxes(tuple(boxes))
 
 
 def digests_of(array: np.ndarray, chunk: Shape) -> Iterator[str]:
@@ -243,7 +241,10 @@ class _Reader:
         """Reads the chunks that hold a box, checks them, and cuts the box out of them."""
         if not math.prod(shape):
             return lambda: np.empty(shape, leaf.numpy_dtype)
-        low, size = covering_box(start, shape, leaf.chunk, leaf.shape)
+        if leaf.is_one_chunk:
+            low, size = (0,) * len(shape), leaf.shape
+        else:
+            low, size = covering_box(start, shape, leaf.chunk, leaf.shape)
         read = (self._raw if _is_raw(leaf) else self._zarr)(leaf, low, size)
 
         def finish() -> np.ndarray:
@@ -257,16 +258,15 @@ class _Reader:
         return finish
 
     def _raw(self, leaf: Leaf, start: Shape, shape: Shape) -> Callable[[], np.ndarray]:
-        keys = chunk_keys(leaf.prefix, start, shape, leaf.chunk)
+        keys = leaf.keys_of(Box(start, shape))
         reads = [(key, self._database.read(key)) for key in keys]
 
         def finish() -> np.ndarray:
+            chunks = [_chunk(key, read.result(), leaf) for key, read in reads]
+            if leaf.is_one_chunk:
+                return chunks[0].copy()  # what was read cannot be written to
             array = np.empty(shape, leaf.numpy_dtype)
-            for (key, read), region in zip(reads, chunk_regions(shape, leaf.chunk), strict=True):
-                result = read.result()
-                if result.state != "value":
-                    raise ValueError(f"chunk {key!r} is missing")
-                chunk = np.frombuffer(result.value, array.dtype).reshape(leaf.chunk)
+            for chunk, region in zip(chunks, chunk_regions(shape, leaf.chunk), strict=True):
                 array[region] = chunk[tuple(slice(r.stop - r.start) for r in region)]
             return array
 
@@ -288,12 +288,21 @@ class _Reader:
         return lambda: np.asarray(reading.result(), order="C")
 
 
+def _chunk(key: str, result: ts.KvStore.ReadResult, leaf: Leaf) -> np.ndarray:
+    if result.state != "value":
+        raise ValueError(f"chunk {key!r} is missing")
+    return np.frombuffer(result.value, leaf.numpy_dtype).reshape(leaf.chunk)
+
+
 def _check(leaf: Leaf, start: Shape, array: np.ndarray) -> None:
     """Compares the digests of the chunks that `array`, a union of whole chunks, is made of."""
     expected = leaf.boxes[0].digests
     if not expected:
         return
-    numbers = chunk_numbers(start, array.shape, leaf.chunk, leaf.shape)
+    if leaf.is_one_chunk:
+        numbers = iter((0,))
+    else:
+        numbers = chunk_numbers(start, array.shape, leaf.chunk, leaf.shape)
     for number, found in zip(numbers, digests_of(array, leaf.chunk), strict=True):
         if expected[number] not in ("", found):
             raise ValueError(f"chunk {number} has digest {found}, and {expected[number]} was saved")

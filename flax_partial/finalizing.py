@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from flax_partial import arrays, orbax_format, storage, workers
 from flax_partial.errors import IncompleteCheckpointError, KeyConflictError, NoSessionError
-from flax_partial.loading import metadata
+from flax_partial.loading import described, metadata
 from flax_partial.merge import MergePlan, merge, merge_metadata
 from flax_partial.part import Contents, Leaf, Part, encode_contents
 from flax_partial.processes import agree, count, index
@@ -62,8 +62,10 @@ def finalize(
         session.wait()
         session.raise_unseen()
 
+    committed: list[Contents] = []
+
     def commit() -> None:
-        _commit_when_whole(where, expected, timeout_secs or 0.0)
+        committed.append(_commit_when_whole(where, expected, timeout_secs or 0.0))
 
     if len(participants) > 1:
         agree(
@@ -78,7 +80,7 @@ def finalize(
         finish_saves()
         commit()
     forget(session)
-    return metadata(where.final)
+    return described(where, committed[0]) if committed else metadata(where.final)
 
 
 def finalize_async(
@@ -183,13 +185,15 @@ def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _commit_when_whole(where: CheckpointPath, expected: Sequence[str], timeout_secs: float) -> None:
+def _commit_when_whole(
+    where: CheckpointPath, expected: Sequence[str], timeout_secs: float
+) -> Contents:
     storage.require_absent(where)
     if timeout_secs:
         _wait_for_leaves(where, expected, timeout_secs)
     try:
         with storage.locked_exclusively(where):
-            _commit(where, expected)
+            return _commit(where, expected)
     except NoSessionError:
         storage.require_absent(where)  # somebody else has finalized it while this one waited
         raise
@@ -212,7 +216,7 @@ def _wait_for_leaves(where: CheckpointPath, expected: Sequence[str], timeout_sec
         pause = min(pause * 1.5, 1.0)
 
 
-def _commit(where: CheckpointPath, expected: Sequence[str]) -> None:
+def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
     """Makes the checkpoint of a locked session."""
     storage.require_absent(where)
     torn: list[str] = []
@@ -235,6 +239,7 @@ def _commit(where: CheckpointPath, expected: Sequence[str]) -> None:
         root_files=orbax_format.root_files(contents),
         contents=encode_contents(contents),
     )
+    return contents
 
 
 def _require_whole(

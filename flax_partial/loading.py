@@ -90,7 +90,7 @@ def metadata(path: PathLike) -> CheckpointMetadata:
       CorruptCheckpointError: Its table of contents is damaged.
     """
     where = storage.resolve(path)
-    return describe_contents(where.final, open_checkpoint(where).contents)
+    return described(where, open_checkpoint(where).contents)
 
 
 def verify(path: PathLike) -> VerifyReport:
@@ -150,11 +150,11 @@ def _nothing_to_load(where: CheckpointPath) -> NoSessionError:
     return NoSessionError(f"There is no checkpoint at {where.final}.")
 
 
-def describe_contents(path: Path, contents: Contents) -> CheckpointMetadata:
+def described(where: CheckpointPath, contents: Contents) -> CheckpointMetadata:
     """Returns the public description of a table of contents."""
     leaves = {leaf.name: _describe_leaf(leaf) for leaf in contents.leaves}
     return CheckpointMetadata(
-        path=path,
+        path=where.final,
         leaves=leaves,
         custom_metadata=contents.custom_metadata,
         bytes=sum(leaf.bytes for leaf in leaves.values()),
@@ -207,7 +207,8 @@ def _read(checkpoint: Checkpoint, placements: Sequence[Placement]) -> list[Any]:
     if errors:
         raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
     data: Iterator[Any] = iter(outcomes)
-    return [one.build([next(data) for _ in one.boxes]) for one in placements]
+    values = [one.build([next(data) for _ in one.boxes]) for one in placements]
+    return placing.put_on_devices(values)
 
 
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:

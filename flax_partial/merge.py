@@ -12,7 +12,7 @@ The rules, which stand here and nowhere else:
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from flax_partial.chunks import chunk_counts
@@ -172,8 +172,9 @@ def _whole(held: _Held, dead: dict[str, set[str]], conflicts: list[str]) -> tupl
         )
     whole = Box((0,) * len(leaf.shape), leaf.shape)
     if lacking is None and any(digests.values()):
-        whole = replace(whole, digests=tuple(digests[key] for key in leaf.keys_of(whole)))
-    return replace(leaf, boxes=(whole,)), lacking
+        found = tuple(digests[key] for key in leaf.keys_of(whole))
+        whole = Box(whole.start, whole.shape, found)
+    return leaf.with_boxes((whole,)), lacking
 
 
 def _collect(leaf: Leaf, digests: dict[str, str], dead: set[str]) -> str | None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from flax_partial.part import COMPRESSIONS
+
 
 @dataclass(frozen=True, slots=True)
 class SaveOptions:
@@ -28,7 +30,7 @@ class SaveOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no save could honour."""
-        if self.compression not in (None, "zstd"):
+        if self.compression not in COMPRESSIONS:
             raise ValueError(f"compression is None or 'zstd', not {self.compression!r}")
         for name in ("max_inflight_bytes", "chunk_bytes"):
             value = getattr(self, name)

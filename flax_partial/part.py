@@ -8,7 +8,7 @@ Decoding trusts nothing: it checks the digest, every type, and that boxes, chunk
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ SCALAR, STRING, NONE, PRNG_KEY = "scalar", "string", "None", "prng_key"
 DICT, LIST, TUPLE, NAMED_TUPLE = "dict", "list", "tuple", "namedtuple"
 ARRAY_KINDS = frozenset((JAX_ARRAY, NUMPY_ARRAY, NUMPY_SCALAR, SCALAR, PRNG_KEY))
 EMPTY_CONTAINERS = frozenset((DICT, LIST, TUPLE, NAMED_TUPLE))
+COMPRESSIONS = frozenset((None, "zstd"))
 _KINDS = ARRAY_KINDS | EMPTY_CONTAINERS | {STRING, NONE}
 
 # dtypes that zarr3 stores, by NumPy's names (tensorstore 0.1.86; raw bytes and zarr's encoding of
@@ -42,6 +43,9 @@ STORABLE_DTYPES = frozenset(
         *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
     )
 )
+
+# What taking apart JSON of another shape than the expected raises.
+_MALFORMED = (KeyError, TypeError, ValueError, IndexError, RecursionError, AttributeError)
 
 _HEAD = b'{"xxh3_128":"'
 _MIDDLE = b'","table":'
@@ -119,8 +123,30 @@ class Leaf:
         """What the keys of its chunks, and of its zarr metadata, begin with."""
         return prefix_of(self.name)
 
+    def with_boxes(self, boxes: tuple[Box, ...]) -> "Leaf":
+        """The same leaf with other boxes."""
+        return Leaf(
+            path=self.path,
+            kind=self.kind,
+            dtype=self.dtype,
+            shape=self.shape,
+            chunk=self.chunk,
+            compression=self.compression,
+            generation=self.generation,
+            sharding=self.sharding,
+            text=self.text,
+            boxes=boxes,
+        )
+
+    @property
+    def is_one_chunk(self) -> bool:
+        """Whether a single chunk holds the whole array."""
+        return self.shape == self.chunk
+
     def keys_of(self, box: Box) -> Iterator[str]:
         """Yields the database key of each chunk of a box, in C order."""
+        if self.is_one_chunk and all(self.shape):
+            return iter((f"{self.prefix}c" + "/0" * len(self.shape),))
         return chunk_keys(self.prefix, box.start, box.shape, self.chunk)
 
 
@@ -292,7 +318,7 @@ def _checked(build: Callable[[dict[str, Any]], T], data: bytes, where: str) -> T
         return build(_open_envelope(data))
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(f"{where}: {error}") from None
-    except (KeyError, TypeError, ValueError, IndexError, RecursionError, AttributeError) as error:
+    except _MALFORMED as error:
         raise CorruptCheckpointError(
             f"{where}: not a table of contents ({type(error).__name__}: {error})"
         ) from error
@@ -341,43 +367,58 @@ def _contents_of(table: dict[str, Any]) -> Contents:
 
 def _leaves_of(table: dict[str, Any]) -> tuple[Leaf, ...]:
     shardings = table["shardings"]
-    return tuple(_leaf_of(row, shardings) for row in table["leaves"])
+    leaves = []
+    for row in table["leaves"]:
+        try:
+            leaves.append(_leaf_of(row, shardings))
+        except _MALFORMED as error:
+            raise CorruptCheckpointError(f"leaf {row.get('path')}: {error}") from error
+    return tuple(leaves)
 
 
 def _leaf_of(row: dict[str, Any], shardings: list[dict[str, Any]]) -> Leaf:
-    path = KeyPath(tuple(row["path"]), row["keys"])
-    sharding = row.get("sharding")
-    leaf = Leaf(
-        path=path,
-        kind=row["kind"],
+    kind, text, texts, kinds = row["kind"], row.get("text", ""), tuple(row["path"]), row["keys"]
+    if kind not in _KINDS or len(texts) != len(kinds) or not KEY_KINDS.issuperset(kinds):
+        raise ValueError("it has an unknown kind, or kind of key")
+    if not all(type(key) is str for key in (text, kinds, *texts)):
+        raise TypeError("a key, or the text, is no string")
+    sharding, compression = row.get("sharding"), row.get("compression")
+    if compression not in COMPRESSIONS:
+        raise ValueError(f"it has unknown compression {compression!r}")
+    is_array = kind in ARRAY_KINDS
+    if is_array and row["dtype"] not in STORABLE_DTYPES:
+        raise ValueError(f"it has unknown dtype {row['dtype']!r}")
+    shape = _shape(row["shape"]) if is_array else ()
+    chunk = _shape(row["chunk"]) if is_array else ()
+    return Leaf(
+        path=KeyPath(texts, kinds),
+        kind=kind,
+        dtype=row["dtype"] if is_array else "",
+        shape=shape,
+        chunk=chunk,
+        compression=compression,
         generation=_integer(row.get("generation", 0)),
         sharding=None if sharding is None else shardings[_integer(sharding)],
-        text=row.get("text", ""),
-        compression=row.get("compression"),
+        text=text,
+        boxes=tuple([_box_of(box, shape, chunk) for box in row["boxes"]]) if is_array else (),
     )
-    if leaf.kind not in _KINDS or len(path.texts) != len(path.kinds):
-        raise CorruptCheckpointError(f"leaf {leaf.name!r} has an unknown kind or key path")
-    if not KEY_KINDS.issuperset(path.kinds) or not isinstance(leaf.text, str):
-        raise CorruptCheckpointError(f"leaf {leaf.name!r} has unknown kinds of keys or text")
-    if not leaf.is_array:
-        return leaf
-    if row["dtype"] not in STORABLE_DTYPES:
-        raise CorruptCheckpointError(f"leaf {leaf.name!r} has unknown dtype {row['dtype']!r}")
-    leaf = replace(leaf, dtype=row["dtype"], shape=_shape(row["shape"]), chunk=_shape(row["chunk"]))
-    return replace(leaf, boxes=tuple(_box_of(box, leaf) for box in row["boxes"]))
 
 
-def _box_of(row: list[Any], leaf: Leaf) -> Box:
-    start, shape, digests = row
-    box = Box(_shape(start), _shape(shape), tuple(digests))
-    axes = zip(box.start, box.shape, leaf.shape, leaf.chunk, strict=True)
-    for at, size, whole, step in axes:
-        end = at + size
-        if end > whole or step < 1 or at % step or (end % step and end != whole):
-            raise CorruptCheckpointError(f"leaf {leaf.name!r} has a box that is not in its grid")
-    if box.digests and len(box.digests) != math.prod(chunk_counts(box.shape, leaf.chunk)):
-        raise CorruptCheckpointError(f"leaf {leaf.name!r} has not one digest for each chunk")
-    return box
+def _box_of(row: list[Any], whole: Shape, chunk: Shape) -> Box:
+    start, shape, digests = _shape(row[0]), _shape(row[1]), tuple(row[2])
+    if not all(type(value) is str for value in digests):
+        raise TypeError("a digest is no string")
+    if len(shape) == len(start) and shape == whole == chunk and not any(start) and all(shape):
+        chunks = 1  # by far the most common, and cheaper than the general case
+    else:
+        for at, size, end, step in zip(start, shape, whole, chunk, strict=True):
+            last = at + size
+            if last > end or step < 1 or at % step or (last % step and last != end):
+                raise ValueError("it has a box that is not in its grid")
+        chunks = math.prod(chunk_counts(shape, chunk))
+    if digests and len(digests) != chunks:
+        raise ValueError(f"it has {len(digests)} digests for {chunks} chunks")
+    return Box(start, shape, digests)
 
 
 def _shape(value: list[Any]) -> Shape:

@@ -19,13 +19,26 @@ BoxRange = tuple[Shape, Shape]
 
 
 @dataclass(frozen=True, slots=True)
+class OnDevice:
+    """An array in host memory that is to be put on a device, together with others.
+
+    Attributes:
+      array: Its data.
+      sharding: Where to put it; None for the default device.
+    """
+
+    array: np.ndarray
+    sharding: Sharding | None
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """How one leaf is read.
 
     Attributes:
       leaf: The leaf.
       boxes: Start and shape of each box to read.
-      build: Makes the leaf's value from the data of the boxes.
+      build: Makes the leaf's value, or an `OnDevice`, from the data of the boxes.
     """
 
     leaf: Leaf
@@ -42,7 +55,7 @@ def as_saved(leaf: Leaf) -> Placement:
     if not leaf.is_array:
         return Placement(leaf, (), lambda _: plain_value(leaf))
     builders: dict[str, Callable[[np.ndarray], Any]] = {
-        kinds.JAX_ARRAY: jax.device_put,
+        kinds.JAX_ARRAY: lambda array: OnDevice(array, None),
         kinds.NUMPY_ARRAY: lambda array: array,
         kinds.NUMPY_SCALAR: lambda array: array[()],
         kinds.SCALAR: lambda array: array.item(),
@@ -54,6 +67,21 @@ def as_saved(leaf: Leaf) -> Placement:
             raise TargetMismatchError(problem)
     build = builders[leaf.kind]
     return Placement(leaf, _whole(leaf), lambda data: build(data[0]))
+
+
+def put_on_devices(values: list[Any]) -> list[Any]:
+    """Replaces each `OnDevice` by its array; all in one call, which costs a tenth of one each."""
+    for is_default in (True, False):
+        places = [
+            i
+            for i, value in enumerate(values)
+            if isinstance(value, OnDevice) and (value.sharding is None) == is_default
+        ]
+        arrays = [values[i].array for i in places]
+        shardings = None if is_default else [values[i].sharding for i in places]
+        for i, array in zip(places, jax.device_put(arrays, shardings), strict=True):
+            values[i] = array
+    return values
 
 
 def plain_value(leaf: Leaf) -> Any:
@@ -181,7 +209,7 @@ def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
         return Placement(
             leaf,
             _whole(leaf),
-            lambda data: jax.device_put(data[0].astype(dtype, copy=False), sharding),
+            lambda data: OnDevice(data[0].astype(dtype, copy=False), sharding),
         )
     return _as_sharded(leaf, dtype, sharding)
 
