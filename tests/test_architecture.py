@@ -19,7 +19,7 @@ BELOW: dict[str, set[str]] = {
     "errors": set(),
     "chunks": set(),
     "options": set(),
-    "processes": set(),
+    "processes": {"errors"},
     "reports": {"errors"},
     "keypaths": {"errors"},
     "part": {"keypaths", "chunks"},
