@@ -8,6 +8,6 @@ callbacks = [PartialCheckpointCallback("runs/lm", keep_last=3, finalizer=hook)]
 
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
-from flax_partial.callbacks.pending import CheckpointReport
+from flax_partial.callbacks.reports import CheckpointReport
 
 __all__ = ["CheckpointReport", "FinalizeHook", "PartialCheckpointCallback"]

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
 from flax_partial.callbacks import progress, run_directory
-from flax_partial.callbacks.pending import CheckpointReport, Participant, PendingCheckpoint
+from flax_partial.callbacks.pending import Participant, PendingCheckpoint
+from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -53,8 +54,8 @@ class FinalizeHook:
         self._keys: Counter[str] = Counter()
         self._joined: dict[str, Participant] = {}
         self._entries: dict[Path, _Entry] = {}
-        self._latest: PendingCheckpoint | None = None
-        self._finished: list[tuple[PendingCheckpoint, CheckpointReport]] = []
+        self._held = HeldTime()
+        self._finished: list[tuple[CheckpointReport, HeldTime]] = []
         self._worker: futures.ThreadPoolExecutor | None = None
         self._jobs: list[futures.Future[None]] = []
 
@@ -62,8 +63,7 @@ class FinalizeHook:
     def reports(self) -> tuple[CheckpointReport, ...]:
         """What each checkpoint finalized so far holds and cost, in the order of finalizing."""
         return tuple(
-            replace(report, blocked_secs=checkpoint.blocked_secs)
-            for checkpoint, report in tuple(self._finished)
+            replace(report, blocked_secs=held.secs) for report, held in tuple(self._finished)
         )
 
     def wait(self, *, show_progress: bool = False) -> None:
@@ -135,10 +135,11 @@ class FinalizeHook:
             self.advance(callback.directory, step)
             checkpoint = PendingCheckpoint(path, step=step, epoch=epoch)
             self._entries[path] = _Entry(checkpoint, {})
-            self._latest = checkpoint
-        newest = max(fp.steps(callback.directory), default=-1)
-        if newest >= step:
-            checkpoint.fail(_exists(callback.directory, newest, step), [callback])
+            self._held = checkpoint.held
+        try:
+            _check_is_newer(step, callback.directory)
+        except (fp.CheckpointExistsError, OSError) as error:
+            checkpoint.fail(error, [callback])
         return checkpoint
 
     def close(
@@ -180,8 +181,7 @@ class FinalizeHook:
     def held(self, secs: float) -> None:
         """Takes note of time that training spent in a callback."""
         with self._lock:
-            if self._latest is not None:
-                self._latest.blocked_secs += secs
+            self._held.secs += secs
 
     def _due(
         self,
@@ -232,8 +232,10 @@ class FinalizeHook:
             why = f"a save failed ({checkpoint.error})."
             run_directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
             return
-        self._finished.append((checkpoint, report))
+        self._finished.append((report, checkpoint.held))
         logger.info("Finalized %s: %d groups.", report.path, len(report.groups))
+        for callback in callbacks:
+            _check_monitor(callback, report)
         self._prune(report.path.parent, callbacks)
 
     def _drop(self, entry: _Entry) -> None:
@@ -264,7 +266,8 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     for name, value in metrics.items():
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except Exception as error:  # noqa: BLE001 - a metric may be anything, and need not be kept
+            logger.debug("Metric %r is not stored: %s", name, error)
             continue
         if math.isfinite(number):
             numbers[str(name)] = number
@@ -281,8 +284,21 @@ def _check_agree(one: Participant, other: Participant) -> None:
         )
 
 
-def _exists(directory: Path, newest: int, step: int) -> fp.CheckpointExistsError:
-    return fp.CheckpointExistsError(
-        f"{directory} holds step {newest} already, and training is only at step {step}: the steps "
-        "of two runs would mix. Restore the newest checkpoint, or use another directory."
-    )
+def _check_is_newer(step: int, directory: Path) -> None:
+    newest = max(fp.steps(directory), default=-1)
+    if newest >= step:
+        raise fp.CheckpointExistsError(
+            f"{directory} holds step {newest} already, and training is only at step {step}: the "
+            "steps of two runs would mix. Restore the newest checkpoint, or use another directory."
+        )
+
+
+def _check_monitor(callback: Participant, report: CheckpointReport) -> None:
+    monitor = callback.retention.monitor
+    if monitor is not None and monitor not in report.metrics:
+        logger.warning(
+            "%s has no score: %r is not among the trainer's metrics (%s), or no finite number.",
+            report.path,
+            monitor,
+            ", ".join(report.metrics),
+        )

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import flax_partial as fp
-    from flax_partial.callbacks.pending import CheckpointReport, PendingCheckpoint
+    from flax_partial.callbacks.pending import PendingCheckpoint
+    from flax_partial.callbacks.reports import CheckpointReport
 
 logger = logging.getLogger(__name__)
 
@@ -282,8 +283,11 @@ class PartialCheckpointCallback:
     @_held
     def _stream(self, trainer: Any, root: str, name: grouping.Name, tree: Any) -> None:
         checkpoint = self._open(trainer, self._step_before_batch(trainer) + 1)
-        placed = grouping.placed(root, name, state.pure(tree))
-        checkpoint.save(self, grouping.group_name(root, name), placed)
+        try:
+            placed = grouping.placed(root, name, state.pure(tree))
+            checkpoint.save(self, grouping.group_name(root, name), placed)
+        except Exception as error:  # noqa: BLE001 - a tree that JAX cannot flatten
+            checkpoint.fail(error, [self])
 
     def _save(self, trainer: Any, module: Any, step: int, *, epoch_ends: bool) -> None:
         checkpoint = self._open(trainer, step)

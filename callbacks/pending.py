@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 
 import flax_partial as fp
 from flax_partial.callbacks import completeness, grouping
+from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -43,40 +43,6 @@ class Participant(Protocol):
         """Takes note, in any thread, that a checkpoint of this callback will not be."""
 
 
-@dataclass(frozen=True)
-class CheckpointReport:
-    """One finalized checkpoint, and what it cost.
-
-    Attributes:
-      path: Where it is.
-      step: Its step.
-      epoch: Its epoch, the first being 0.
-      saves: Group to the report of the save that wrote it, in the order in which they were saved.
-      bytes: Array data, in bytes.
-      metrics: The trainer's metrics that are stored with it.
-      blocked_secs: Seconds for which hooks and streaming calls held training, from the first save
-        of this checkpoint to that of the next.
-      write_secs: Seconds spent writing groups, summed: they are written side by side, so less time
-        than this went by.
-      finalize_secs: Seconds that finalize took, in the background.
-    """
-
-    path: Path
-    step: int
-    epoch: int
-    saves: Mapping[str, fp.SaveReport]
-    bytes: int
-    metrics: Mapping[str, float]
-    blocked_secs: float
-    write_secs: float
-    finalize_secs: float
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """Names of its groups, in the order in which they were saved."""
-        return tuple(self.saves)
-
-
 class PendingCheckpoint:
     """The checkpoint of one step while it is being written.
 
@@ -88,7 +54,7 @@ class PendingCheckpoint:
       step: Its step.
       epoch: Its epoch, the first being 0.
       names: Names of the leaves saved into it.
-      blocked_secs: Seconds for which it has held training so far.
+      held: For how long it has held training so far.
       error: Why it will not be; None while it may.
     """
 
@@ -97,7 +63,7 @@ class PendingCheckpoint:
         self.step = step
         self.epoch = epoch
         self.names: set[str] = set()
-        self.blocked_secs = 0.0
+        self.held = HeldTime()
         self.error: BaseException | None = None
         self._lock = threading.Lock()
         self._groups: dict[str, list[str]] = {}
@@ -115,7 +81,7 @@ class PendingCheckpoint:
         leaves = self._claim(participant, tree)
         if leaves:
             name = self._enter(participant, group)
-            self._save_group(participant, name, grouping.subtree(leaves), {})
+            self._save_group(participant, name, leaves, {})
 
     def close(
         self, participant: Participant, groups: Mapping[str, Any], *, callbacks: Iterable[str]
@@ -132,19 +98,9 @@ class PendingCheckpoint:
         key = participant.state_key
         closing = completeness.closing(callbacks, callback=key, groups=self._groups.get(key, []))
         for group, leaves in entered.items():
-            self._save_group(participant, group, grouping.subtree(leaves), closing)
-        if not entered:
-            self.annotate(participant, {"session": closing})
-
-    def annotate(self, participant: Participant, metadata: Mapping[str, Any]) -> None:
-        """Adds custom metadata to the session.
-
-        Metadata travels with leaves: a small one that is saved already is saved once more. Where
-        all leaves are cut into slices, which cannot be, a leaf of our own is.
-        """
-        if self.error is None and self.names:
-            carrier = self._carrier or {_OWN_LEAF: self.step}
-            handle = self._submit(participant, carrier, metadata, replace=True)
+            self._save_group(participant, group, leaves, closing)
+        if not entered and self.names and self.error is None:
+            handle = self._submit(participant, self._message({"session": closing}))
             self._messages += [handle] if handle else []
 
     def wait(self) -> None:
@@ -169,7 +125,7 @@ class PendingCheckpoint:
 
         Args:
           participant: One of the callbacks.
-          metrics: What to store with the checkpoint.
+          metrics: Name to number, to store with the checkpoint.
 
         Raises:
           EmptyStateError: No callback saved anything.
@@ -178,11 +134,10 @@ class PendingCheckpoint:
         if not self.names and self.error is None:
             raise fp.EmptyStateError("No callback had anything to save.")
         self.wait()
-        if metrics:
-            self.annotate(participant, {"metrics": metrics})
-            self.wait()
         if self.error is not None:
             return None
+        if metrics:  # not in the background: at the interpreter's exit, no thread can be started
+            fp.save(self.path, options=participant.options, **self._message({"metrics": metrics}))
         begun = time.perf_counter()
         metadata = fp.finalize(self.path, expect=sorted(self.names))
         finalize_secs = time.perf_counter() - begun
@@ -194,7 +149,7 @@ class PendingCheckpoint:
             saves=saves,
             bytes=metadata.bytes,
             metrics=metrics,
-            blocked_secs=self.blocked_secs,
+            blocked_secs=self.held.secs,
             write_secs=sum(save.write_secs for save in saves.values()),
             finalize_secs=finalize_secs,
         )
@@ -212,7 +167,6 @@ class PendingCheckpoint:
                 if owner == participant.state_key
             ]
             self.names.update(grouping.leaf_name(path) for path, _ in mine)
-            self._carrier = self._carrier or _carrier(mine)
         return mine
 
     def _enter(self, participant: Participant, group: str) -> str:
@@ -225,31 +179,37 @@ class PendingCheckpoint:
             return name
 
     def _save_group(
-        self, participant: Participant, group: str, tree: Any, closing: Mapping[str, Any]
+        self,
+        participant: Participant,
+        group: str,
+        leaves: grouping.Leaves,
+        closing: Mapping[str, Any],
     ) -> None:
         if self.error is not None:
             return
         saved = completeness.saved(callback=participant.state_key, group=group)
-        handle = self._submit(participant, tree, {"session": {**saved, **closing}})
+        metadata = self._metadata({"session": {**saved, **closing}})
+        state = grouping.subtree(leaves)
+        handle = self._submit(participant, {"state": state, "custom_metadata": metadata})
         if handle is not None:
             self._saves[group] = handle
+            self._carrier = self._carrier or _carrier(leaves)
 
-    def _submit(
-        self,
-        participant: Participant,
-        tree: Any,
-        metadata: Mapping[str, Any],
-        *,
-        replace: bool = False,
-    ) -> fp.SaveHandle | None:
+    def _message(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """What saves custom metadata alone.
+
+        Metadata travels with leaves: a small one that is saved already is saved once more. Where
+        all leaves are cut into slices, which cannot be, a leaf of our own is.
+        """
+        state = self._carrier or {_OWN_LEAF: self.step}
+        return {"state": state, "custom_metadata": self._metadata(metadata), "replace": True}
+
+    def _metadata(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        return {"step": self.step, "epoch": self.epoch, **more}
+
+    def _submit(self, participant: Participant, what: Mapping[str, Any]) -> fp.SaveHandle | None:
         try:
-            handle = fp.save_async(
-                self.path,
-                tree,
-                custom_metadata={"step": self.step, "epoch": self.epoch, **metadata},
-                replace=replace,
-                options=participant.options,
-            )
+            handle = fp.save_async(self.path, options=participant.options, **what)
         except Exception as error:  # noqa: BLE001 - whatever it is, the callback decides what follows
             self.fail(error, [participant])
             return None

@@ -429,6 +429,15 @@ def test_metrics_of_the_whole_epoch_are_stored(tmp_path: Path) -> None:
     assert_is_step(tmp_path / "2", 2)
 
 
+def test_missing_monitor_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    deleted = jnp.ones(())
+    deleted.delete()
+    callback = PartialCheckpointCallback(tmp_path, monitor="val_loss")
+    Loop(callback, metrics=lambda _: {"loss": 1, "gone": deleted}).fit()
+    assert "'val_loss' is not among the trainer's metrics (loss)" in caplog.text
+    assert callback.restore(which="best") is None
+
+
 def test_state_dict_round_trip_does_not_save_the_same_step_again(tmp_path: Path) -> None:
     callback = PartialCheckpointCallback(tmp_path)
     Loop(callback, epochs=1).fit()

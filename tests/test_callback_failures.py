@@ -46,12 +46,14 @@ class StateError(Exception):
 
 
 UNSAVABLE = {"w": object()}
+UNSORTABLE = {"a": 1, 2: 3}
 TOO_LARGE = {"w": np.arange(2**20)}
 
 FAILING = pytest.mark.parametrize(
     ("tree", "kind", "message"),
     [
         pytest.param(UNSAVABLE, fp.UnsupportedLeafError, "params.bad.w", id="refused at once"),
+        pytest.param(UNSORTABLE, ValueError, "Comparator raised", id="no tree at all"),
         pytest.param(TOO_LARGE, OSError, "too large", id="failed in the background"),
     ],
 )
@@ -191,21 +193,18 @@ def test_exception_lets_saves_finish_and_leaves_the_session(
     assert f"Left {tmp_path / '4'} unfinished" in caplog.text
 
 
-@pytest.mark.usefixtures("_full_disk")
-def test_exception_is_not_hidden_by_a_failed_save(
+def test_exception_is_not_hidden_by_a_save_that_failed_since_the_last_hook(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = PartialCheckpointCallback(tmp_path)
 
-    def stream_and_fail(trainer: StubTrainer) -> None:
-        if trainer.is_last_batch:
-            callback.on_layer_ready(trainer, "bad", TOO_LARGE)
-            raise ZeroDivisionError
+    def fail(_: StubTrainer) -> None:
+        callback.failed(OSError("file too large"))
+        raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Loop(callback, at={"ready": stream_and_fail}).fit()
-    assert "too large" in caplog.text
-    assert fp.steps(tmp_path) == []
+        Loop(callback, at={"ready": fail}).fit()
+    assert "file too large" in caplog.text
 
 
 def test_session_left_complete_is_finalized_and_said(
@@ -226,6 +225,26 @@ def test_session_left_complete_is_finalized_and_said(
         PartialCheckpointCallback(directory).on_fit_start(StubTrainer(), None)
         assert_is_step(directory / "2", 2)
         assert f"Finalized {directory / '2'}" in caplog.text
+
+
+def test_session_of_slices_only_is_recovered(tmp_path: Path) -> None:
+    rows = np.arange(6.0).reshape(3, 2)
+    callback = PartialCheckpointCallback(tmp_path, state_fn=lambda *_: {})
+
+    def stream(trainer: StubTrainer) -> None:
+        if trainer.is_last_batch:
+            for row in range(3):
+                piece = fp.Slice(rows[row : row + 1], row, 3)
+                callback.on_layer_ready(trainer, "stacked", piece)
+
+    def fail(_: StubTrainer) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Loop(callback, at={"ready": stream, "on_train_epoch_end": fail}).fit()
+    found = PartialCheckpointCallback(tmp_path).restore({"params": {"stacked": rows}})
+    assert found is not None
+    np.testing.assert_array_equal(found[0]["params"]["stacked"], rows)
 
 
 def test_session_of_two_callbacks_is_complete_with_the_groups_of_both(tmp_path: Path) -> None:
@@ -363,6 +382,29 @@ def test_callback_that_left_is_not_waited_for(tmp_path: Path) -> None:
         new_state(2), 2
     ).fit()
     assert fp.steps(tmp_path / "first") == [2, 4]
+
+
+_RUN_THAT_JUST_ENDS = """
+import sys
+from stub_trainer import StubTrainer, new_state
+from flax_partial.callbacks import PartialCheckpointCallback
+
+trainer = StubTrainer()
+callback = PartialCheckpointCallback(sys.argv[1], every_n_train_steps=1, keep_last=1)
+callback.on_fit_start(trainer, None)
+for step in (1, 2):
+    trainer.global_step, trainer.state = step, new_state(step)
+    trainer.callback_metrics = {"loss": 0.5}
+    callback.on_train_batch_end(trainer, None, None, None, step)
+"""
+
+
+def test_process_that_ends_without_a_word_finalizes_first(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", _RUN_THAT_JUST_ENDS, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, check=True, timeout=100, env=environment)
+    assert names_in(tmp_path) == ["2"]
+    assert_is_step(tmp_path / "2", 2)
 
 
 _KILLED_RUN = """

@@ -1,0 +1,53 @@
+"""What each checkpoint of a run held and cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import flax_partial as fp
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """One finalized checkpoint, and what it cost.
+
+    Attributes:
+      path: Where it is.
+      step: Its step.
+      epoch: Its epoch, the first being 0.
+      saves: Group to the report of the save that wrote it, in the order in which they were saved.
+      bytes: Array data, in bytes.
+      metrics: The trainer's metrics that are stored with it.
+      blocked_secs: Seconds for which hooks and streaming calls held training, from the first save
+        of this checkpoint to that of the next.
+      write_secs: Seconds spent writing groups, summed: they are written side by side, so less time
+        than this went by.
+      finalize_secs: Seconds that finalize took, in the background.
+    """
+
+    path: Path
+    step: int
+    epoch: int
+    saves: Mapping[str, fp.SaveReport]
+    bytes: int
+    metrics: Mapping[str, float]
+    blocked_secs: float
+    write_secs: float
+    finalize_secs: float
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of its groups, in the order in which they were saved."""
+        return tuple(self.saves)
+
+
+@dataclass
+class HeldTime:
+    """Time that a checkpoint has held training so far, in seconds; it outlives the checkpoint."""
+
+    secs: float = 0.0
