@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flax_partial.part import COMPRESSIONS
+COMPRESSIONS = frozenset((None, "zstd"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import xxhash
 from flax_partial.chunks import Shape, chunk_counts, chunk_keys
 from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError
 from flax_partial.keypaths import KEY_KINDS, KeyPath, prefix_of
+from flax_partial.options import COMPRESSIONS
 
 T = TypeVar("T")
 
@@ -29,7 +30,6 @@ SCALAR, STRING, NONE, PRNG_KEY = "scalar", "string", "None", "prng_key"
 DICT, LIST, TUPLE, NAMED_TUPLE = "dict", "list", "tuple", "namedtuple"
 ARRAY_KINDS = frozenset((JAX_ARRAY, NUMPY_ARRAY, NUMPY_SCALAR, SCALAR, PRNG_KEY))
 EMPTY_CONTAINERS = frozenset((DICT, LIST, TUPLE, NAMED_TUPLE))
-COMPRESSIONS = frozenset((None, "zstd"))
 _KINDS = ARRAY_KINDS | EMPTY_CONTAINERS | {STRING, NONE}
 
 # dtypes that zarr3 stores, by NumPy's names (tensorstore 0.1.86; raw bytes and zarr's encoding of
