@@ -31,7 +31,7 @@ BELOW: dict[str, set[str]] = {
     "placing": {"snapshot"},
     "storage": {"errors"},
     "workers": {"reports"},
-    "session": {"ledger", "options", "processes", "snapshot", "storage", "workers"},
+    "session": {"arrays", "ledger", "options", "processes", "snapshot", "storage", "workers"},
     "orbax_reader": {"orbax_format", "arrays", "storage"},
     "loading": {"orbax_reader", "placing", "session"},
     "finalizing": {"loading"},
