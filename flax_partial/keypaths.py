@@ -6,7 +6,7 @@ is also a subtree, and no node has both list and mapping children. Adding or rem
 time linear in its length, whatever the tree holds already.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,10 +49,22 @@ def flatten(
     try:
         return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     except ValueError as error:
+        nodes, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_cannot_be_sorted)
+        where = [tree_util.keystr(path) for path, node in nodes if _cannot_be_sorted(node)]
         raise UnsupportedLeafError(
             f"JAX cannot flatten this tree: {error} The keys of one dict must be all strings, or "
-            "all integers."
+            f"all integers; those of {', '.join(map(repr, where))} are not."
         ) from error
+
+
+def _cannot_be_sorted(node: object) -> bool:
+    if not isinstance(node, Mapping):
+        return False
+    try:
+        sorted(node)
+    except TypeError:
+        return True
+    return False
 
 
 def from_jax(path: tuple[Any, ...]) -> KeyPath:
