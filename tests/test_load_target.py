@@ -1,0 +1,211 @@
+"""What `load` makes of a target: which leaves, as what; and every misfit told in one error."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import trees
+from jax.sharding import NamedSharding, PartitionSpec
+
+import flax_partial as fp
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STATE = {
+    "w": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": jnp.arange(3, dtype=jnp.bfloat16),
+    "key": jax.random.key(0),
+    "step": 3,
+    "rate": 0.5,
+    "done": True,
+    "name": "run",
+    "nothing": None,
+    "empty": {"dict": {}, "list": [], "tuple": ()},
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("targets") / "c"
+    fp.save(path, STATE)
+    fp.finalize(path)
+    return path
+
+
+MISFITS: dict[str, tuple[str, Any]] = {
+    "shape": ("w", np.zeros((3, 2), np.float32)),
+    "rank": ("w", np.zeros(6, np.float32)),
+    "dtype": ("w", np.zeros((2, 3), np.float64)),
+    "dtype of the same size": ("w", np.zeros((2, 3), np.int32)),
+    "dtype of JAX": ("b", jax.ShapeDtypeStruct((3,), jnp.float16)),
+    "key for data": ("b", jax.random.split(jax.random.key(0), 3)),
+    "data for a key": ("key", np.zeros(2, np.uint32)),
+    "another kind of key": ("key", jax.random.key(0, impl="rbg")),
+    "more keys": ("key", jax.random.split(jax.random.key(0), 3)),
+    "array for a number": ("step", np.zeros(1, np.int64)),
+    "number for an array": ("w", 0.0),
+    "float for an integer": ("step", 0.0),
+    "integer for a float": ("rate", 0),
+    "integer for a bool": ("done", 0),
+    "bool for an integer": ("step", False),
+    "number for a string": ("name", 0),
+    "string for a number": ("step", ""),
+    "None for a leaf": ("w", None),
+    "a leaf for None": ("nothing", np.zeros(())),
+    "empty dict for None": ("nothing", {}),
+    "an object": ("w", object()),
+    "a leaf for an empty dict": ("empty", {"dict": 0, "list": [], "tuple": ()}),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_leaf_that_does_not_fit_is_refused_by_name(path: Path, case: str) -> None:
+    name, wanted = MISFITS[case]
+    with pytest.raises(fp.TargetMismatchError, match=name):
+        fp.load(path, {**STATE, name: wanted})
+
+
+def test_every_misfit_is_told_in_one_error(path: Path) -> None:
+    target = {key: value for key, value in STATE.items() if key not in ("rate", "name")}
+    target |= {
+        "w": np.zeros((7, 9), np.int8),
+        "key": jax.random.key(0, impl="rbg"),
+        "absent": np.zeros(3),
+        "also": {"absent": 0},
+        "step": 1.5,
+    }
+    with pytest.raises(fp.TargetMismatchError) as caught:
+        fp.load(path, target)
+    said = str(caught.value)
+    for name in ("'rate'", "'name'", "'w'", "'key'", "'absent'", "'also.absent'", "'step'"):
+        assert name in said
+    assert "'b'" not in said
+    for value in ("float32[2, 3]", "int8[7, 9]"):  # both sides of it
+        assert value in said
+    assert isinstance(caught.value, ValueError)
+
+
+def test_partial_target_reads_only_what_it_names(tmp_path: Path) -> None:
+    big = np.arange(100_000)
+    fp.save(tmp_path / "c", {"kept": {"w": big}})
+    lost = fp.save(tmp_path / "c", {"lost": {"w": big + 1}, "also": 3})
+    fp.finalize(tmp_path / "c")
+    shutil.rmtree(tmp_path / "c" / "state" / lost.part)
+    target = {"kept": {"w": np.zeros_like(big)}}
+    trees.assert_same(fp.load(tmp_path / "c", target, partial=True), {"kept": {"w": big}})
+    with pytest.raises(fp.TargetMismatchError, match=r"lost\.w"):
+        fp.load(tmp_path / "c", target)
+    with pytest.raises(fp.CorruptCheckpointError, match=r"lost\.w"):
+        fp.load(tmp_path / "c")
+
+
+def test_partial_target_cannot_name_what_is_not_there(path: Path) -> None:
+    with pytest.raises(fp.TargetMismatchError, match="'absent'"):
+        fp.load(path, {"absent": 0}, partial=True)
+
+
+def test_partial_target_may_name_one_leaf(path: Path) -> None:
+    trees.assert_same(fp.load(path, {"step": 0}, partial=True), {"step": 3})
+
+
+CASTS: dict[str, tuple[Any, Any, Any]] = {
+    "float32 to bfloat16": (
+        np.array([1.5, 3.14], np.float32),
+        jax.ShapeDtypeStruct((2,), jnp.bfloat16),
+        jnp.array([1.5, 3.14], jnp.bfloat16),
+    ),
+    "bfloat16 to float32": (
+        jnp.array([1.5, -2], jnp.bfloat16),
+        jax.ShapeDtypeStruct((2,), jnp.float32),
+        jnp.array([1.5, -2], jnp.float32),
+    ),
+    "int64 to int32": (np.array([5, -7]), np.zeros(2, np.int32), np.array([5, -7], np.int32)),
+    "float32 to float8": (
+        np.array([1, 2], np.float32),
+        np.zeros(2, ml_dtypes.float8_e4m3fn),
+        np.array([1, 2], ml_dtypes.float8_e4m3fn),
+    ),
+    "int4 to int8": (
+        np.array([-8, 7], ml_dtypes.int4),
+        np.zeros(2, np.int8),
+        np.array([-8, 7], np.int8),
+    ),
+    "number to float": (3, 0.0, 3.0),
+    "bool to integer": (True, 0, 1),
+}
+
+
+@pytest.mark.parametrize("case", CASTS)
+def test_dtype_is_converted_only_where_asked_for(tmp_path: Path, case: str) -> None:
+    saved, wanted, expected = CASTS[case]
+    fp.save(tmp_path / "c", {"x": saved})
+    fp.finalize(tmp_path / "c")
+    with pytest.raises(fp.TargetMismatchError, match=r"'x'.*"):
+        fp.load(tmp_path / "c", {"x": wanted})
+    trees.assert_same(fp.load(tmp_path / "c", {"x": wanted}, cast=True), {"x": expected})
+
+
+def test_cast_into_a_sharding(tmp_path: Path) -> None:
+    array = np.arange(16, dtype=np.float32)
+    fp.save(tmp_path / "c", {"x": array})
+    fp.finalize(tmp_path / "c")
+    sharding = NamedSharding(trees.mesh("x"), PartitionSpec("x"))
+    target = {"x": jax.ShapeDtypeStruct((16,), jnp.bfloat16, sharding=sharding)}
+    loaded = fp.load(tmp_path / "c", target, cast=True)["x"]
+    assert loaded.sharding == sharding
+    trees.assert_same({"x": loaded}, {"x": jnp.asarray(array).astype(jnp.bfloat16)})
+
+
+def test_cast_does_not_bend_shapes_or_kinds(path: Path) -> None:
+    for name, wanted in (
+        ("w", np.zeros(6)),
+        ("name", 0),
+        ("key", np.zeros(2, np.uint32)),
+        ("nothing", 0),
+    ):
+        with pytest.raises(fp.TargetMismatchError, match=name):
+            fp.load(path, {name: wanted}, partial=True, cast=True)
+
+
+def test_sharding_that_does_not_divide_a_leaf_is_a_misfit(path: Path) -> None:
+    sharding = NamedSharding(trees.mesh("x"), PartitionSpec("x"))
+    target = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32, sharding=sharding)}
+    with pytest.raises(fp.TargetMismatchError, match="'w'"):
+        fp.load(path, target, partial=True)
+
+
+def test_zero_dimensional_leaf_fits_arrays_scalars_and_numbers_of_its_dtype(tmp_path: Path) -> None:
+    fp.save(tmp_path / "c", {"x": np.float32(1.5)})
+    fp.finalize(tmp_path / "c")
+    wanted = {
+        "array": (np.zeros((), np.float32), np.array(1.5, np.float32)),
+        "scalar": (np.float32(0), np.float32(1.5)),
+        "jax": (jnp.zeros(()), jnp.array(1.5)),
+        "float": (0.0, 1.5),
+    }
+    for target, expected in wanted.values():
+        trees.assert_same(fp.load(tmp_path / "c", {"x": target}), {"x": expected})
+
+
+@pytest.mark.parametrize("name", ["missing", "file", "directory", "session", "dangling link"])
+def test_no_checkpoint_is_told_apart_from_a_damaged_one(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    match name:
+        case "file":
+            path.write_text("not a checkpoint")
+        case "directory":
+            path.mkdir()
+        case "session":
+            fp.save(path, {"x": 1})
+        case "dangling link":
+            path.symlink_to(tmp_path / "nowhere")
+    for call in (fp.load, fp.metadata, fp.verify):
+        with pytest.raises(fp.NoSessionError):
+            call(path)
