@@ -1,8 +1,8 @@
 """What parts say about their checkpoint, from which a later process tells whether all are there.
 
 Each part carries, as custom metadata, the step that it belongs to and the group that it holds. Once
-a callback knows all its groups of the step, the parts that follow (there is always one) list them.
-Merged over the parts of a session this is
+a callback knows all its groups of the step, the last part that it saves lists them. Merged over the
+parts of a session this is
 
     {"step": 40, "epoch": 3, "metrics": {"loss": 2.1},
      "session": {"processes": 1, "callbacks": ["params", "opt_state"],

@@ -57,7 +57,7 @@ class FinalizeHook:
         self._held = HeldTime()
         self._finished: list[tuple[CheckpointReport, HeldTime]] = []
         self._worker: futures.ThreadPoolExecutor | None = None
-        self._jobs: list[futures.Future[None]] = []
+        self._jobs: dict[Path, futures.Future[None]] = {}
 
     @property
     def reports(self) -> tuple[CheckpointReport, ...]:
@@ -69,7 +69,7 @@ class FinalizeHook:
     def wait(self, *, show_progress: bool = False) -> None:
         """Finishes what is closed, drops what is open, and waits until nothing is under way."""
         self._settle(self._entries.values())
-        progress.wait(self._jobs, shown=show_progress)
+        progress.wait(tuple(self._jobs.values()), shown=show_progress)
         with self._lock:
             self._jobs.clear()
             worker, self._worker = self._worker, None
@@ -109,7 +109,7 @@ class FinalizeHook:
 
     def recover(self, directory: Path) -> None:
         """Finalizes or drops what an ended run left unfinished in `directory`."""
-        futures.wait(self._jobs)
+        self._wait_for(directory)
         with self._lock:
             live = set(self._entries)
         run_directory.recover(directory, live=live)
@@ -126,7 +126,11 @@ class FinalizeHook:
             self._settle(before)
 
     def open(self, callback: Participant, *, step: int, epoch: int) -> PendingCheckpoint:
-        """The checkpoint of a step, which is new if this is the first callback to save into it."""
+        """The checkpoint of a step, which is new if this is the first callback to save into it.
+
+        A new one waits until those before it are finalized: where training saves faster than the
+        storage takes it, it slows down, instead of piling up snapshots of the state in memory.
+        """
         path = callback.directory / str(step)
         with self._lock:
             entry = self._entries.get(path)
@@ -136,6 +140,7 @@ class FinalizeHook:
             checkpoint = PendingCheckpoint(path, step=step, epoch=epoch)
             self._entries[path] = _Entry(checkpoint, {})
             self._held = checkpoint.held
+        self._wait_for(callback.directory)
         try:
             _check_is_newer(step, callback.directory)
         except (fp.CheckpointExistsError, OSError) as error:
@@ -199,6 +204,11 @@ class FinalizeHook:
         }
         return {**others, callback.state_key: callback}
 
+    def _wait_for(self, directory: Path) -> None:
+        with self._lock:
+            jobs = [job for path, job in self._jobs.items() if path.parent == directory]
+        futures.wait(jobs)
+
     def _settle(self, entries: Iterable[_Entry]) -> None:
         """Finalizes those that are closed, drops those that are open."""
         with self._lock:
@@ -213,13 +223,14 @@ class FinalizeHook:
 
     def _submit(self, entry: _Entry, work: Callable[..., None], *arguments: Any) -> None:
         with self._lock:
-            del self._entries[entry.checkpoint.path]
-            self._jobs = [job for job in self._jobs if not job.done()]
+            path = entry.checkpoint.path
+            del self._entries[path]
+            self._jobs = {path: job for path, job in self._jobs.items() if not job.done()}
             if self._worker is None:
                 self._worker = futures.ThreadPoolExecutor(
                     1, thread_name_prefix="flax_partial_finalize"
                 )
-            self._jobs.append(self._worker.submit(_run, work, entry, *arguments))
+            self._jobs[path] = self._worker.submit(_run, work, entry, *arguments)
 
     def _finalize(self, entry: _Entry, metrics: Mapping[str, Any]) -> None:
         checkpoint, callbacks = entry.checkpoint, list(entry.callbacks.values())
@@ -236,20 +247,14 @@ class FinalizeHook:
         logger.info("Finalized %s: %d groups.", report.path, len(report.groups))
         for callback in callbacks:
             _check_monitor(callback, report)
-        self._prune(report.path.parent, callbacks)
+            run_directory.prune(report.path.parent, callback.retention)
 
     def _drop(self, entry: _Entry) -> None:
-        entry.checkpoint.wait()
         checkpoint = entry.checkpoint
+        checkpoint.wait()
         run_directory.drop_unless_complete(
             checkpoint.path, checkpoint.step, "its step never ended."
         )
-
-    def _prune(self, directory: Path, callbacks: Iterable[Participant]) -> None:
-        for callback in callbacks:
-            if callback.retention.removes:
-                run_directory.prune(directory, callback.retention)
-                return
 
 
 def _run(work: Callable[..., None], *arguments: Any) -> None:

@@ -159,10 +159,11 @@ class PartialCheckpointCallback:
 
     @_held
     def on_fit_start(self, trainer: Any, module: Any) -> None:
-        """Finalizes or drops what an ended run has left unfinished."""
+        """Finalizes or drops what an ended run has left, and removes what is not to be kept."""
         self.finalizer.join(self)
         self._step_before = trainer.global_step
         self.recover()
+        run_directory.prune(self.directory, self.retention)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Takes note of the step that training, restored by now, starts from."""

@@ -97,8 +97,9 @@ class PendingCheckpoint:
         entered = {self._enter(participant, name): rest for name, rest in claimed.items() if rest}
         key = participant.state_key
         closing = completeness.closing(callbacks, callback=key, groups=self._groups.get(key, []))
+        last = next(reversed(entered), None)
         for group, leaves in entered.items():
-            self._save_group(participant, group, leaves, closing)
+            self._save_group(participant, group, leaves, closing if group == last else {})
         if not entered and self.names and self.error is None:
             handle = self._submit(participant, self._message({"session": closing}))
             self._messages += [handle] if handle else []

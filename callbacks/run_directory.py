@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import flax_partial as fp
@@ -11,14 +13,15 @@ from flax_partial.callbacks import completeness
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
-    from pathlib import Path
 
     from flax_partial.callbacks.schedule import Retention
 
 logger = logging.getLogger(__name__)
 
 _SESSION = re.compile(r"(\d+)\.partial_save")
-_REMOVED = re.compile(r"\.removed-\d+\.partial_save")
+_REMOVED = ".removed-{}"
+# What `prune` leaves when it is killed, and what `abort` does.
+_HALF_DELETED = re.compile(r"\.removed-\d+|\.\d+\.partial_save\.[0-9a-f]+\.deleted")
 
 
 def recover(directory: Path, *, live: Container[Path] = ()) -> None:
@@ -36,8 +39,8 @@ def recover(directory: Path, *, live: Container[Path] = ()) -> None:
         session = _SESSION.fullmatch(entry.name)
         if session and directory / session[1] not in live:
             _settle(directory / session[1], int(session[1]))
-        elif _REMOVED.fullmatch(entry.name):
-            fp.abort(entry)
+        elif _HALF_DELETED.fullmatch(entry.name):
+            _delete(entry)
 
 
 def drop_unless_complete(path: Path, step: int, why: str) -> None:
@@ -55,16 +58,17 @@ def drop_unless_complete(path: Path, step: int, why: str) -> None:
 def prune(directory: Path, retention: Retention) -> None:
     """Removes the checkpoints that are no longer to be kept, oldest first.
 
-    Each goes by one rename, to a name that no reader takes for a step and that turns it back into
-    a session, which is then dropped: killed anywhere, a checkpoint is whole or none any more, and
-    `recover` removes the rest of it.
+    Each goes by one rename, to a name that no reader takes for a step, and is deleted then: killed
+    anywhere, a checkpoint is whole or none any more, and `recover` deletes the rest of it.
     """
+    if not retention.removes:
+        return
     steps = fp.steps(directory)
     known = scores(directory, steps, retention.monitor) if retention.save_top_k else {}
     for step in retention.expired(steps, known):
-        gone = directory / f".removed-{step}.partial_save"
-        (directory / str(step)).rename(gone)
-        fp.abort(gone)
+        gone = (directory / str(step)).rename(directory / _REMOVED.format(step))
+        _sync(directory)
+        _delete(gone)
         logger.info("Removed the checkpoint %s.", directory / str(step))
 
 
@@ -110,5 +114,28 @@ def _settle(path: Path, step: int) -> None:
 
 
 def _drop(path: Path, why: str) -> None:
-    fp.abort(path)
-    logger.warning("Dropped the unfinished checkpoint %s: %s", path, why)
+    try:
+        fp.abort(path)
+    except fp.CheckpointExistsError as error:  # somebody's own files lie in it
+        logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
+    else:
+        logger.warning("Dropped the unfinished checkpoint %s: %s", path, why)
+
+
+def _delete(directory: Path) -> None:
+    for parent, folders, files in os.walk(directory, topdown=False):
+        for name in files:
+            Path(parent, name).unlink()
+        for name in folders:
+            folder = Path(parent, name)
+            folder.unlink() if folder.is_symlink() else folder.rmdir()
+    directory.rmdir()
+
+
+def _sync(directory: Path) -> None:
+    """Makes a rename durable before what depends on it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

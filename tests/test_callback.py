@@ -416,6 +416,15 @@ def test_checkpoints_that_are_kept(tmp_path: Path, options: Any, kept: list[int]
     assert names_in(tmp_path) == sorted(map(str, kept))
 
 
+def test_what_is_not_kept_is_removed_when_the_next_run_starts(tmp_path: Path) -> None:
+    Loop(PartialCheckpointCallback(tmp_path), epochs=3).fit()
+    callback = PartialCheckpointCallback(tmp_path, keep_last=1)
+    assert callback.restore(new_state(0)) is not None
+    assert names_in(tmp_path) == ["2", "4", "6"]
+    callback.on_fit_start(StubTrainer(), None)
+    assert names_in(tmp_path) == ["6"]
+
+
 def test_metrics_of_the_whole_epoch_are_stored(tmp_path: Path) -> None:
     def validate(trainer: StubTrainer) -> None:
         trainer.callback_metrics["val_loss"] = jnp.float32(0.25)

@@ -316,12 +316,36 @@ def test_torn_part_does_not_count(tmp_path: Path) -> None:
 
 
 def test_removal_that_was_interrupted_is_completed(tmp_path: Path) -> None:
-    Loop(PartialCheckpointCallback(tmp_path), epochs=2).fit()
-    (tmp_path / "2").rename(tmp_path / ".removed-2.partial_save")
+    Loop(PartialCheckpointCallback(tmp_path), epochs=3).fit()
+    (tmp_path / "2").rename(tmp_path / ".removed-2")
+    (tmp_path / "4").rename(tmp_path / f".4.partial_save.{'0a' * 16}.deleted")
+    (tmp_path / ".removed-2" / "link").symlink_to(tmp_path / "6")
     callback = PartialCheckpointCallback(tmp_path)
-    assert fp.steps(tmp_path) == [4]
+    assert fp.steps(tmp_path) == [6]
     callback.recover()
-    assert names_in(tmp_path) == ["4"]
+    assert names_in(tmp_path) == ["6"]
+    assert_is_step(tmp_path / "6", 6)
+
+
+def test_session_with_files_of_somebody_else_is_left_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fp.save(tmp_path / "2", {"a": 1})
+    (tmp_path / "2.partial_save" / "notes.txt").write_text("mine")
+    PartialCheckpointCallback(tmp_path).recover()
+    assert names_in(tmp_path) == ["2.partial_save"]
+    assert f"Left the unfinished checkpoint {tmp_path / '2'} as it is" in caplog.text
+
+
+def test_training_that_saves_faster_than_the_disk_slows_down(tmp_path: Path) -> None:
+    def look(_: StubTrainer) -> None:
+        sessions.append(len([name for name in names_in(tmp_path) if "partial_save" in name]))
+
+    sessions: list[int] = []
+    callback = PartialCheckpointCallback(tmp_path, every_n_train_steps=1)
+    Loop(callback, batches=20, streamed=PARAMS, at={"on_train_batch_end": look}).fit()
+    assert len(sessions) == 20
+    assert max(sessions) == 1
 
 
 def test_restore_finalizes_what_an_ended_run_left_before_it_chooses(tmp_path: Path) -> None:
