@@ -9,7 +9,6 @@ anything is never finalized.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections import Counter
 from concurrent import futures
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
 from flax_partial.callbacks import progress, run_directory
+from flax_partial.callbacks.metrics import check_score, finite_numbers
 from flax_partial.callbacks.pending import Participant, PendingCheckpoint
 from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
@@ -142,7 +142,7 @@ class FinalizeHook:
             self._held = checkpoint.held
         self._wait_for(callback.directory)
         try:
-            _check_is_newer(step, callback.directory)
+            run_directory.check_is_newer(callback.directory, step)
         except (fp.CheckpointExistsError, OSError) as error:
             checkpoint.fail(error, [callback])
         return checkpoint
@@ -235,7 +235,7 @@ class FinalizeHook:
     def _finalize(self, entry: _Entry, metrics: Mapping[str, Any]) -> None:
         checkpoint, callbacks = entry.checkpoint, list(entry.callbacks.values())
         try:
-            report = checkpoint.finalize(callbacks[0], _numbers(metrics))
+            report = checkpoint.finalize(callbacks[0], finite_numbers(metrics))
         except Exception as error:  # noqa: BLE001 - the callbacks decide what follows
             checkpoint.fail(error, callbacks)
             return
@@ -246,7 +246,7 @@ class FinalizeHook:
         self._finished.append((report, checkpoint.held))
         logger.info("Finalized %s: %d groups.", report.path, len(report.groups))
         for callback in callbacks:
-            _check_monitor(callback, report)
+            check_score(report.path, report.metrics, callback.retention.monitor)
             run_directory.prune(report.path.parent, callback.retention)
 
     def _drop(self, entry: _Entry) -> None:
@@ -265,20 +265,6 @@ def _run(work: Callable[..., None], *arguments: Any) -> None:
         logger.exception("Could not tidy up after a checkpoint.")
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Those of the metrics that are finite numbers; waits for the ones still being computed."""
-    numbers = {}
-    for name, value in metrics.items():
-        try:
-            number = float(value)
-        except Exception as error:  # noqa: BLE001 - a metric may be anything, and need not be kept
-            logger.debug("Metric %r is not stored: %s", name, error)
-            continue
-        if math.isfinite(number):
-            numbers[str(name)] = number
-    return numbers
-
-
 def _check_agree(one: Participant, other: Participant) -> None:
     if one.directory != other.directory or not (one.retention.removes and other.retention.removes):
         return
@@ -286,24 +272,4 @@ def _check_agree(one: Participant, other: Participant) -> None:
         raise ValueError(
             f"Two callbacks want to keep different checkpoints of {one.directory}: "
             f"{one.retention} and {other.retention}. Give these options to one of them only."
-        )
-
-
-def _check_is_newer(step: int, directory: Path) -> None:
-    newest = max(fp.steps(directory), default=-1)
-    if newest >= step:
-        raise fp.CheckpointExistsError(
-            f"{directory} holds step {newest} already, and training is only at step {step}: the "
-            "steps of two runs would mix. Restore the newest checkpoint, or use another directory."
-        )
-
-
-def _check_monitor(callback: Participant, report: CheckpointReport) -> None:
-    monitor = callback.retention.monitor
-    if monitor is not None and monitor not in report.metrics:
-        logger.warning(
-            "%s has no score: %r is not among the trainer's metrics (%s), or no finite number.",
-            report.path,
-            monitor,
-            ", ".join(report.metrics),
         )

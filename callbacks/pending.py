@@ -235,7 +235,7 @@ def _carrier(leaves: grouping.Leaves) -> Any:
         return None
     path, leaf = min(whole, key=lambda item: getattr(item[1], "size", 1))
     if isinstance(leaf, jax.Array):
-        leaf = jax.device_put(leaf, may_alias=False)
+        leaf = jax.device_put(leaf, leaf.sharding, may_alias=False)
     elif isinstance(leaf, np.ndarray):
         leaf = leaf.copy()
     return grouping.subtree([(path, leaf)])

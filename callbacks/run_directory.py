@@ -43,6 +43,20 @@ def recover(directory: Path, *, live: Container[Path] = ()) -> None:
             _delete(entry)
 
 
+def check_is_newer(directory: Path, step: int) -> None:
+    """Refuses a step that is not newer than all checkpoints in the directory.
+
+    Raises:
+      CheckpointExistsError: Some checkpoint is of this step, or a later one.
+    """
+    newest = max(fp.steps(directory), default=-1)
+    if newest >= step:
+        raise fp.CheckpointExistsError(
+            f"{directory} holds step {newest} already, and training is only at step {step}: the "
+            "steps of two runs would mix. Restore the newest checkpoint, or use another directory."
+        )
+
+
 def drop_unless_complete(path: Path, step: int, why: str) -> None:
     """Drops a session that lacks anything of the checkpoint of `step`, and says why.
 
