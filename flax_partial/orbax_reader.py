@@ -90,21 +90,42 @@ def find(path: Path) -> OrbaxCheckpoint | None:
       CorruptCheckpointError: It is damaged; it names the file, or the leaves.
       UnsupportedLeafError: It holds a leaf that only its writer's own code can read.
     """
-    directories = _item_directories(path)
-    if not directories:
+    items = [_read_item(directory, prefix) for directory, prefix in _item_directories(path)]
+    if not items:
         return None
-    tables: list[Table] = []
-    stores: dict[str, Store] = {}
+    _require_tree(path, [item.path_of(leaf) for item in items for leaf in item.leaves])
     leaves: list[Leaf] = []
-    for directory, prefix in directories:
-        tables.append(_read_json(directory / orbax_format.TREE_METADATA))
-        for leaf, store in _read_item(directory, tables[-1]):
-            texts, key_kinds = prefix + leaf.path.texts, STR_KEY * len(prefix) + leaf.path.kinds
-            leaves.append(replace(leaf, path=KeyPath(texts, key_kinds)))
-            if store is not None:
-                stores[leaves[-1].name] = store
-    _require_tree(path, leaves)
-    return OrbaxCheckpoint(_contents(path, directories[0][0], tables, leaves), stores)
+    stores: dict[str, Store] = {}
+    for item in items:
+        opened = _open(item)
+        for stored in item.leaves:
+            leaf = replace(_described(stored, opened), path=item.path_of(stored))
+            leaves.append(leaf)
+            if leaf.is_array:
+                stores[leaf.name] = opened[stored.name]
+    return OrbaxCheckpoint(_contents(path, items, leaves), stores)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One tree of a checkpoint.
+
+    Attributes:
+      directory: Where it is.
+      prefix: The keys under which it stands in the whole tree.
+      table: Its `_METADATA`.
+      leaves: Its leaves as far as JSON tells, which is all but dtype and shape; paths are its own.
+    """
+
+    directory: Path
+    prefix: tuple[str, ...]
+    table: Table
+    leaves: Sequence[Leaf]
+
+    def path_of(self, leaf: Leaf) -> KeyPath:
+        """Returns the path of a leaf in the whole tree."""
+        key_kinds = STR_KEY * len(self.prefix) + leaf.path.kinds
+        return KeyPath(self.prefix + leaf.path.texts, key_kinds)
 
 
 def _item_directories(path: Path) -> list[tuple[Path, tuple[str, ...]]]:
@@ -137,13 +158,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def _contents(path: Path, item: Path, tables: Sequence[Table], leaves: Sequence[Leaf]) -> Contents:
+def _contents(path: Path, items: Sequence[_Item], leaves: Sequence[Leaf]) -> Contents:
     table = _read_json(path / orbax_format.CHECKPOINT_METADATA)
-    written_ns = (item / orbax_format.TREE_METADATA).stat().st_mtime_ns
+    written_ns = (items[0].directory / orbax_format.TREE_METADATA).stat().st_mtime_ns
     times = (table.get("init_timestamp_nsecs"), table.get("commit_timestamp_nsecs"))
     started_ns, committed_ns = (time if type(time) is int else written_ns for time in times)
     # A tree may have metadata of its own; with several trees, whose it was would be lost.
-    custom = [own.get("custom_metadata") for own in (*tables[: len(tables) == 1], table)]
+    tables = (items[0].table, table) if len(items) == 1 else (table,)
+    custom = [one.get("custom_metadata") for one in tables]
     return Contents(
         started_ns=started_ns,
         committed_ns=committed_ns,
@@ -153,36 +175,37 @@ def _contents(path: Path, item: Path, tables: Sequence[Table], leaves: Sequence[
     )
 
 
-def _require_tree(path: Path, leaves: Sequence[Leaf]) -> None:
+def _require_tree(path: Path, key_paths: Sequence[KeyPath]) -> None:
     tree = KeyTree()
-    for leaf in leaves:
-        problem = tree.problem_with(leaf.path)
-        if problem is None and leaf.name in tree:
-            problem = f"Leaf {leaf.name!r} is there twice."
+    for key_path in key_paths:
+        problem = tree.problem_with(key_path)
+        if problem is None and key_path.name in tree:
+            problem = f"Leaf {key_path.name!r} is there twice."
         if problem is not None:
             raise CorruptCheckpointError(f"{path}: {problem}")
-        tree.add(leaf.path)
+        tree.add(key_path)
     for problem in tree.gaps():
         raise CorruptCheckpointError(f"{path}: {problem}")
 
 
-def _read_item(directory: Path, table: Table) -> list[tuple[Leaf, Store | None]]:
-    """Returns the leaves of one tree, and the open array of each that has one."""
+def _read_item(directory: Path, prefix: tuple[str, ...]) -> _Item:
+    table = _read_json(directory / orbax_format.TREE_METADATA)
     try:
         leaves = list(_leaves_of(directory, table))
+    except (CorruptCheckpointError, UnsupportedLeafError):
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, CorruptCheckpointError | UnsupportedLeafError):
-            raise
         raise CorruptCheckpointError(
             f"{directory} is damaged: its files do not describe a tree "
             f"({type(error).__name__}: {error})"
         ) from error
-    names = [leaf.name for leaf in leaves if leaf.is_array]
-    stores = _open(directory, table, names)
-    return [(_described(leaf, stores.get(leaf.name)), stores.get(leaf.name)) for leaf in leaves]
+    return _Item(directory, prefix, table, leaves)
 
 
-def _open(directory: Path, table: Table, names: Sequence[str]) -> dict[str, Store]:
+def _open(item: _Item) -> dict[str, Store]:
+    """Opens all arrays of an item."""
+    directory, table = item.directory, item.table
+    names = [leaf.name for leaf in item.leaves if leaf.is_array]
     in_database = (directory / _DATABASE).is_file()
     if not in_database:
         _require_plain_names(directory, table, names)
@@ -218,10 +241,10 @@ def _require_plain_names(directory: Path, table: Table, names: Sequence[str]) ->
             raise CorruptCheckpointError(f"{directory}: leaf {name!r} would lie outside of it.")
 
 
-def _described(leaf: Leaf, store: Store | None) -> Leaf:
-    if store is None:
+def _described(leaf: Leaf, stores: Mapping[str, Store]) -> Leaf:
+    if not leaf.is_array:
         return leaf
-    dtype, shape, chunk = arrays.describe_store(store)
+    dtype, shape, chunk = arrays.describe_store(stores[leaf.name])
     if dtype not in STORABLE_DTYPES:
         raise UnsupportedLeafError(f"Leaf {leaf.name!r} is an array of {dtype}.")
     if leaf.kind == kinds.SCALAR and shape:

@@ -7,26 +7,37 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as v0
 import pytest
 import trees
 from flax import nnx
 from flax.core import FrozenDict
-from flax.training.train_state import TrainState
 from hypothesis import assume, given, settings
 from jax import tree_util
-from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_utils
 from orbax.checkpoint.experimental import v1
+from orbax_side import (
+    Nothing,
+    abstract,
+    as_nested,
+    as_orbax,
+    assert_same,
+    has_strings,
+    keys,
+    map_leaves,
+    on,
+    on_device,
+    optimizer_state,
+    sharded,
+    train_state,
+)
 
 import flax_partial as fp
 
@@ -49,22 +60,6 @@ def _wide_types() -> Iterator[None]:
 # --- what is saved
 
 
-class Nothing(NamedTuple):
-    """A named tuple without fields, as in many Optax states."""
-
-
-def on(name: str, *spec: Any) -> NamedSharding:
-    return NamedSharding(trees.mesh(name), PartitionSpec(*spec))
-
-
-def sharded(name: str, *spec: Any) -> jax.Array:
-    return jax.device_put(jnp.arange(128.0).reshape(8, 16), on(name, *spec))
-
-
-def on_device(index: int) -> jax.Array:
-    return jax.device_put(jnp.arange(3.0), jax.devices()[index])
-
-
 def jax_dtypes() -> Any:
     return {name: jnp.asarray(trees.random_bits(name, (3, 5), 1)) for name in trees.DTYPES}
 
@@ -77,10 +72,6 @@ def numpy_scalars() -> Any:
     return {name: trees.random_bits(name, (2,), 3)[0] for name in trees.DTYPES}
 
 
-def split_keys(impl: str) -> jax.Array:
-    return jax.random.split(jax.random.key(7, impl=impl), (2, 3))
-
-
 def sharded_keys() -> jax.Array:
     return jax.device_put(jax.random.split(jax.random.key(1), 8), on("xy", "y"))
 
@@ -89,16 +80,6 @@ class Net(nnx.Module):
     def __init__(self) -> None:
         self.first = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
         self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(1))
-
-
-def train_state() -> TrainState:
-    params = FrozenDict({"dense": {"kernel": jnp.ones((3, 2), jnp.float32), "bias": jnp.zeros(2)}})
-    return TrainState.create(apply_fn=len, params=params, tx=optax.adam(1e-3))
-
-
-def optimizer_state() -> Any:
-    chain = optax.chain(optax.clip(1.0), optax.adamw(1e-3), optax.ema(0.9))
-    return chain.init({"w": jnp.ones((2, 2)), "b": [jnp.zeros(2), jnp.zeros(())]})
 
 
 STATES: dict[str, Callable[[], Any]] = {
@@ -121,7 +102,7 @@ STATES: dict[str, Callable[[], Any]] = {
     "key-threefry": lambda: jax.random.key(0, impl="threefry2x32"),
     "key-rbg": lambda: jax.random.key(5, impl="rbg"),
     "key-unsafe-rbg": lambda: jax.random.key(6, impl="unsafe_rbg"),
-    "keys": lambda: {impl: split_keys(impl) for impl in trees.KEY_IMPLS},
+    "keys": keys,
     "keys-sharded": sharded_keys,
     "ints": lambda: [0, -5, 2**63 - 1, -(2**63), 2**63, 2**64 - 1],
     "bools": lambda: [True, False],
@@ -153,15 +134,6 @@ STRINGS: dict[str, Callable[[], Any]] = {
 
 
 # --- who reads it
-
-
-def abstract(leaf: Any) -> Any:
-    """A target for a leaf: none of its data, all else of it."""
-    if isinstance(leaf, jax.Array):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    if isinstance(leaf, (np.ndarray, np.generic, complex)):
-        return np.zeros_like(np.asarray(leaf))  # Orbax knows no complex and no NumPy scalars
-    return leaf if leaf is None else type(leaf)()
 
 
 def read_v1(path: Path, target: Any) -> Any:
@@ -209,62 +181,7 @@ READERS: dict[str, Callable[[Path, Any], Any]] = {
 }
 
 
-# --- what comes back
-
-
-def as_orbax(leaf: Any) -> Any:
-    """What Orbax reads a leaf as: it has no NumPy scalars and no complex numbers."""
-    return np.asarray(leaf) if isinstance(leaf, (np.generic, complex)) else leaf
-
-
-def without_target(leaf: Any) -> Any:
-    """What Orbax reads a leaf as where no target tells of its type."""
-    if isinstance(leaf, (Nothing, optax.EmptyState)):
-        return None
-    return {} if isinstance(leaf, Mapping) else as_orbax(leaf)
-
-
-def is_empty(node: object) -> bool:
-    return node is None or (isinstance(node, (list, tuple, Mapping)) and not node)
-
-
-def leaves_of(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    return tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)
-
-
-def as_nested(tree: Any) -> Any:
-    """What Orbax makes of a tree without a target: dicts with texts for keys, and lists."""
-    return _nested(leaves_of(tree)[0])
-
-
-def _nested(leaves: list[tuple[Any, Any]]) -> Any:
-    path, leaf = leaves[0]
-    if not path:
-        return without_target(leaf)
-    children: dict[str, list[tuple[Any, Any]]] = {}
-    for (key, *rest), value in leaves:
-        children.setdefault(_text(key), []).append((rest, value))
-    built = {text: _nested(inner) for text, inner in children.items()}
-    is_list = isinstance(path[0], (tree_util.SequenceKey, tree_util.FlattenedIndexKey))
-    return list(built.values()) if is_list else built
-
-
-def _text(key: Any) -> str:
-    return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
-
-
-def assert_same(got: Any, want: Any) -> None:
-    """Same structure, and each leaf the same to the bit, on the same devices in the same way."""
-    (got_leaves, got_structure), (want_leaves, want_structure) = leaves_of(got), leaves_of(want)
-    assert got_structure == want_structure
-    for (path, one), (_, other) in zip(got_leaves, want_leaves, strict=True):
-        where = tree_util.keystr(path)
-        if is_empty(other):
-            assert type(one) is type(other), where
-            continue
-        assert trees.fingerprint(one) == trees.fingerprint(other), where
-        if isinstance(other, jax.Array):
-            assert one.sharding == other.sharding, where
+# --- all states, by all readers
 
 
 def stored(path: Path, *states: Any, options: fp.SaveOptions = QUICK) -> Path:
@@ -296,10 +213,10 @@ def test_orbax_reads_without_a_target(reader: Any, case: Stored) -> None:
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 def test_orbax_reads_into_a_target(reader: Any, case: Stored) -> None:
-    target = jax.tree.map(abstract, case.state, is_leaf=is_empty)
-    if reader is read_v0_standard and any(isinstance(x, str) for x in jax.tree.leaves(target)):
+    target = map_leaves(abstract, case.state)
+    if reader is read_v0_standard and has_strings(target):
         pytest.skip("StandardCheckpointer takes no target with strings, whoever saved them")
-    assert_same(reader(case.path, target), jax.tree.map(as_orbax, case.state, is_leaf=is_empty))
+    assert_same(reader(case.path, target), map_leaves(as_orbax, case.state))
 
 
 @pytest.mark.parametrize("reader", [read_v1, read_v0_standard, read_v0_pytree])
@@ -360,7 +277,7 @@ def test_data_that_was_lost_is_an_error_for_orbax_and_not_zeros(tmp_path: Path) 
 @given(trees.trees)
 def test_orbax_reads_any_tree_that_it_can_name(tree: Any) -> None:
     # It finds a string by a JSON pointer, in which "~" begins an escape.
-    pointers = [path for path, leaf in leaves_of(tree)[0] if isinstance(leaf, str)]
+    pointers = [path for path, leaf in trees.flat(tree)[0] if isinstance(leaf, str)]
     assume(not any("~" in tree_util.keystr(path) for path in pointers))
     with tempfile.TemporaryDirectory() as directory:
         path = stored(Path(directory, "checkpoint"), tree)

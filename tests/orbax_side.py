@@ -1,0 +1,107 @@
+"""What the tests with Orbax share: leaves that only they need, and what Orbax makes of a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import trees
+from flax.core import FrozenDict
+from flax.training.train_state import TrainState
+from jax import tree_util
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+class Nothing(NamedTuple):
+    """A named tuple without fields, as in many Optax states."""
+
+
+def on(name: str, *spec: Any) -> NamedSharding:
+    return NamedSharding(trees.mesh(name), PartitionSpec(*spec))
+
+
+def sharded(name: str, *spec: Any) -> jax.Array:
+    return jax.device_put(jnp.arange(128.0).reshape(8, 16), on(name, *spec))
+
+
+def on_device(index: int) -> jax.Array:
+    return jax.device_put(jnp.arange(3.0), jax.devices()[index])
+
+
+def keys() -> Any:
+    """Arrays of PRNG keys, of every implementation."""
+    return {
+        impl: jax.random.split(jax.random.key(7, impl=impl), (2, 3)) for impl in trees.KEY_IMPLS
+    }
+
+
+def train_state() -> TrainState:
+    params = FrozenDict({"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}})
+    return TrainState.create(apply_fn=len, params=params, tx=optax.adam(1e-3))
+
+
+def optimizer_state() -> Any:
+    chain = optax.chain(optax.clip(1.0), optax.adamw(1e-3), optax.ema(0.9))
+    return chain.init({"w": jnp.ones((2, 2)), "b": [jnp.zeros(2), jnp.zeros(())]})
+
+
+def has_strings(tree: Any) -> bool:
+    return any(isinstance(leaf, str) for leaf in jax.tree.leaves(tree))
+
+
+def map_leaves(function: Any, tree: Any) -> Any:
+    """Maps None and empty containers too."""
+    return jax.tree.map(function, tree, is_leaf=trees.is_empty)
+
+
+def abstract(leaf: Any) -> Any:
+    """A target for a leaf: none of its data, all else of it."""
+    if isinstance(leaf, jax.Array):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    if isinstance(leaf, (np.ndarray, np.generic, complex)):
+        return np.zeros_like(np.asarray(leaf))  # Orbax knows no complex and no NumPy scalars
+    return leaf if leaf is None else type(leaf)()
+
+
+def as_orbax(leaf: Any) -> Any:
+    """What Orbax reads a leaf as: it has no NumPy scalars and no complex numbers."""
+    return np.asarray(leaf) if isinstance(leaf, (np.generic, complex)) else leaf
+
+
+def as_nested(tree: Any) -> Any:
+    """What Orbax makes of a tree without a target: dicts with texts for keys, and lists."""
+    return _nested(trees.flat(tree)[0])
+
+
+def _nested(leaves: list[tuple[Any, Any]]) -> Any:
+    path, leaf = leaves[0]
+    if not path:
+        return _without_target(leaf)
+    children: dict[str, list[tuple[Any, Any]]] = {}
+    for (key, *rest), value in leaves:
+        children.setdefault(_text(key), []).append((rest, value))
+    built = {text: _nested(inner) for text, inner in children.items()}
+    is_list = isinstance(path[0], (tree_util.SequenceKey, tree_util.FlattenedIndexKey))
+    return list(built.values()) if is_list else built
+
+
+def _text(key: Any) -> str:
+    return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
+
+
+def _without_target(leaf: Any) -> Any:
+    if isinstance(leaf, (Nothing, optax.EmptyState)):
+        return None
+    return {} if isinstance(leaf, Mapping) else as_orbax(leaf)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    """Same structure, and each leaf the same to the bit, on the same devices in the same way."""
+    trees.assert_same(got, want)
+    for (path, one), (_, other) in zip(trees.flat(got)[0], trees.flat(want)[0], strict=True):
+        if isinstance(other, jax.Array):
+            assert one.sharding == other.sharding, tree_util.keystr(path)
