@@ -104,6 +104,10 @@ def test_module_imports_only_what_stands_below_it(path: Path) -> None:
     assert imported <= _allowed(path.stem)
 
 
+def test_table_names_no_module_that_is_gone() -> None:
+    assert set(BELOW) <= {module.stem for module in MODULES}
+
+
 @pytest.mark.parametrize("path", MODULES + CALLBACK_MODULES, ids=_name)
 def test_each_seam_is_one_module(path: Path) -> None:
     imported = _imports(path)
