@@ -144,13 +144,15 @@ class Stage:
 
     def forward(self, x: jax.Array, targets: jax.Array | None, step: int, number: int) -> jax.Array:
         """Issues the forward pass: the stage's output or, in the last stage, the mean loss."""
-        return self._jit_forward(self.params, x, targets, self._draw(step, number))
+        y: jax.Array = self._jit_forward(self.params, x, targets, self._draw(step, number))
+        return y
 
     def backward(
         self, x: jax.Array, targets: jax.Array | None, dy: Tree, step: int, number: int
     ) -> jax.Array | None:
         """Issues the backward pass, which uses up `x`; returns the gradient with respect to it."""
         draw = self._draw(step, number)
+        dx: jax.Array | None
         dx, self.grads = self._jit_backward(
             self.params, x=x, targets=targets, dy=dy, draw=draw, grads=self.grads
         )
@@ -171,7 +173,7 @@ class Stage:
             x = module(x, draw.layer_key(layer.index))
         if not self.is_last:
             return x
-        return optax.softmax_cross_entropy_with_integer_labels(x, targets).mean()
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(x, targets))
 
     def _pull_back(
         self, params: ByLayer, *, x: jax.Array, targets: Tree, dy: Tree, draw: Draw, grads: ByLayer
@@ -267,7 +269,7 @@ class Pipeline:
     ) -> tuple[list[jax.Array], jax.Array]:
         """One micro-batch through all stages: each stage's input, and the loss."""
         xs: list[jax.Array] = []
-        x: jax.Array | NDArray[np.int32] = tokens
+        x = jax.device_put(tokens, self.stages[0].device)
         for stage in self.stages:
             xs.append(jax.device_put(x, stage.device))
             x = stage.forward(xs[-1], targets if stage.is_last else None, step, number)

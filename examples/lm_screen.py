@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from lm_module import LanguageModel
     from trainer import Trainer
 
-    from flax_partial.callbacks import PartialCheckpointCallback
-    from flax_partial.callbacks.pending import CheckpointReport
+    from flax_partial.callbacks import CheckpointReport, PartialCheckpointCallback
 
 
 class Screen:
@@ -58,7 +57,10 @@ class Screen:
         elif self._checkpoints is not None:
             self.say(f"No checkpoint in {self._checkpoints.directory} yet: from the beginning.")
         if trainer.current_epoch >= trainer.max_epochs:
-            self.say(f"Training is complete: {trainer.max_epochs} epochs were asked for.")
+            self.say(
+                f"Training is complete: {trainer.current_epoch} epochs are done, and "
+                f"{trainer.max_epochs} were asked for."
+            )
         else:
             self._bar.start()
 
@@ -132,9 +134,13 @@ def _place(trainer: Trainer, module: LanguageModel) -> str:
 
 def checkpoint_table(reports: Sequence[CheckpointReport]) -> Table:
     """One row for each checkpoint that was finalized in this run."""
-    table = Table(box=box.SIMPLE, title="Checkpoints of this run")
+    table = Table(
+        box=box.SIMPLE,
+        title="Checkpoints of this run",
+        caption="Training waits for the last one before it ends.",
+    )
     table.add_column("checkpoint", justify="right")
-    for heading in ("groups", "MB", "training blocked", "writing", "finalizing"):
+    for heading in ("groups", "MB", "training blocked", "written in", "finalized in"):
         table.add_column(heading, justify="right")
     for report in reports:
         table.add_row(
@@ -142,10 +148,17 @@ def checkpoint_table(reports: Sequence[CheckpointReport]) -> Table:
             str(len(report.groups)),
             f"{report.bytes / 1e6:.1f}",
             _ms(report.blocked_secs),
-            _ms(report.write_secs),
+            _ms(_elapsed_secs(report)),
             _ms(report.finalize_secs),
         )
     return table
+
+
+def _elapsed_secs(report: CheckpointReport) -> float:
+    """From the first group's write to the last one's commit: groups are written side by side."""
+    saves = report.saves.values()
+    began = min(save.committed_at - save.write_secs for save in saves)
+    return max(save.committed_at for save in saves) - began
 
 
 def _ms(secs: float) -> str:

@@ -14,16 +14,17 @@ Kill it at any moment and run it again: it ends with the very bits that it would
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
-import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
+
+import lm_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
+
+    from lm_text import Corpus
 
     from flax_partial.callbacks import PartialCheckpointCallback
 
@@ -67,10 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _at_least(least: int) -> Callable[[str], int]:
     def number(text: str) -> int:
-        value = int(text)
-        if not least <= value < 2**32:
-            raise argparse.ArgumentTypeError(f"{value} is not between {least} and {2**32 - 1}")
-        return value
+        if not (text.isdecimal() and least <= int(text) < 2**32):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+        return int(text)
 
     return number
 
@@ -83,19 +83,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={DEVICES}")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
-        check_options(options)
-        with claim_directory(options):
-            train(options)
+        corpus = check_options(options)
+        if options.no_checkpoint:
+            train(options, corpus)
+        else:
+            with lm_directory.claim(options.directory, identity(options, corpus)):
+                train(options, corpus)
     except UsageError as error:
         parser.error(str(error))
+    except lm_directory.DirectoryError as error:
+        parser.error(f"argument --directory: {error}")
     except KeyboardInterrupt:
         print(how_to_continue(options), file=sys.stderr)
         return 130
     return 0
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Checks the options against each other and the text.
+def check_options(options: argparse.Namespace) -> Corpus:
+    """Checks the options against each other and the text, which it returns.
 
     Raises:
         UsageError: They ask for what cannot be built.
@@ -111,59 +116,21 @@ def check_options(options: argparse.Namespace) -> None:
 
     if options.width % HEAD_WIDTH:
         raise UsageError(f"argument --width: {options.width} is not a multiple of {HEAD_WIDTH}")
-    most = count_windows(read_corpus(VOCABULARY), LENGTH) // WINDOWS
+    corpus = read_corpus(VOCABULARY)
+    most = count_windows(corpus, LENGTH) // WINDOWS
     if options.steps_per_epoch > most:
         raise UsageError(
             f"argument --steps-per-epoch: {options.steps_per_epoch} batches are more than the "
             f"{most} that the text has"
         )
+    return corpus
 
 
-@contextlib.contextmanager
-def claim_directory(options: argparse.Namespace) -> Iterator[None]:
-    """Keeps the directory to one run at a time, and to runs with the same model and data.
-
-    Raises:
-        UsageError: It cannot be used, is in use, or belongs to a run with other options.
-    """
-    if options.no_checkpoint:
-        yield
-        return
-    directory = options.directory
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        record = (directory / "run.json").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"argument --directory: {error.strerror}: '{directory}'") from None
-    with record:
-        try:
-            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"argument --directory: another run is using '{directory}'") from None
-        _check_same_run(options, record)
-        yield
-
-
-def _check_same_run(options: argparse.Namespace, record: TextIO) -> None:
-    ours = {name: getattr(options, name) for name in ("seed", "layers", "width", "steps_per_epoch")}
-    if len(list(options.directory.iterdir())) == 1:  # the record alone: nothing to go on with
-        record.truncate(0)
-        json.dump(ours, record)
-        record.flush()
-        return
-    record.seek(0)
-    try:
-        theirs = {name: json.loads(record.read() or "{}")[name] for name in ours}
-    except (ValueError, KeyError):
-        raise UsageError(
-            f"argument --directory: '{options.directory}' is not empty, and not of this example"
-        ) from None
-    if theirs != ours:
-        options_of_theirs = (f"--{name.replace('_', '-')} {theirs[name]}" for name in theirs)
-        raise UsageError(
-            f"argument --directory: '{options.directory}' holds a run with "
-            f"{' '.join(options_of_theirs)}: go on with these, or choose another directory"
-        )
+def identity(options: argparse.Namespace, corpus: Corpus) -> dict[str, int | str]:
+    """What a run cannot change when it goes on; the help texts differ between Python versions."""
+    names = ("seed", "layers", "width", "steps_per_epoch")
+    chosen = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    return {**chosen, "text": corpus.digest}
 
 
 def make_callback(options: argparse.Namespace) -> PartialCheckpointCallback:
@@ -180,12 +147,11 @@ def make_callback(options: argparse.Namespace) -> PartialCheckpointCallback:
     )
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace, corpus: Corpus) -> None:
     """Trains from the newest checkpoint, or from the beginning, and shows what came of it."""
     from lm_model import ModelConfig
     from lm_module import LanguageModel
     from lm_screen import Screen
-    from lm_text import read_corpus
     from trainer import Trainer
 
     checkpoints = None if options.no_checkpoint else make_callback(options)
@@ -193,7 +159,7 @@ def train(options: argparse.Namespace) -> None:
     screen.say("Building the model and its pipeline stages.")
     module = LanguageModel(
         ModelConfig(VOCABULARY, LENGTH, options.width, options.layers),
-        read_corpus(VOCABULARY),
+        corpus,
         stages=options.stages,
         batches_per_epoch=options.steps_per_epoch,
         seed=options.seed,

@@ -1,0 +1,351 @@
+"""The main job, run as a user runs it: whatever stops it, it ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import lm_directory
+import numpy as np
+import pytest
+from trainer import Trainer
+
+import flax_partial as fp
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "pipeline_lm.py"
+SMALL = ("--layers", "4", "--width", "32", "--steps-per-epoch", "6", "--epochs", "2")
+EVERY_4 = (*SMALL, "--checkpoint-every", "4")
+LAYERS = ("embed", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head")
+TIMEOUT_SECS = 150
+
+
+class Example:
+    """Starts the example in processes of its own, which share what they compile."""
+
+    def __init__(self, cache: Path) -> None:
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def start(self, *options: object) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, EXAMPLE, *map(str, options)],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *options: object) -> subprocess.CompletedProcess[str]:
+        with self.start(*options) as process:
+            out, err = process.communicate(timeout=TIMEOUT_SECS)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def complete(self, *options: object) -> str:
+        """Its output, after it ended well."""
+        done = self.run(*options)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    def stop(
+        self, at: str | tuple[str, ...], delay_secs: float, how: signal.Signals, *options: object
+    ) -> Any:
+        """Sends a signal so long after the line that begins with `at`; what it said from there."""
+        with self.start(*options) as process:
+            assert process.stdout is not None
+            assert any(line.startswith(at) for line in process.stdout), f"never said {at!r}"
+            time.sleep(delay_secs)
+            process.send_signal(how)
+            out, err = process.communicate(timeout=TIMEOUT_SECS)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def digests(output: str) -> list[str]:
+    """The fingerprints of parameters and optimizer state."""
+    return re.findall(r"^(?:parameters|optimizer state): +([0-9a-f]{16})$", output, re.MULTILINE)
+
+
+def leaves(path: Path, *roots: str) -> dict[str, Any]:
+    """Leaf name to value, as NumPy: an independent look at what the digests summarize."""
+    state = {root: tree for root, tree in fp.load(path).items() if root in roots}
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in flat}
+
+
+def assert_same_bits(path: Path, other: Path) -> None:
+    ours, theirs = (leaves(one, "params", "opt_state", "metrics") for one in (path, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        assert value.tobytes() == theirs[name].tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
+    return Example(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(example: Example, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that nothing stopped: its directory and what it said."""
+    directory = tmp_path_factory.mktemp("unbroken") / "run"
+    return directory, example.complete("--directory", directory, *EVERY_4)
+
+
+@pytest.fixture
+def copy(unbroken: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the unbroken run's directory, to go on in."""
+    return shutil.copytree(unbroken[0], tmp_path / "copy")
+
+
+def test_trains_streams_and_shows_what_it_cost(unbroken: tuple[Path, str]) -> None:
+    directory, output = unbroken
+    first, second = map(
+        float, re.findall(r"^epoch ./2: mean loss (\d\.\d+)$", output, re.MULTILINE)
+    )
+    assert second < first < np.log(4096) + 0.1
+    streamed = ", ".join(reversed(LAYERS))
+    assert re.findall(r"^step (\d+): streaming (.*)$", output, re.MULTILINE) == [
+        (step, streamed) for step in ("4", "6", "8", "12")
+    ]
+    rows = re.findall(r"^ +(\d+) +(\d+) +[\d.]+ +\d+ ms +\d+ ms +\d+ ms *$", output, re.MULTILINE)
+    groups = str(2 * len(LAYERS) + len(("rngs", "metrics", "progress")))
+    assert rows == [(step, groups) for step in ("4", "6", "8", "12")]
+    assert len(digests(output)) == 2
+    assert fp.steps(directory) == [6, 8, 12]
+
+
+def test_checkpoint_holds_the_whole_state_under_global_names(unbroken: tuple[Path, str]) -> None:
+    newest = fp.latest(unbroken[0])
+    assert newest is not None
+    assert fp.verify(newest).ok
+    state = fp.load(newest)
+    blocks = {str(number) for number in range(4)}
+    for root in ("params", "opt_state"):
+        assert state[root].keys() == {"embed", "blocks", "head"}
+        assert state[root]["blocks"].keys() == blocks
+    assert state["progress"] == {"global_step": 12, "current_epoch": 1, "batches_done": 6}
+    keys = state["rngs"]
+    assert keys.keys() == {"dropout", "shuffle"}
+    assert all(jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) for key in keys.values())
+
+
+def test_output_in_a_pipe_is_plain_lines(unbroken: tuple[Path, str]) -> None:
+    assert "\x1b" not in unbroken[1]
+    assert "\r" not in unbroken[1]
+
+
+def test_run_again_says_that_training_is_complete_and_shows_the_result(
+    example: Example, unbroken: tuple[Path, str]
+) -> None:
+    directory, output = unbroken
+    again = example.complete("--directory", directory, *EVERY_4)
+    assert "Resumed at step 12.\nTraining is complete" in again
+    assert digests(again) == digests(output)
+    assert fp.steps(directory) == [6, 8, 12]
+
+
+def test_checkpoint_in_the_middle_of_an_epoch_goes_on_at_the_next_batch(
+    example: Example, unbroken: tuple[Path, str], copy: Path
+) -> None:
+    shutil.rmtree(copy / "12")
+    output = example.complete("--directory", copy, *EVERY_4)
+    assert "Resumed at step 8, in epoch 2 with 2 of 6 batches done." in output
+    assert digests(output) == digests(unbroken[1])
+    assert_same_bits(copy / "12", unbroken[0] / "12")
+
+
+def test_no_checkpoint_trains_the_same_and_writes_nothing(
+    example: Example, unbroken: tuple[Path, str], tmp_path: Path
+) -> None:
+    output = example.complete("--directory", tmp_path / "run", "--no-checkpoint", *SMALL)
+    assert digests(output) == digests(unbroken[1])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_any_moment_and_run_again_ends_with_the_same_bits(
+    example: Example, unbroken: tuple[Path, str], tmp_path: Path, seed: int
+) -> None:
+    draw = random.Random(seed)  # noqa: S311 - the same moments every time
+    moment = draw.choice(["No checkpoint", "step 4", "epoch 1", "step 8", "step 12"])
+    command = ("--directory", tmp_path / "run", *EVERY_4)
+    killed = example.stop(moment, draw.uniform(0, 0.1), signal.SIGKILL, *command)
+    assert killed.returncode == -signal.SIGKILL
+    example.stop(("Resumed", "No checkpoint"), draw.uniform(0, 2), signal.SIGKILL, *command)
+    output = example.run(*command).stdout
+    assert digests(output) == digests(unbroken[1])
+    assert_same_bits(tmp_path / "run" / "12", unbroken[0] / "12")
+
+
+def test_two_stages_go_on_where_four_stopped(
+    example: Example, unbroken: tuple[Path, str], copy: Path
+) -> None:
+    shutil.rmtree(copy / "8")
+    shutil.rmtree(copy / "12")
+    output = example.complete("--directory", copy, *SMALL, "--stages", 2)
+    assert "Resumed at step 6, in epoch 2 with 0 of 6 batches done." in output
+    two, four = (leaves(run / "12", "params", "opt_state") for run in (copy, unbroken[0]))
+    assert two.keys() == four.keys()
+    for name, value in two.items():  # other programs may round otherwise
+        np.testing.assert_allclose(value, four[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_ctrl_c_ends_with_a_sentence_on_how_to_go_on(
+    example: Example, unbroken: tuple[Path, str], tmp_path: Path
+) -> None:
+    command = ("--directory", tmp_path / "run", *EVERY_4)
+    stopped = example.stop("epoch 1/2", 0.0, signal.SIGINT, *command)
+    assert stopped.returncode == 130
+    assert re.search(r"^Interrupted. Run the same command again", stopped.stderr, re.MULTILINE)
+    assert "Traceback" not in stopped.stdout + stopped.stderr
+    output = example.run(*command).stdout
+    assert re.search(r"^Resumed at step (6|8|12)", output, re.MULTILINE)
+    assert digests(output) == digests(unbroken[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--stages", 0), "argument --stages: '0' is not a whole number from 1 on"),
+        (("--stages", 5), "argument --stages: 5 is not between 1 and the number of layers, 4"),
+        (("--epochs", "many"), "argument --epochs: 'many' is not a whole number from 1 on"),
+        (("--width", 33), "argument --width: 33 is not a multiple of 32"),
+        (("--steps-per-epoch", 9999), "argument --steps-per-epoch: 9999 batches are more than"),
+        (("--directory", EXAMPLE), "argument --directory: '{}' is a file, or below one"),
+        (("--directory", EXAMPLE.parent), "argument --directory: '{}' is not empty, and holds no"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_wrong_options_are_refused_with_status_2(
+    example: Example, options: tuple[str, Any], message: str
+) -> None:
+    refused = example.run(*SMALL, *options)
+    assert refused.returncode == 2
+    assert message.format(options[1]) in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert refused.stdout == ""
+
+
+def test_another_model_cannot_go_on_in_the_same_directory(example: Example, copy: Path) -> None:
+    refused = example.run("--directory", copy, *SMALL, "--width", 64)
+    assert refused.returncode == 2
+    assert "holds a run with --seed 0, --layers 4, --width 32" in refused.stderr
+
+
+def test_two_runs_cannot_share_a_directory(example: Example, tmp_path: Path) -> None:
+    with lm_directory.claim(tmp_path, {}):
+        refused = example.run("--directory", tmp_path, *SMALL)
+    assert refused.returncode == 2
+    assert f"another run is using '{tmp_path}'" in refused.stderr
+
+
+class Counter:
+    """The least a trainer can train: adds up its batches."""
+
+    batches_per_epoch = 2
+
+    def __init__(self, *, fails_at: int | None = None) -> None:
+        self.total = 0
+        self._fails_at = fails_at
+
+    def state(self) -> dict[str, Any]:
+        return {"total": self.total}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.total = state["total"]
+
+    def batches(self, epoch: int, start: int) -> Iterator[int]:
+        return iter(range(10 * epoch + start, 10 * epoch + self.batches_per_epoch))
+
+    def training_step(self, trainer: Trainer, batch: int, batch_idx: int) -> dict[str, jax.Array]:
+        if trainer.global_step == self._fails_at:
+            raise ArithmeticError(batch_idx)
+        self.total += batch
+        trainer.layer_ready("total", self.total)
+        trainer.optimizer_state_ready("total", None)
+        return {}
+
+
+class Recorder:
+    """Writes down the hooks that the trainer calls, and whatever it passes beside itself."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, hook: str) -> Any:
+        if not hook.startswith(("on_", "setup", "teardown")):
+            raise AttributeError(hook)
+        return lambda _, *arguments: self.calls.append((hook, *arguments))
+
+
+def test_trainer_calls_lightnings_hooks_in_lightnings_order() -> None:
+    recorder, module = Recorder(), Counter()
+    Trainer(max_epochs=1, callbacks=[object(), recorder]).fit(module)
+
+    def batch(number: int, total: int) -> list[tuple[Any, ...]]:
+        return [
+            ("on_train_batch_start", module, number, number),
+            ("on_layer_ready", "total", total),
+            ("on_optimizer_state_ready", "total", None),
+            ("on_train_batch_end", module, {}, number, number),
+        ]
+
+    assert recorder.calls == [
+        ("setup", module, "fit"),
+        ("on_fit_start", module),
+        ("on_train_start", module),
+        ("on_train_epoch_start", module),
+        *batch(0, 0),
+        *batch(1, 1),
+        ("on_train_epoch_end", module),
+        ("on_train_end", module),
+        ("on_fit_end", module),
+        ("teardown", module, "fit"),
+    ]
+
+
+def test_trainer_that_fails_tells_callbacks_and_cleans_up() -> None:
+    recorder, module = Recorder(), Counter(fails_at=1)
+    with pytest.raises(ArithmeticError) as raised:
+        Trainer(max_epochs=1, callbacks=[recorder]).fit(module)
+    assert recorder.calls[-2:] == [
+        ("on_exception", module, raised.value),
+        ("teardown", module, "fit"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batches_done", "expected"), [(1, {0: [1], 1: [10, 11]}), (2, {1: [10, 11]})]
+)
+def test_trainer_resumes_at_the_batch_after_the_checkpoint(
+    batches_done: int, expected: dict[int, list[int]]
+) -> None:
+    class Checkpoint(Recorder):
+        def restore(self, target: dict[str, Any]) -> tuple[dict[str, Any], int]:
+            progress = {"global_step": 7, "current_epoch": 0, "batches_done": batches_done}
+            assert target.keys() == {"total", "progress"}
+            return {"total": 100, "progress": progress}, 7
+
+    checkpoint, module = Checkpoint(), Counter()
+    trainer = Trainer(max_epochs=2, callbacks=[checkpoint])
+    trainer.fit(module)
+    batches = [batch for numbers in expected.values() for batch in numbers]
+    trained = [call[2] for call in checkpoint.calls if call[0] == "on_train_batch_start"]
+    assert trained == batches
+    assert module.total == 100 + sum(batches)
+    assert (trainer.resumed_at, trainer.global_step) == (7, 7 + len(batches))
