@@ -358,6 +358,21 @@ def test_teardown_waits_too(tmp_path: Path) -> None:
     assert fp.steps(tmp_path) == [1]
 
 
+def test_loop_that_calls_nothing_but_the_end_of_a_batch_is_served(tmp_path: Path) -> None:
+    fp.save(tmp_path / "1", {"left": "by a killed run"})
+    callback = PartialCheckpointCallback(tmp_path)
+    trainer = StubTrainer()
+    for step in range(1, 7):
+        callback.on_layer_ready(trainer, "head", new_state(step)["params"]["head"])
+        trainer.current_epoch, trainer.is_last_batch = step // 2, step % 2 == 1
+        trainer.global_step, trainer.state = step, new_state(step)
+        callback.on_train_batch_end(trainer, None, None, None, step)
+    callback.on_train_end(trainer, None)
+    assert names_in(tmp_path) == ["1", "3", "5"]
+    for step in (1, 3, 5):
+        assert_is_step(tmp_path / str(step), step)
+
+
 def test_restore_gives_the_newest_or_the_best_and_its_step(tmp_path: Path) -> None:
     losses = {2: 0.5, 4: 0.1, 6: 0.3}
     callback = PartialCheckpointCallback(tmp_path, monitor="loss")

@@ -327,6 +327,21 @@ def test_removal_that_was_interrupted_is_completed(tmp_path: Path) -> None:
     assert_is_step(tmp_path / "6", 6)
 
 
+def test_checkpoint_that_cannot_be_removed_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def block(trainer: StubTrainer) -> None:
+        (tmp_path / ".removed-2" / "in the way").mkdir(parents=True, exist_ok=True)
+
+    callback = PartialCheckpointCallback(tmp_path, keep_last=1)
+    Loop(callback, epochs=3, at={"on_train_start": block}).fit()
+    assert fp.steps(tmp_path) == [2, 4, 6]
+    assert "Could not tidy up after a checkpoint" in caplog.text
+    assert callback.failed_saves == 0
+    PartialCheckpointCallback(tmp_path, keep_last=1).on_fit_start(StubTrainer(), None)
+    assert names_in(tmp_path) == ["6"]
+
+
 def test_session_with_files_of_somebody_else_is_left_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -131,6 +131,17 @@ def test_nnx_module_alone_is_restored_from_params(tmp_path: Path) -> None:
     assert_equal(nnx.state(other), nnx.state(model))
 
 
+def test_nnx_states_and_variables_are_restored_in_place(tmp_path: Path) -> None:
+    model = Model(0)
+    callback = PartialCheckpointCallback(tmp_path)
+    save_one_step(callback, trainer_with(), model)
+    other = Model(1)
+    blocks = nnx.state(other.blocks)
+    callback.restore({"params": {"embed": {"kernel": other.embed.kernel}, "blocks": blocks}})
+    assert_equal(other.embed.kernel.get_value(), model.embed.kernel.get_value())
+    assert_equal(nnx.to_pure_dict(blocks), nnx.to_pure_dict(nnx.state(model.blocks)))
+
+
 @pytest.mark.parametrize("streamed_as", ["module", "state", "pure"])
 def test_streamed_nnx_layers_are_not_taken_twice(tmp_path: Path, streamed_as: str) -> None:
     model = Model(0)
