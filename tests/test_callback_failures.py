@@ -330,7 +330,7 @@ def test_removal_that_was_interrupted_is_completed(tmp_path: Path) -> None:
 def test_checkpoint_that_cannot_be_removed_stops_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def block(trainer: StubTrainer) -> None:
+    def block(_: StubTrainer) -> None:
         (tmp_path / ".removed-2" / "in the way").mkdir(parents=True, exist_ok=True)
 
     callback = PartialCheckpointCallback(tmp_path, keep_last=1)
