@@ -364,12 +364,28 @@ def read_stores(regions: Sequence[tuple[Store, Shape, Shape]]) -> list[np.ndarra
     Returns:
       For each box its data, C-contiguous and the caller's own, or what tensorstore says.
     """
-    reading = [store[slices(start, shape)].read() for store, start, shape in regions]
-    outcomes = [_result(future) for future in reading]
+    started = [
+        _too_large(store, shape) or store[slices(start, shape)].read()
+        for store, start, shape in regions
+    ]
+    outcomes = [one if isinstance(one, Exception) else _result(one) for one in started]
     return [
         outcome if isinstance(outcome, Exception) else np.asarray(outcome, order="C")
         for outcome in outcomes
     ]
+
+
+def _too_large(store: Store, shape: Shape) -> Exception | None:
+    """Says why there is no memory for a box, or for one chunk of its array.
+
+    A damaged shape can be of any size, and tensorstore ends the process where NumPy raises.
+    """
+    try:
+        for wanted in (shape, describe_store(store)[2]):
+            np.empty(wanted, store.dtype.numpy_dtype)
+    except (ValueError, MemoryError) as error:
+        return error
+    return None
 
 
 def _result(future: ts.Future[Any]) -> Any:

@@ -194,7 +194,7 @@ def _read_item(directory: Path, prefix: tuple[str, ...]) -> _Item:
         leaves = list(_leaves_of(directory, table))
     except (CorruptCheckpointError, UnsupportedLeafError):
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(
             f"{directory} is damaged: its files do not describe a tree "
             f"({type(error).__name__}: {error})"
@@ -302,8 +302,11 @@ def _random_keys(directory: Path) -> dict[str, str]:
         for entry in _read_json(folder / file).get("array_metadatas", ()):
             metadata = entry["array_metadata"]
             implementation = (metadata.get("ext_metadata") or {}).get(orbax_format.RANDOM_KEY_IMPL)
-            if implementation is not None:
-                found[metadata["param_name"]] = str(implementation)
+            if implementation is None:
+                continue
+            if not isinstance(implementation, str):
+                raise TypeError(f"a PRNG key is of implementation {implementation!r}")
+            found[metadata["param_name"]] = implementation
     return found
 
 

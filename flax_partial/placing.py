@@ -185,7 +185,12 @@ def _as_key(leaf: Leaf, target: Any) -> Placement | str:
 
 
 def _key(leaf: Leaf, data: np.ndarray) -> jax.Array:
-    key: jax.Array = jax.random.wrap_key_data(jax.device_put(data), impl=leaf.text)
+    try:
+        key: jax.Array = jax.random.wrap_key_data(jax.device_put(data), impl=leaf.text)
+    except (ValueError, TypeError) as error:
+        raise TargetMismatchError(
+            f"{leaf.name!r} is no PRNG key that JAX knows: {error}"
+        ) from error
     return key
 
 

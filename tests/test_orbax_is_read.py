@@ -412,6 +412,31 @@ def test_a_damaged_database_is_corrupt(tmp_path: Path) -> None:
         fp.load(path)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [{"shape": [2**50]}, {"shape": [2**62]}, {"chunks": [2**50]}],
+    ids=["array", "array-past-counting", "chunk"],
+)
+def test_an_absurd_size_is_corrupt_and_ends_no_process(sizes: Any, checkpoint: Path) -> None:
+    edit(checkpoint / "w" / ".zarray", lambda table: table.update(sizes))
+    with pytest.raises(fp.CorruptCheckpointError, match="'w'"):
+        fp.load(checkpoint)
+    assert list(fp.verify(checkpoint).bad) == ["w"]
+
+
+def test_a_key_that_jax_does_not_know_is_said_so(checkpoint: Path) -> None:
+    (one,) = [
+        entry["array_metadata"]
+        for entry in json.loads((checkpoint / PROCESS).read_text())["array_metadatas"]
+        if entry["array_metadata"]["param_name"] == "k"
+    ]
+    one["ext_metadata"]["random_key_impl"] = "dice"
+    (checkpoint / PROCESS).write_text(json.dumps({"array_metadatas": [{"array_metadata": one}]}))
+    assert fp.metadata(checkpoint).leaves["k"].dtype == "key<dice>"
+    with pytest.raises(fp.TargetMismatchError, match="'k' is no PRNG key that JAX knows"):
+        fp.load(checkpoint)
+
+
 def test_a_leaf_of_a_foreign_type_is_said_so(checkpoint: Path) -> None:
     edit(checkpoint / TREE, lambda t: leaf(t)["value_metadata"].update(value_type="my.Type"))
     with pytest.raises(fp.UnsupportedLeafError, match=r"'w' is of type 'my\.Type'"):
