@@ -96,13 +96,18 @@ def merge_metadata(dictionaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Merges dictionaries deeply; the later value wins, and lists are values."""
     merged: dict[str, Any] = {}
     for dictionary in dictionaries:
-        for key, value in dictionary.items():
-            old = merged.get(key)
-            if isinstance(old, dict) and isinstance(value, dict):
-                merged[key] = merge_metadata((old, value))
-            else:
-                merged[key] = value
+        _merge_into(merged, dictionary)
     return merged
+
+
+def _merge_into(merged: dict[str, Any], dictionary: Mapping[str, Any]) -> None:
+    for key, value in dictionary.items():
+        if not isinstance(value, Mapping):
+            merged[key] = value
+            continue
+        if not isinstance(merged.get(key), dict):
+            merged[key] = {}  # a dict of our own: what was passed stays as it is
+        _merge_into(merged[key], value)
 
 
 def _newest(ordered: list[tuple[str, Part]]) -> dict[str, _Held]:
