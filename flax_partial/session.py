@@ -92,14 +92,15 @@ def save_async(
       CheckpointExistsError: As for `save`; so are the other errors about what is passed.
     """
     saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS)
+    handle = workers.SaveHandle()
     try:
         saving.detach()
-    except BaseException:
+        saving.session.track(handle)
+        workers.saving.submit(lambda: handle.run(saving.run))
+    except BaseException as error:  # a KeyboardInterrupt, too: nobody must wait for this handle
         saving.give_up()
+        handle.abandon(error)
         raise
-    handle = workers.SaveHandle()
-    saving.session.track(handle)
-    workers.saving.submit(lambda: handle.run(saving.run))
     return handle
 
 

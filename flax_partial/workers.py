@@ -49,6 +49,11 @@ class _Handle(Future[T]):
             return None
         return self.exception()
 
+    def abandon(self, error: BaseException) -> None:
+        """Ends a handle whose work was never begun; whoever calls this raises the error."""
+        self._was_seen = True
+        self.set_exception(error)
+
     def run(self, work: Callable[[], T]) -> None:
         """Does the work, and becomes its outcome."""
         try:
