@@ -11,18 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import lm_directory
 import numpy as np
 import pytest
-from trainer import Trainer
 
 import flax_partial as fp
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pipeline_lm.py"
 SMALL = ("--layers", "4", "--width", "32", "--steps-per-epoch", "6", "--epochs", "2")
@@ -252,100 +248,3 @@ def test_two_runs_cannot_share_a_directory(example: Example, tmp_path: Path) -> 
         refused = example.run("--directory", tmp_path, *SMALL)
     assert refused.returncode == 2
     assert f"another run is using '{tmp_path}'" in refused.stderr
-
-
-class Counter:
-    """The least a trainer can train: adds up its batches."""
-
-    batches_per_epoch = 2
-
-    def __init__(self, *, fails_at: int | None = None) -> None:
-        self.total = 0
-        self._fails_at = fails_at
-
-    def state(self) -> dict[str, Any]:
-        return {"total": self.total}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.total = state["total"]
-
-    def batches(self, epoch: int, start: int) -> Iterator[int]:
-        return iter(range(10 * epoch + start, 10 * epoch + self.batches_per_epoch))
-
-    def training_step(self, trainer: Trainer, batch: int, batch_idx: int) -> dict[str, jax.Array]:
-        if trainer.global_step == self._fails_at:
-            raise ArithmeticError(batch_idx)
-        self.total += batch
-        trainer.layer_ready("total", self.total)
-        trainer.optimizer_state_ready("total", None)
-        return {}
-
-
-class Recorder:
-    """Writes down the hooks that the trainer calls, and whatever it passes beside itself."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, hook: str) -> Any:
-        if not hook.startswith(("on_", "setup", "teardown")):
-            raise AttributeError(hook)
-        return lambda _, *arguments: self.calls.append((hook, *arguments))
-
-
-def test_trainer_calls_lightnings_hooks_in_lightnings_order() -> None:
-    recorder, module = Recorder(), Counter()
-    Trainer(max_epochs=1, callbacks=[object(), recorder]).fit(module)
-
-    def batch(number: int, total: int) -> list[tuple[Any, ...]]:
-        return [
-            ("on_train_batch_start", module, number, number),
-            ("on_layer_ready", "total", total),
-            ("on_optimizer_state_ready", "total", None),
-            ("on_train_batch_end", module, {}, number, number),
-        ]
-
-    assert recorder.calls == [
-        ("setup", module, "fit"),
-        ("on_fit_start", module),
-        ("on_train_start", module),
-        ("on_train_epoch_start", module),
-        *batch(0, 0),
-        *batch(1, 1),
-        ("on_train_epoch_end", module),
-        ("on_train_end", module),
-        ("on_fit_end", module),
-        ("teardown", module, "fit"),
-    ]
-
-
-def test_trainer_that_fails_tells_callbacks_and_cleans_up() -> None:
-    recorder, module = Recorder(), Counter(fails_at=1)
-    with pytest.raises(ArithmeticError) as raised:
-        Trainer(max_epochs=1, callbacks=[recorder]).fit(module)
-    assert recorder.calls[-2:] == [
-        ("on_exception", module, raised.value),
-        ("teardown", module, "fit"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("batches_done", "expected"), [(1, {0: [1], 1: [10, 11]}), (2, {1: [10, 11]})]
-)
-def test_trainer_resumes_at_the_batch_after_the_checkpoint(
-    batches_done: int, expected: dict[int, list[int]]
-) -> None:
-    class Checkpoint(Recorder):
-        def restore(self, target: dict[str, Any]) -> tuple[dict[str, Any], int]:
-            progress = {"global_step": 7, "current_epoch": 0, "batches_done": batches_done}
-            assert target.keys() == {"total", "progress"}
-            return {"total": 100, "progress": progress}, 7
-
-    checkpoint, module = Checkpoint(), Counter()
-    trainer = Trainer(max_epochs=2, callbacks=[checkpoint])
-    trainer.fit(module)
-    batches = [batch for numbers in expected.values() for batch in numbers]
-    trained = [call[2] for call in checkpoint.calls if call[0] == "on_train_batch_start"]
-    assert trained == batches
-    assert module.total == 100 + sum(batches)
-    assert (trainer.resumed_at, trainer.global_step) == (7, 7 + len(batches))
