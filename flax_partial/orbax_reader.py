@@ -29,6 +29,8 @@ from flax_partial.part import STORABLE_DTYPES, Contents, Leaf
 Table = Mapping[str, Any]
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what an Orbax save has not committed
+_MARKS = (orbax_format.CHECKPOINT_METADATA, orbax_format.V1_MARKER)
+_MANAGER_ITEM = "default"  # steps that older managers wrote have no mark
 _DATABASE = "manifest.ocdbt"
 _KEY_KINDS = {orbax_format.SEQUENCE_KEY: INDEX, orbax_format.DICT_KEY: STR_KEY}
 _KINDS = {
@@ -134,9 +136,9 @@ def _item_directories(path: Path) -> list[tuple[Path, tuple[str, ...]]]:
         return []
     if _is_item(path):
         return [(path, ())]
-    if not (path / orbax_format.CHECKPOINT_METADATA).is_file():
-        return []
     names = [name for name in sorted(storage.listed(path)) if _is_item(path / name)]
+    if _MANAGER_ITEM not in names and not any((path / mark).is_file() for mark in _MARKS):
+        return []  # a directory of checkpoints, perhaps
     return [(path / name, (name,) if len(names) > 1 else ()) for name in names]
 
 
@@ -280,7 +282,7 @@ def _key_path(keys: Sequence[Table]) -> KeyPath:
     key_kinds = "".join(_KEY_KINDS[key["key_type"]] for key in keys)
     for text, kind in zip(texts, key_kinds, strict=True):
         text.encode()  # text, and without lone surrogates
-        if kind == INDEX and str(int(text)) != text:
+        if kind == INDEX and str(abs(int(text))) != text:
             raise ValueError(f"{text!r} is not an index")
     return KeyPath(texts, key_kinds)
 

@@ -238,6 +238,16 @@ def test_a_tree_that_is_one_leaf_is_read(tmp_path: Path) -> None:
     assert list(fp.metadata(tmp_path / "leaf").leaves) == [""]
 
 
+@pytest.mark.parametrize("writer", ["v1", "v0-manager", "v0-standard"])
+def test_a_checkpoint_without_metadata_of_its_own_is_read(writer: str, tmp_path: Path) -> None:
+    path = WRITERS[writer](tmp_path / "checkpoint", {"a": np.ones(2)})
+    (path / "_CHECKPOINT_METADATA").unlink()
+    assert_same(fp.load(path), {"a": np.ones(2)})
+    described = fp.metadata(path)
+    assert described.custom_metadata == {}
+    assert 0 <= time.time() - described.committed_at < 60
+
+
 def test_an_item_without_leaves_is_an_empty_dict(checkpoint: Path) -> None:
     edit(checkpoint / "_METADATA", lambda table: table["tree_metadata"].clear())
     assert fp.load(checkpoint) == {}
@@ -332,7 +342,8 @@ EDITS: dict[str, tuple[str, Callable[[Any], object], str]] = {
     "key-is-half-a-character": (TREE, lambda t: key(t, {"key": "\ud800"}), "surrogate"),
     "unknown-kind-of-key": (TREE, lambda t: key(t, {"key_type": 9}), "9"),
     "index-is-text": (TREE, lambda t: key(t, {"key_type": 1}), "'w'"),
-    "index-is-negative": (TREE, lambda t: key(t, {"key": "-1", "key_type": 1}), "-1"),
+    "index-is-negative": (TREE, lambda t: again(t, "x", [("n", 2), ("-1", 1)]), "'-1'"),
+    "index-is-padded": (TREE, lambda t: again(t, "x", [("n", 2), ("00", 1)]), "'00'"),
     "list-with-a-gap": (TREE, lambda t: again(t, "x", [("l", 2), ("7", 1)]), "lacks"),
     "leaf-is-a-subtree": (TREE, lambda t: again(t, "x", [("w", 2), ("in", 2)]), "'w'"),
     "two-leaves-of-one-name": (TREE, lambda t: again(t, "x", [("w", 2)]), "'w' is there twice"),
@@ -435,6 +446,12 @@ def test_a_key_that_jax_does_not_know_is_said_so(checkpoint: Path) -> None:
     assert fp.metadata(checkpoint).leaves["k"].dtype == "key<dice>"
     with pytest.raises(fp.TargetMismatchError, match="'k' is no PRNG key that JAX knows"):
         fp.load(checkpoint)
+
+
+def test_an_array_of_a_foreign_dtype_is_said_so(checkpoint: Path) -> None:
+    edit(checkpoint / "w" / ".zarray", lambda table: table.update(dtype="|S8"))
+    with pytest.raises(fp.UnsupportedLeafError, match="'w' is an array of"):
+        fp.metadata(checkpoint)
 
 
 def test_a_leaf_of_a_foreign_type_is_said_so(checkpoint: Path) -> None:
