@@ -32,6 +32,7 @@ DEVICES = 4
 VOCABULARY = 4096
 LENGTH = 64
 KEEP_LAST = 3
+MAX_INFLIGHT_BYTES = 256 * 2**20
 
 
 class UsageError(Exception):
@@ -135,6 +136,7 @@ def identity(options: argparse.Namespace, corpus: Corpus) -> dict[str, int | str
 
 def make_callback(options: argparse.Namespace) -> PartialCheckpointCallback:
     """The callback that saves at the end of every epoch, and whenever else the options say."""
+    import flax_partial as fp
     from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
 
     return PartialCheckpointCallback(
@@ -144,6 +146,8 @@ def make_callback(options: argparse.Namespace) -> PartialCheckpointCallback:
         group_by=lambda path: str(path[0].key),  # what no stage streams: keys, counters, metrics
         keep_last=KEEP_LAST,
         finalizer=FinalizeHook(),
+        # Saving after every step, training would otherwise run further and further ahead.
+        options=fp.SaveOptions(max_inflight_bytes=MAX_INFLIGHT_BYTES),
     )
 
 
