@@ -5,7 +5,9 @@ looks at nothing that other processes wrote: its cost is that of its own leaves.
 way it holds a shared lock on the session, so that finalize and abort wait for it.
 """
 
+import atexit
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -28,6 +30,7 @@ from flax_partial.storage import CheckpointPath
 PathLike = str | os.PathLike[str]
 
 _DEFAULTS = SaveOptions()
+_LOG = logging.getLogger("flax_partial")
 _budget = snapshot.MemoryBudget()
 
 
@@ -386,6 +389,21 @@ def _forget_all() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_all)
+
+
+@atexit.register
+def _tell_unseen() -> None:
+    """No call can raise the error of a save any more: it must not go without a word."""
+    for session in list(_sessions.values()):
+        try:
+            session.raise_unseen()
+        except BaseException as error:  # noqa: BLE001 - of any kind that saves raise
+            _LOG.error(
+                "flax_partial: a save to %s failed: %s: %s",
+                session.where.final,
+                type(error).__name__,
+                error,
+            )
 
 
 def session_of(where: CheckpointPath, *, seen: tuple[int, int] | None = None) -> Session:
