@@ -326,7 +326,8 @@ def _checked(build: Callable[[dict[str, Any]], T], data: bytes, where: str) -> T
 
 def _open_envelope(data: bytes) -> dict[str, Any]:
     body = memoryview(data)[_TABLE_AT:-2]
-    if not data.startswith(_HEAD) or not data.endswith(b"}\n") or not body:
+    is_whole = data.startswith(_HEAD) and data.endswith(b"}\n") and bool(body)
+    if not is_whole or not data.startswith(_MIDDLE, _TABLE_AT - len(_MIDDLE)):
         raise CorruptCheckpointError("it is torn, or not a table of contents")
     if digest(body) != data[len(_HEAD) : len(_HEAD) + 32].decode("ascii", "replace"):
         raise CorruptCheckpointError("its digest does not match: it is torn or damaged")
