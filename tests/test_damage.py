@@ -1,0 +1,161 @@
+"""A flipped bit: what is loaded is right, or the error names the leaf; and verify reports it."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import trees
+
+import flax_partial as fp
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STATE = {
+    "tiny": np.arange(10),  # lies within the database's own nodes
+    "middle": np.arange(5000),
+    "large": np.arange(300_000, dtype=np.float32),
+    "packed": {"text": "ä", "number": 2.5},
+}
+# Nothing reads them once a checkpoint is finalized, or they hold nothing.
+IDLE = ("commit_success.txt", "orbax.checkpoint")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("damage") / "c"
+    for name, value in STATE.items():
+        fp.save(path, {name: value}, options=fp.SaveOptions(chunk_bytes=100_000))
+    fp.finalize(path)
+    assert fp.verify(path).ok
+    return path
+
+
+def files_of(path: Path) -> list[str]:
+    return sorted(
+        str(file.relative_to(path))
+        for file in path.rglob("*")
+        if file.is_file() and file.name not in IDLE
+    )
+
+
+def positions(size: int) -> list[int]:
+    """Bytes spread over a file: both ends, and some between."""
+    return sorted({0, size - 1, *(size * step // 12 for step in range(12))})
+
+
+def damaged(path: Path, name: str, position: int) -> bytes:
+    """Flips one bit; returns the file as it was."""
+    data = (path / name).read_bytes()
+    changed = bytearray(data)
+    changed[position] ^= 1 << position % 8
+    (path / name).write_bytes(changed)
+    return data
+
+
+def test_flipped_bit_is_never_loaded_as_data(original: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    shutil.copytree(original, path)
+    noticed = set()
+    for name in files_of(path):
+        for position in positions((path / name).stat().st_size):
+            data = damaged(path, name, position)
+            try:
+                trees.assert_same(fp.load(path), STATE)
+            except fp.CorruptCheckpointError as error:
+                noticed.add(name)
+                said = str(error)
+                assert "contents.json" in said or any(f"'{leaf}" in said for leaf in STATE), said
+            (path / name).write_bytes(data)
+    assert "state/contents.json" in noticed
+    assert "state/manifest.ocdbt" in noticed
+    assert any(name.startswith("state/d/") for name in noticed)
+    assert any(name.startswith("state/part.") for name in noticed)
+
+
+def test_verify_reports_a_flipped_bit_in_every_file_that_is_read(
+    original: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "c"
+    shutil.copytree(original, path)
+    silent = []
+    for name in files_of(path):
+        reports = []
+        for position in positions((path / name).stat().st_size):
+            data = damaged(path, name, position)
+            reports.append(fp.verify(path))
+            (path / name).write_bytes(data)
+        is_noticed = [not report.ok for report in reports]
+        assert all(bad for report in reports for bad in report.bad.values())
+        if name.endswith(".json") or "/" not in name or name.count("/") == 1:
+            assert all(is_noticed), name
+        elif not any(is_noticed):
+            silent.append(name)
+    # A part's own index is not read any more: the root database refers to its data.
+    assert all(name.startswith("state/part.") for name in silent), silent
+    assert fp.verify(path).ok
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied", "cut short", "replaced"])
+def test_lost_data_is_named_and_the_rest_can_be_read(
+    original: Path, tmp_path: Path, how: str
+) -> None:
+    path = tmp_path / "c"
+    shutil.copytree(original, path)
+    (victim,) = (
+        file for file in path.glob("state/part.*/d/*") if 40_000 <= file.stat().st_size < 100_000
+    )
+    match how:
+        case "removed":
+            victim.unlink()
+        case "emptied":
+            victim.write_bytes(b"")
+        case "cut short":
+            victim.write_bytes(victim.read_bytes()[:20_000])
+        case "replaced":
+            victim.write_bytes(bytes(victim.stat().st_size))
+    with pytest.raises(fp.CorruptCheckpointError, match="'middle'") as caught:
+        fp.load(path)
+    assert "'large'" not in str(caught.value)
+    report = fp.verify(path)
+    assert "middle" in report.bad
+    assert not {"large", "tiny", "packed.text"} & set(report.bad)
+    wanted = {"large": np.zeros_like(STATE["large"]), "tiny": np.zeros_like(STATE["tiny"])}
+    loaded = fp.load(path, wanted, partial=True)
+    trees.assert_same(loaded, {name: STATE[name] for name in wanted})
+
+
+DAMAGED_TABLES = {
+    "empty": b"",
+    "cut": None,
+    "no JSON": b"\0\1\2",
+    "other JSON": b'{"a": 1}\n',
+    "zeros": bytes(1000),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_TABLES)
+def test_part_without_a_whole_table_was_never_saved(tmp_path: Path, case: str) -> None:
+    fp.save(tmp_path / "c", {"a": np.arange(3)})
+    report = fp.save(tmp_path / "c", {"b": np.arange(3)})
+    table = tmp_path / "c.partial_save" / "state" / report.part / "part.json"
+    data = DAMAGED_TABLES[case]
+    table.write_bytes(table.read_bytes()[:-5] if data is None else data)
+    found = fp.status(tmp_path / "c")
+    assert found.leaves == ("a",)
+    assert found.torn == (report.part,)
+    fp.finalize(tmp_path / "c")
+    assert set(fp.load(tmp_path / "c")) == {"a"}
+    assert fp.verify(tmp_path / "c").ok
+
+
+def test_data_lost_before_finalize_is_told_by_finalize_or_load(tmp_path: Path) -> None:
+    """The part was committed: that its data is gone must not go unnoticed."""
+    report = fp.save(tmp_path / "c", {"a": np.arange(3), "b": np.arange(300_000)})
+    shutil.rmtree(tmp_path / "c.partial_save" / "state" / report.part / "d")
+    with pytest.raises((fp.CorruptCheckpointError, OSError)):
+        fp.finalize(tmp_path / "c")
+    assert not (tmp_path / "c").exists()

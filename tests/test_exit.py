@@ -1,0 +1,207 @@
+"""How processes end with saves in flight, how they share a session, and what a fork inherits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import trees
+from engine_worker import Worker
+
+import flax_partial as fp
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Saves are made slow, so that the process surely ends before they do.
+SLOW = """
+    import sys, time
+    import numpy as np
+    import flax_partial as fp
+    from flax_partial import storage
+
+    real = storage.commit_part
+
+    def slow(*arguments, **options):
+        time.sleep(0.3)
+        real(*arguments, **options)
+
+    storage.commit_part = slow
+    path = sys.argv[1]
+    for index in range(4):
+        fp.save_async(path, {f"{index}": np.full(1000, index)})
+"""
+ENDINGS = {
+    "end of the script": ("", 0),
+    "sys.exit": ("sys.exit(3)", 3),
+    "exception": ("raise RuntimeError('a bug of the user')", 1),
+    "finalize in the background": ("fp.finalize_async(path)", 0),
+}
+
+
+def run(path: Path, script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script), str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_process_that_ends_finishes_its_saves_and_says_so(tmp_path: Path, case: str) -> None:
+    ending, code = ENDINGS[case]
+    done = run(tmp_path / "c", textwrap.dedent(SLOW) + ending)
+    assert done.returncode == code, done.stderr
+    assert "flax_partial" in done.stderr
+    assert "4 saves" in done.stderr
+    if "finalize" not in case:
+        fp.finalize(tmp_path / "c")
+    trees.assert_same(fp.load(tmp_path / "c"), {f"{i}": np.full(1000, i) for i in range(4)})
+
+
+def test_process_with_nothing_in_flight_ends_without_a_word(tmp_path: Path) -> None:
+    script = """
+        import sys
+        import numpy as np
+        import flax_partial as fp
+        fp.save_async(sys.argv[1], {"a": np.arange(3)}).result()
+        fp.finalize(sys.argv[1])
+    """
+    done = run(tmp_path / "c", script)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_save_that_fails_at_exit_is_told(tmp_path: Path) -> None:
+    """Nobody can raise it any more; it must not go without a word."""
+    script = """
+        import sys, time
+        import flax_partial as fp
+        from flax_partial import storage
+
+        def broken(*arguments, **options):
+            time.sleep(0.3)
+            raise OSError(28, "No space left on device")
+
+        fp.save(sys.argv[1], {"kept": 1})
+        storage.commit_part = broken
+        fp.save_async(sys.argv[1], {"lost": 2})
+    """
+    done = run(tmp_path / "c", script)
+    assert "No space left on device" in done.stderr
+    assert str(tmp_path / "c") in done.stderr
+    assert fp.status(tmp_path / "c").leaves == ("kept",)
+
+
+def test_finalizes_at_once_in_processes_one_commits(tmp_path: Path) -> None:
+    def finalize(worker: Worker) -> str:
+        barrier.wait()
+        try:
+            worker.call("finalize", str(path))
+        except fp.PartialCheckpointError as error:
+            return type(error).__name__
+        return "done"
+
+    workers = [Worker() for _ in range(3)]
+    for attempt in range(8):
+        path = tmp_path / f"c{attempt}"
+        for number, worker in enumerate(workers):
+            worker.call("save", str(path), {f"own{number}": np.arange(20_000)})
+        barrier = threading.Barrier(3)
+        with ThreadPoolExecutor(3) as pool:
+            outcomes = sorted(pool.map(finalize, workers))
+        assert outcomes == ["CheckpointExistsError", "CheckpointExistsError", "done"]
+        assert set(fp.load(path)) == {"own0", "own1", "own2"}
+        assert fp.verify(path).ok
+    for worker in workers:
+        worker.end()
+    assert len(list(tmp_path.iterdir())) == 8  # and no session is left
+
+
+def test_process_that_dies_with_the_lock_holds_up_nobody(tmp_path: Path) -> None:
+    worker = Worker()
+    state = {"a": np.arange(1_000_000)}
+    worker.call("save", str(tmp_path / "c"), state)
+    worker.call("save_async", str(tmp_path / "c"), {"b": np.arange(1_000_000)})
+    worker.kill()
+    fp.finalize(tmp_path / "c")
+    trees.assert_same(fp.load(tmp_path / "c", state, partial=True), state)
+
+
+def test_forked_child_takes_nothing_from_its_parent(tmp_path: Path) -> None:
+    """As data loaders fork: the child ends, and the parent's saves and locks are the parent's."""
+    script = """
+        import os, sys, time, warnings
+        warnings.simplefilter("ignore")
+        import numpy as np
+        import flax_partial as fp
+        from flax_partial import storage
+
+        path = sys.argv[1]
+        fp.save(path, {"before": np.arange(5)})
+        real = storage.commit_part
+
+        def slow(*arguments, **options):
+            time.sleep(0.5)
+            real(*arguments, **options)
+
+        storage.commit_part = slow
+        handle = fp.save_async(path, {"in flight": np.arange(5)})
+        child = os.fork()
+        if child == 0:
+            assert fp.status(path).leaves == ("before",)
+            print("child", flush=True)
+            sys.exit(0) if sys.argv[2] == "ends" else time.sleep(60)
+        if sys.argv[2] == "ends":
+            assert os.waitpid(child, 0)[1] == 0
+        handle.result()
+        fp.save(path, {"after": np.arange(5)})
+        fp.finalize(path)
+        print(sorted(fp.load(path)))
+        if sys.argv[2] != "ends":
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+    """
+    for how in ("ends", "lives on"):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / how), how],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.stdout == "child\n['after', 'before', 'in flight']\n", done.stderr
+        assert done.returncode == 0
+        assert "saves" not in done.stderr  # the child has none to finish
+
+
+def test_forked_child_may_save_where_its_parent_did(tmp_path: Path) -> None:
+    """A parent that has used the package, though not with arrays, leaves no lock in a child."""
+    script = """
+        import os, sys, warnings
+        warnings.simplefilter("ignore")
+        import flax_partial as fp
+
+        path = sys.argv[1]
+        fp.save(path, {"parent": "text"})
+        child = os.fork()
+        if child == 0:
+            fp.save(path, {"child": "text"})
+            try:
+                fp.save(path, {"parent": "other"})
+            except fp.KeyConflictError:
+                os._exit(7)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        fp.finalize(path)
+    """
+    done = run(tmp_path / "c", script)
+    assert done.returncode == 0, done.stderr
+    trees.assert_same(fp.load(tmp_path / "c"), {"parent": "text", "child": "text"})
