@@ -179,7 +179,11 @@ def _as_key(leaf: Leaf, target: Any) -> Placement | str:
 
     def build(data: Sequence[np.ndarray]) -> jax.Array:
         key = _key(leaf, data[0])
-        return key if sharding is None else jax.device_put(key, sharding)
+        if sharding is None or sharding.is_fully_addressable:
+            return key if sharding is None else jax.device_put(key, sharding)
+        indices = sharding.addressable_devices_indices_map(key.shape)
+        shards = [jax.device_put(key[index], device) for device, index in indices.items()]
+        return jax.make_array_from_single_device_arrays(key.shape, sharding, shards)
 
     return Placement(leaf, _whole(leaf), build)
 
