@@ -6,20 +6,18 @@ from the parts.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flax_partial import arrays, orbax_format, storage, workers
 from flax_partial.errors import IncompleteCheckpointError, KeyConflictError, NoSessionError
 from flax_partial.loading import described, metadata
 from flax_partial.merge import MergePlan, merge, merge_metadata
 from flax_partial.part import Contents, Leaf, Part, encode_contents
-from flax_partial.processes import agree, count, index
+from flax_partial.processes import DEFAULT_TIMEOUT_SECS, agree, count, index
 from flax_partial.reports import CheckpointMetadata, PartStatus, SessionStatus
 from flax_partial.session import PathLike, forget, read_parts, session_of
 from flax_partial.storage import CheckpointPath
 
-# JAX aborts every process 100 s after one of them died (its heartbeat timeout): say so before that.
-_DEFAULT_TIMEOUT_SECS = 90.0
 _MOST_NAMED = 20  # leaves that an error lists
 
 
@@ -36,7 +34,8 @@ def finalize(
 
     Args:
       path: The checkpoint, or its session `<path>.partial_save`.
-      expect: Names of leaves or subtrees that must be there, keys joined with a dot (or a slash).
+      expect: Names of leaves or subtrees that must be there, keys joined with a dot (or a slash);
+        where several processes call this, what each of them expects must be.
       processes: Indices of the processes that call this under `jax.distributed`; all of them if
         None. The first of them finalizes when the others have called it, and all return, or raise
         the same. With `expect` and None it waits for nobody: what it expects says when all is in.
@@ -58,27 +57,25 @@ def finalize(
     participants = _participants(processes)
     session = session_of(where)
 
-    def finish_saves() -> None:
+    def finish_saves() -> tuple[str, ...]:
         session.wait()
         session.raise_unseen()
+        return expected
 
     committed: list[Contents] = []
 
-    def commit() -> None:
-        committed.append(_commit_when_whole(where, expected, timeout_secs or 0.0))
+    def commit(expected_by: Mapping[int, Sequence[str]]) -> None:
+        names = [*dict.fromkeys(name for listed in expected_by.values() for name in listed)]
+        committed.append(_commit_when_whole(where, names, timeout_secs or 0.0))
 
-    if len(participants) > 1:
-        agree(
-            str(where.final),
-            participants=participants,
-            awaited=() if expected and processes is None else participants,
-            ready=finish_saves,
-            act=commit,
-            timeout_secs=_DEFAULT_TIMEOUT_SECS if timeout_secs is None else timeout_secs,
-        )
-    else:
-        finish_saves()
-        commit()
+    agree(
+        f"finalize {where.final}",
+        ready=finish_saves,
+        act=commit,
+        participants=participants,
+        awaited=() if expected and processes is None else participants,
+        timeout_secs=DEFAULT_TIMEOUT_SECS if timeout_secs is None else timeout_secs,
+    )
     forget(session)
     return described(where, committed[0]) if committed else metadata(where.final)
 

@@ -1,30 +1,40 @@
 """Which process this is, and how several agree on an outcome. Through JAX's own runtime only.
 
 JAX has no public access to its coordination service. All use of the private one stands here: the
-client of `jax._src.distributed.global_state`, of which `key_value_set`, `key_value_dir_get` and
-`blocking_key_value_get` are used. Should it move, this module is what to change.
+client of `jax._src.distributed.global_state`, of which `key_value_set`, `key_value_dir_get`,
+`key_value_delete` and `blocking_key_value_get` are used. Should it move, this module is what to
+change.
 
-There is no collective and no barrier: each process posts that it is done, the primary waits for all
-of them, acts, and posts a verdict. Posts can be read late, from any thread, and a process that
+There is no collective and no barrier: each process posts that it is ready, the primary waits for
+all of them, acts, and posts a verdict. Posts can be read late, from any thread, and a process that
 never posts is known by its number. Keys carry the number of the attempt, which every process
 counts for itself: a failed attempt costs its participants one call each, so they stay in step.
+
+Whoever sets the key `fate` first decides an attempt: the primary, and then it acts; or another
+process whose time is up, and then the primary, should it still come, does not act any more. So no
+attempt fails for one process and is carried out for another, unless the primary dies meanwhile.
 """
 
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jax._src import distributed
+from jax.errors import JaxRuntimeError
 
 from flax_partial import errors
 from flax_partial.errors import IncompleteCheckpointError, PartialCheckpointError
 
-_ROOT = "flax_partial/finalize"
+# JAX aborts every process 100 s after one of them died (its heartbeat timeout): say so before that.
+DEFAULT_TIMEOUT_SECS = 90.0
+
+_ROOT = "flax_partial"
 _LONGEST_PAUSE_SECS = 0.1
-_SLACK_SECS = 5.0  # for which others wait longer than the primary, so that its verdict arrives
+_SLACK_SECS = 1.0  # for which others wait longer than the primary, so that its verdict arrives
+_LONGEST_WAIT_SECS = 2.0  # in one call, which Ctrl-C does not interrupt
 
 _lock = threading.Lock()
 _attempts: dict[str, int] = {}
@@ -44,140 +54,221 @@ def count() -> int:
 def agree(
     subject: str,
     *,
-    participants: Sequence[int],
-    awaited: Sequence[int],
-    ready: Callable[[], None],
-    act: Callable[[], None],
-    timeout_secs: float,
-) -> None:
+    ready: Callable[[], Any],
+    act: Callable[[Mapping[int, Any]], Any],
+    participants: Iterable[int] | None = None,
+    awaited: Iterable[int] | None = None,
+    timeout_secs: float = DEFAULT_TIMEOUT_SECS,
+) -> Any:
     """Has the first of several processes act once, when all are ready; all learn what came of it.
 
+    Every participant calls it with the same `subject`; it can be called again, whatever came of it,
+    and from any thread. It uses JAX's coordination service, and no device. Where there is but one
+    participant, this is `act({index: ready()})`.
+
     Args:
-      subject: What it is about; the same text in every process.
-      participants: Ascending indices of the processes that call this; the first is the primary.
-      awaited: Those for which the primary waits before it acts.
-      ready: What this process has to do before; if it raises, the primary does not act.
-      act: What the primary does.
-      timeout_secs: For how many seconds the primary waits for the others.
+      subject: What it is about.
+      ready: What this process has to do before; if it raises, nobody acts. Returns JSON.
+      act: What the first participant does, given the index of each process that was ready by then,
+        and what its `ready` returned. Returns JSON.
+      participants: Indices of the processes that call this, of which the lowest acts; by default
+        all.
+      awaited: Those for which it waits before it acts; by default all participants.
+      timeout_secs: For how many seconds to wait for other processes. Once the first participant
+        acts, the others wait for it as long again.
+
+    Returns:
+      What `act` returned, in every process.
 
     Raises:
-      IncompleteCheckpointError: Some process was not ready in time; it names them.
+      IncompleteCheckpointError: Some process was not ready in time, or did not answer; it is named.
       PartialCheckpointError: What `ready` or `act` raised, in whichever process: of the same type
         everywhere, like an OSError.
     """
+    those = tuple(range(count())) if participants is None else tuple(sorted(set(participants)))
+    if len(those) <= 1:
+        return act({index(): ready()})
+    needed = those if awaited is None else tuple(sorted(set(awaited)))
     client = distributed.global_state.client
-    root = _next_attempt(client, subject, participants)
-    failure = _failure_of(ready)
-    if index() != participants[0]:
-        _post(client, f"{root}/ready/{index()}", failure)
-        _raise(_verdict(client, root, participants[0], timeout_secs), failure)
-        return
-    said = {index(): failure} | _said(client, root, awaited, timeout_secs)
-    verdict = next(filter(None, said.values()), None) or _absent(said, awaited, timeout_secs)
-    raised: BaseException | None = failure
-    if verdict is None:
-        _post(client, f"{root}/acting", None)
-        raised = verdict = _failure_of(act)
-    _post(client, f"{root}/verdict", verdict)
-    _raise(verdict, raised)
+    root = _next_attempt(client, f"{subject}:{_listed(those)}:{_listed(needed)}")
+    attempt = _Attempt(client, root, those, needed, timeout_secs)
+    said = _outcome(ready)
+    try:
+        verdict = attempt.lead(said, act) if index() == those[0] else attempt.follow(said)
+    except JaxRuntimeError as error:
+        raise IncompleteCheckpointError(
+            f"JAX's coordination service, which lives in process 0, does not answer: {error}. "
+            "Nothing was lost: look whether the checkpoint is there, or start all processes anew."
+        ) from error
+    return verdict.value()
 
 
-def _next_attempt(client: Any, subject: str, participants: Sequence[int]) -> str:
+def _next_attempt(client: Any, name: str) -> str:
     with _lock:
         if _attempts_of[0] is not client:  # jax.distributed was started anew
             _attempts.clear()
             _attempts_of[0] = client
-        name = f"{subject}:{','.join(map(str, participants))}"
         _attempts[name] = _attempts.get(name, 0) + 1
         return f"{_ROOT}/{name}/{_attempts[name]}"
 
 
-def _failure_of(work: Callable[[], None]) -> Exception | None:
+class _Outcome:
+    """What a call returned, or the error it raised."""
+
+    def __init__(self, returned: Any = None, error: Exception | None = None) -> None:
+        self.returned = returned
+        self.error = error
+
+    def value(self) -> Any:
+        """Returns or raises it."""
+        if self.error is not None:
+            raise self.error
+        return self.returned
+
+    def to_json(self) -> str:
+        """What others read of it."""
+        if self.error is None:
+            return json.dumps({"returned": self.returned})
+        number = self.error.errno if isinstance(self.error, OSError) else None
+        name = type(self.error).__name__
+        return json.dumps({"type": name, "text": str(self.error), "errno": number})
+
+    @classmethod
+    def from_json(cls, text: str, process: int) -> "_Outcome":
+        """What another process wrote with `to_json`."""
+        said = json.loads(text)
+        if "type" not in said:
+            return cls(said["returned"])
+        text = f"process {process}: {said['text']}"
+        kind = getattr(errors, said["type"], None)
+        if isinstance(kind, type) and issubclass(kind, PartialCheckpointError):
+            return cls(error=kind(text))
+        if said["errno"]:
+            return cls(error=OSError(said["errno"], f"{os.strerror(said['errno'])} ({text})"))
+        return cls(error=PartialCheckpointError(f"{said['type']}: {text}"))
+
+
+def _outcome(work: Callable[[], Any]) -> _Outcome:
     try:
-        work()
+        return _Outcome(work())
     except Exception as error:  # noqa: BLE001 - it is told to all, and raised by each
-        return error
-    return None
+        return _Outcome(error=error)
 
 
-def _post(client: Any, key: str, failure: Exception | None) -> None:
-    client.key_value_set(key, json.dumps(_to_json(failure)))
+class _Attempt:
+    """One attempt to agree, of which all that is posted lies under `root`."""
 
+    def __init__(
+        self,
+        client: Any,
+        root: str,
+        participants: Sequence[int],
+        awaited: Sequence[int],
+        timeout_secs: float,
+    ) -> None:
+        self._client = client
+        self._root = root
+        self._participants = participants
+        self._awaited = awaited
+        self._timeout_secs = timeout_secs
 
-def _to_json(failure: Exception | None) -> dict[str, Any]:
-    if failure is None:
-        return {}
-    number = failure.errno if isinstance(failure, OSError) else None
-    return {"type": type(failure).__name__, "text": str(failure), "errno": number}
+    def lead(self, mine: _Outcome, act: Callable[[Mapping[int, Any]], Any]) -> _Outcome:
+        """The primary's part: waits for the others, acts, and tells them."""
+        self._post_ready(mine)
+        said = self._wait_for_others() | {index(): mine}
+        verdict = next((one for one in said.values() if one.error is not None), None)
+        verdict = verdict or self._absence(said)
+        if verdict is None:
+            verdict = self._withdrawal() or _outcome(
+                lambda: act({process: one.returned for process, one in sorted(said.items())})
+            )
+        self._client.key_value_set(f"{self._root}/verdict", verdict.to_json())
+        self._client.key_value_delete(
+            f"{self._root}/ready/"
+        )  # who comes now needs the verdict only
+        return verdict
 
+    def follow(self, mine: _Outcome) -> _Outcome:
+        """The others' part; who raised something itself raises that."""
+        self._post_ready(mine)
+        verdict = self._verdict(self._timeout_secs + _SLACK_SECS)
+        if verdict is None and self._decide() == self._participants[0]:
+            verdict = self._verdict(self._timeout_secs)
+        if verdict is None:
+            verdict = self._absence(self._said()) or _Outcome(error=self._no_answer())
+        return mine if mine.error is not None else verdict
 
-def _from_json(said: dict[str, Any], process: int) -> Exception | None:
-    if not said:
+    def _post_ready(self, mine: _Outcome) -> None:
+        self._client.key_value_set(f"{self._root}/ready/{index()}", mine.to_json())
+
+    def _said(self) -> dict[int, _Outcome]:
+        posts = self._client.key_value_dir_get(f"{self._root}/ready/")
+        numbered = [(int(key.rsplit("/", 1)[1]), text) for key, text in posts]
+        return {process: _Outcome.from_json(text, process) for process, text in numbered}
+
+    def _wait_for_others(self) -> dict[int, _Outcome]:
+        """Waits until all have posted, one has failed, or time is up; returns what they posted."""
+        deadline = time.monotonic() + self._timeout_secs
+        pause = 0.002
+        while True:
+            said = self._said()
+            is_decided = any(one.error for one in said.values()) or said.keys() >= {*self._awaited}
+            if is_decided or time.monotonic() >= deadline:
+                return said
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE_SECS)
+
+    def _absence(self, said: Mapping[int, _Outcome]) -> _Outcome | None:
+        missing = sorted({*self._awaited, self._participants[0]} - said.keys())
+        if not missing:
+            return None
+        return _Outcome(
+            error=IncompleteCheckpointError(
+                f"After {self._timeout_secs:g} s these processes had not come: {missing}. "
+                "Nothing was lost: call it again in every process."
+            )
+        )
+
+    def _withdrawal(self) -> _Outcome | None:
+        decided = self._decide()
+        if decided == index():
+            return None
+        return _Outcome(
+            error=IncompleteCheckpointError(
+                f"Process {decided} had waited for {self._timeout_secs:g} s and given up before "
+                f"process {index()} came. Nothing was lost: call it again in every process."
+            )
+        )
+
+    def _decide(self) -> int:
+        """Sets what becomes of this attempt, if nobody has; returns the process that did."""
+        try:
+            self._client.key_value_set(f"{self._root}/fate", str(index()))
+        except JaxRuntimeError as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+        return int(self._client.blocking_key_value_get(f"{self._root}/fate", 10_000))
+
+    def _verdict(self, secs: float) -> _Outcome | None:
+        deadline = time.monotonic() + secs
+        while (left := deadline - time.monotonic()) > 0:
+            wait_ms = int(min(left, _LONGEST_WAIT_SECS) * 1000) + 1
+            try:
+                text = self._client.blocking_key_value_get(f"{self._root}/verdict", wait_ms)
+            except JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+            else:
+                return _Outcome.from_json(text, self._participants[0])
         return None
-    text = f"process {process}: {said['text']}"
-    kind = getattr(errors, said["type"], None)
-    if isinstance(kind, type) and issubclass(kind, PartialCheckpointError):
-        return kind(text)
-    if said["errno"]:
-        return OSError(said["errno"], f"{os.strerror(said['errno'])} ({text})")
-    return PartialCheckpointError(f"{said['type']}: {text}")
+
+    def _no_answer(self) -> IncompleteCheckpointError:
+        return IncompleteCheckpointError(
+            f"Process {self._participants[0]} came, and gave no answer within "
+            f"{self._timeout_secs:g} s: it may have died. Nothing was lost: look whether the "
+            "checkpoint is there, and if not, finalize it again."
+        )
 
 
-def _said(
-    client: Any, root: str, awaited: Sequence[int], timeout_secs: float
-) -> dict[int, Exception | None]:
-    """Waits until all have posted, one has failed, or time is up; returns what they posted."""
-    deadline = time.monotonic() + timeout_secs
-    pause = 0.002
-    while True:
-        found = {
-            int(key.rsplit("/", 1)[1]): json.loads(value)
-            for key, value in client.key_value_dir_get(f"{root}/ready/")
-        }
-        said = {process: _from_json(value, process) for process, value in found.items()}
-        if any(said.values()) or said.keys() >= set(awaited) - {index()}:
-            return said
-        if time.monotonic() >= deadline:
-            return said
-        time.sleep(pause)
-        pause = min(pause * 1.5, _LONGEST_PAUSE_SECS)
-
-
-def _absent(
-    said: dict[int, Exception | None], awaited: Sequence[int], timeout_secs: float
-) -> Exception | None:
-    missing = sorted(set(awaited) - said.keys())
-    if not missing:
-        return None
-    return IncompleteCheckpointError(
-        f"After {timeout_secs:g} s these processes had not called finalize: {missing}. "
-        "Nothing was lost: call it again."
-    )
-
-
-def _verdict(client: Any, root: str, primary: int, timeout_secs: float) -> Exception | None:
-    deadline = time.monotonic() + timeout_secs + _SLACK_SECS
-    is_extended = False
-    while True:
-        posts = dict(client.key_value_dir_get(f"{root}/"))
-        for key, value in posts.items():
-            if key.endswith("/verdict"):
-                return _from_json(json.loads(value), primary)
-        if time.monotonic() >= deadline:
-            is_acting = any(key.endswith("/acting") for key in posts)
-            if is_extended or not is_acting:
-                break
-            is_extended, deadline = True, deadline + timeout_secs
-        time.sleep(_LONGEST_PAUSE_SECS / 10)
-    return IncompleteCheckpointError(
-        f"Process {primary}, which finalizes, gave no answer within {timeout_secs:g} s. "
-        "Nothing was lost: look whether the checkpoint is there, and call finalize again."
-    )
-
-
-def _raise(verdict: Exception | None, own: BaseException | None) -> None:
-    """Raises the verdict; this process's own error where that is what it is about."""
-    if own is not None:
-        raise own
-    if verdict is not None:
-        raise verdict
+def _listed(processes: Iterable[int]) -> str:
+    return ",".join(map(str, processes))
