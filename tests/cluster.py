@@ -1,0 +1,174 @@
+"""Real processes that a test directs: each does one call after another, and says what came of it.
+
+With `jax.distributed` they form one job, on a free port of 127.0.0.1; without, they share nothing
+but directories. A process that does not answer in time fails the test, with what it had printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+WORKER = Path(__file__).with_name("cluster_worker.py")
+ANSWER_SECS = 60.0
+START_SECS = 100.0
+END_SECS = 20.0
+
+
+class Process:
+    """One process, and a thread that hands it calls and takes its answers, in order."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self._log = log
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, WORKER, *arguments],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+            )
+        self._turn = threading.Lock()
+
+    def call(self, name: str, *arguments: Any, **options: Any) -> Future[Any]:
+        """Has the process call a function of the worker; the future has what it returned."""
+        answer: Future[Any] = Future()
+        self._send((name, arguments, options))
+        threading.Thread(target=self._receive, args=(answer,), daemon=True).start()
+        return answer
+
+    def _send(self, message: Any) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is dead: the answer will say so
+            pickle.dump(message, self._process.stdin)
+            self._process.stdin.flush()
+
+    def _receive(self, answer: Future[Any]) -> None:
+        assert self._process.stdout is not None
+        try:
+            with self._turn:
+                returned, error = pickle.load(self._process.stdout)  # noqa: S301 - our own worker
+        except (EOFError, pickle.UnpicklingError):
+            answer.set_exception(AssertionError(f"the process ended:\n{self.printed()}"))
+            return
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(returned)
+
+    def printed(self) -> str:
+        return self._log.read_text(errors="replace")[-4000:]
+
+    def wait(self, secs: float) -> int:
+        return self._process.wait(secs)
+
+    def kill(self) -> None:
+        """Ends it as a power switch would."""
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+    def ask_to_end(self) -> None:
+        """Has it end by itself, after its last call."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def close(self) -> None:
+        """Kills it, if it lives, and closes its pipes."""
+        self.ask_to_end()
+        self.kill()
+        assert self._process.stdout is not None
+        with self._turn:
+            self._process.stdout.close()
+
+
+class Cluster:
+    """Several processes; `call` is for all of them at once."""
+
+    def __init__(self, processes: list[Process]) -> None:
+        self.processes = processes
+
+    def start(
+        self, name: str, *arguments: Any, on: Iterable[int] | None = None, **options: Any
+    ) -> dict[int, Future[Any]]:
+        """Has processes call a function, each for itself, and waits for none."""
+        chosen = range(len(self.processes)) if on is None else on
+        return {i: self.processes[i].call(name, *arguments, **options) for i in chosen}
+
+    def call(
+        self, name: str, *arguments: Any, on: Iterable[int] | None = None, **options: Any
+    ) -> list[Any]:
+        """What the function returned in each process; raises what it raised."""
+        return gather(self.start(name, *arguments, on=on, **options))
+
+    def errors(
+        self, name: str, *arguments: Any, on: Iterable[int] | None = None, **options: Any
+    ) -> list[BaseException | None]:
+        """What the function raised in each process."""
+        return errors_of(self.start(name, *arguments, on=on, **options))
+
+
+def gather(answers: dict[int, Future[Any]]) -> list[Any]:
+    return [answer.result(ANSWER_SECS) for answer in answers.values()]
+
+
+def errors_of(answers: dict[int, Future[Any]]) -> list[BaseException | None]:
+    return [answer.exception(ANSWER_SECS) for answer in answers.values()]
+
+
+@contextlib.contextmanager
+def running(count: int, logs: Path, *, is_distributed: bool = True) -> Iterator[Cluster]:
+    """Starts `count` processes of two devices each, and ends them."""
+    with _started(count, logs, is_distributed=is_distributed) as processes:
+        cluster = Cluster(processes)
+        for answer in cluster.start("ready").values():  # JAX's devices wait for one another
+            answer.result(START_SECS)
+        yield cluster
+
+
+@contextlib.contextmanager
+def _started(count: int, logs: Path, *, is_distributed: bool) -> Iterator[list[Process]]:
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    port = str(free_port()) if is_distributed else "0"
+    processes = [
+        Process([str(index), str(count), port], environment, logs / f"process_{index}.log")
+        for index in range(count)
+    ]
+    try:
+        yield processes
+        for process in processes:  # all at once: `jax.distributed` ends together
+            process.ask_to_end()
+        for process in processes:
+            assert process.wait(END_SECS) == 0, process.printed()
+    finally:
+        for process in processes:
+            process.close()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    begun = time.monotonic()
+    work()
+    return time.monotonic() - begun

@@ -1,0 +1,318 @@
+"""What a process of `cluster` runs: the functions below, as it is told, one after another.
+
+Run as `cluster_worker.py INDEX COUNT PORT`; port 0 stands for no `jax.distributed`. Calls come on
+standard input and answers go to standard output, pickled; what is printed goes to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import flax_partial as fp
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from concurrent.futures import Future
+
+QUICK = fp.SaveOptions(durable=False, chunk_bytes=4096)
+WIDTH = 48
+_handles: dict[str, Future[Any]] = {}
+
+
+def ready() -> int:
+    return jax.process_index()
+
+
+# Stages: each process has layers of its own, as arrays on its own devices.
+
+
+def layer(number: int) -> dict[str, np.ndarray]:
+    """The parameters of a layer, the same wherever they are asked for."""
+    random = np.random.default_rng(number)
+    return {
+        "kernel": random.random((WIDTH, WIDTH), np.float32),
+        "bias": random.random(WIDTH, np.float32),
+    }
+
+
+@jax.jit
+def _as_computed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x + 0, tree)
+
+
+def stage_state(numbers: Iterable[int], count: int | None) -> dict[str, Any]:
+    """The state of a stage: its layers under their global names, and a step count."""
+    tree = {str(number): layer(number) for number in numbers}
+    device = jax.local_devices()[-1]
+    blocks = {name: _as_computed(jax.device_put(one, device)) for name, one in tree.items()}
+    return {"params": {"blocks": blocks}, "opt_state": {"count": jnp.int32(count or 0)}}
+
+
+def save_stage(
+    path: str, numbers: Sequence[int], *, count: int | None = 7, **options: Any
+) -> list[str]:
+    """Saves layers one by one, the last first, as a backward pass would; names of the parts."""
+    parts = []
+    for number in reversed(numbers):
+        state = stage_state([number], count)
+        is_first = number == numbers[-1] and count is not None
+        part = state if is_first else {"params": state["params"]}
+        parts.append(fp.save(path, part, options=QUICK, **options).part)
+    return parts
+
+
+def save_stage_async(path: str, numbers: Sequence[int]) -> None:
+    """Like `save_stage`, in the background, donating what was handed over at once."""
+    donate = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
+    for number in numbers:
+        state = stage_state([number], 7)
+        fp.save_async(path, {"params": state["params"]}, options=QUICK)
+        jax.block_until_ready(donate(state["params"]))
+
+
+def load_stage(path: str, numbers: Sequence[int]) -> int:
+    """Loads only these layers, onto this process's devices; returns how many bytes were read."""
+    mesh = Mesh(np.array(jax.local_devices()), ("x",))
+    kernel = NamedSharding(mesh, PartitionSpec("x"))
+    target = {
+        "params": {
+            "blocks": {
+                str(number): {
+                    "kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32, sharding=kernel),
+                    "bias": jax.ShapeDtypeStruct((WIDTH,), jnp.float32),
+                }
+                for number in numbers
+            }
+        },
+        "opt_state": {"count": jax.ShapeDtypeStruct((), jnp.int32)},
+    }
+    before = _bytes_read()
+    state = fp.load(path, target, partial=True)
+    bytes_read = _bytes_read() - before
+    for number in numbers:
+        loaded, wanted = state["params"]["blocks"][str(number)], layer(number)
+        assert loaded["kernel"].sharding == kernel
+        assert loaded.keys() == wanted.keys()
+        assert all(np.array_equal(loaded[name], wanted[name]) for name in wanted)
+    assert int(state["opt_state"]["count"]) == 7
+    return bytes_read
+
+
+# Global arrays: all processes have a share in each.
+
+
+def global_values() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(5)
+    names = ("both", "first", "second", "swapped", "joined", "nowhere")
+    return {name: random.random((16, 8, 64), np.float32) for name in names}
+
+
+def specs() -> dict[str, PartitionSpec]:
+    """Every way of sharding over two mesh axes, and replicating over the others."""
+    return {
+        "both": PartitionSpec("x", "y"),
+        "first": PartitionSpec("x"),
+        "second": PartitionSpec(None, "y"),
+        "swapped": PartitionSpec("y", None, "x"),
+        "joined": PartitionSpec(("x", "y")),
+        "nowhere": PartitionSpec(),
+    }
+
+
+def global_mesh(shape: Sequence[int], *, is_reversed: bool = False) -> Mesh:
+    devices = jax.devices()[::-1] if is_reversed else jax.devices()
+    return Mesh(np.array(devices).reshape(shape), ("x", "y"))
+
+
+def global_arrays(shape: Sequence[int]) -> dict[str, jax.Array]:
+    mesh = global_mesh(shape)
+    made = {
+        name: jax.make_array_from_callback(
+            value.shape, NamedSharding(mesh, specs()[name]), value.__getitem__
+        )
+        for name, value in global_values().items()
+    }
+    return {name: _as_computed(array) for name, array in made.items()}
+
+
+def save_global(path: str, shape: Sequence[int], *, is_stale: bool = False, **options: Any) -> str:
+    """Saves all of them; stale ones have other values."""
+    arrays = global_arrays(shape)
+    if is_stale:
+        arrays = {name: array + 1 for name, array in arrays.items()}
+    return fp.save(path, arrays, options=QUICK, **options).part
+
+
+def save_global_async(path: str, shape: Sequence[int]) -> None:
+    """Saves in the background, and donates what was handed over at once."""
+    donate = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
+    state = global_arrays(shape)
+    fp.save_async(path, state, options=QUICK)
+    jax.block_until_ready(donate(state))
+
+
+def load_global(path: str, shape: Sequence[int], *, is_reversed: bool = False) -> int:
+    """Loads onto another mesh and compares this process's shards; returns the bytes it read."""
+    mesh = global_mesh(shape, is_reversed=is_reversed)
+    values = global_values()
+    target = {
+        name: jax.ShapeDtypeStruct(
+            value.shape, value.dtype, sharding=NamedSharding(mesh, specs()[name])
+        )
+        for name, value in values.items()
+    }
+    before = _bytes_read()
+    loaded = fp.load(path, target)
+    bytes_read = _bytes_read() - before
+    for name, array in loaded.items():
+        assert array.sharding == target[name].sharding
+        for shard in array.addressable_shards:
+            assert np.array_equal(shard.data, values[name][shard.index])
+    return bytes_read
+
+
+def load_by_orbax(path: str) -> None:
+    """Loads by Orbax, which finds the shardings in the checkpoint."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    for name, array in ocp.load(path).items():
+        assert array.sharding.spec == specs()[name]
+        for shard in array.addressable_shards:
+            assert np.array_equal(shard.data, global_values()[name][shard.index])
+
+
+def save_keys(path: str) -> None:
+    """Saves PRNG keys that all processes share, and a global array of them."""
+    mesh = global_mesh((jax.device_count(), 1))
+    fp.save(path, {"one": jax.random.key(3), "many": _global_keys(mesh)}, options=QUICK)
+
+
+def load_keys(path: str) -> None:
+    keys = _global_keys(global_mesh((1, jax.device_count())))
+    many = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=keys.sharding)
+    loaded = fp.load(path, {"one": jax.random.key(0), "many": many})
+    for got, want in zip(
+        jax.random.key_data(loaded["many"]).addressable_shards,
+        jax.random.key_data(keys).addressable_shards,
+        strict=True,
+    ):
+        assert np.array_equal(got.data, want.data)
+    one, other = map(jax.random.key_data, (loaded["one"], jax.random.key(3)))
+    assert np.array_equal(one, other)
+
+
+def _global_keys(mesh: Mesh) -> jax.Array:
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    make = jax.jit(lambda: jax.random.split(jax.random.key(9), 8), out_shardings=sharding)
+    keys: jax.Array = make()
+    return keys
+
+
+# Anything else.
+
+
+def save(path: str, state: Any, **options: Any) -> str:
+    return fp.save(path, state, options=QUICK, **options).part
+
+
+def finalize(path: str, **options: Any) -> list[str]:
+    return sorted(fp.finalize(path, **options).leaves)
+
+
+def begin_finalize(path: str, **options: Any) -> None:
+    _handles[path] = fp.finalize_async(path, **options)
+
+
+def end_finalize(path: str) -> list[str]:
+    return sorted(_handles.pop(path).result(50).leaves)
+
+
+def is_finalized(path: str) -> bool:
+    return _handles[path].done()
+
+
+def finalize_in_threads(paths: Sequence[str]) -> list[list[str]]:
+    """Finalizes several checkpoints, each in a thread of its own."""
+    leaves: dict[str, list[str]] = {}
+    threads = [
+        threading.Thread(target=lambda path=path: leaves.update({path: finalize(path)}))
+        for path in paths
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(50)
+    return [leaves[path] for path in paths]
+
+
+def train(steps: int) -> float:
+    """Steps with collectives over all devices, which nothing else may come between."""
+    sharding = NamedSharding(global_mesh((jax.device_count(), 1)), PartitionSpec("x"))
+    x = jax.jit(lambda: jnp.ones((jax.device_count(), 64)), out_shardings=sharding)()
+    step = jax.jit(lambda x: x + jnp.sum(x) / x.size, donate_argnums=0)
+    for _ in range(steps):
+        x = jax.block_until_ready(step(x))
+    return float(np.asarray(x.addressable_shards[0].data)[0, 0])
+
+
+def save_past_the_limit(path: str) -> None:
+    """A save in the background that fails: this process may write no more than 4 KiB to a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        handle = fp.save_async(path, {"large": np.zeros(1 << 20)}, options=QUICK)
+        while not handle.done():
+            time.sleep(0.01)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def sleep(secs: float) -> None:
+    time.sleep(secs)
+
+
+def _bytes_read() -> int:
+    """Bytes that this process has read from files so far, by the kernel's own count."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
+
+
+def main() -> None:
+    index, count, port = map(int, sys.argv[1:])
+    calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    if port:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            f"127.0.0.1:{port}", count, index, coordinator_bind_address=f"127.0.0.1:{port}"
+        )
+    while True:
+        try:
+            name, arguments, options = pickle.load(calls)  # noqa: S301 - from our own test
+        except EOFError:
+            break
+        outcome: tuple[Any, Exception | None]
+        try:
+            outcome = globals()[name](*arguments, **options), None
+        except Exception as error:  # noqa: BLE001 - it is raised on the other side
+            outcome = None, error
+        pickle.dump(outcome, answers)
+        answers.flush()
+    if port:
+        jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
