@@ -121,20 +121,17 @@ def _prepare(
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     metadata = check_json(custom_metadata)
     described = _describe(state, options)
-    if not storage.is_session(where):  # refuse what is at odds with itself before making one
-        Ledger().claim([one.leaf for one in described], replace=False, visible=lambda _: -1)
-    lock = storage.lock_for_saving(where)
+    session = session_of(where, to_save=True)
     try:
-        session = session_of(where, seen=lock.identity)
         session.raise_unseen()
-        session.enter(lock, durable=options.durable)
-        leaves, time_ns = session.claim([one.leaf for one in described], replace=replace)
+        leaves = [one.leaf for one in described]
+        session.enter(leaves, durable=options.durable)
+        leaves, time_ns = session.claim(leaves, replace=replace)
     except BaseException:
-        lock.release()
+        session.leave()
         raise
     return _Saving(
         session=session,
-        lock=lock,
         described=described,
         leaves=leaves,
         time_ns=time_ns,
@@ -166,7 +163,6 @@ class _Saving:
         self,
         *,
         session: "Session",
-        lock: storage.SessionLock,
         described: list[Described],
         leaves: list[Leaf],
         time_ns: int,
@@ -175,7 +171,6 @@ class _Saving:
         started: float,
     ) -> None:
         self.session = session
-        self._lock = lock
         self._described = described
         self._leaves = leaves
         self._options = options
@@ -241,14 +236,17 @@ class _Saving:
 
     def _give_back(self) -> None:
         self._described = []
-        self._lock.release()
+        self.session.leave()
         if self._budget_bytes:
             _budget.release(self._budget_bytes)
             self._budget_bytes = 0
 
 
 class Session:
-    """What this process knows of the unfinished checkpoint at one path."""
+    """What this process knows of the unfinished checkpoint at one path.
+
+    While saves are under way they share one lock of the directory: only the first has to take it.
+    """
 
     def __init__(self, where: CheckpointPath) -> None:
         self.where = where
@@ -257,7 +255,8 @@ class Session:
         self._ledger = Ledger()
         self._anchor = -1  # a descriptor of the directory: while it is open its inode is not reused
         self._identity: tuple[int, int] | None = None
-        self.seen: tuple[int, int] | None = None  # the directory that somebody last locked to save
+        self._saves = 0  # on their way, from `session_of` until `leave`
+        self._directory_lock: storage.SessionLock | None = None
         self._last_time_ns = 0
         self._handles: set[workers.SaveHandle] = set()
         self._failed: list[workers.SaveHandle] = []
@@ -308,7 +307,7 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing in flight, and no error to tell."""
-        return not self._handles and not self._failed
+        return not self._saves and not self._handles and not self._failed
 
     @property
     def is_stale(self) -> bool:
@@ -319,20 +318,50 @@ class Session:
             current = storage.identity(self.where.session)
         except OSError:  # such as a name that is too long: there never was a session
             return True
-        return current is None or current != self.seen
+        return current is None or current != self._identity
 
-    def enter(self, lock: storage.SessionLock, *, durable: bool) -> None:
-        """Makes the ledger that of the locked directory, which may be new since the last save."""
+    def begin(self) -> None:
+        """Counts a save that is on its way; it ends in `leave`."""
         with self._lock:
-            if lock.identity == self._identity:
+            self._saves += 1
+
+    def enter(self, leaves: Sequence[Leaf], *, durable: bool) -> None:
+        """Locks the directory against finalize and abort, unless a save on its way has done so.
+
+        Makes the directory if there is none, but not for leaves that are at odds with each other.
+        """
+        with self._lock:
+            if self._directory_lock is not None:
                 return
-            storage.prepare_session(self.where, durable=durable)
-            self._close_anchor()
-            self._ledger = Ledger()
-            for part in read_parts(self.where, process=processes.index()).values():
-                self._ledger.load(part)
-            self._anchor = lock.duplicate()
-            self._identity = lock.identity
+            self.require_not_aborted()
+            if not storage.is_session(self.where):
+                Ledger().claim(leaves, replace=False, visible=lambda _: -1)
+            lock = storage.lock_for_saving(self.where)
+            try:
+                if lock.identity != self._identity:
+                    self._take_over(lock, durable=durable)
+            except BaseException:
+                lock.release()
+                raise
+            self._directory_lock = lock
+
+    def _take_over(self, lock: storage.SessionLock, *, durable: bool) -> None:
+        """Makes the ledger that of a locked directory that this process has not saved into."""
+        storage.prepare_session(self.where, durable=durable)
+        self._close_anchor()
+        self._ledger = Ledger()
+        for part in read_parts(self.where, process=processes.index()).values():
+            self._ledger.load(part)
+        self._anchor = lock.duplicate()
+        self._identity = lock.identity
+
+    def leave(self) -> None:
+        """Ends a save; the last of those on their way unlocks the directory."""
+        with self._lock:
+            self._saves -= 1
+            if not self._saves and self._directory_lock is not None:
+                self._directory_lock.release()
+                self._directory_lock = None
 
     def claim(self, leaves: Sequence[Leaf], *, replace: bool) -> tuple[list[Leaf], int]:
         """Claims leaves; returns them in their generations, and the save's time in nanoseconds."""
@@ -406,10 +435,10 @@ def _tell_unseen() -> None:
             )
 
 
-def session_of(where: CheckpointPath, *, seen: tuple[int, int] | None = None) -> Session:
+def session_of(where: CheckpointPath, *, to_save: bool = False) -> Session:
     """Returns what this process knows of a session; drops what it knows of sessions now gone.
 
-    A save says which directory it has `seen`, and locked: until it is done this one is not gone.
+    What is asked for `to_save` is kept until `leave` is called.
     """
     with _sessions_lock:
         session = _sessions.get(where.final)
@@ -419,7 +448,8 @@ def session_of(where: CheckpointPath, *, seen: tuple[int, int] | None = None) ->
                     other.close()
                     del _sessions[final]
             session = _sessions[where.final] = Session(where)
-        session.seen = seen or session.seen
+        if to_save:
+            session.begin()
         return session
 
 

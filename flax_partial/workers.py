@@ -16,7 +16,9 @@ from flax_partial.reports import CheckpointMetadata, SaveReport
 
 T = TypeVar("T")
 _LOG = logging.getLogger("flax_partial")
-_MOST_WRITERS = 4  # writing waits for the disk: a few more than there are cores help
+# One hashes while the other waits for the disk. More of them take the interpreter lock from the
+# training thread: with four it was held twice as long by the saves of one step.
+_MOST_WRITERS = 2
 
 
 class _Handle(Future[T]):
