@@ -378,7 +378,7 @@ def test_memory_budget_makes_save_async_wait_and_says_how_long(
     for report in reports[1:]:
         assert 0.1 < report.budget_secs <= report.blocked_secs
     assert small.result().budget_secs < 0.1
-    assert max(writing) == 2  # the last large one, and the small one beside it
+    assert max(writing) <= 2  # a large one, and the small one beside it
     alone = {"large": np.zeros(50_000, np.int8)}  # larger than the budget: written all the same
     assert fp.save_async(tmp_path / "c", alone, options=options).result().budget_secs < 0.1
     fp.finalize(tmp_path / "c")
