@@ -1,0 +1,161 @@
+"""Arrays over eight devices, sharded and replicated in every mix: each box once, to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trees
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from things import QUICK
+
+import flax_partial as fp
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SHAPE = (8, 16, 24)
+AXES = "xyz"
+
+
+def specs() -> dict[str, PartitionSpec]:
+    """Every way of giving three mesh axes to three array axes, or to none; in both orders."""
+    found = {}
+    for places in itertools.product((0, 1, 2, None), repeat=3):
+        for order in (AXES, AXES[::-1]):
+            axes = [
+                tuple(axis for axis in order if places[AXES.index(axis)] == dimension)
+                for dimension in range(3)
+            ]
+            found[str(axes)] = PartitionSpec(*(one or None for one in axes))
+    return found
+
+
+SPECS = specs()
+
+
+def values() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {name: random.integers(0, 256, SHAPE, np.uint8) for name in SPECS}
+
+
+def put(tree: dict[str, np.ndarray], specs: Iterable[PartitionSpec], **kind: Any) -> Any:
+    mesh = trees.mesh("xyz")
+    return {
+        name: jax.device_put(value, NamedSharding(mesh, spec, **kind))
+        for (name, value), spec in zip(tree.items(), specs, strict=True)
+    }
+
+
+def target(state: Any, specs: Iterable[PartitionSpec], **kind: Any) -> Any:
+    mesh = trees.mesh("xyz")
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec, **kind))
+        for (name, x), spec in zip(state.items(), specs, strict=True)
+    }
+
+
+def boxes_of(path: Path) -> dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """Start and shape of each box of each leaf, as the parts' own JSON has them."""
+    found: dict[str, list[Any]] = {}
+    for file in path.with_name(f"{path.name}.partial_save").glob("state/part.*/part.json"):
+        for row in json.loads(file.read_text())["table"]["leaves"]:
+            boxes = [(tuple(start), tuple(shape)) for start, shape, _ in row["boxes"]]
+            found.setdefault(".".join(row["path"]), []).extend(boxes)
+    return found
+
+
+@pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
+def test_every_mix_is_written_once_and_loads_into_every_other(
+    tmp_path: Path, memory_kind: str
+) -> None:
+    path, state = tmp_path / "c", values()
+    arrays = put(state, SPECS.values(), memory_kind=memory_kind)
+    fp.save(path, arrays, options=fp.SaveOptions(durable=False, chunk_bytes=500))
+    for name, boxes in boxes_of(path).items():
+        shards = {str(shard.index) for shard in arrays[name].addressable_shards}
+        assert len(boxes) == len(set(boxes)) == len(shards)
+        assert sum(math.prod(shape) for _, shape in boxes) == math.prod(SHAPE)
+    fp.finalize(path)
+    assert fp.verify(path).ok
+    others = list(SPECS.values())
+    for shift in (0, 1, 17, 64):
+        wanted = target(state, others[shift:] + others[:shift], memory_kind=memory_kind)
+        loaded = fp.load(path, wanted)
+        for name, array in loaded.items():
+            assert array.sharding == wanted[name].sharding
+            assert array.sharding.memory_kind == memory_kind
+            for shard in array.addressable_shards:
+                assert np.array_equal(shard.data, state[name][shard.index]), name
+
+
+MESHES = {
+    "eight": NamedSharding(trees.mesh("x"), PartitionSpec("x")),
+    "four, replicated over two": NamedSharding(trees.mesh("xy"), PartitionSpec("x")),
+    "columns": NamedSharding(trees.mesh("xy"), PartitionSpec(None, "y")),
+    "replicated": NamedSharding(trees.mesh("x"), PartitionSpec()),
+    "two of the devices": NamedSharding(
+        jax.sharding.Mesh(np.array(jax.devices()[5:7]), ("x",)), PartitionSpec("x")
+    ),
+    "one": SingleDeviceSharding(jax.devices()[3]),
+}
+
+
+def bytes_read() -> int:
+    """What this process has read from files, by the kernel's own count."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
+
+
+@pytest.mark.parametrize("chunk_bytes", [32 << 10, 256 << 10])  # which are read in two ways
+@pytest.mark.parametrize("name", MESHES)
+def test_each_byte_is_read_once_however_many_devices_hold_it(
+    tmp_path: Path, name: str, chunk_bytes: int
+) -> None:
+    host = np.random.default_rng(1).random((1024, 4096), np.float32)
+    saved = jax.device_put(host, NamedSharding(trees.mesh("xy"), PartitionSpec("y", "x")))
+    options = fp.SaveOptions(durable=False, chunk_bytes=chunk_bytes)
+    fp.save(tmp_path / "c", {"w": saved, "other": saved + 1, "small": 1}, options=options)
+    fp.finalize(tmp_path / "c")
+    fp.load(tmp_path / "c", {"small": 0}, partial=True)  # what is imported late is imported now
+    wanted = {"w": jax.ShapeDtypeStruct(host.shape, host.dtype, sharding=MESHES[name])}
+    before = bytes_read()
+    loaded = fp.load(tmp_path / "c", wanted, partial=True)["w"]
+    assert host.nbytes <= bytes_read() - before <= host.nbytes * 1.02
+    assert loaded.sharding == MESHES[name]
+    assert np.array_equal(loaded, host)
+
+
+def test_sharding_that_does_not_divide_the_array_is_refused(tmp_path: Path) -> None:
+    uneven = NamedSharding(trees.mesh("x"), PartitionSpec("x"))
+    with pytest.raises(ValueError, match="evenly divide"):  # by JAX too: there is no such array
+        jax.device_put(np.zeros(9), uneven)
+    fp.save(tmp_path / "c", {"w": np.zeros(9, np.float32)}, options=QUICK)
+    fp.finalize(tmp_path / "c")
+    with pytest.raises(fp.TargetMismatchError, match=r"'w'.*does not fit"):
+        fp.load(tmp_path / "c", {"w": jax.ShapeDtypeStruct((9,), jnp.float32, sharding=uneven)})
+
+
+def test_arrays_still_being_computed_may_be_donated_or_deleted_at_once(tmp_path: Path) -> None:
+    floats = {name: value.astype(np.float32) for name, value in values().items()}
+    arrays = put(floats, SPECS.values())
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda _, y: jnp.sin(y) + x, x))
+    wanted = {name: np.asarray(slow(array)) for name, array in list(arrays.items())[::9]}
+    state = {name: slow(arrays[name]) for name in wanted}
+    handle = fp.save_async(tmp_path / "c", state, options=QUICK)
+    for number, array in enumerate(state.values()):
+        if number % 2:
+            array.delete()
+        else:
+            jax.jit(lambda x: x * 0, donate_argnums=0)(array)
+    handle.result()
+    fp.finalize(tmp_path / "c")
+    loaded = fp.load(tmp_path / "c", jax.tree.map(np.empty_like, wanted))
+    trees.assert_same(loaded, wanted)
