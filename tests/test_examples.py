@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import lm_directory
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_checkpoint_holds_the_whole_state_under_global_names(unbroken: tuple[Pat
     assert state["progress"] == {"global_step": 12, "current_epoch": 1, "batches_done": 6}
     keys = state["rngs"]
     assert keys.keys() == {"dropout", "shuffle"}
-    assert all(jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) for key in keys.values())
+    assert all(jnp.issubdtype(key.dtype, jax.dtypes.prng_key) for key in keys.values())
 
 
 def test_output_in_a_pipe_is_plain_lines(unbroken: tuple[Path, str]) -> None:
