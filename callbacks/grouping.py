@@ -113,6 +113,13 @@ def leaf_name(path: KeyPath) -> str:
     return ".".join(texts(path))
 
 
+def innermost(names: tuple[str, ...], stacks: Iterable[str]) -> str | None:
+    """The longest of `stacks`, names of leaves or subtrees, that a path is or lies below."""
+    name = ".".join(names)
+    above = [stack for stack in stacks if name == stack or name.startswith(f"{stack}.")]
+    return max(above, key=len, default=None)
+
+
 def cut(leaves: Leaves, group_by: GroupBy) -> dict[str, Leaves]:
     """Sorts leaves into groups, both in the order in which they come."""
     groups: dict[str, Leaves] = {}
@@ -121,24 +128,30 @@ def cut(leaves: Leaves, group_by: GroupBy) -> dict[str, Leaves]:
     return groups
 
 
-def layerwise(leaves: Leaves) -> GroupBy:
+def layerwise(leaves: Leaves, stacks: Iterable[str] = ()) -> GroupBy:
     """The default grouping of a state: a group for each layer of each root ("params", ...).
 
     A layer reaches down to the first number of the path (`params.blocks.3`), or else to the first
-    key below the root (`params.embed`). A leaf that has a parameter's path at the end of its own,
-    as Optax's moments have, belongs to that parameter's layer: `opt_state.0.mu.blocks.3.kernel` is
-    grouped as `opt_state.blocks.3`, with its second moment.
+    key below the root (`params.embed`); each subtree of `stacks` is a layer, too. A leaf that has
+    a parameter's path at the end of its own, as Optax's moments have, belongs to that parameter's
+    layer: `opt_state.0.mu.blocks.3.kernel` is grouped as `opt_state.blocks.3`, with its second
+    moment.
     """
-    params = {names[1:]: _layer(names) for names in _paths_of(leaves) if names[0] == _PARAMS}
+    known = list(stacks)
+    params = {
+        names[1:]: _layer(names, known)
+        for names in _paths_of(leaves)
+        if names[0] == _PARAMS or innermost(names, known) is not None
+    }
 
     def group_by(path: KeyPath) -> str:
         names = texts(path)
-        if names and names[0] != _PARAMS:
+        if names and names[0] != _PARAMS and innermost(names, known) is None:
             for start in range(1, len(names)):
                 layer = params.get(names[start:])
                 if layer is not None:
                     return ".".join((names[0], *layer[1:]))
-        return ".".join(_layer(names))
+        return ".".join(_layer(names, known))
 
     return group_by
 
@@ -147,6 +160,9 @@ def _paths_of(leaves: Leaves) -> Iterable[tuple[str, ...]]:
     return (texts(path) for path, _ in leaves if path)
 
 
-def _layer(names: tuple[str, ...]) -> tuple[str, ...]:
+def _layer(names: tuple[str, ...], stacks: Iterable[str]) -> tuple[str, ...]:
+    stack = innermost(names, stacks)
+    if stack is not None:
+        return tuple(stack.split("."))
     number = next((at for at, name in enumerate(names) if at and name.isdecimal()), 1)
     return names[: number + 1]

@@ -17,7 +17,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
-from flax_partial.callbacks import grouping, run_directory, state
+from flax_partial.callbacks import grouping, run_directory, stacking, state
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.schedule import Retention, Schedule
 
@@ -59,6 +59,18 @@ class PartialCheckpointCallback:
     ends. A step's parts become a checkpoint, all or none, in the background. A directory belongs to
     one run: saving a step that is not newer than all it holds is refused.
 
+    Models that are scanned over their layers, or pipelined by stacking them, have one leaf for all
+    layers: `[layers, ...]` or `[repeats, stages, ...]`. With `stacked={"params.layers": 0}` each
+    leaf below `params.layers` is saved row by row along its axis 0, and with it whatever else of
+    the state ends in its path and has as many rows: its moments, its running average. A group is
+    then one row of them all (`params.layers.3`). A row is cut out of the shards that hold it when
+    it is its turn to be saved, so that `SaveOptions(max_inflight_bytes=...)` bounds what a
+    checkpoint of any size takes of the host's memory, and of each device's as many bytes at most:
+    past it, the step's `on_train_batch_end` waits for the storage. In the checkpoint such a leaf is
+    one array, as without `stacked`. A leaf that lacks the axis is saved whole, and so are PRNG
+    keys. A trainer that streams may hand over a stacked leaf whole, which is cut likewise, or rows
+    of it as `fp.Slice`; the rows that it did not stream are taken when the step ends.
+
     Attributes:
       finalizer: The hook that finalizes.
       failed_saves: Number of checkpoints that were given up.
@@ -71,6 +83,7 @@ class PartialCheckpointCallback:
         every_n_epochs: int | None = 1,
         every_n_train_steps: int | None = None,
         group_by: grouping.GroupBy | None = None,
+        stacked: stacking.Stacked | None = None,
         state_fn: state.StateFn | None = None,
         keep_last: int | None = None,
         monitor: str | None = None,
@@ -89,6 +102,8 @@ class PartialCheckpointCallback:
           every_n_train_steps: Save after each n-th step as well; None for none.
           group_by: From a leaf's key path to the group it is saved with, for what is not streamed;
             by default, layer by layer.
+          stacked: From the name of a leaf or subtree ("params.layers") to the axis along which its
+            leaves stack layers; negative counts from the end. The longest name that fits counts.
           state_fn: From trainer and module to the tree to save, in which NNX objects may stand; by
             default, an NNX module with `trainer.optimizer`, a Flax `TrainState`, or
             `trainer.state`.
@@ -104,6 +119,7 @@ class PartialCheckpointCallback:
 
         Raises:
           ValueError: An option has a value that makes no sense, alone or with another.
+          TypeError: `stacked` maps something else than names to numbers.
         """
         if on_save_error not in ("raise", "warn"):
             raise ValueError(f"on_save_error is {on_save_error!r}; it must be 'raise' or 'warn'.")
@@ -114,6 +130,7 @@ class PartialCheckpointCallback:
         self.failed_saves = 0
         self._schedule = Schedule(every_n_epochs, every_n_train_steps)
         self._group_by = group_by
+        self._stacked = stacking.check(stacked or {})
         self._state_fn = state_fn
         self._on_save_error = on_save_error
         self._progress = progress
@@ -285,8 +302,11 @@ class PartialCheckpointCallback:
     def _stream(self, trainer: Any, root: str, name: grouping.Name, tree: Any) -> None:
         checkpoint = self._open(trainer, self._step_before_batch(trainer) + 1)
         try:
-            placed = grouping.placed(root, name, state.pure(tree))
-            checkpoint.save(self, grouping.group_name(root, name), placed)
+            leaves = grouping.flatten(grouping.placed(root, name, state.pure(tree)))
+            leaves = stacking.spread(leaves, self._stacked)
+            groups = {grouping.group_name(root, name): leaves}
+            for group, layer in stacking.by_row(groups).items():
+                checkpoint.save(self, group, grouping.subtree(layer))
         except Exception as error:  # noqa: BLE001 - a tree that JAX cannot flatten
             checkpoint.fail(error, [self])
 
@@ -314,9 +334,13 @@ class PartialCheckpointCallback:
                 "and its `state` no tree. Pass state_fn=, or stream every layer."
             )
         leaves = grouping.flatten(tree)
-        group_by = self._group_by or grouping.layerwise(leaves)
-        rest = [item for item in leaves if grouping.leaf_name(item[0]) not in checkpoint.names]
-        groups = grouping.cut(rest, group_by)
+        names = {grouping.leaf_name(path) for path, _ in leaves} | checkpoint.names
+        stacking.check_known(self._stacked, names)
+        group_by = self._group_by or grouping.layerwise(leaves, self._stacked)
+        rest = [
+            leaf for leaf in stacking.spread(leaves, self._stacked) if not checkpoint.holds(*leaf)
+        ]
+        groups = stacking.by_row(grouping.cut(rest, group_by))
         return {name: grouping.subtree(group) for name, group in groups.items()}
 
     def _step_before_batch(self, trainer: Any) -> int:

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 import flax_partial as fp
-from flax_partial.callbacks import completeness, grouping
+from flax_partial.callbacks import completeness, grouping, stacking
 from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -70,8 +70,17 @@ class PendingCheckpoint:
         self._pieces: Counter[str] = Counter()
         self._saves: dict[str, fp.SaveHandle] = {}
         self._messages: list[fp.SaveHandle] = []
-        self._owners: dict[tuple[str, int], str] = {}
+        self._owners: dict[tuple[str, int | None], str] = {}
         self._carrier: Any = None
+
+    def holds(self, path: grouping.KeyPath, leaf: Any) -> bool:
+        """Whether a leaf was saved into it; of a stacked one, the row or rows that `leaf` is."""
+        name = grouping.leaf_name(path)
+        if not isinstance(leaf, fp.Slice | stacking.Row):
+            return name in self.names
+        return (name, None) in self._owners or all(
+            box in self._owners for box in _boxes(path, leaf)
+        )
 
     def save(self, participant: Participant, group: str, tree: Any) -> None:
         """Saves a group in the background; returns once its arrays may be donated.
@@ -101,7 +110,8 @@ class PendingCheckpoint:
         for group, leaves in entered.items():
             self._save_group(participant, group, leaves, closing if group == last else {})
         if not entered and self.names and self.error is None:
-            handle = self._submit(participant, self._message({"session": closing}))
+            message = self._message({"session": closing})
+            handle = self._submit(participant, lambda: message)
             self._messages += [handle] if handle else []
 
     def wait(self) -> None:
@@ -159,9 +169,7 @@ class PendingCheckpoint:
         """Returns the leaves of a tree, but for those that another callback saves."""
         leaves = grouping.flatten(tree)
         with self._lock:
-            owners = [
-                self._owners.setdefault(_box(*leaf), participant.state_key) for leaf in leaves
-            ]
+            owners = [self._owner(participant, *leaf) for leaf in leaves]
             mine = [
                 leaf
                 for leaf, owner in zip(leaves, owners, strict=True)
@@ -169,6 +177,14 @@ class PendingCheckpoint:
             ]
             self.names.update(grouping.leaf_name(path) for path, _ in mine)
         return mine
+
+    def _owner(self, participant: Participant, path: grouping.KeyPath, leaf: Any) -> str:
+        """Returns who saved the first row of a leaf before; the participant, if nobody did."""
+        key = participant.state_key
+        first, *others = _boxes(path, leaf)
+        for box in others:
+            self._owners.setdefault(box, key)
+        return self._owners.setdefault(first, key)
 
     def _enter(self, participant: Participant, group: str) -> str:
         """Gives each save a name of its own: a group may come in several pieces."""
@@ -190,8 +206,11 @@ class PendingCheckpoint:
             return
         saved = completeness.saved(callback=participant.state_key, group=group)
         metadata = self._metadata({"session": {**saved, **closing}})
-        state = grouping.subtree(leaves)
-        handle = self._submit(participant, {"state": state, "custom_metadata": metadata})
+
+        def what() -> dict[str, Any]:
+            return {"state": grouping.subtree(stacking.cut(leaves)), "custom_metadata": metadata}
+
+        handle = self._submit(participant, what)
         if handle is not None:
             self._saves[group] = handle
             self._carrier = self._carrier or _carrier(leaves)
@@ -208,9 +227,11 @@ class PendingCheckpoint:
     def _metadata(self, more: Mapping[str, Any]) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.epoch, **more}
 
-    def _submit(self, participant: Participant, what: Mapping[str, Any]) -> fp.SaveHandle | None:
+    def _submit(
+        self, participant: Participant, what: Callable[[], Mapping[str, Any]]
+    ) -> fp.SaveHandle | None:
         try:
-            handle = fp.save_async(self.path, options=participant.options, **what)
+            handle = fp.save_async(self.path, options=participant.options, **what())
         except Exception as error:  # noqa: BLE001 - whatever it is, the callback decides what follows
             self.fail(error, [participant])
             return None
@@ -224,8 +245,18 @@ class PendingCheckpoint:
         return handle
 
 
-def _box(path: grouping.KeyPath, leaf: Any) -> tuple[str, int]:
-    return grouping.leaf_name(path), leaf.start if isinstance(leaf, fp.Slice) else 0
+def _boxes(path: grouping.KeyPath, leaf: Any) -> list[tuple[str, int | None]]:
+    """What of a leaf is there: some of its rows, or (None) all of it."""
+    name = grouping.leaf_name(path)
+    if isinstance(leaf, stacking.Row):
+        return [(name, leaf.start)]
+    if not isinstance(leaf, fp.Slice):
+        return [(name, None)]
+    try:
+        rows = range(leaf.start, leaf.start + leaf.value.shape[leaf.axis])
+    except (TypeError, AttributeError, IndexError):  # what is wrong with it, saving it will say
+        return [(name, None)]
+    return [(name, row) for row in rows] or [(name, None)]
 
 
 def _carrier(leaves: grouping.Leaves) -> Any:

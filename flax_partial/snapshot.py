@@ -46,12 +46,15 @@ class Slice:
       start: First row that `value` holds.
       size: Number of rows of the whole leaf.
       axis: The axis that is cut; negative counts from the end.
+      sharding: That of the whole leaf, where `value` was cut out of its shards: Orbax restores the
+        leaf as it was. None if it has none, and `value`'s own is as good.
     """
 
     value: Any
     start: int
     size: int
     axis: int = 0
+    sharding: Sharding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,7 @@ def _describe_array(
     cut = None
     if isinstance(value, Slice):
         cut, value = value, value.value
+    rank = np.ndim(value)  # a key's data has more axes than the key
     if isinstance(value, jax.Array):
         kind, text, value = _jax_kind(path, value)
     elif isinstance(value, (np.ndarray, np.generic)):
@@ -169,8 +173,10 @@ def _describe_array(
             f"has dtype {value.dtype.name}",
             f"Convert it to one of: {', '.join(sorted(STORABLE_DTYPES))}.",
         )
-    shape, axis, offset = _placement(path, value.shape, cut)
+    shape, axis, offset = _placement(path, value.shape, cut, rank)
     placed, unit, sharding = _boxes(value, axis)
+    if cut is not None and cut.sharding is not None:
+        sharding = _sharding_json(cut.sharding, None)
     if unit == shape and value.nbytes <= chunk_bytes and value.size:
         chunk = shape
     else:
@@ -216,13 +222,15 @@ def _native(path: KeyPath, value: np.ndarray | np.generic) -> np.ndarray:
     return array
 
 
-def _placement(path: KeyPath, shape: Shape, cut: Slice | None) -> tuple[Shape, int | None, int]:
-    """Returns the leaf's global shape, the axis that is cut, and the first row held along it."""
+def _placement(
+    path: KeyPath, shape: Shape, cut: Slice | None, rank: int
+) -> tuple[Shape, int | None, int]:
+    """Returns the leaf's global shape, which of `rank` axes is cut, and the first row held."""
     if cut is None:
         return shape, None, 0
     try:
         start, size, axis = map(operator.index, (cut.start, cut.size, cut.axis))
-        axis = range(len(shape))[axis]
+        axis = range(rank)[axis]
     except (TypeError, IndexError) as error:
         raise _unsupported(
             path,

@@ -1,0 +1,348 @@
+"""Leaves that stack layers are saved a layer at a time, from their own shards, and are one array.
+
+Every layout is that of a stack over eight devices; what is saved is compared with the same leaf
+saved whole, so that it makes no difference to a reader how it was saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+import flax_partial as fp
+from flax_partial.callbacks import PartialCheckpointCallback
+from flax_partial.callbacks.stacking import Row, spread
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+QUICK = fp.SaveOptions(durable=False)
+LAYERS = 8
+
+SPECS: dict[str, tuple[tuple[Any, ...], int]] = {
+    "[layers, ...] over stages": (("stage",), 0),
+    "and its rows over tensor": (("stage", None, "tensor"), 0),
+    "over both": ((("stage", "tensor"),), 0),
+    "over both, turned round": ((("tensor", "stage"),), 0),
+    "[repeats, stages, ...] by stage": ((None, "stage"), 1),
+    "[repeats, stages, ...] by repeat": ((None, "stage", "tensor"), 0),
+    "replicated": ((), 0),
+    "rows over both": ((None, ("stage", "tensor")), 0),
+    "last axis": (("tensor", None, "stage"), 2),
+}
+
+
+def mesh_of(kind: AxisType = AxisType.Auto) -> Mesh:
+    devices = np.array(jax.devices()).reshape(4, 2)
+    return Mesh(devices, ("stage", "tensor"), axis_types=(kind, kind))
+
+
+def put(array: Any, *spec: Any, kind: AxisType = AxisType.Auto) -> jax.Array:
+    return jax.device_put(array, NamedSharding(mesh_of(kind), PartitionSpec(*spec)))
+
+
+def _other_mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+
+
+def numbers(*shape: int) -> jax.Array:
+    return jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+
+
+def assert_equal(got: Any, want: Any) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert one.dtype == other.dtype
+        if jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)  # noqa: PLW2901
+        np.testing.assert_array_equal(one, other)
+
+
+# Of the engine: rows cut out of shards.
+
+
+@pytest.mark.parametrize(("spec", "axis"), SPECS.values(), ids=SPECS)
+def test_rows_of_any_layout_are_the_leaf_that_a_whole_save_makes(
+    tmp_path: Path, spec: tuple[Any, ...], axis: int
+) -> None:
+    leaf = put(numbers(LAYERS, 8, 8), *spec)
+    path, key = tmp_path / "rows", (jax.tree_util.DictKey("w"),)
+    rows = [row for _, row in spread([(key, leaf)], {"w": axis})]
+    assert [row.start for row in rows] == list(range(8))
+    for row in rows[::-1]:
+        fp.save(path, {"w": row.cut()}, options=QUICK)
+    by_rows = fp.finalize(path).leaves["w"]
+    fp.save(tmp_path / "whole", {"w": leaf}, options=QUICK)
+    whole = fp.finalize(tmp_path / "whole").leaves["w"]
+    assert (by_rows.shape, by_rows.sharding) == (whole.shape, whole.sharding)
+    other = NamedSharding(_other_mesh(), PartitionSpec("b"))
+    for sharding in (leaf.sharding, other):
+        target = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        loaded = fp.load(path, target={"w": target})["w"]
+        assert loaded.sharding == sharding
+        np.testing.assert_array_equal(loaded, leaf)
+    restored = ocp.load(path)["w"]
+    assert restored.sharding == leaf.sharding
+    np.testing.assert_array_equal(restored, leaf)
+
+
+@pytest.mark.parametrize(("spec", "axis"), SPECS.values(), ids=SPECS)
+def test_row_stays_on_the_devices_that_hold_it_and_is_all_that_is_copied(
+    spec: tuple[Any, ...], axis: int
+) -> None:
+    leaf = put(numbers(LAYERS, 8, 8), *spec)
+    for start in range(8):
+        row = Row(leaf, start, axis).cut().value
+        assert row.nbytes * 8 == leaf.nbytes
+        assert sum(shard.data.nbytes for shard in row.addressable_shards) == row.nbytes
+        for shard in row.addressable_shards:
+            (source,) = (one for one in leaf.addressable_shards if one.device == shard.device)
+            assert source.replica_id == 0
+            assert start in range(*source.index[axis].indices(8))
+        np.testing.assert_array_equal(row, np.take(leaf, [start], axis))
+
+
+def test_rows_of_every_kind_of_dtype_are_cut(tmp_path: Path) -> None:
+    leaves = {
+        name: put(jnp.asarray(np.arange(32).reshape(8, 4) % 2, name), "stage", "tensor")
+        for name in ("bool", "int4", "float8_e4m3fn", "bfloat16", "complex64")
+    }
+    flat = jax.tree_util.tree_flatten_with_path(leaves)[0]
+    for path, row in spread(flat, dict.fromkeys(leaves, 0)):
+        fp.save(tmp_path / "c", {path[0].key: row.cut()}, options=QUICK)
+    fp.finalize(tmp_path / "c")
+    assert_equal(fp.load(tmp_path / "c"), leaves)
+
+
+def test_all_rows_can_be_replaced(tmp_path: Path) -> None:
+    old, new = (put(numbers(LAYERS, 8) + step, "stage") for step in (0, 1))
+    for start in range(LAYERS):
+        fp.save(tmp_path / "c", {"w": Row(old, start, 0).cut()}, options=QUICK)
+    for start in range(LAYERS):
+        row = {"w": Row(new, start, 0).cut()}
+        fp.save(tmp_path / "c", row, options=QUICK, replace=True)
+        if start < LAYERS - 1:
+            with pytest.raises(fp.IncompleteCheckpointError, match="of 8 chunks"):
+                fp.finalize(tmp_path / "c")
+    fp.finalize(tmp_path / "c")
+    np.testing.assert_array_equal(fp.load(tmp_path / "c")["w"], new)
+
+
+def test_axis_of_a_slice_of_keys_is_one_of_the_keys(tmp_path: Path) -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    for start in range(4):
+        fp.save(tmp_path / "c", {"k": fp.Slice(keys[start : start + 1], start, 4, axis=-1)})
+    fp.finalize(tmp_path / "c")
+    assert_equal(fp.load(tmp_path / "c"), {"k": keys})
+    with pytest.raises(fp.UnsupportedLeafError, match="axis=1"):
+        fp.save(tmp_path / "d", {"k": fp.Slice(keys, 0, 4, axis=1)})
+
+
+# Of the callback: what it takes from the state, and what is streamed.
+
+
+def scanned_params(kind: AxisType = AxisType.Auto) -> dict[str, Any]:
+    return {
+        "embed": put(numbers(16, 4), None, "tensor", kind=kind),
+        "layers": {
+            "kernel": put(numbers(LAYERS, 8, 8), "stage", None, "tensor", kind=kind),
+            "scale": put(numbers(LAYERS, 8), "stage", kind=kind),
+        },
+    }
+
+
+ADAM = optax.adam(1e-2)
+
+
+@jax.jit
+def new_state(params: Any) -> dict[str, Any]:
+    """With arrays still being computed."""
+    twice = jax.tree.map(lambda x: x + x, params)
+    moments = optax.tree.zeros_like(params), jax.tree.map(jnp.square, twice)
+    (adam, *rest) = ADAM.init(params)
+    state = adam._replace(mu=moments[0], nu=moments[1])
+    return {"params": twice, "opt_state": (state, *rest), "step": jnp.int32(1)}
+
+
+one_more = jax.jit(lambda state: jax.tree.map(lambda x: x + x, state), donate_argnums=0)
+
+
+def trainer_with(state: Any) -> Any:
+    return types.SimpleNamespace(
+        global_step=0, current_epoch=0, callback_metrics={}, is_last_batch=True, state=state
+    )
+
+
+def save_one_step(
+    callback: PartialCheckpointCallback, trainer: Any, streamed: Any = (), after: Any = None
+) -> None:
+    """A step that hands over `streamed` (root, name, tree); `after` it may donate the state."""
+    callback.on_fit_start(trainer, None)
+    for root, name, tree in streamed:
+        hook = callback.on_layer_ready if root == "params" else callback.on_optimizer_state_ready
+        hook(trainer, name, tree)
+    trainer.global_step = 1
+    callback.on_train_batch_end(trainer, None, None, None, 0)
+    if after is not None:
+        trainer.state = after(trainer.state)
+    callback.on_train_epoch_end(trainer, None)
+    callback.on_train_end(trainer, None)
+
+
+LAYER_GROUPS = [f"{root}.layers.{row}" for root in ("opt_state", "params") for row in range(LAYERS)]
+
+
+@pytest.mark.parametrize("mesh_is_set", [False, AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("budget", [None, 700], ids=["", "bounded"])
+def test_state_is_saved_layer_by_layer_with_its_moments_and_may_be_donated(
+    tmp_path: Path, mesh_is_set: Any, budget: int | None
+) -> None:
+    state = new_state(scanned_params(mesh_is_set or AxisType.Auto))
+    want = jax.tree.map(np.asarray, jax.tree.map(jnp.copy, state))
+    options = fp.SaveOptions(max_inflight_bytes=budget, durable=False)
+    callback = PartialCheckpointCallback(tmp_path, stacked={"params.layers": 0}, options=options)
+    trainer = trainer_with(state)
+    with jax.set_mesh(mesh_of(mesh_is_set)) if mesh_is_set else contextlib.nullcontext():
+        save_one_step(callback, trainer, after=one_more)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    (report,) = callback.reports
+    assert sorted(set(report.groups) - {"step", "params.embed", "opt_state.embed"}) == sorted(
+        [*LAYER_GROUPS, "opt_state.0", "opt_state.1"]
+    )
+    layer = report.saves["opt_state.layers.3"]
+    assert (layer.leaves, layer.bytes) == (4, 2 * 4 * (8 * 8 + 8))
+    loaded = fp.load(tmp_path / "1", target=want)
+    assert_equal(loaded, want)
+    assert fp.verify(tmp_path / "1").ok
+
+
+@pytest.mark.parametrize(
+    ("axis", "spec"),
+    [(0, (None, "stage")), (1, (None, "stage")), (-3, (None, "stage", "tensor"))],
+    ids=["by repeat", "by stage", "counted from the end"],
+)
+def test_repeats_and_stages_are_stacked_along_either_axis(
+    tmp_path: Path, axis: int, spec: tuple[Any, ...]
+) -> None:
+    leaf = put(numbers(3, 4, 8, 2), *spec)
+    callback = PartialCheckpointCallback(tmp_path, stacked={"params.w": axis}, options=QUICK)
+    save_one_step(callback, trainer_with({"params": {"w": leaf}}))
+    rows = leaf.shape[axis]
+    assert callback.reports[0].groups == tuple(f"params.w.{row}" for row in range(rows))
+    np.testing.assert_array_equal(fp.load(tmp_path / "1")["params"]["w"], leaf)
+    np.testing.assert_array_equal(ocp.load(tmp_path / "1")["params"]["w"], leaf)
+
+
+@pytest.mark.parametrize("how", ["whole", "rows", "some rows"])
+def test_trainer_streams_a_stack_whole_or_in_rows_and_the_rest_is_taken(
+    tmp_path: Path, how: str
+) -> None:
+    params = scanned_params()
+    layers = params["layers"]
+    cuts = [
+        {name: fp.Slice(leaf[at : at + 2], at, LAYERS) for name, leaf in layers.items()}
+        for at in (6, 2)
+    ]
+    streamed: Any = {
+        "whole": [("params", "layers", layers), ("opt_state", "layers", {"nu": layers})],
+        "rows": [("params", "layers", cut) for cut in cuts],
+        "some rows": [
+            ("params", "layers", cuts[0]),
+            ("params", ("layers", "scale"), cuts[1]["scale"]),
+        ],
+    }[how]
+    stacked = {"params.layers": 0} | ({"opt_state.layers": 0} if how == "whole" else {})
+    callback = PartialCheckpointCallback(tmp_path, stacked=stacked, options=QUICK)
+    save_one_step(callback, trainer_with({"params": params}), streamed)
+    groups = callback.reports[0].groups
+    if how == "whole":
+        rows = [f"params.layers.{row}" for row in range(LAYERS)]
+        assert groups == (
+            *rows,
+            *(f"opt_state.layers.{row}" for row in range(LAYERS)),
+            "params.embed",
+        )
+    else:
+        first = ("params.layers", "params.layers#2" if how == "rows" else "params.layers.scale")
+        taken = {"rows": (0, 1, 4, 5), "some rows": range(6)}[how]
+        assert groups == (*first, "params.embed", *(f"params.layers.{row}" for row in taken))
+    loaded = fp.load(tmp_path / "1")
+    assert_equal(loaded["params"], params)
+    if how == "whole":
+        assert_equal(loaded["opt_state"]["layers"]["nu"], layers)
+
+
+def test_what_has_no_such_axis_or_no_number_is_saved_whole(tmp_path: Path) -> None:
+    layers = {
+        "w": np.arange(12).reshape(3, 4),
+        "keys": jax.random.split(jax.random.key(0), 3),
+        "count": jnp.int32(7),
+        "none": None,
+        "nothing": jnp.zeros((3, 0)),
+    }
+    callback = PartialCheckpointCallback(tmp_path, stacked={"params": 0}, options=QUICK)
+    save_one_step(callback, trainer_with({"params": layers}))
+    assert callback.reports[0].groups == ("params", "params.0", "params.1", "params.2")
+    assert callback.reports[0].saves["params"].leaves == 4
+    target = {**layers, "w": np.zeros((3, 4), int)}
+    loaded = fp.load(tmp_path / "1", target={"params": target})["params"]
+    assert loaded.pop("none") is None
+    del layers["none"]
+    assert_equal(loaded, layers)
+
+
+def test_longest_name_decides_and_own_groups_are_split(tmp_path: Path) -> None:
+    params = {"a": {"x": numbers(2, 3), "y": numbers(2, 3)}, "b": numbers(2, 3)}
+    callback = PartialCheckpointCallback(
+        tmp_path,
+        stacked={"params.a": 0, "params.a.y": 1},
+        group_by=lambda _: "all",
+        options=QUICK,
+    )
+    save_one_step(callback, trainer_with({"params": params}))
+    saves = callback.reports[0].saves
+    assert {group: save.leaves for group, save in saves.items()} == {
+        "all": 1,
+        "all.0": 2,
+        "all.1": 2,
+        "all.2": 1,
+    }
+    assert_equal(fp.load(tmp_path / "1")["params"], params)
+
+
+def test_two_callbacks_share_what_is_stacked(tmp_path: Path) -> None:
+    state = {"params": scanned_params()}
+    first = PartialCheckpointCallback(tmp_path, stacked={"params.layers": 0}, options=QUICK)
+    second = PartialCheckpointCallback(tmp_path, finalizer=first.finalizer, options=QUICK)
+    trainer = trainer_with(state)
+    for callback in (first, second):
+        callback.on_fit_start(trainer, None)
+    cut = {"kernel": fp.Slice(state["params"]["layers"]["kernel"][2:3], 2, LAYERS)}
+    for callback in (second, first):
+        callback.on_layer_ready(trainer, "layers", cut)
+    trainer.global_step = 1
+    for callback in (first, second):
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+    for callback in (first, second):
+        callback.on_train_epoch_end(trainer, None)
+        callback.on_train_end(trainer, None)
+    assert_equal(fp.load(tmp_path / "1"), state)
+
+
+def test_names_of_nothing_and_things_that_are_no_axis_are_refused(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path, stacked={"params.layer": 0, "params": 0})
+    with pytest.raises(ValueError, match=r"names 'params\.layer', and the state has no such leaf"):
+        save_one_step(callback, trainer_with({"params": {"layers": numbers(2, 2)}}))
+    callback.on_exception(None, None, KeyboardInterrupt())
+    for wrong in ({"params": "0"}, {"params": True}, {0: 0}):
+        with pytest.raises(TypeError, match="to the number of an axis"):
+            PartialCheckpointCallback(tmp_path, stacked=wrong)  # type: ignore[arg-type]
