@@ -140,7 +140,7 @@ class KeyTree:
         """Says why `path` cannot be added; None if it can, or stands already."""
         owner = self._owners.get(prefix_of(path.name))
         if owner is not None:
-            return None if owner.texts == path.texts else _same_name(owner, path)
+            return _problem_with_owner(owner, path)
         node = self._root
         for depth, text in enumerate(path.texts):
             if node is None:
@@ -194,6 +194,16 @@ class KeyTree:
                         f"{_shortened(missing)}. Save what is missing, or use a dict."
                     )
             stack.extend(((*texts, text), child) for text, child in node.children.items())
+
+
+def _problem_with_owner(owner: KeyPath, path: KeyPath) -> str | None:
+    """Says what is wrong with a leaf whose name another has: nothing, if they are one."""
+    if owner.texts != path.texts:
+        return _same_name(owner, path)
+    for depth, (one, other) in enumerate(zip(owner.kinds, path.kinds, strict=True)):
+        if _container(one) != _container(other):
+            return _mixed(".".join(path.texts[:depth]), path.name)
+    return None
 
 
 def _container(kind: str) -> Literal["list", "mapping"]:
