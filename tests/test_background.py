@@ -461,7 +461,7 @@ def test_saves_finalizes_and_aborts_at_once_never_make_half_a_checkpoint(tmp_pat
         time.sleep(0.004)
         return outcome(call, path)
 
-    for _ in range(10):
+    for attempt in range(10):
         barrier = threading.Barrier(8)
         with ThreadPoolExecutor(8) as pool:
             saves = [pool.submit(save, index) for index in range(6)]
@@ -473,7 +473,7 @@ def test_saves_finalizes_and_aborts_at_once_never_make_half_a_checkpoint(tmp_pat
             assert set(loaded) <= saved
             for name, leaf in loaded.items():
                 trees.assert_same(leaf, {"w": np.full(2000, int(name)), "v": int(name)})
-            path.rename(tmp_path / f"done{len(list(tmp_path.iterdir()))}")
+            path.rename(tmp_path / f"done{attempt}")
         assert ended.count("done") <= 2
         if (tmp_path / "c.partial_save").exists():
             fp.abort(path)

@@ -19,8 +19,8 @@ paths = st.lists(st.one_of(_KEYS.filter(lambda key: key[1] == "d"), _INDICES), m
 
 def collide(one: KeyPath, other: KeyPath) -> bool:
     """The rule, for two leaves, as one would write it down."""
-    if one.texts == other.texts:
-        return False  # the same leaf
+    if one.texts == other.texts:  # the same leaf, in the same containers
+        return [kind == "s" for kind in one.kinds] != [kind == "s" for kind in other.kinds]
     if prefix_of(one.name) == prefix_of(other.name):
         return True
     shared = 0

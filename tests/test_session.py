@@ -35,6 +35,7 @@ CONFLICTS: dict[str, tuple[Any, Any, bool]] = {
     "over a subtree": ({"a": {"b": {"c": X}}}, {"a": X}, False),
     "None over a subtree": ({"a": {"b": X}}, {"a": None}, False),
     "list beside dict": ({"a": [X]}, {"a": {"b": X}}, False),
+    "list over dict": ({"a": {"0": X, "b": X}}, {"a": [X]}, False),
     "joined names": ({"a": {"b": X}}, {"a.b": X}, False),
     "trailing slash": ({"a": X}, {"a/": X}, False),
     "some rows": ({"a": fp.Slice(X, 0, 9)}, {"a": fp.Slice(X, 2, 9)}, True),
