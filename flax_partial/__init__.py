@@ -18,6 +18,7 @@ from flax_partial.errors import (
 from flax_partial.finalizing import abort, finalize, finalize_async, status
 from flax_partial.loading import load, metadata, verify
 from flax_partial.options import SaveOptions
+from flax_partial.processes import agree
 from flax_partial.reports import (
     CheckpointMetadata,
     LeafMetadata,
@@ -51,6 +52,7 @@ __all__ = [
     "UnsupportedLeafError",
     "VerifyReport",
     "abort",
+    "agree",
     "finalize",
     "finalize_async",
     "latest",
