@@ -15,6 +15,8 @@ from concurrent import futures
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 import flax_partial as fp
 from flax_partial.callbacks import progress, run_directory
 from flax_partial.callbacks.metrics import check_score, finite_numbers
@@ -47,9 +49,20 @@ class FinalizeHook:
     """Shared by the callbacks that save into the same checkpoints: finalizes each of them once.
 
     Callbacks that save into one directory share one hook. It is never called by a trainer.
+
+    Under `jax.distributed` every process has its own callbacks and hook, whose loops save at the
+    same steps; each saves what its own trainer has. A checkpoint is finalized when all processes
+    have saved their part of it. Where a save fails in one of them, it is given up in all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, timeout_secs: float = 90.0) -> None:
+        """Prepares a hook.
+
+        Args:
+          timeout_secs: For how many seconds a checkpoint waits, in the background, for the other
+            processes to save their part of it; then it is given up.
+        """
+        self._timeout_secs = timeout_secs
         self._lock = threading.RLock()
         self._keys: Counter[str] = Counter()
         self._joined: dict[str, Participant] = {}
@@ -235,9 +248,13 @@ class FinalizeHook:
     def _finalize(self, entry: _Entry, metrics: Mapping[str, Any]) -> None:
         checkpoint, callbacks = entry.checkpoint, list(entry.callbacks.values())
         try:
+            self._await_processes(checkpoint)
             report = checkpoint.finalize(callbacks[0], finite_numbers(metrics))
         except Exception as error:  # noqa: BLE001 - the callbacks decide what follows
             checkpoint.fail(error, callbacks)
+            if jax.process_count() > 1 and not isinstance(error, fp.IncompleteCheckpointError):
+                why = f"a save failed ({error})."
+                run_directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
             return
         if report is None:
             why = f"a save failed ({checkpoint.error})."
@@ -248,6 +265,23 @@ class FinalizeHook:
         for callback in callbacks:
             check_score(report.path, report.metrics, callback.retention.monitor)
             run_directory.prune(report.path.parent, callback.retention)
+
+    def _await_processes(self, checkpoint: PendingCheckpoint) -> None:
+        """Waits until all processes have saved; raises in all of them what failed in one."""
+        if jax.process_count() == 1:
+            return
+
+        def saved() -> None:
+            checkpoint.wait()
+            if checkpoint.error is not None:
+                raise checkpoint.error
+
+        fp.agree(
+            f"saved {checkpoint.path.absolute()}",
+            ready=saved,
+            act=lambda _: None,
+            timeout_secs=self._timeout_secs,
+        )
 
     def _drop(self, entry: _Entry) -> None:
         checkpoint = entry.checkpoint

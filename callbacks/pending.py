@@ -150,7 +150,8 @@ class PendingCheckpoint:
         if metrics:  # not in the background: at the interpreter's exit, no thread can be started
             fp.save(self.path, options=participant.options, **self._message({"metrics": metrics}))
         begun = time.perf_counter()
-        metadata = fp.finalize(self.path, expect=sorted(self.names))
+        everyone = range(jax.process_count())
+        metadata = fp.finalize(self.path, expect=sorted(self.names), processes=everyone)
         finalize_secs = time.perf_counter() - begun
         saves = {group: handle.result() for group, handle in self._saves.items()}
         return CheckpointReport(

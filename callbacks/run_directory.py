@@ -1,4 +1,8 @@
-"""A run's directory of steps: what an ended run left in it, which checkpoints go, which is best."""
+"""A run's directory of steps: what an ended run left in it, which checkpoints go, which is best.
+
+Of several processes one changes the directory, the first; the others wait where they have to see
+what it has done.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import jax
 
 import flax_partial as fp
 from flax_partial.callbacks import completeness
@@ -27,13 +33,24 @@ _HALF_DELETED = re.compile(r"\.removed-\d+|\.\d+\.partial_save\.[0-9a-f]+\.delet
 def recover(directory: Path, *, live: Container[Path] = ()) -> None:
     """Finalizes the sessions whose groups are all there, drops all others, and says which.
 
+    Under `jax.distributed` all processes call it; the first of them does it, and all wait for that.
+
     Args:
       directory: A run's directory of steps; it need not exist.
       live: Checkpoints that this process is writing: they are left alone.
 
     Raises:
       OSError: The storage failed; calling again goes on where this stopped.
+      IncompleteCheckpointError: Some process did not call it in time.
     """
+    fp.agree(
+        f"recover {directory.absolute()}",
+        ready=lambda: None,
+        act=lambda _: _recover(directory, live),
+    )
+
+
+def _recover(directory: Path, live: Container[Path]) -> None:
     entries = sorted(directory.iterdir()) if directory.is_dir() else []
     for entry in entries:
         session = _SESSION.fullmatch(entry.name)
@@ -62,11 +79,18 @@ def drop_unless_complete(path: Path, step: int, why: str) -> None:
 
     One that lacks nothing is left for `recover` to finalize: it failed for some other reason.
     """
+    if not is_primary():
+        return
     try:
         if completeness.missing(fp.status(path), step) is not None:
             _drop(path, why)
     except fp.NoSessionError:
         return
+
+
+def is_primary() -> bool:
+    """Whether this is the process, of several, that changes the directory."""
+    return jax.process_index() == 0
 
 
 def prune(directory: Path, retention: Retention) -> None:
@@ -75,7 +99,7 @@ def prune(directory: Path, retention: Retention) -> None:
     Each goes by one rename, to a name that no reader takes for a step, and is deleted then: killed
     anywhere, a checkpoint is whole or none any more, and `recover` deletes the rest of it.
     """
-    if not retention.removes:
+    if not (retention.removes and is_primary()):
         return
     steps = fp.steps(directory)
     known = scores(directory, steps, retention.monitor) if retention.save_top_k else {}
@@ -120,7 +144,7 @@ def _settle(path: Path, step: int) -> None:
         _drop(path, f"it was left by an ended run, and {lacking}.")
         return
     try:
-        fp.finalize(path)
+        fp.finalize(path, processes=[jax.process_index()])
     except fp.PartialCheckpointError as error:  # calling again would not mend it
         _drop(path, f"it was left by an ended run, and cannot be finalized: {error}")
     else:
