@@ -55,8 +55,8 @@ class LanguageModel:
     def state(self) -> dict[str, Tree]:
         """Everything that later steps depend on, where it is now: each layer on its stage."""
         return {
-            "params": _nest(self._pipeline.params),
-            "opt_state": _nest(self._pipeline.opt_state),
+            "params": nest(self._pipeline.params),
+            "opt_state": nest(self._pipeline.opt_state),
             "rngs": {"dropout": self._dropout_key, "shuffle": self._shuffle_key},
             "metrics": {"epoch_loss": self.epoch_loss},
         }
@@ -68,7 +68,7 @@ class LanguageModel:
         self.epoch_loss = state["metrics"]["epoch_loss"]
         names = self._pipeline.params
         params, opt_state = (
-            {name: _find(state[root], name) for name in names} for root in ("params", "opt_state")
+            {name: find(state[root], name) for name in names} for root in ("params", "opt_state")
         )
         self._pipeline.place(params, opt_state, self._dropout_key)
 
@@ -93,12 +93,12 @@ class LanguageModel:
                 trainer.optimizer_state_ready(name, stage.opt_state[name])
 
         losses = self._pipeline.train_step(batch, trainer.global_step, tell)
-        loss, self.epoch_loss = _mean_losses(losses, self.epoch_loss, np.float32(batch_idx))
+        loss, self.epoch_loss = mean_losses(losses, self.epoch_loss, np.float32(batch_idx))
         return {"loss": loss, "epoch_loss": self.epoch_loss}
 
 
 @jax.jit
-def _mean_losses(
+def mean_losses(
     losses: list[jax.Array], epoch_loss: jax.Array, steps: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The step's loss, and the epoch's so far, which was the mean over `steps` before."""
@@ -106,7 +106,7 @@ def _mean_losses(
     return loss, epoch_loss + (loss - epoch_loss) / (steps + 1)
 
 
-def _nest(layers: ByLayer) -> dict[str, Tree]:
+def nest(layers: ByLayer) -> dict[str, Tree]:
     """From {"blocks.0": tree} to {"blocks": {"0": tree}}."""
     nested: dict[str, Tree] = {}
     for name, tree in layers.items():
@@ -118,7 +118,8 @@ def _nest(layers: ByLayer) -> dict[str, Tree]:
     return nested
 
 
-def _find(nested: Mapping[str, Tree], name: str) -> Tree:
+def find(nested: Mapping[str, Tree], name: str) -> Tree:
+    """What stands in a nested tree under a name with dots."""
     node: Tree = nested
     for key in name.split("."):
         node = node[key]

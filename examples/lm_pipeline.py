@@ -24,7 +24,7 @@ from flax import nnx
 from lm_model import layer_kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     from lm_model import Layer, ModelConfig
     from numpy.typing import NDArray
@@ -49,13 +49,16 @@ def _init_layer(kind: type[Layer], config: ModelConfig, key: jax.Array) -> tuple
     return params, make_optimizer().init(params)
 
 
-def init_layers(config: ModelConfig, key: jax.Array) -> tuple[ByLayer, ByLayer]:
-    """Draws the whole model's parameters, and their optimizer state, by layer name."""
+def init_layers(
+    config: ModelConfig, key: jax.Array, *, only: Container[str] | None = None
+) -> tuple[ByLayer, ByLayer]:
+    """Draws the parameters of the model, or `only` of some layers, and their optimizer state."""
     kinds = layer_kinds(config)
     keys = jax.random.split(key, len(kinds))
     params, opt_state = {}, {}
     for (name, kind), layer_key in zip(kinds.items(), keys, strict=True):
-        params[name], opt_state[name] = _init_layer(kind, config, layer_key)
+        if only is None or name in only:
+            params[name], opt_state[name] = _init_layer(kind, config, layer_key)
     return params, opt_state
 
 
