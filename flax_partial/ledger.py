@@ -101,16 +101,18 @@ class Ledger:
             return visible(leaf.name) + 1 if replace else 0
         newest = max(held.chunks)
         others = held.chunks[newest]
-        is_more_of_it = (
-            chunks is not None
-            and others is not None
-            and chunks.isdisjoint(others)
-            and _is_same_array(leaf, held.leaf)
-        )
-        if is_more_of_it:
+        is_same = _is_same_array(leaf, held.leaf)
+        is_in_pieces = chunks is not None and others is not None
+        if is_same and chunks is not None and others is not None and chunks.isdisjoint(others):
             return newest
         if replace:
             return held.last_generation + 1
+        if is_in_pieces and not is_same:
+            return (
+                f"Leaf {leaf.name!r} is in this session as {held.leaf.summary}, and this piece of "
+                f"it is of {leaf.summary}. Save all pieces with the same kind, dtype and sharding; "
+                "or all of them again with replace=True."
+            )
         what = "is" if chunks is None else "is, or overlaps what is,"
         return (
             f"Leaf {leaf.name!r} {what} already in this session. Pass replace=True to overwrite it."

@@ -127,8 +127,8 @@ def _disagreement(held: _Held) -> str | None:
     for name, leaf in held.by[1:]:
         if _identity(leaf) != first:
             return (
-                f"Leaf {leaf.name!r} was saved as {_described(held.leaf)} by {held.by[0][0]} and "
-                f"as {_described(leaf)} by {name}. Save it again with replace=True."
+                f"Leaf {leaf.name!r} was saved as {held.leaf.summary} by {held.by[0][0]} and "
+                f"as {leaf.summary} by {name}. Save it again with replace=True."
             )
     return None
 
@@ -143,13 +143,6 @@ def _identity(leaf: Leaf) -> tuple[object, ...]:
         leaf.compression,
         leaf.text,
     )
-
-
-def _described(leaf: Leaf) -> str:
-    if not leaf.is_array:
-        return f"{leaf.kind} {leaf.text!r}" if leaf.text else leaf.kind
-    text = f"{leaf.kind} {leaf.dtype}{list(leaf.shape)}"
-    return f"{text} in chunks of {list(leaf.chunk)}"
 
 
 def _whole(held: _Held, dead: dict[str, set[str]], conflicts: list[str]) -> tuple[Leaf, str | None]:

@@ -123,6 +123,13 @@ class Leaf:
         """What the keys of its chunks, and of its zarr metadata, begin with."""
         return prefix_of(self.name)
 
+    @property
+    def summary(self) -> str:
+        """What it is, for an error message."""
+        if not self.is_array:
+            return f"{self.kind} {self.text!r}" if self.text else self.kind
+        return f"{self.kind} {self.dtype}{list(self.shape)} in chunks of {list(self.chunk)}"
+
     def with_boxes(self, boxes: tuple[Box, ...]) -> "Leaf":
         """The same leaf with other boxes."""
         return Leaf(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -200,13 +201,17 @@ def _key(leaf: Leaf, data: np.ndarray) -> jax.Array:
 
 def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     dtype = np.dtype(target.dtype)
-    if leaf.shape != tuple(target.shape) or (leaf.numpy_dtype != dtype and not cast):
+    # A number of Python's has no dtype of its own: it fits where JAX would let it be one.
+    is_number = leaf.kind == kinds.SCALAR and _family(leaf.numpy_dtype) == _family(dtype)
+    is_same = leaf.numpy_dtype == dtype or is_number
+    if leaf.shape != tuple(target.shape) or not (is_same or cast):
         return _differ(leaf, target)
+    convert = partial(_converted, leaf, dtype, is_exact=not cast)
     if isinstance(target, (np.ndarray, np.generic)):
         is_scalar = isinstance(target, np.generic)
 
         def build(data: Sequence[np.ndarray]) -> Any:
-            array = data[0].astype(dtype, copy=False)
+            array = convert(data[0])
             return array[()] if is_scalar else array
 
         return Placement(leaf, _whole(leaf), build)
@@ -215,12 +220,22 @@ def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
         return problem
     sharding = getattr(target, "sharding", None)
     if sharding is None or isinstance(sharding, SingleDeviceSharding):
-        return Placement(
-            leaf,
-            _whole(leaf),
-            lambda data: OnDevice(data[0].astype(dtype, copy=False), sharding),
+        return Placement(leaf, _whole(leaf), lambda data: OnDevice(convert(data[0]), sharding))
+    return _as_sharded(leaf, sharding, convert)
+
+
+def _converted(
+    leaf: Leaf, dtype: np.dtype[Any], array: np.ndarray, *, is_exact: bool
+) -> np.ndarray:
+    """Returns `array` as `dtype`; an integer that does not fit is an error if it is to be exact."""
+    converted = array.astype(dtype, copy=False)
+    is_integer = leaf.kind == kinds.SCALAR and _family(dtype) == "i"
+    if is_exact and is_integer and converted.item() != array.item():
+        raise TargetMismatchError(
+            f"{leaf.name!r} is {array.item()} in the checkpoint, which does not fit the target's "
+            f"{dtype}."
         )
-    return _as_sharded(leaf, dtype, sharding)
+    return converted
 
 
 def _unknown_to_jax(leaf: Leaf, dtype: np.dtype[Any]) -> str | None:
@@ -232,7 +247,9 @@ def _unknown_to_jax(leaf: Leaf, dtype: np.dtype[Any]) -> str | None:
     )
 
 
-def _as_sharded(leaf: Leaf, dtype: np.dtype[Any], sharding: Sharding) -> Placement | str:
+def _as_sharded(
+    leaf: Leaf, sharding: Sharding, convert: Callable[[np.ndarray], np.ndarray]
+) -> Placement | str:
     try:
         indices = sharding.addressable_devices_indices_map(leaf.shape)
         sharding.shard_shape(leaf.shape)
@@ -247,7 +264,7 @@ def _as_sharded(leaf: Leaf, dtype: np.dtype[Any], sharding: Sharding) -> Placeme
     def build(data: Sequence[np.ndarray]) -> jax.Array:
         shards = [
             jax.device_put(
-                array.astype(dtype, copy=False),
+                convert(array),
                 SingleDeviceSharding(device, memory_kind=sharding.memory_kind),
             )
             for array, devices in zip(data, boxes.values(), strict=True)

@@ -209,3 +209,20 @@ def test_no_checkpoint_is_told_apart_from_a_damaged_one(tmp_path: Path, name: st
     for call in (fp.load, fp.metadata, fp.verify):
         with pytest.raises(fp.NoSessionError):
             call(path)
+
+
+def test_a_number_fits_an_array_of_its_family_as_in_jax(path: Path) -> None:
+    """Flax's TrainState counts from a Python int on, and its counter is an array ever after."""
+    target = {"step": jnp.int32(0), "rate": np.float32(0), "done": jnp.array(False)}  # noqa: FBT003
+    expected = {"step": jnp.int32(3), "rate": np.float32(0.5), "done": jnp.array(True)}  # noqa: FBT003
+    trees.assert_same(fp.load(path, target, partial=True), expected)
+    with pytest.raises(fp.TargetMismatchError, match="step"):
+        fp.load(path, {"step": jnp.float32(0)}, partial=True)
+
+
+def test_a_number_that_does_not_fit_is_never_cut_off(tmp_path: Path) -> None:
+    fp.save(tmp_path / "c", {"n": 2**40})
+    fp.finalize(tmp_path / "c")
+    with pytest.raises(fp.TargetMismatchError, match="1099511627776"):
+        fp.load(tmp_path / "c", {"n": jnp.int32(0)})
+    assert fp.load(tmp_path / "c", {"n": 0}) == {"n": 2**40}

@@ -324,3 +324,21 @@ def test_session_that_vanished_and_came_back_is_read_anew(tmp_path: Path) -> Non
     fp.save(tmp_path / "c", {"c": X})
     fp.finalize(tmp_path / "c")
     assert set(fp.load(tmp_path / "c")) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [jnp.zeros((1, 4, 4), jnp.float32), np.zeros((1, 4, 4), np.int32)],
+    ids=["kind", "dtype"],
+)
+def test_rows_of_one_leaf_that_are_not_alike_are_refused_as_such(
+    tmp_path: Path, other: Any
+) -> None:
+    """Replacing is no way out for such a row alone: it would take the others with it."""
+    rows = np.ones((1, 4, 4), np.float32)
+    fp.save(tmp_path / "c", {"w": fp.Slice(rows, 0, 2)})
+    with pytest.raises(fp.KeyConflictError, match="Save all pieces with the same kind"):
+        fp.save(tmp_path / "c", {"w": fp.Slice(other, 1, 2)})
+    fp.save(tmp_path / "c", {"w": fp.Slice(rows, 1, 2)})
+    fp.finalize(tmp_path / "c")
+    trees.assert_same(fp.load(tmp_path / "c"), {"w": np.ones((2, 4, 4), np.float32)})
