@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
-        corpus = pipeline_lm.check_options(options)
+        corpus = check_options(options)
         if options.place is not None:
             run_stage(options, corpus)
             return 0
@@ -70,6 +70,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     except lm_directory.DirectoryError as error:
         parser.error(f"argument --directory: {error}")
+
+
+def check_options(options: argparse.Namespace) -> Corpus:
+    """Checks the options, as `pipeline_lm.py` does its own, and returns the text.
+
+    Raises:
+        UsageError: They ask for what cannot be built.
+    """
+    stages = range(options.stages)
+    if not stages:
+        raise pipeline_lm.UsageError(f"argument --processes: {options.stages} is below 1")
+    if options.kill_stage is not None and options.kill_stage not in stages:
+        raise pipeline_lm.UsageError(
+            f"argument --kill-stage: {options.kill_stage} is not between 0 and {stages[-1]}"
+        )
+    if options.no_checkpoint:
+        raise pipeline_lm.UsageError("argument --no-checkpoint: only pipeline_lm.py has it")
+    return pipeline_lm.check_options(options)
 
 
 def run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
