@@ -1,7 +1,7 @@
 """Run by test_stacked_memory: how much host memory one saved step takes, in a process of its own.
 
-Arguments: where to save, and "rows" or "whole". Prints megabytes of the state, and those by which
-the process's peak grew from before the saved step until two steps later.
+Prints megabytes of the state, and by how many the process's peak grew from before the saved step
+until two steps later: where it was saved in rows, and where it was saved whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
 
-LAYERS, WIDTH = 64, 1 << 20
+LAYERS, WIDTH = 64, 1 << 19
 LAYER_BYTES = 4 * WIDTH
 BUDGET = 4 * LAYER_BYTES
 
@@ -44,22 +44,28 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def main(directory: str, how: str) -> None:
+def new_params() -> dict[str, dict[str, jax.Array]]:
     mesh = Mesh(np.array(jax.devices()), ("stage",))
     sharding = NamedSharding(mesh, PartitionSpec("stage"))
     ones = jax.jit(lambda: jnp.ones((LAYERS, WIDTH)), out_shardings=sharding)
-    params = {"layers": {"w": ones()}}
+    return {"layers": {"w": ones()}}
+
+
+def grown_bytes(directory: Path, stacked: dict[str, int] | None) -> int:
+    """Trains four steps, of which the second is saved."""
+    params = new_params()
     callback = PartialCheckpointCallback(
         directory,
         every_n_epochs=None,
         every_n_train_steps=2,
-        stacked={"params.layers": 0} if how == "rows" else None,
+        stacked=stacked,
         options=fp.SaveOptions(max_inflight_bytes=BUDGET),
     )
     trainer = types.SimpleNamespace(
         global_step=0, current_epoch=0, callback_metrics={}, is_last_batch=False, state=None
     )
     callback.on_fit_start(trainer, None)
+    before = 0
     for number in range(1, 5):
         if number == 2:  # everything is compiled, and all memory of a step touched
             jax.block_until_ready(params)
@@ -72,10 +78,17 @@ def main(directory: str, how: str) -> None:
     jax.block_until_ready(params)
     callback.on_train_end(trainer, None)
     grown = peak_bytes() - before
-    loaded = fp.load(Path(directory, "2"), target={"params": params})["params"]["layers"]["w"]
+    loaded = fp.load(directory / "2", target={"params": params})["params"]["layers"]["w"]
     assert (loaded == 3).all()
-    sys.stdout.write(f"{LAYERS * LAYER_BYTES / 1e6:.0f} {grown / 1e6:.0f}\n")
+    return grown
+
+
+def main(directory: str) -> None:
+    rows = grown_bytes(Path(directory, "rows"), {"params.layers": 0})
+    whole = grown_bytes(Path(directory, "whole"), None)
+    found = (LAYERS * LAYER_BYTES, rows, whole)
+    sys.stdout.write(" ".join(f"{size / 1e6:.0f}" for size in found))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])
