@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -54,7 +55,8 @@ def check(stacked: Stacked) -> dict[str, int]:
     Raises:
       TypeError: Something is no name of a leaf, or no number of an axis.
     """
-    for name, axis in stacked.items():
+    given: Mapping[Any, Any] = stacked
+    for name, axis in given.items():
         if not isinstance(name, str) or not isinstance(axis, int) or isinstance(axis, bool):
             raise TypeError(
                 f"stacked has {name!r}: {axis!r}; it maps names of leaves or subtrees, such as "
@@ -155,7 +157,7 @@ def _is_cuttable(value: Any) -> bool:
     An axis without rows leaves nothing to save in pieces.
     """
     if isinstance(value, jax.Array):
-        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
         is_known = isinstance(value.sharding, NamedSharding | SingleDeviceSharding)
         return value.size > 0 and is_known and not is_key
     return isinstance(value, np.ndarray) and value.size > 0
@@ -190,7 +192,8 @@ def _cut_shards(value: jax.Array, row: int, axis: int) -> jax.Array:
 def _cut_one(shard: jax.Array, row: int, axis: int) -> jax.Array:
     # The mesh that a training loop has set would forbid what runs on one of its devices.
     with jax.set_mesh(_NO_MESH):
-        return _jit_cut(shard, np.int32(row), axis)
+        cut: jax.Array = _jit_cut(shard, np.int32(row), axis)
+    return cut
 
 
 _NO_MESH = Mesh(np.empty((), object), ())
