@@ -248,8 +248,9 @@ class FinalizeHook:
     def _finalize(self, entry: _Entry, metrics: Mapping[str, Any]) -> None:
         checkpoint, callbacks = entry.checkpoint, list(entry.callbacks.values())
         try:
-            self._await_processes(checkpoint)
-            report = checkpoint.finalize(callbacks[0], finite_numbers(metrics))
+            report = checkpoint.finalize(
+                callbacks[0], finite_numbers(metrics), timeout_secs=self._timeout_secs
+            )
         except Exception as error:  # noqa: BLE001 - the callbacks decide what follows
             checkpoint.fail(error, callbacks)
             if jax.process_count() > 1 and not isinstance(error, fp.IncompleteCheckpointError):
@@ -265,23 +266,6 @@ class FinalizeHook:
         for callback in callbacks:
             check_score(report.path, report.metrics, callback.retention.monitor)
             run_directory.prune(report.path.parent, callback.retention)
-
-    def _await_processes(self, checkpoint: PendingCheckpoint) -> None:
-        """Waits until all processes have saved; raises in all of them what failed in one."""
-        if jax.process_count() == 1:
-            return
-
-        def saved() -> None:
-            checkpoint.wait()
-            if checkpoint.error is not None:
-                raise checkpoint.error
-
-        fp.agree(
-            f"saved {checkpoint.path.absolute()}",
-            ready=saved,
-            act=lambda _: None,
-            timeout_secs=self._timeout_secs,
-        )
 
     def _drop(self, entry: _Entry) -> None:
         checkpoint = entry.checkpoint

@@ -15,7 +15,7 @@ from flax_partial.callbacks import completeness, grouping, stacking
 from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -130,41 +130,70 @@ class PendingCheckpoint:
             participant.failed(error)
 
     def finalize(
-        self, participant: Participant, metrics: Mapping[str, float]
+        self, participant: Participant, metrics: Mapping[str, float], *, timeout_secs: float
     ) -> CheckpointReport | None:
-        """Waits for all saves and finalizes; None if a save has failed: the session is left then.
+        """Waits for all saves, in all processes, and finalizes.
 
         Args:
           participant: One of the callbacks.
           metrics: Name to number, to store with the checkpoint.
+          timeout_secs: For how many seconds to wait for other processes.
+
+        Returns:
+          What was finalized; None if a save of this process has failed: the session is left then.
 
         Raises:
           EmptyStateError: No callback saved anything.
-          PartialCheckpointError, OSError: Finalize failed; the session is left as it was.
+          IncompleteCheckpointError: Some process was not done in time.
+          PartialCheckpointError, OSError: Finalize, or a save of another process, failed; the
+            session is left as it was.
         """
-        if not self.names and self.error is None:
-            raise fp.EmptyStateError("No callback had anything to save.")
-        self.wait()
-        if self.error is not None:
-            return None
-        if metrics:  # not in the background: at the interpreter's exit, no thread can be started
-            fp.save(self.path, options=participant.options, **self._message({"metrics": metrics}))
-        begun = time.perf_counter()
-        everyone = range(jax.process_count())
-        metadata = fp.finalize(self.path, expect=sorted(self.names), processes=everyone)
-        finalize_secs = time.perf_counter() - begun
+        begun = [0.0]
+
+        def save_all() -> list[str]:
+            self._require_saved(participant, metrics)
+            begun[0] = time.perf_counter()
+            return sorted(self.names)
+
+        try:
+            fp.agree(
+                f"checkpoint {self.path.absolute()}",
+                ready=save_all,
+                act=self._commit,
+                timeout_secs=timeout_secs,
+            )
+        except Exception:
+            if self.error is not None:
+                return None
+            raise
+        finalize_secs = time.perf_counter() - begun[0]
         saves = {group: handle.result() for group, handle in self._saves.items()}
         return CheckpointReport(
             path=self.path,
             step=self.step,
             epoch=self.epoch,
             saves=saves,
-            bytes=metadata.bytes,
+            bytes=fp.metadata(self.path).bytes,
             metrics=metrics,
             blocked_secs=self.held.secs,
             write_secs=sum(save.write_secs for save in saves.values()),
             finalize_secs=finalize_secs,
         )
+
+    def _require_saved(self, participant: Participant, metrics: Mapping[str, float]) -> None:
+        """Waits for all saves of this process; raises why there is no checkpoint of it."""
+        if not self.names and self.error is None:
+            raise fp.EmptyStateError("No callback had anything to save.")
+        self.wait()
+        if self.error is not None:
+            raise self.error
+        if metrics:  # not in the background: at the interpreter's exit, no thread can be started
+            fp.save(self.path, options=participant.options, **self._message({"metrics": metrics}))
+
+    def _commit(self, names: Mapping[int, Sequence[str]]) -> None:
+        """Finalizes what all processes have saved, given the names of their leaves."""
+        expected = sorted({name for of_one in names.values() for name in of_one})
+        fp.finalize(self.path, expect=expected, processes=[jax.process_index()])
 
     def _claim(self, participant: Participant, tree: Any) -> grouping.Leaves:
         """Returns the leaves of a tree, but for those that another callback saves."""

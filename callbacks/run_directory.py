@@ -43,6 +43,7 @@ def recover(directory: Path, *, live: Container[Path] = ()) -> None:
       OSError: The storage failed; calling again goes on where this stopped.
       IncompleteCheckpointError: Some process did not call it in time.
     """
+    jax.process_index()  # starts JAX's devices, which involves all processes: so not in `act`
     fp.agree(
         f"recover {directory.absolute()}",
         ready=lambda: None,
