@@ -131,8 +131,9 @@ def train(  # noqa: PLR0917 - what a process is started with
         answer.send(("ended", *_train(directory, index, count, victim_plan, answer)))
     except Exception as error:  # noqa: BLE001 - the trial judges it
         answer.send(("raised", type(error).__name__, str(error)))
-    answer.close()
-    os._exit(0)  # the others are gone: nobody is left to end a job with
+    with contextlib.suppress(EOFError):
+        answer.recv()  # with the first process JAX's service would go, and with that all others
+    os._exit(0)
 
 
 def _train(
@@ -213,11 +214,16 @@ class Job:
         self.processes = [_start(train, directory, port, i, count, plan) for i in range(count)]
 
     def listen(self, index: int, deadline: float) -> int | None:
-        """Hears a process to its end; returns its exit status, None if it did not end."""
+        """Hears a process to its end; returns its exit status, None if it did not end.
+
+        One that has answered stands by until all have; it counts as ended.
+        """
         process, pipe = self.processes[index]
         with contextlib.suppress(EOFError, ConnectionResetError):
             while pipe.poll(max(deadline - time.monotonic(), 0)):
                 self.said[index].append(pipe.recv())
+                if self.said[index][-1][0] in {"ended", "raised"}:
+                    return 0
         process.join(max(deadline - time.monotonic(), 0.1))
         return process.exitcode
 
@@ -268,7 +274,7 @@ def run_trial(plan: Plan, directory: Path) -> str:
     restored = set(after.heard("restored"))
     assert len(after.heard("ended")) == plan.processes_after, after.said
     assert len(restored) == 1, after.said
-    assert restored.pop() == max([newest, *complete])
+    assert restored.pop() == max([newest, *complete]), (after.said, newest, complete)
     assert not list(directory.glob("*.partial_save"))
     return " and ".join(sorted(outcomes))
 
@@ -279,12 +285,11 @@ def _judged(plan: Plan, job: Job, index: int, deadline: float) -> str:
     said = job.said[index]
     assert status is not None, f"process {index} hangs: {said}"
     if status == -signal.SIGABRT:
-        assert plan.victim == 0
-        assert not plan.is_service_apart
+        assert (plan.victim, plan.is_service_apart) == (0, False), said
         return "JAX ended them"
     assert status == 0, (status, said)
     if said[-1][0] == "ended":  # the kill came after all that the others had to do
-        assert plan.step == STEPS
+        assert plan.step == STEPS, said
         return "all was done"
     _, kind, text = said[-1]
     assert kind == "IncompleteCheckpointError", said
