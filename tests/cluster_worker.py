@@ -12,6 +12,7 @@ import resource
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import flax_partial as fp
+from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -277,6 +279,44 @@ def save_past_the_limit(path: str) -> None:
             time.sleep(0.01)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def run_loop(directory: str, steps: int, *, failing_step: int = 0) -> tuple[int, list[int]]:
+    """Trains with the callback; returns what it restored, and the steps that it finalized."""
+    callback = PartialCheckpointCallback(
+        directory,
+        every_n_epochs=None,
+        every_n_train_steps=1,
+        keep_last=2,
+        state_fn=lambda trainer, _: {"progress": {"step": trainer.global_step}},
+        finalizer=FinalizeHook(timeout_secs=20),
+        options=QUICK,
+    )
+    trainer = types.SimpleNamespace(
+        global_step=0, current_epoch=0, callback_metrics={"loss": 0.5}, is_last_batch=False
+    )
+    callback.setup(trainer, None, "fit")
+    try:
+        callback.on_fit_start(trainer, None)
+        restored = callback.restore({"progress": {"step": 0}})
+        trainer.global_step = restored[1] if restored else 0
+        callback.on_train_start(trainer, None)
+        for step in range(trainer.global_step + 1, steps + 1):
+            callback.on_train_batch_start(trainer, None, None, step)
+            own = {"w": np.full(1 << 16, step, np.float32)}
+            if step == failing_step:
+                callback.finalizer.wait()  # the step before is to succeed
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+            callback.on_layer_ready(trainer, f"layer{jax.process_index()}", own)
+            trainer.global_step = step
+            callback.on_train_batch_end(trainer, None, None, None, step)
+        callback.on_train_end(trainer, None)
+    except Exception as error:
+        callback.on_exception(trainer, None, error)
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return restored[1] if restored else 0, [report.step for report in callback.reports]
 
 
 def sleep(secs: float) -> None:

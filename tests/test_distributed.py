@@ -425,6 +425,39 @@ def test_path_can_be_used_again(three: Cluster, tmp_path: Path) -> None:
         shutil.rmtree(path)
 
 
+# The callback, in each process one.
+
+
+def test_callbacks_of_all_processes_make_one_run(three: Cluster, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert three.call("run_loop", str(directory), 3) == [(0, [1, 2, 3])] * 3
+    assert fp.steps(directory) == [2, 3]
+    assert fp.verify(directory / "3").ok
+    layers = [f"params.layer{i}.w" for i in range(3)]
+    assert set(fp.metadata(directory / "3").leaves) == {*layers, "progress.step"}
+    assert fp.metadata(directory / "3").custom_metadata["metrics"] == {"loss": 0.5}
+    assert three.call("run_loop", str(directory), 5) == [(3, [4, 5])] * 3
+
+
+def test_save_that_fails_in_one_process_gives_the_checkpoint_up_in_all(
+    three: Cluster, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    begun = {
+        i: process.call("run_loop", str(directory), 4, failing_step=2 if i == 1 else 0)
+        for i, process in enumerate(three.processes)
+    }
+    errors = errors_of(begun)
+    assert all(isinstance(error, OSError) for error in errors), errors
+    assert len({type(error) for error in errors}) == 1
+    assert fp.steps(directory)[0] == 1
+    assert 2 not in fp.steps(directory)
+    restored = three.call("run_loop", str(directory), 5)
+    assert restored[0] == restored[1] == restored[2]
+    assert fp.latest(directory) == directory / "5"
+    assert not list(directory.glob("*.partial_save"))
+
+
 # Without jax.distributed.
 
 
