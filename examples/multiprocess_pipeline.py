@@ -218,7 +218,8 @@ class Lines:
             )
 
     def _say(self, text: str) -> None:
-        print(f"[stage {self._stage}] {text}", flush=True)
+        sys.stdout.write(f"[stage {self._stage}] {text}\n")  # at once: other stages write here too
+        sys.stdout.flush()
 
 
 class Kill:
