@@ -13,14 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
 
 WORKER = Path(__file__).with_name("cluster_worker.py")
 ANSWER_SECS = 60.0
@@ -41,14 +41,12 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=file,
             )
-        self._turn = threading.Lock()
+        self._receiver = ThreadPoolExecutor(1)  # answers come in the order of the calls
 
     def call(self, name: str, *arguments: Any, **options: Any) -> Future[Any]:
         """Has the process call a function of the worker; the future has what it returned."""
-        answer: Future[Any] = Future()
         self._send((name, arguments, options))
-        threading.Thread(target=self._receive, args=(answer,), daemon=True).start()
-        return answer
+        return self._receiver.submit(self._receive)
 
     def _send(self, message: Any) -> None:
         assert self._process.stdin is not None
@@ -56,18 +54,15 @@ class Process:
             pickle.dump(message, self._process.stdin)
             self._process.stdin.flush()
 
-    def _receive(self, answer: Future[Any]) -> None:
+    def _receive(self) -> Any:
         assert self._process.stdout is not None
         try:
-            with self._turn:
-                returned, error = pickle.load(self._process.stdout)  # noqa: S301 - our own worker
+            returned, error = pickle.load(self._process.stdout)  # noqa: S301 - our own worker
         except (EOFError, pickle.UnpicklingError):
-            answer.set_exception(AssertionError(f"the process ended:\n{self.printed()}"))
-            return
+            raise AssertionError(f"the process ended:\n{self.printed()}") from None
         if error is not None:
-            answer.set_exception(error)
-        else:
-            answer.set_result(returned)
+            raise error
+        return returned
 
     def printed(self) -> str:
         return self._log.read_text(errors="replace")[-4000:]
@@ -91,8 +86,8 @@ class Process:
         self.ask_to_end()
         self.kill()
         assert self._process.stdout is not None
-        with self._turn:
-            self._process.stdout.close()
+        self._receiver.shutdown()
+        self._process.stdout.close()
 
 
 class Cluster:
