@@ -6,12 +6,13 @@ costs milliseconds. Only NumPy arrays are saved there, so that no JAX backend is
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
 import types
 from typing import TYPE_CHECKING, Any
+
+from preloaded import server
 
 import flax_partial as fp
 from flax_partial import arrays, storage
@@ -21,16 +22,14 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 _CHANGES = frozenset(("os.mkdir", "os.rename", "os.remove", "os.rmdir", "ctypes.dlsym"))
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["flax_partial"])
 
 
 class Worker:
     """A process that calls the package for us, one call after another."""
 
     def __init__(self) -> None:
-        self._mine, theirs = _SERVER.Pipe()
-        self._process = _SERVER.Process(target=_serve, args=(theirs,), daemon=True)
+        self._mine, theirs = server().Pipe()
+        self._process = server().Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -87,7 +86,7 @@ def run_and_die(call: str, path: str, state: Any, event: int) -> bool:
     Returns:
       Whether it was killed; False where it ended before the event came.
     """
-    process = _SERVER.Process(target=_die_at, args=(call, path, state, event))
+    process = server().Process(target=_die_at, args=(call, path, state, event))
     process.start()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode

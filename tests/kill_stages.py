@@ -20,7 +20,6 @@ import argparse
 import collections
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -36,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from cluster import free_port
+from preloaded import server
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -47,9 +47,6 @@ TIMEOUT_SECS = 1.0
 # The timeout, the other processes' slack, as long again if it had begun to act, and a slow machine.
 MOST_SECS = 2 * TIMEOUT_SECS + 1.0 + 4.0
 PHASES = ("streaming", "handed over", "finalizing")
-
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["flax_partial.callbacks", "jax._src.distributed"])
 
 
 @dataclass(frozen=True)
@@ -240,8 +237,8 @@ class Job:
 
 
 def _start(target: Any, *arguments: Any) -> tuple[ForkServerProcess, Connection]:
-    mine, theirs = _SERVER.Pipe()
-    process = _SERVER.Process(target=target, args=(*arguments, theirs), daemon=True)
+    mine, theirs = server().Pipe()
+    process = server().Process(target=target, args=(*arguments, theirs), daemon=True)
     process.start()
     theirs.close()
     return process, mine

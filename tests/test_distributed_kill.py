@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_killed_stage_is_named_and_the_next_job_has_every_bit(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ("--layers", "4", "--width", "32", "--steps-per-epoch", "3", "--epochs", "2")
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--layers", "4", "--width", "32", "--steps-per-epoch", "2")
 
 

@@ -1,0 +1,28 @@
+"""A server from which tests fork processes that have the package imported: 20 ms each, not 2 s."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+from multiprocessing import forkserver
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
+
+
+@functools.cache
+def server() -> ForkServerContext:
+    """The server, started where it finds the installed package, not the checkout around it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["flax_partial.callbacks", "jax._src.distributed"])
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
+    return context
