@@ -81,8 +81,8 @@ class LeafMetadata:
 
     Attributes:
       name: Keys of its path, joined with a dot.
-      kind: `jax.Array`, `np.ndarray`, `np.generic`, `scalar`, `string`, `None`, `dict`, `list`,
-        `tuple` or `prng_key`.
+      kind: `jax.Array`, `np.ndarray`, `np.generic`, `scalar`, `string`, `None`, `prng_key`, or an
+        empty `dict`, `list`, `tuple` or `namedtuple`.
       shape: Global shape; `()` for what is not an array. A PRNG key's is that of the key array.
       dtype: Name of its dtype (`bfloat16`, `int64`, `key<fry>`, ...); empty where there is none.
       bytes: Size of its data when read, in bytes.
