@@ -5,7 +5,7 @@ costs what the claimed leaves cost, however many are held.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from flax_partial.chunks import chunk_numbers
 from flax_partial.errors import KeyConflictError
@@ -14,12 +14,16 @@ from flax_partial.part import Leaf, Part
 
 
 @dataclass(slots=True)
-class _HeldLeaf:
-    """What this process has saved, or is saving, of one leaf: by generation."""
+class _Generation:
+    """What this process has saved, or is saving, of one generation of a leaf.
+
+    Attributes:
+      leaf: The leaf as it is in this generation.
+      chunks: Numbers of the chunks; None for the whole leaf.
+    """
 
     leaf: Leaf
-    last_generation: int
-    chunks: dict[int, set[int] | None] = field(default_factory=dict)
+    chunks: set[int] | None
 
 
 class Ledger:
@@ -30,7 +34,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._tree = KeyTree()
-        self._held: dict[str, _HeldLeaf] = {}
+        self._held: dict[str, dict[int, _Generation]] = {}
 
     def load(self, part: Part) -> None:
         """Takes over a part that an earlier run of this process committed."""
@@ -73,15 +77,16 @@ class Ledger:
     def release(self, leaves: Sequence[Leaf]) -> None:
         """Takes back the claims of a save that failed."""
         for leaf in leaves:
-            held = self._held.get(leaf.name)
-            if held is None or leaf.generation not in held.chunks:
+            generations = self._held.get(leaf.name, {})
+            held = generations.get(leaf.generation)
+            if held is None:
                 continue  # the session was forgotten meanwhile
-            chunks, mine = held.chunks[leaf.generation], _chunks_of(leaf)
-            if chunks is not None and mine is not None and chunks - mine:
-                chunks -= mine
+            mine = _chunks_of(leaf)
+            if held.chunks is not None and mine is not None and held.chunks - mine:
+                held.chunks -= mine
                 continue
-            del held.chunks[leaf.generation]
-            if not held.chunks:
+            del generations[leaf.generation]
+            if not generations:
                 del self._held[leaf.name]
                 self._tree.discard(held.leaf.path)
 
@@ -96,20 +101,20 @@ class Ledger:
         problem = self._tree.problem_with(leaf.path)
         if problem:
             return problem
-        held = self._held.get(leaf.name)
-        if held is None:
+        generations = self._held.get(leaf.name)
+        if generations is None:
             return visible(leaf.name) + 1 if replace else 0
-        newest = max(held.chunks)
-        others = held.chunks[newest]
-        is_same = _is_same_array(leaf, held.leaf)
+        newest = max(generations)
+        held, others = generations[newest].leaf, generations[newest].chunks
+        is_same = _is_same_array(leaf, held)
         is_in_pieces = chunks is not None and others is not None
         if is_same and chunks is not None and others is not None and chunks.isdisjoint(others):
             return newest
         if replace:
-            return held.last_generation + 1
+            return newest + 1
         if is_in_pieces and not is_same:
             return (
-                f"Leaf {leaf.name!r} is in this session as {held.leaf.summary}, and this piece of "
+                f"Leaf {leaf.name!r} is in this session as {held.summary}, and this piece of "
                 f"it is of {leaf.summary}. Save all pieces with the same kind, dtype and sharding; "
                 "or all of them again with replace=True."
             )
@@ -119,20 +124,17 @@ class Ledger:
         )
 
     def _hold(self, leaf: Leaf, chunks: frozenset[int] | None) -> None:
-        held = self._held.get(leaf.name)
-        if held is None:
+        generations = self._held.get(leaf.name)
+        if generations is None:
             if self._tree.problem_with(leaf.path):
                 return  # only parts on disk can be at odds; finalize will say so
             self._tree.add(leaf.path)
-            held = self._held[leaf.name] = _HeldLeaf(leaf, leaf.generation)
-        if leaf.generation >= held.last_generation:
-            held.leaf, held.last_generation = leaf, leaf.generation
-        if chunks is None:
-            held.chunks[leaf.generation] = None
-            return
-        others = held.chunks.setdefault(leaf.generation, set())
-        if others is not None:
-            others |= chunks
+            generations = self._held[leaf.name] = {}
+        held = generations.setdefault(leaf.generation, _Generation(leaf, set()))
+        if chunks is None or held.chunks is None:
+            held.chunks = None
+        else:
+            held.chunks |= chunks
 
 
 def _chunks_of(leaf: Leaf) -> frozenset[int] | None:

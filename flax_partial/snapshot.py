@@ -177,7 +177,7 @@ def _describe_array(
     placed, unit, sharding = _boxes(value, axis)
     if cut is not None and cut.sharding is not None:
         sharding = _sharding_json(cut.sharding, None)
-    if unit == shape and value.nbytes <= chunk_bytes and value.size:
+    if cut is None and unit == shape and value.nbytes <= chunk_bytes and value.size:
         chunk = shape
     else:
         chunk = choose_chunk_shape(
