@@ -1,19 +1,14 @@
-"""The one module that speaks tensorstore: write a part, merge parts, read leaves.
+"""The one module that speaks tensorstore: reads arrays, and compresses their chunks.
 
-Arrays are zarr3 in an OCDBT database, one database a part and one for the finalized checkpoint,
-whose values refer to the parts' data files. A part holds chunks only; the zarr metadata of a leaf
-is a function of its table entry and is written once, when parts are merged.
-
-Small chunks are written and read as raw key-value pairs, which costs a twentieth of opening a zarr
-array; large ones through zarr, which takes no extra memory. Both give the same bytes on disk.
-tensorstore's own fsyncs are off: `storage` makes data durable, once, in the order that matters.
+Arrays are zarr3 in an OCDBT database, whose values refer to the parts' data files. Small chunks are
+read as raw key-value pairs, which costs a twentieth of opening a zarr array; large ones through
+zarr, which reads them in parallel.
 """
 
-import errno
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,188 +24,42 @@ from flax_partial.chunks import (
 )
 from flax_partial.errors import CorruptCheckpointError
 from flax_partial.keypaths import prefix_of
-from flax_partial.merge import PartCopy
 from flax_partial.orbax_format import zarr_metadata
-from flax_partial.part import Box, Leaf, digest
+from flax_partial.part import Box, Leaf, digests_of
 
-_RAW_CHUNK_BYTES = 128 * 1024  # above this a raw write's extra copies cost more than a zarr open
-_INLINE_BYTES = 1024
-_DATA_FILE_BYTES = 128 << 20
-_OPEN_AT_ONCE = 512
+_RAW_CHUNK_BYTES = 128 * 1024  # above this a raw read's extra copy costs more than a zarr open
 
 Region = tuple[Leaf, Shape, Shape]
-HostBoxes = Sequence[tuple[Leaf, Sequence[np.ndarray]]]
 
 
-def write_part(directory: Path, boxes: HostBoxes, *, checksum: bool) -> list[Leaf]:
-    """Writes boxes of leaves into a part's new database, in one atomic transaction.
-
-    Args:
-      directory: The part's directory, absolute.
-      boxes: Each array leaf with the data of each of its boxes, in the order of `leaf.boxes`.
-      checksum: Whether to take a digest of every chunk.
-
-    Returns:
-      The leaves, their boxes with digests.
-
-    Raises:
-      OSError: Writing failed; the directory may hold part of the data, and no table of contents.
-    """
-    if not any(math.prod(box.shape) for leaf, _ in boxes for box in leaf.boxes):
-        return [leaf for leaf, _ in boxes]
+def encoded_chunks(leaf: Leaf, array: np.ndarray) -> Iterator[bytes]:
+    """Yields the chunks of a box as the codecs of its leaf store them, in C order."""
     context = _context()
-    transaction = ts.Transaction(atomic=True)
-    try:
-        database = ts.KvStore.open(_database(directory, create=True), context=context).result()
-        raw = database.with_transaction(transaction)
-        copies: list[Any] = []
-        for leaf, data in boxes:
-            if not data:
-                continue
-            if _is_raw(leaf):
-                _write_raw(raw, leaf, data)
-            else:
-                copies += _write_zarr(directory, context, transaction, leaf, data)
-        written = [_with_digests(leaf, data) if checksum else leaf for leaf, data in boxes]
-        for copy in copies:
-            copy.result()
-        transaction.commit_sync()
-    except ValueError as error:
-        raise _as_os_error(error, directory) from error
-    return written
+    memory = ts.KvStore.open("memory://", context=context).result()
+    alone = replace(leaf, shape=array.shape, boxes=())
+    spec = {
+        "driver": "zarr3",
+        "metadata": json.loads(zarr_metadata(alone)),
+        "kvstore": {"driver": "memory", "path": leaf.prefix},
+        "store_data_equal_to_fill_value": True,
+    }
+    store = ts.open(spec, open=True, assume_metadata=True, context=context).result()
+    store.write(array).result()
+    for key in alone.keys_of(Box((0,) * array.ndim, array.shape)):
+        yield memory.read(key).result().value
 
 
 def _context() -> ts.Context:
     """A fresh one each time: it caches manifests, also those of files that were deleted since."""
-    return ts.Context({"file_io_sync": False})
+    return ts.Context()
 
 
-def _database(directory: Path, *, create: bool) -> dict[str, Any]:
-    spec: dict[str, Any] = {
-        "driver": "ocdbt",
-        "base": {"driver": "file", "path": f"{directory}/"},
-    }
-    if create:  # naming a configuration when only reading would write one
-        spec["config"] = {"max_inline_value_bytes": _INLINE_BYTES, "compression": None}
-        spec["target_data_file_size"] = _DATA_FILE_BYTES
-    return spec
+def _database(directory: Path) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}}
 
 
 def _is_raw(leaf: Leaf) -> bool:
-    chunk_bytes = math.prod(leaf.chunk) * leaf.numpy_dtype.itemsize
-    return chunk_bytes <= _RAW_CHUNK_BYTES and leaf.compression is None
-
-
-def _write_raw(database: ts.KvStore, leaf: Leaf, data: Sequence[np.ndarray]) -> None:
-    for box, array in zip(leaf.boxes, data, strict=True):
-        if box.shape == leaf.chunk:
-            database.write(next(leaf.keys_of(box)), array.tobytes())
-            continue
-        regions = chunk_regions(box.shape, leaf.chunk)
-        for key, region in zip(leaf.keys_of(box), regions, strict=True):
-            database.write(key, _padded(array[region], leaf.chunk).tobytes())
-
-
-def _padded(array: np.ndarray, shape: Shape) -> np.ndarray:
-    """zarr stores the chunks at an array's end whole."""
-    if array.shape == shape:
-        return array
-    padded = np.zeros(shape, array.dtype)
-    padded[tuple(map(slice, array.shape))] = array
-    return padded
-
-
-def _write_zarr(
-    directory: Path,
-    context: ts.Context,
-    transaction: ts.Transaction,
-    leaf: Leaf,
-    data: Sequence[np.ndarray],
-) -> list[Any]:
-    spec = {
-        "driver": "zarr3",
-        "metadata": json.loads(zarr_metadata(leaf)),
-        "kvstore": _database(directory, create=True) | {"path": leaf.prefix},
-        "store_data_equal_to_fill_value": True,  # a chunk that is not there is a lost one
-    }
-    store = ts.open(
-        spec, open=True, assume_metadata=True, context=context, transaction=transaction
-    ).result()
-    writes = []
-    for box, array in zip(leaf.boxes, data, strict=True):
-        # The transaction keeps references to the data, not copies: nobody changes a snapshot.
-        region = store[slices(box.start, box.shape)]
-        writes.append(region.write(array, can_reference_source_data_indefinitely=True).copy)
-    return writes
-
-
-def _with_digests(leaf: Leaf, data: Sequence[np.ndarray]) -> Leaf:
-    boxes = [
-        Box(box.start, box.shape, tuple(digests_of(array, leaf.chunk)))
-        for box, array in zip(leaf.boxes, data, strict=True)
-    ]
-    return leaf.with_boxes(tuple(boxes))
-
-
-def digests_of(array: np.ndarray, chunk: Shape) -> Iterator[str]:
-    """Yields the digest of each chunk of a box's data, in C order."""
-    if array.shape == chunk:
-        yield digest(_bytes_view(array))
-        return
-    for region in chunk_regions(array.shape, chunk):
-        yield digest(_bytes_view(array[region]))
-
-
-def _bytes_view(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def merge_parts(state: Path, copies: Sequence[PartCopy], leaves: Sequence[Leaf]) -> None:
-    """Makes the root database: references to the parts' chunks, and each leaf's zarr metadata.
-
-    Args:
-      state: Directory of the parts, absolute; it holds no root database.
-      copies: What to take from which part.
-      leaves: The merged leaves.
-
-    Raises:
-      CorruptCheckpointError: A part's database cannot be read.
-      OSError: Writing failed.
-    """
-    context = _context()
-    root = ts.KvStore.open(_database(state, create=True), context=context).result()
-    transaction = ts.Transaction(atomic=True)
-    target = root.with_transaction(transaction)
-    try:
-        for first in range(0, len(copies), _OPEN_AT_ONCE):
-            _copy_parts(state, copies[first : first + _OPEN_AT_ONCE], target, context)
-        for leaf in leaves:
-            if leaf.is_array:
-                target.write(leaf.prefix + "zarr.json", zarr_metadata(leaf))
-        transaction.commit_sync()
-    except ValueError as error:
-        raise _as_os_error(error, state) from error
-
-
-def _copy_parts(
-    state: Path, copies: Sequence[PartCopy], target: ts.KvStore, context: ts.Context
-) -> None:
-    opened = [
-        ts.KvStore.open(_database(state / copy.part, create=False), context=context)
-        for copy in copies
-    ]
-    copying = []
-    for copy, future in zip(copies, opened, strict=True):
-        database = future.result()
-        ranges = [None] if copy.ranges is None else [ts.KvStore.KeyRange(*r) for r in copy.ranges]
-        for source_range in ranges:
-            done = database.experimental_copy_range_to(target, source_range=source_range)
-            copying.append((copy.part, done))
-    for part, done in copying:
-        try:
-            done.result()
-        except ValueError as error:
-            raise CorruptCheckpointError(f"{state / part}: cannot be read: {error}") from error
+    return leaf.chunk_bytes <= _RAW_CHUNK_BYTES and leaf.compression is None
 
 
 def read_regions(state: Path, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
@@ -234,7 +83,7 @@ class _Reader:
 
     def __init__(self, state: Path) -> None:
         self._context = _context()
-        self._spec = _database(state, create=False)
+        self._spec = _database(state)
         self._database = ts.KvStore.open(self._spec, context=self._context).result()
 
     def start(self, leaf: Leaf, start: Shape, shape: Shape) -> Callable[[], np.ndarray]:
@@ -334,7 +183,7 @@ def open_stores(
       For each name the open array, or what tensorstore says.
     """
     context = _context()
-    base: dict[str, Any] = _database(directory, create=False) if in_database else {"driver": "file"}
+    base: dict[str, Any] = _database(directory) if in_database else {"driver": "file"}
     root = "" if in_database else f"{directory}/"
     opening = [
         ts.open(
@@ -393,34 +242,3 @@ def _result(future: ts.Future[Any]) -> Any:
         return future.result()
     except ValueError as error:
         return error
-
-
-def read_zarr_metadata(state: Path, leaves: Sequence[Leaf]) -> dict[str, str]:
-    """Compares the zarr metadata in a root database with what the leaves ask for.
-
-    Returns:
-      Name of each leaf whose metadata is not the expected, to what is wrong.
-    """
-    database = ts.KvStore.open(_database(state, create=False), context=_context()).result()
-    reads = [(leaf, database.read(leaf.prefix + "zarr.json")) for leaf in leaves if leaf.is_array]
-    problems = {}
-    for leaf, read in reads:
-        try:
-            found = read.result().value
-        except ValueError as error:
-            problems[leaf.name] = f"its zarr metadata cannot be read: {error}"
-            continue
-        if found != zarr_metadata(leaf):
-            problems[leaf.name] = "its zarr metadata is missing, or not what the parts add up to"
-    return problems
-
-
-def _as_os_error(error: ValueError, directory: Path) -> OSError:
-    """tensorstore reports what the operating system refused as ValueError, with its words."""
-    text = str(error)
-    code = next((code for code, words in _OS_ERRORS.items() if words in text), errno.EIO)
-    return OSError(code, f"{os.strerror(code)} ({text})", str(directory))
-
-
-_REFUSALS = ("ENOSPC", "EDQUOT", "EACCES", "EROFS", "ENOENT", "EMFILE")
-_OS_ERRORS = {code: os.strerror(code) for code in (getattr(errno, name) for name in _REFUSALS)}

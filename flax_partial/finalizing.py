@@ -8,9 +8,14 @@ from the parts.
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from flax_partial import arrays, orbax_format, storage, workers
-from flax_partial.errors import IncompleteCheckpointError, KeyConflictError, NoSessionError
-from flax_partial.loading import described, metadata
+from flax_partial import orbax_format, storage, workers
+from flax_partial.errors import (
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    KeyConflictError,
+    NoSessionError,
+)
+from flax_partial.loading import database_uuid, described, metadata
 from flax_partial.merge import MergePlan, merge, merge_metadata
 from flax_partial.part import Contents, Leaf, Part, encode_contents
 from flax_partial.processes import DEFAULT_TIMEOUT_SECS, agree, count, index
@@ -227,15 +232,13 @@ def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
         custom_metadata=plan.custom_metadata,
         leaves=plan.leaves,
     )
+    data = encode_contents(contents)
+    root_files = orbax_format.root_files(contents)
+    root_files |= orbax_format.database_files(contents, plan.sources, uuid=database_uuid(data))
     for name in torn:  # nobody saves while the session is locked: these are dead
         storage.remove_part(where, name)
     storage.clear_root(where)
-    arrays.merge_parts(where.state, plan.copies, plan.leaves)
-    storage.commit_checkpoint(
-        where,
-        root_files=orbax_format.root_files(contents),
-        contents=encode_contents(contents),
-    )
+    storage.commit_checkpoint(where, root_files=root_files, contents=data)
     return contents
 
 
@@ -252,8 +255,30 @@ def _require_whole(
             f"{where.session} is not complete; missing:\n{_listed(missing)}\n"
             "Save what is missing and finalize again. Nothing was lost."
         )
+    lost = _lost(where, plan)
+    if lost:
+        raise CorruptCheckpointError(
+            f"{where.session} has lost data that was saved:\n{_listed(lost)}\n"
+            "Save these leaves again with replace=True."
+        )
     if not parts:
         raise IncompleteCheckpointError(f"{where.session} holds no committed part: save something.")
+
+
+def _lost(where: CheckpointPath, plan: MergePlan) -> list[str]:
+    """Says of which leaves data is not in its part any more: a file is missing, or cut short."""
+    sizes: dict[str, int] = {}
+    lost = []
+    for leaf, sources in zip(plan.leaves, plan.sources, strict=True):
+        for part, place in sources:
+            if isinstance(place, bytes):
+                continue
+            if part not in sizes:
+                sizes[part] = storage.size_of_part_data(where, part)
+            if sum(place) > sizes[part]:
+                lost.append(f"{leaf.name}, in {part}")
+                break
+    return lost
 
 
 def _lacking(expected: Sequence[str], leaves: Iterable[Leaf]) -> list[str]:

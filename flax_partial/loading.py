@@ -17,7 +17,7 @@ from flax_partial import part as kinds
 from flax_partial.arrays import Region
 from flax_partial.errors import CorruptCheckpointError, NoSessionError, TargetMismatchError
 from flax_partial.merge import merge
-from flax_partial.part import Contents, Leaf, decode_contents, encode_contents
+from flax_partial.part import Contents, Leaf, decode_contents, digest, encode_contents
 from flax_partial.placing import Placement
 from flax_partial.reports import CheckpointMetadata, LeafMetadata, VerifyReport
 from flax_partial.session import PathLike, read_parts
@@ -253,21 +253,28 @@ def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tup
     """Derives the root files from the parts once more; yields those that differ, and why."""
     finalized = CheckpointPath(where.final, where.final)
     torn: list[str] = []
-    plan = merge(read_parts(finalized, torn=torn))
+    parts = read_parts(finalized, torn=torn)
     for name in torn:
         yield f"{storage.STATE}/{name}", "its table of contents is damaged"
+    files = orbax_format.root_files(contents)
     if not torn:
+        plan = merge(parts)
         derived = Contents(
             started_ns=plan.started_ns,
             committed_ns=contents.committed_ns,
-            parts=len(plan.copies),
+            parts=len(parts),
             custom_metadata=plan.custom_metadata,
             leaves=plan.leaves,
         )
-        if encode_contents(derived) != encode_contents(contents):
+        data = encode_contents(derived)
+        if data != encode_contents(contents):
             yield f"{storage.STATE}/{storage.CONTENTS}", "it is not what the parts add up to"
-    for name, data in orbax_format.root_files(contents).items():
+        files |= orbax_format.database_files(derived, plan.sources, uuid=database_uuid(data))
+    for name, data in files.items():
         if storage.read(where.final / name) != data:
             yield name, "it is missing, or not what the parts add up to"
-    stored = arrays.read_zarr_metadata(where.final / storage.STATE, contents.leaves)
-    yield from stored.items()
+
+
+def database_uuid(contents: bytes) -> bytes:
+    """What identifies the database of a checkpoint with this `contents.json`."""
+    return bytes.fromhex(digest(contents))

@@ -17,22 +17,10 @@ from typing import Any
 
 from flax_partial.chunks import chunk_counts
 from flax_partial.keypaths import KeyTree
-from flax_partial.part import Box, Leaf, Part
+from flax_partial.part import Box, Leaf, Part, Place
 
-KeyRange = tuple[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class PartCopy:
-    """What the checkpoint takes over from one part's database.
-
-    Attributes:
-      part: Name of the part.
-      ranges: Half-open ranges of keys, in ascending order; None for all of them.
-    """
-
-    part: str
-    ranges: tuple[KeyRange, ...] | None
+Source = tuple[str, Place]
+"""Where a chunk of the checkpoint is: the name of the part that saved it, and its place there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +29,7 @@ class MergePlan:
 
     Attributes:
       leaves: The merged leaves, each one whole box.
-      copies: What to copy from which part, in the order of the saves.
+      sources: For each leaf, in the same order, where each of its chunks is, in C order.
       custom_metadata: That of all parts, merged.
       started_ns: When the first part was saved, in nanoseconds since the epoch.
       conflicts: Why the parts do not fit together; nothing but another save can mend these.
@@ -49,7 +37,7 @@ class MergePlan:
     """
 
     leaves: tuple[Leaf, ...]
-    copies: tuple[PartCopy, ...]
+    sources: tuple[tuple[Source, ...], ...]
     custom_metadata: dict[str, Any]
     started_ns: int
     conflicts: tuple[str, ...]
@@ -58,7 +46,7 @@ class MergePlan:
 
 @dataclass(slots=True)
 class _Held:
-    """The newest generation of a leaf: who holds it, and what is dead of what they hold."""
+    """The newest generation of a leaf, and who holds it."""
 
     leaf: Leaf
     by: list[tuple[str, Leaf]]
@@ -68,23 +56,24 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
     """Plans the checkpoint that `parts` (name -> contents) make; linear in their size."""
     ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
     newest = _newest(ordered)
-    dead: dict[str, set[str]] = {}
     conflicts: list[str] = []
     missing: list[str] = []
     leaves: list[Leaf] = []
+    sources: list[tuple[Source, ...]] = []
     for held in newest.values():
         problem = _disagreement(held)
         if problem:
             conflicts.append(problem)
             continue
-        leaf, lacking = _whole(held, dead, conflicts)
+        leaf, found, lacking = _whole(held, conflicts)
         leaves.append(leaf)
+        sources.append(found)
         if lacking:
             missing.append(lacking)
     conflicts.extend(_tree_problems(leaves))
     return MergePlan(
         leaves=tuple(leaves),
-        copies=tuple(_copy(name, part, newest, dead.get(name, set())) for name, part in ordered),
+        sources=tuple(sources),
         custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
         started_ns=min((part.time_ns for _, part in ordered), default=0),
         conflicts=tuple(conflicts),
@@ -145,46 +134,53 @@ def _identity(leaf: Leaf) -> tuple[object, ...]:
     )
 
 
-def _whole(held: _Held, dead: dict[str, set[str]], conflicts: list[str]) -> tuple[Leaf, str | None]:
-    """Puts the boxes of a leaf together; notes duplicates in `dead`, and says what is lacking."""
+def _whole(held: _Held, conflicts: list[str]) -> tuple[Leaf, tuple[Source, ...], str | None]:
+    """Puts the boxes of a leaf together: the whole leaf, its sources, and what is lacking."""
     leaf = held.leaf
     if not leaf.is_array:
-        return leaf, None
+        return leaf, (), None
     if len(held.by) == 1 and len(leaf.boxes) == 1 and leaf.boxes[0].shape == leaf.shape:
-        return leaf, None
-    digests: dict[str, str] = {}
+        (box,), part = leaf.boxes, held.by[0][0]
+        whole = Box(box.start, box.shape, box.digests)
+        return leaf.with_boxes((whole,)), tuple((part, place) for place in box.places), None
+    chunks: dict[str, tuple[str, Source]] = {}
     for name, held_leaf in held.by:
-        clash = _collect(held_leaf, digests, dead.setdefault(name, set()))
+        clash = _collect(name, held_leaf, chunks)
         if clash:
             conflicts.append(
                 f"Leaf {leaf.name!r}: {name} saved {clash}, which another save holds with other "
                 "content. Save it again with replace=True."
             )
-            return leaf, None
+            return leaf, (), None
+    return _joined(leaf, chunks)
+
+
+def _joined(
+    leaf: Leaf, chunks: Mapping[str, tuple[str, Source]]
+) -> tuple[Leaf, tuple[Source, ...], str | None]:
+    """Makes one whole box of a leaf's chunks, by their keys; says what is lacking."""
+    whole = Box((0,) * len(leaf.shape), leaf.shape)
     total = math.prod(chunk_counts(leaf.shape, leaf.chunk))
-    lacking = None
-    if len(digests) != total:
+    if len(chunks) != total:
         lacking = (
-            f"{leaf.name} ({len(digests)} of {total} chunks of {leaf.dtype}{list(leaf.shape)} "
+            f"{leaf.name} ({len(chunks)} of {total} chunks of {leaf.dtype}{list(leaf.shape)} "
             f"were saved)"
         )
-    whole = Box((0,) * len(leaf.shape), leaf.shape)
-    if lacking is None and any(digests.values()):
-        found = tuple(digests[key] for key in leaf.keys_of(whole))
-        whole = Box(whole.start, whole.shape, found)
-    return leaf.with_boxes((whole,)), lacking
+        return leaf.with_boxes((whole,)), (), lacking
+    ordered = [chunks[key] for key in leaf.keys_of(whole)]
+    digests = tuple(digest for digest, _ in ordered)
+    if any(digests):
+        whole = Box(whole.start, whole.shape, digests)
+    return leaf.with_boxes((whole,)), tuple(source for _, source in ordered), None
 
 
-def _collect(leaf: Leaf, digests: dict[str, str], dead: set[str]) -> str | None:
-    """Adds a leaf's chunks to `digests`, those held already to `dead`; says what clashes."""
+def _collect(part: str, leaf: Leaf, chunks: dict[str, tuple[str, Source]]) -> str | None:
+    """Adds a part's chunks of a leaf to those known, each once; says what clashes."""
     for box in leaf.boxes:
-        values = box.digests or ("",) * math.prod(chunk_counts(box.shape, leaf.chunk))
-        for key, value in zip(leaf.keys_of(box), values, strict=True):
-            if key not in digests:
-                digests[key] = value
-            elif value and digests[key] == value:
-                dead.add(key)
-            else:
+        digests = box.digests or ("",) * len(box.places)
+        for key, digest, place in zip(leaf.keys_of(box), digests, box.places, strict=True):
+            known = chunks.setdefault(key, (digest, (part, place)))
+            if known[1] != (part, place) and (not digest or known[0] != digest):
                 return f"{list(box.shape)} at {list(box.start)}"
     return None
 
@@ -199,37 +195,3 @@ def _tree_problems(leaves: list[Leaf]) -> list[str]:
         else:
             problems.append(problem)
     return problems or list(tree.gaps())
-
-
-def _copy(name: str, part: Part, newest: Mapping[str, _Held], duplicates: set[str]) -> PartCopy:
-    """Plans the copy of one part: everything, or the ranges between what is dead of it."""
-    superseded = {
-        leaf.name
-        for leaf in part.leaves
-        if leaf.is_array and leaf.generation < newest[leaf.name].leaf.generation
-    }
-    if not superseded and not duplicates:
-        return PartCopy(name, None)
-    keys = sorted(
-        (key.encode(), leaf.name not in superseded and key not in duplicates)
-        for leaf in part.leaves
-        if leaf.is_array
-        for box in leaf.boxes
-        for key in leaf.keys_of(box)
-    )
-    return PartCopy(name, tuple(_runs(keys)))
-
-
-def _runs(keys: list[tuple[bytes, bool]]) -> list[KeyRange]:
-    """Joins neighbouring live keys to ranges that hold no dead one."""
-    ranges: list[KeyRange] = []
-    first = last = None
-    for key, is_live in keys:
-        if is_live:
-            first, last = first or key.decode(), key.decode()
-        elif first is not None and last is not None:
-            ranges.append((first, last + "\0"))
-            first = last = None
-    if first is not None and last is not None:
-        ranges.append((first, last + "\0"))
-    return ranges

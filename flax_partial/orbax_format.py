@@ -15,14 +15,17 @@ What the files must hold was found out by trying every reader of Orbax 0.12 (v0 
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from flax_partial import ocdbt
 from flax_partial.chunks import Shape
 from flax_partial.keypaths import INDEX
+from flax_partial.merge import Source
 from flax_partial.part import (
     ARRAY_KINDS,
+    DATA_FILE,
     DICT,
     JAX_ARRAY,
     LIST,
@@ -46,6 +49,7 @@ TREE_METADATA = "_METADATA"
 SHARDING = "_sharding"
 ARRAY_METADATAS = "array_metadatas"
 STRINGS = "_strings.json"
+DATABASE = "manifest.ocdbt"
 PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
 SEQUENCE_KEY, DICT_KEY = 1, 2
@@ -81,6 +85,41 @@ def root_files(contents: Contents) -> dict[str, bytes]:
         STRINGS: _dump(_strings(contents.leaves)),
     }
     return files | {f"{ITEM}/{name}": content for name, content in state.items()}
+
+
+def database_files(
+    contents: Contents, sources: Sequence[Sequence[Source]], *, uuid: bytes
+) -> dict[str, bytes]:
+    """Returns the root database: path below the checkpoint -> content; nothing without arrays.
+
+    Args:
+      contents: What the checkpoint holds.
+      sources: For each leaf where its chunks are, as `merge` found them.
+      uuid: Identifies the database, 16 bytes.
+    """
+    entries = dict(_database_entries(contents.leaves, sources))
+    if not entries:
+        return {}
+    data_file = f"d/{uuid.hex()}"
+    manifest, data = ocdbt.encode(
+        entries.items(), data_file=data_file, uuid=uuid, commit_ns=contents.committed_ns
+    )
+    return {f"{ITEM}/{data_file}": data, f"{ITEM}/{DATABASE}": manifest}
+
+
+def _database_entries(
+    leaves: Sequence[Leaf], sources: Sequence[Sequence[Source]]
+) -> Iterator[tuple[bytes, ocdbt.Value]]:
+    for leaf, chunks in zip(leaves, sources, strict=True):
+        if not leaf.is_array:
+            continue
+        yield f"{leaf.prefix}zarr.json".encode(), zarr_metadata(leaf)
+        (box,) = leaf.boxes
+        for key, (part, place) in zip(leaf.keys_of(box), chunks, strict=True):
+            if isinstance(place, bytes):
+                yield key.encode(), place
+            else:
+                yield key.encode(), ocdbt.Reference(f"{part}/{DATA_FILE}", *place)
 
 
 def _text(value: object) -> str:

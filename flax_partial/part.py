@@ -5,6 +5,7 @@ bytes. A whole, valid `part.json` is the commit of its part: what `decode_part` 
 Decoding trusts nothing: it checks the digest, every type, and that boxes, chunks and digests agree.
 """
 
+import base64
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +17,19 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
-from flax_partial.chunks import Shape, chunk_counts, chunk_keys
+from flax_partial.chunks import Shape, chunk_counts, chunk_keys, chunk_regions
 from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError
 from flax_partial.keypaths import KEY_KINDS, KeyPath, prefix_of
 from flax_partial.options import COMPRESSIONS
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+DATA_FILE = "data"  # of a part: the chunks that its table does not hold itself
+INLINE_BYTES = 1024  # a chunk of at most so many bytes stands in the table
+
+Place = bytes | tuple[int, int]
+"""Where a chunk is: the bytes themselves, or their offset and length in the part's data file."""
 
 JAX_ARRAY, NUMPY_ARRAY, NUMPY_SCALAR = "jax.Array", "np.ndarray", "np.generic"
 SCALAR, STRING, NONE, PRNG_KEY = "scalar", "string", "None", "prng_key"
@@ -54,7 +60,7 @@ _TABLE_AT = len(_HEAD) + 32 + len(_MIDDLE)
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A range of indices of a leaf, and the digest of each of its chunks.
+    """A range of indices of a leaf, and of each of its chunks the digest and the place.
 
     Attributes:
       start: First index along each axis; a multiple of the chunk's length.
@@ -62,11 +68,13 @@ class Box:
       digests: xxh3-128 of each chunk's bytes as read (little-endian, C order, without padding), in
         hexadecimal, in C order of the chunks; empty where none were taken. A single digest is `""`
         where only that chunk has none.
+      places: Where each chunk is, as stored, in the same order; of a part only.
     """
 
     start: Shape
     shape: Shape
     digests: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,11 @@ class Leaf:
     def numpy_dtype(self) -> np.dtype[Any]:
         """NumPy dtype of the stored elements."""
         return numpy_dtype(self.dtype)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk in memory, in bytes."""
+        return math.prod(self.chunk) * self.numpy_dtype.itemsize if self.is_array else 0
 
     @property
     def bytes(self) -> int:
@@ -174,6 +187,20 @@ class Part:
     custom_metadata: dict[str, Any]
     leaves: tuple[Leaf, ...]
     bytes: int
+
+    @property
+    def data_file_bytes(self) -> int:
+        """How large its data file is at least; 0 where it has none."""
+        return max(
+            (
+                sum(place)
+                for leaf in self.leaves
+                for box in leaf.boxes
+                for place in box.places
+                if isinstance(place, tuple)
+            ),
+            default=0,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +275,20 @@ def digest(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def digests_of(array: np.ndarray, chunk: Shape) -> Iterator[str]:
+    """Yields the digest of each chunk of a box's data, in C order, without padding."""
+    if array.shape == chunk:  # by far the most common, and cheaper than the general case
+        yield digest(flat(array).data)
+        return
+    for region in chunk_regions(array.shape, chunk):
+        yield digest(flat(array[region]).data)
+
+
+def flat(array: np.ndarray) -> np.ndarray:
+    """The bytes of an array in C order, on one axis; the array's own memory where that has them."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
 def encode_part(part: Part) -> bytes:
     """Returns the bytes of a `part.json`."""
     head = {"process": part.process, "time_ns": part.time_ns, "bytes": part.bytes}
@@ -310,13 +351,23 @@ def _leaf_to_json(leaf: Leaf, shardings: dict[str, int]) -> dict[str, Any]:
         row["text"] = leaf.text
     if leaf.is_array:
         row |= {"dtype": leaf.dtype, "shape": leaf.shape, "chunk": leaf.chunk}
-        row["boxes"] = [(box.start, box.shape, box.digests) for box in leaf.boxes]
+        row["boxes"] = [_box_to_json(box) for box in leaf.boxes]
     if leaf.compression:
         row["compression"] = leaf.compression
     if leaf.sharding is not None:
         text = json.dumps(leaf.sharding, separators=(",", ":"))
         row["sharding"] = shardings.setdefault(text, len(shardings))
     return row
+
+
+def _box_to_json(box: Box) -> tuple[object, ...]:
+    if not box.places:
+        return box.start, box.shape, box.digests
+    places = [
+        base64.b64encode(place).decode("ascii") if isinstance(place, bytes) else place
+        for place in box.places
+    ]
+    return box.start, box.shape, box.digests, places
 
 
 def _checked(build: Callable[[dict[str, Any]], T], data: bytes, where: str) -> T:
@@ -350,13 +401,18 @@ def _open_envelope(data: bytes) -> dict[str, Any]:
 
 
 def _part_of(table: dict[str, Any]) -> Part:
-    return Part(
+    part = Part(
         process=_integer(table["process"]),
         time_ns=_integer(table["time_ns"]),
         bytes=_integer(table["bytes"]),
         custom_metadata=table["custom_metadata"],
         leaves=_leaves_of(table),
     )
+    for leaf in part.leaves:
+        for box in leaf.boxes:
+            if len(box.places) != math.prod(chunk_counts(box.shape, leaf.chunk)):
+                raise CorruptCheckpointError(f"leaf {leaf.name!r} has chunks without a place")
+    return part
 
 
 def _contents_of(table: dict[str, Any]) -> Contents:
@@ -398,7 +454,7 @@ def _leaf_of(row: dict[str, Any], shardings: list[dict[str, Any]]) -> Leaf:
         raise ValueError(f"it has unknown dtype {row['dtype']!r}")
     shape = _shape(row["shape"]) if is_array else ()
     chunk = _shape(row["chunk"]) if is_array else ()
-    return Leaf(
+    leaf = Leaf(
         path=KeyPath(texts, kinds),
         kind=kind,
         dtype=row["dtype"] if is_array else "",
@@ -408,12 +464,15 @@ def _leaf_of(row: dict[str, Any], shardings: list[dict[str, Any]]) -> Leaf:
         generation=_integer(row.get("generation", 0)),
         sharding=None if sharding is None else shardings[_integer(sharding)],
         text=text,
-        boxes=tuple([_box_of(box, shape, chunk) for box in row["boxes"]]) if is_array else (),
     )
+    boxes = [_box_of(box, leaf) for box in row["boxes"]] if is_array else []
+    return leaf.with_boxes(tuple(boxes))
 
 
-def _box_of(row: list[Any], whole: Shape, chunk: Shape) -> Box:
+def _box_of(row: list[Any], leaf: Leaf) -> Box:
+    whole, chunk = leaf.shape, leaf.chunk
     start, shape, digests = _shape(row[0]), _shape(row[1]), tuple(row[2])
+    places = [_place_of(place, leaf) for listed in row[3:] for place in listed]
     if not all(type(value) is str for value in digests):
         raise TypeError("a digest is no string")
     if len(shape) == len(start) and shape == whole == chunk and not any(start) and all(shape):
@@ -426,7 +485,19 @@ def _box_of(row: list[Any], whole: Shape, chunk: Shape) -> Box:
         chunks = math.prod(chunk_counts(shape, chunk))
     if digests and len(digests) != chunks:
         raise ValueError(f"it has {len(digests)} digests for {chunks} chunks")
-    return Box(start, shape, digests)
+    return Box(start, shape, digests, tuple(places))
+
+
+def _place_of(value: Any, leaf: Leaf) -> Place:
+    if isinstance(value, str):
+        place: Place = base64.b64decode(value, validate=True)
+        size = len(place)
+    else:
+        offset, size = _shape(value)
+        place = offset, size
+    if leaf.compression is None and size != leaf.chunk_bytes:
+        raise ValueError(f"it has a chunk of {size} bytes, not {leaf.chunk_bytes}")
+    return place
 
 
 def _shape(value: list[Any]) -> Shape:

@@ -18,11 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flax_partial import arrays, keypaths, processes, snapshot, storage, workers
+from flax_partial import keypaths, processes, snapshot, storage, workers
 from flax_partial.errors import CorruptCheckpointError, EmptyStateError, NoSessionError
 from flax_partial.ledger import Ledger
 from flax_partial.options import SaveOptions
 from flax_partial.part import Leaf, Part, check_json, decode_part, encode_part
+from flax_partial.part_data import write_part
 from flax_partial.reports import SaveReport
 from flax_partial.snapshot import Described
 from flax_partial.storage import CheckpointPath
@@ -223,9 +224,13 @@ class _Saving:
             (leaf, [snapshot.to_host(source) for source in one.sources])
             for leaf, one in zip(self._leaves, self._described, strict=True)
         ]
-        written = arrays.write_part(directory, data, checksum=self._options.checksum)
-        table = encode_part(replace(self._part, leaves=tuple(written)))
-        storage.commit_part(directory, table, durable=self._options.durable)
+        durable, checksum = self._options.durable, self._options.checksum
+        leaves = write_part(directory, data, checksum=checksum, durable=durable)
+        part = replace(self._part, leaves=leaves)
+        has_data_file = part.data_file_bytes > 0
+        storage.commit_part(
+            directory, encode_part(part), has_data_file=has_data_file, durable=durable
+        )
 
     def give_up(self) -> None:
         """Leaves the session as it was before this save."""

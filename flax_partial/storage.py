@@ -22,6 +22,7 @@ from flax_partial.errors import CheckpointExistsError, NoSessionError
 SESSION_SUFFIX = ".partial_save"
 PART_PREFIX = "part."
 PART_TABLE = "part.json"
+DATA_FILE = "data"  # of a part
 CONTENTS = "contents.json"
 STATE = "state"
 
@@ -268,39 +269,34 @@ def create_part(where: CheckpointPath, name: str) -> Path:
     return directory
 
 
-def commit_part(directory: Path, table: bytes, *, durable: bool) -> None:
-    """Commits a part: its data first, then its table of contents, whole or not at all.
+def commit_part(directory: Path, table: bytes, *, has_data_file: bool, durable: bool) -> None:
+    """Commits a part whose data is durable: its table of contents appears, whole or not at all.
 
-    The order matters in a power cut: a table that is durable before its data would
-    commit a corrupt part.
+    The order matters in a power cut: a table that is there before its data, or before the name of
+    its data file, would commit a corrupt part.
     """
     temporary = directory / (PART_TABLE + ".tmp")
-    if durable:
-        sync_database(directory)
     _write(temporary, table, durable=durable)
+    if durable and has_data_file:
+        fsync_directory(directory)
     os.rename(temporary, directory / PART_TABLE)
     if durable:
         fsync_directory(directory)
         fsync_directory(directory.parent)
 
 
-def sync_database(directory: Path) -> None:
-    """Makes an OCDBT database durable: data files, their directory, then the manifest."""
-    data = directory / "d"
-    names = listed(data)
-    for name in names:
-        _fsync(data / name, os.O_RDONLY)
-    if names:
-        fsync_directory(data)
-    manifest = directory / "manifest.ocdbt"
-    if manifest.exists():
-        _fsync(manifest, os.O_RDONLY)
+def size_of_part_data(where: CheckpointPath, name: str) -> int:
+    """Size of a part's data file, in bytes; 0 where there is none."""
+    try:
+        return os.stat(where.state / name / DATA_FILE).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def commit_checkpoint(
     where: CheckpointPath, *, root_files: dict[str, bytes], contents: bytes
 ) -> None:
-    """Writes the root files beside a durable root database, and renames the session. All durable.
+    """Writes the root files, and renames the session. All durable.
 
     Raises:
       CheckpointExistsError: Something appeared at the final path; the session is left as it was.
@@ -313,7 +309,6 @@ def commit_checkpoint(
             os.makedirs(path.parent, exist_ok=True)
             directories.add(path.parent)
         _write(path, data, durable=True)
-    sync_database(where.state)
     for directory in sorted(directories, reverse=True):  # the inner ones first
         fsync_directory(directory)
     _rename_to_new(where.session, where.final)

@@ -124,7 +124,16 @@ class Workers:
 
 
 saving = Workers("flax_partial-save", _MOST_WRITERS)
+_helping = Workers("flax_partial-help", _MOST_WRITERS)
 finalizing = Workers("flax_partial-finalize", 64)  # a finalize may wait for other processes
+
+
+def in_background(work: Callable[[], T]) -> "Future[T]":
+    """Does a share of other work on a thread of its own; the caller waits for the outcome."""
+    handle: _Handle[T] = _Handle()
+    _helping.submit(lambda: handle.run(work))
+    return handle
+
 
 _exit_lock = threading.Lock()
 _is_registered = False

@@ -106,7 +106,7 @@ def test_lost_data_is_named_and_the_rest_can_be_read(
     path = tmp_path / "c"
     shutil.copytree(original, path)
     (victim,) = (
-        file for file in path.glob("state/part.*/d/*") if 40_000 <= file.stat().st_size < 100_000
+        file for file in path.glob("state/part.*/data") if 40_000 <= file.stat().st_size < 100_000
     )
     match how:
         case "removed":
@@ -155,7 +155,7 @@ def test_part_without_a_whole_table_was_never_saved(tmp_path: Path, case: str) -
 def test_data_lost_before_finalize_is_told_by_finalize_or_load(tmp_path: Path) -> None:
     """The part was committed: that its data is gone must not go unnoticed."""
     report = fp.save(tmp_path / "c", {"a": np.arange(3), "b": np.arange(300_000)})
-    shutil.rmtree(tmp_path / "c.partial_save" / "state" / report.part / "d")
-    with pytest.raises((fp.CorruptCheckpointError, OSError)):
+    (tmp_path / "c.partial_save" / "state" / report.part / "data").unlink()
+    with pytest.raises(fp.CorruptCheckpointError, match=report.part):
         fp.finalize(tmp_path / "c")
     assert not (tmp_path / "c").exists()

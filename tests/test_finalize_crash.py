@@ -45,8 +45,8 @@ def session(tmp_path: Path) -> Path:
         fp.save(path, {"rows": fp.Slice(rows, row, 4)}, options=QUICK, custom_metadata={"c": row})
     fp.save(path, {"int4": FINAL["int4"]}, options=QUICK)
     torn = tmp_path / "original.partial_save" / "state" / "part.0.p0.torn"
-    (torn / "d").mkdir(parents=True)
-    (torn / "d" / "data").write_bytes(b"half")
+    torn.mkdir()
+    (torn / "data").write_bytes(b"half")
     return path
 
 

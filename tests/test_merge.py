@@ -19,13 +19,14 @@ ROWS = 4
 def rows(start: int, stop: int, *, content: str = "x", **changes: Any) -> Leaf:
     """Rows of an array of four, each row a chunk with the digest `content` + its number."""
     digests = tuple(f"{content}{row}" for row in range(start, stop))
+    places = tuple((16 * row, 16) for row in range(stop - start))
     leaf = Leaf(
         KeyPath(("w",), "d"),
         NUMPY_ARRAY,
         "int64",
         (ROWS, 2),
         (1, 2),
-        boxes=(Box((start, 0), (stop - start, 2), digests),),
+        boxes=(Box((start, 0), (stop - start, 2), digests, places),),
     )
     return dataclasses.replace(leaf, **changes)
 
@@ -68,24 +69,19 @@ def test_parts_that_fit_make_one_whole_leaf(case: str) -> None:
     assert not plan.missing
     (leaf,) = plan.leaves
     assert leaf.boxes == (Box((0, 0), (ROWS, 2), tuple(digests)),)
-    live: list[str] = []
-    for copy in plan.copies:
-        held = leaves[int(copy.part[-1])]
-        keys = [key for box in held.boxes for key in held.keys_of(box)]
-        live += [
-            key
-            for key in keys
-            if copy.ranges is None or any(low <= key < high for low, high in copy.ranges)
-        ]
-    assert sorted(live) == [f"w/c/{row}/0" for row in range(ROWS)]  # each chunk once
+    (sources,) = plan.sources
+    assert len(sources) == ROWS  # each chunk once
+    for digest, (part, place) in zip(digests, sources, strict=True):
+        (box,) = leaves[int(part[-1])].boxes
+        assert box.digests[box.places.index(place)] == digest
 
 
 CONFLICTING = {
     "other content": [rows(0, 4), rows(0, 4, content="y")],
     "one row of other content": [rows(0, 2), rows(1, 4, content="y")],
     "no digests to compare": [
-        rows(0, 4, boxes=(Box((0, 0), (ROWS, 2)),)),
-        rows(0, 4, boxes=(Box((0, 0), (ROWS, 2)),)),
+        rows(0, 4, boxes=(Box((0, 0), (ROWS, 2), places=((0, 16),) * ROWS),)),
+        rows(0, 4, boxes=(Box((0, 0), (ROWS, 2), places=((0, 16),) * ROWS),)),
     ],
     "other shape": [rows(0, 4), rows(0, 4, shape=(5, 2))],
     "other dtype": [rows(0, 4), rows(0, 4, dtype="int32")],

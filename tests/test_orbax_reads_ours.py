@@ -5,7 +5,6 @@ What a table here leaves out is what Orbax itself cannot do; the comments say wh
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,7 +267,7 @@ def test_orbax_reads_what_many_saves_add_up_to(
 def test_data_that_was_lost_is_an_error_for_orbax_and_not_zeros(tmp_path: Path) -> None:
     path = stored(tmp_path / "checkpoint", {"a": np.ones(1000)})
     (part,) = path.glob("state/part.*")
-    shutil.rmtree(part / "d")
+    (part / "data").unlink()
     with pytest.raises(ValueError, match="a/c/0"):
         v1.load(path)
 

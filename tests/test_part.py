@@ -22,6 +22,7 @@ from flax_partial.part import (
     decode_part,
     digest,
     encode_part,
+    numpy_dtype,
 )
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
@@ -38,19 +39,25 @@ def leaves(draw: st.DrawFn) -> Leaf:
     counts = tuple(draw(st.lists(st.integers(1, 3), max_size=2)))
     chunk = tuple(draw(st.integers(1, 4)) for _ in counts)
     shape = tuple(a * b for a, b in zip(counts, chunk, strict=True))
-    box = Box((0,) * len(shape), shape)
-    digests = ("0" * 32,) * _product(counts) if draw(st.booleans()) else ()
+    dtype = draw(st.sampled_from(trees.DTYPES))
+    size = _product(chunk) * numpy_dtype(dtype).itemsize
+    places = st.one_of(
+        st.tuples(st.integers(0, 2**60), st.just(size)), st.binary(min_size=size, max_size=size)
+    )
+    count = _product(counts)
+    digests = ("0" * 32,) * count if draw(st.booleans()) else ()
+    placed = tuple(draw(places) for _ in range(count))
     return Leaf(
         path,
         draw(st.sampled_from((NUMPY_ARRAY, PRNG_KEY))),
-        draw(st.sampled_from(trees.DTYPES)),
+        dtype,
         shape,
         chunk,
         compression=draw(st.sampled_from((None, "zstd"))),
         generation=draw(st.integers(0, 5)),
         sharding=draw(st.sampled_from((None, {"sharding_type": "SingleDeviceSharding"}))),
         text=draw(_texts),
-        boxes=(Box(box.start, box.shape, digests),),
+        boxes=(Box((0,) * len(shape), shape, digests, placed),),
     )
 
 

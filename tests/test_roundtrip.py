@@ -316,7 +316,7 @@ def test_metadata_says_what_is_there_without_reading_arrays(tmp_path: Path) -> N
     state = {"w": sharded, "n": np.zeros(3, ">i2"), "k": jax.random.key(0), "s": "text", "e": {}}
     before = fp.save(tmp_path / "c", state, custom_metadata={"step": 3}).committed_at
     returned = fp.finalize(tmp_path / "c")
-    for file in (tmp_path / "c" / "state").glob("part.*/d/*"):
+    for file in (tmp_path / "c" / "state").glob("part.*/data"):
         file.unlink()
     for file in (tmp_path / "c" / "state" / "d").iterdir():
         file.unlink()

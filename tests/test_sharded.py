@@ -67,7 +67,7 @@ def boxes_of(path: Path) -> dict[str, list[tuple[tuple[int, ...], tuple[int, ...
     found: dict[str, list[Any]] = {}
     for file in path.with_name(f"{path.name}.partial_save").glob("state/part.*/part.json"):
         for row in json.loads(file.read_text())["table"]["leaves"]:
-            boxes = [(tuple(start), tuple(shape)) for start, shape, _ in row["boxes"]]
+            boxes = [(tuple(start), tuple(shape)) for start, shape, *_ in row["boxes"]]
             found.setdefault(".".join(row["path"]), []).extend(boxes)
     return found
 
