@@ -8,7 +8,7 @@ from the parts.
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from flax_partial import orbax_format, storage, workers
+from flax_partial import collector, orbax_format, storage, workers
 from flax_partial.errors import (
     CorruptCheckpointError,
     IncompleteCheckpointError,
@@ -194,7 +194,7 @@ def _commit_when_whole(
     if timeout_secs:
         _wait_for_leaves(where, expected, timeout_secs)
     try:
-        with storage.locked_exclusively(where):
+        with storage.locked_exclusively(where), collector.paused():
             return _commit(where, expected)
     except NoSessionError:
         storage.require_absent(where)  # somebody else has finalized it while this one waited

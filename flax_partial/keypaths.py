@@ -27,15 +27,16 @@ class KeyPath:
       texts: The keys as text, outermost first; integers in decimal.
       kinds: One letter a key: `d` and `i` for a dictionary's string and integer keys, `a` for an
         attribute, `s` for an index of a list or tuple.
+      name: The leaf's name: its keys joined with a dot.
     """
 
     texts: tuple[str, ...]
     kinds: str
+    name: str = field(init=False, compare=False)
 
-    @property
-    def name(self) -> str:
-        """The leaf's name: its keys joined with a dot."""
-        return ".".join(self.texts)
+    def __post_init__(self) -> None:
+        """Joins the name once: it is asked for everywhere."""
+        object.__setattr__(self, "name", ".".join(self.texts))
 
 
 def flatten(

@@ -12,7 +12,16 @@ from typing import Any, Protocol
 import numpy as np
 from jax import tree_util
 
-from flax_partial import arrays, keypaths, orbax_format, orbax_reader, placing, snapshot, storage
+from flax_partial import (
+    arrays,
+    collector,
+    keypaths,
+    orbax_format,
+    orbax_reader,
+    placing,
+    snapshot,
+    storage,
+)
 from flax_partial import part as kinds
 from flax_partial.arrays import Region
 from flax_partial.errors import CorruptCheckpointError, NoSessionError, TargetMismatchError
@@ -69,7 +78,12 @@ def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: boo
       TargetMismatchError: Target and checkpoint differ; it lists every difference.
       CorruptCheckpointError: Data on disk is damaged; it names the leaves.
     """
-    checkpoint = open_checkpoint(storage.resolve(path))
+    with collector.paused():
+        return _load(storage.resolve(path), target, partial=partial, cast=cast)
+
+
+def _load(where: CheckpointPath, target: Any, *, partial: bool, cast: bool) -> Any:
+    checkpoint = open_checkpoint(where)
     if target is None:
         placements = [placing.as_saved(leaf) for leaf in checkpoint.contents.leaves]
         return _nested(checkpoint.contents.leaves, _read(checkpoint, placements))

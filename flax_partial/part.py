@@ -9,7 +9,7 @@ import base64
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -92,7 +92,6 @@ class Leaf:
       sharding: Sharding in Orbax's terms.
       text: Value of a string; for a PRNG key, the name of its implementation.
       boxes: What is held of it.
-      name: The path's keys joined with a dot.
     """
 
     path: KeyPath
@@ -105,11 +104,11 @@ class Leaf:
     sharding: dict[str, Any] | None = None
     text: str = ""
     boxes: tuple[Box, ...] = ()
-    name: str = field(init=False, compare=False)
 
-    def __post_init__(self) -> None:
-        """Joins the name once: it is asked for everywhere."""
-        object.__setattr__(self, "name", self.path.name)
+    @property
+    def name(self) -> str:
+        """The path's keys joined with a dot."""
+        return self.path.name
 
     @property
     def is_array(self) -> bool:
@@ -165,7 +164,7 @@ class Leaf:
 
     def keys_of(self, box: Box) -> Iterator[str]:
         """Yields the database key of each chunk of a box, in C order."""
-        if self.is_one_chunk and all(self.shape):
+        if self.shape == self.chunk and all(self.shape):
             return iter((f"{self.prefix}c" + "/0" * len(self.shape),))
         return chunk_keys(self.prefix, box.start, box.shape, self.chunk)
 
@@ -326,13 +325,13 @@ def decode_contents(data: bytes, *, where: str) -> Contents:
 def _encode(
     head: dict[str, Any], custom_metadata: dict[str, Any], leaves: tuple[Leaf, ...]
 ) -> bytes:
-    shardings: dict[str, int] = {}
+    shardings = _Shardings()
     rows = [_leaf_to_json(leaf, shardings) for leaf in leaves]
     table = {
         "format": FORMAT_VERSION,
         **head,
         "custom_metadata": custom_metadata,
-        "shardings": [json.loads(text) for text in shardings],
+        "shardings": shardings.listed,
         "leaves": rows,
     }
     body = _to_json(table)
@@ -343,7 +342,26 @@ def _to_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _leaf_to_json(leaf: Leaf, shardings: dict[str, int]) -> dict[str, Any]:
+class _Shardings:
+    """The shardings of a table, each once; leaves share their dictionaries, or make equal ones."""
+
+    def __init__(self) -> None:
+        self.listed: list[dict[str, Any]] = []
+        self._by_text: dict[str, int] = {}
+        self._by_identity: dict[int, int] = {}
+
+    def number_of(self, sharding: dict[str, Any]) -> int:
+        number = self._by_identity.get(id(sharding))
+        if number is None:
+            text = json.dumps(sharding)
+            number = self._by_text.setdefault(text, len(self.listed))
+            if number == len(self.listed):
+                self.listed.append(sharding)
+            self._by_identity[id(sharding)] = number
+        return number
+
+
+def _leaf_to_json(leaf: Leaf, shardings: _Shardings) -> dict[str, Any]:
     row: dict[str, Any] = {"path": leaf.path.texts, "keys": leaf.path.kinds, "kind": leaf.kind}
     if leaf.generation:
         row["generation"] = leaf.generation
@@ -355,8 +373,7 @@ def _leaf_to_json(leaf: Leaf, shardings: dict[str, int]) -> dict[str, Any]:
     if leaf.compression:
         row["compression"] = leaf.compression
     if leaf.sharding is not None:
-        text = json.dumps(leaf.sharding, separators=(",", ":"))
-        row["sharding"] = shardings.setdefault(text, len(shardings))
+        row["sharding"] = shardings.number_of(leaf.sharding)
     return row
 
 
@@ -454,7 +471,11 @@ def _leaf_of(row: dict[str, Any], shardings: list[dict[str, Any]]) -> Leaf:
         raise ValueError(f"it has unknown dtype {row['dtype']!r}")
     shape = _shape(row["shape"]) if is_array else ()
     chunk = _shape(row["chunk"]) if is_array else ()
-    leaf = Leaf(
+    boxes: tuple[Box, ...] = ()
+    if is_array:
+        stored = None if compression else math.prod(chunk) * numpy_dtype(row["dtype"]).itemsize
+        boxes = tuple([_box_of(box, shape, chunk, stored) for box in row["boxes"]])
+    return Leaf(
         path=KeyPath(texts, kinds),
         kind=kind,
         dtype=row["dtype"] if is_array else "",
@@ -464,15 +485,14 @@ def _leaf_of(row: dict[str, Any], shardings: list[dict[str, Any]]) -> Leaf:
         generation=_integer(row.get("generation", 0)),
         sharding=None if sharding is None else shardings[_integer(sharding)],
         text=text,
+        boxes=boxes,
     )
-    boxes = [_box_of(box, leaf) for box in row["boxes"]] if is_array else []
-    return leaf.with_boxes(tuple(boxes))
 
 
-def _box_of(row: list[Any], leaf: Leaf) -> Box:
-    whole, chunk = leaf.shape, leaf.chunk
+def _box_of(row: list[Any], whole: Shape, chunk: Shape, stored: int | None) -> Box:
+    """Checks a box; of a chunk as it is stored, so many bytes, or any number where that is None."""
     start, shape, digests = _shape(row[0]), _shape(row[1]), tuple(row[2])
-    places = [_place_of(place, leaf) for listed in row[3:] for place in listed]
+    places = [_place_of(place, stored) for listed in row[3:] for place in listed]
     if not all(type(value) is str for value in digests):
         raise TypeError("a digest is no string")
     if len(shape) == len(start) and shape == whole == chunk and not any(start) and all(shape):
@@ -488,20 +508,23 @@ def _box_of(row: list[Any], leaf: Leaf) -> Box:
     return Box(start, shape, digests, tuple(places))
 
 
-def _place_of(value: Any, leaf: Leaf) -> Place:
+def _place_of(value: Any, stored: int | None) -> Place:
     if isinstance(value, str):
         place: Place = base64.b64decode(value, validate=True)
         size = len(place)
     else:
         offset, size = _shape(value)
         place = offset, size
-    if leaf.compression is None and size != leaf.chunk_bytes:
-        raise ValueError(f"it has a chunk of {size} bytes, not {leaf.chunk_bytes}")
+    if stored not in (None, size):
+        raise ValueError(f"it has a chunk of {size} bytes, not {stored}")
     return place
 
 
 def _shape(value: list[Any]) -> Shape:
-    return tuple(map(_integer, value))
+    for size in value:
+        if type(size) is not int or size < 0:
+            raise TypeError(f"{size!r} is not a count")
+    return tuple(value)
 
 
 def _integer(value: object) -> int:

@@ -18,6 +18,7 @@ import pytest
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "chunks": set(),
+    "collector": set(),
     "options": set(),
     "processes": {"errors"},
     "reports": {"errors"},
@@ -36,7 +37,7 @@ BELOW: dict[str, set[str]] = {
     "workers": {"reports"},
     "session": {"ledger", "options", "part_data", "processes", "snapshot", "storage", "workers"},
     "orbax_reader": {"orbax_format", "arrays", "storage"},
-    "loading": {"orbax_reader", "placing", "session"},
+    "loading": {"collector", "orbax_reader", "placing", "session"},
     "finalizing": {"loading"},
     "catalog": {"orbax_reader", "session"},
     "__init__": {"finalizing", "catalog"},

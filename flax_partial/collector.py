@@ -1,0 +1,34 @@
+"""Keeps Python's cycle collector still while a table of contents is read or made.
+
+Thousands of small objects without cycles are made then, and each few of them start a collection
+that walks through all objects of the process. Where a training loop has loaded JAX and its like,
+such a walk takes 20 to 60 ms, holds the interpreter lock for as long, and finds nothing: finalizing
+2,048 leaves took 150 ms with them and 80 ms without.
+"""
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_lock = threading.Lock()
+_pauses = 0
+_was_enabled = False
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Starts no collection meanwhile, in any thread; pauses may overlap, and leave it as it was."""
+    global _pauses, _was_enabled  # noqa: PLW0603 - the collector is the process's own
+    with _lock:
+        if not _pauses:
+            _was_enabled = gc.isenabled()
+            gc.disable()
+        _pauses += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _pauses -= 1
+            if not _pauses and _was_enabled:
+                gc.enable()
