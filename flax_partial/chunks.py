@@ -69,6 +69,32 @@ def chunk_regions(box_shape: Shape, chunk: Shape) -> Iterator[tuple[slice, ...]]
         )
 
 
+def count_leading(box_shape: Shape, chunk: Shape) -> int:
+    """Number of whole chunks that follow one another at the beginning of a box's memory."""
+    cut = _cut_axis(box_shape, chunk)
+    if cut is None:
+        return 1
+    if any(length != 1 for length in chunk[:cut]):
+        return 0
+    rows = 1 if box_shape[cut] % chunk[cut] else math.prod(box_shape[:cut])
+    return rows * (box_shape[cut] // chunk[cut])
+
+
+def are_in_order(box_shape: Shape, chunk: Shape) -> bool:
+    """Whether a box's memory is its chunks, one after another, but for the padding of the last."""
+    cut = _cut_axis(box_shape, chunk)
+    if cut is None:
+        return True
+    is_padded_within = box_shape[cut] % chunk[cut] and math.prod(box_shape[:cut]) != 1
+    return all(length == 1 for length in chunk[:cut]) and not is_padded_within
+
+
+def _cut_axis(box_shape: Shape, chunk: Shape) -> int | None:
+    """The last axis along which chunks are not as long as the box."""
+    axes = range(len(chunk) - 1, -1, -1)
+    return next((axis for axis in axes if chunk[axis] != box_shape[axis]), None)
+
+
 def chunk_keys(prefix: str, start: Shape, box_shape: Shape, chunk: Shape) -> Iterator[str]:
     """Yields the database key of each chunk of a box, in C order (zarr3's default encoding)."""
     first = [at // step for at, step in zip(start, chunk, strict=True)]

@@ -15,6 +15,7 @@ from jax import tree_util
 from flax_partial import (
     arrays,
     collector,
+    data_files,
     keypaths,
     orbax_format,
     orbax_reader,
@@ -54,7 +55,23 @@ class _OwnCheckpoint:
         self._state = path / storage.STATE
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
-        return arrays.read_regions(self._state, regions)
+        outcomes: dict[int, np.ndarray | Exception] = {}
+        for has_runs in (True, False):
+            places = [i for i, (leaf, _, _) in enumerate(regions) if bool(leaf.runs) == has_runs]
+            some = [regions[i] for i in places]
+            outcomes |= zip(places, self._read(some, has_runs=has_runs), strict=True)
+        return [outcomes[i] for i in range(len(regions))]
+
+    def _read(self, regions: Sequence[Region], *, has_runs: bool) -> list[np.ndarray | Exception]:
+        if not has_runs:
+            return arrays.read_regions(self._state, regions)
+        found = data_files.read(self._state, self.contents.data_parts, regions)
+        return [
+            CorruptCheckpointError(f"Leaf {leaf.name!r}: {outcome}")
+            if isinstance(outcome, ValueError)
+            else outcome
+            for outcome, (leaf, _, _) in zip(found, regions, strict=True)
+        ]
 
 
 def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: bool = False) -> Any:
@@ -279,6 +296,7 @@ def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tup
             parts=len(parts),
             custom_metadata=plan.custom_metadata,
             leaves=plan.leaves,
+            data_parts=plan.data_parts,
         )
         data = encode_contents(derived)
         if data != encode_contents(contents):

@@ -17,7 +17,7 @@ from typing import Any
 
 from flax_partial.chunks import chunk_counts
 from flax_partial.keypaths import KeyTree
-from flax_partial.part import Box, Leaf, Part, Place
+from flax_partial.part import Box, Leaf, Part, Place, Run
 
 Source = tuple[str, Place]
 """Where a chunk of the checkpoint is: the name of the part that saved it, and its place there."""
@@ -30,6 +30,7 @@ class MergePlan:
     Attributes:
       leaves: The merged leaves, each one whole box.
       sources: For each leaf, in the same order, where each of its chunks is, in C order.
+      data_parts: Names of the parts that the leaves' runs number.
       custom_metadata: That of all parts, merged.
       started_ns: When the first part was saved, in nanoseconds since the epoch.
       conflicts: Why the parts do not fit together; nothing but another save can mend these.
@@ -38,6 +39,7 @@ class MergePlan:
 
     leaves: tuple[Leaf, ...]
     sources: tuple[tuple[Source, ...], ...]
+    data_parts: tuple[str, ...]
     custom_metadata: dict[str, Any]
     started_ns: int
     conflicts: tuple[str, ...]
@@ -60,13 +62,14 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
     missing: list[str] = []
     leaves: list[Leaf] = []
     sources: list[tuple[Source, ...]] = []
+    numbers: dict[str, int] = {}
     for held in newest.values():
         problem = _disagreement(held)
         if problem:
             conflicts.append(problem)
             continue
         leaf, found, lacking = _whole(held, conflicts)
-        leaves.append(leaf)
+        leaves.append(leaf.with_boxes(leaf.boxes, _runs(leaf, found, numbers)))
         sources.append(found)
         if lacking:
             missing.append(lacking)
@@ -74,6 +77,7 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
     return MergePlan(
         leaves=tuple(leaves),
         sources=tuple(sources),
+        data_parts=tuple(numbers),
         custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
         started_ns=min((part.time_ns for _, part in ordered), default=0),
         conflicts=tuple(conflicts),
@@ -172,6 +176,25 @@ def _joined(
     if any(digests):
         whole = Box(whole.start, whole.shape, digests)
     return leaf.with_boxes((whole,)), tuple(source for _, source in ordered), None
+
+
+def _runs(leaf: Leaf, sources: Iterable[Source], numbers: dict[str, int]) -> tuple[Run, ...]:
+    """Joins chunks that follow one another in a data file; numbers the parts as they come."""
+    if leaf.compression is not None:
+        return ()
+    runs: list[Run] = []
+    end = (-1, 0)
+    for part, place in sources:
+        if isinstance(place, bytes):
+            return ()
+        offset, size = place
+        number = numbers.setdefault(part, len(numbers))
+        if end == (number, offset):
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((number, offset, 1))
+        end = number, offset + size
+    return tuple(runs)
 
 
 def _collect(part: str, leaf: Leaf, chunks: dict[str, tuple[str, Source]]) -> str | None:

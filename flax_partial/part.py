@@ -28,6 +28,9 @@ FORMAT_VERSION = 2
 DATA_FILE = "data"  # of a part: the chunks that its table does not hold itself
 INLINE_BYTES = 1024  # a chunk of at most so many bytes stands in the table
 
+Run = tuple[int, int, int]
+"""Chunks that follow one another in a data file: number of the part, offset, number of chunks."""
+
 Place = bytes | tuple[int, int]
 """Where a chunk is: the bytes themselves, or their offset and length in the part's data file."""
 
@@ -92,6 +95,8 @@ class Leaf:
       sharding: Sharding in Orbax's terms.
       text: Value of a string; for a PRNG key, the name of its implementation.
       boxes: What is held of it.
+      runs: In a checkpoint's contents, where its chunks are, in C order; empty where some stand in
+        the database or are compressed.
     """
 
     path: KeyPath
@@ -104,6 +109,7 @@ class Leaf:
     sharding: dict[str, Any] | None = None
     text: str = ""
     boxes: tuple[Box, ...] = ()
+    runs: tuple[Run, ...] = ()
 
     @property
     def name(self) -> str:
@@ -142,7 +148,7 @@ class Leaf:
             return f"{self.kind} {self.text!r}" if self.text else self.kind
         return f"{self.kind} {self.dtype}{list(self.shape)} in chunks of {list(self.chunk)}"
 
-    def with_boxes(self, boxes: tuple[Box, ...]) -> "Leaf":
+    def with_boxes(self, boxes: tuple[Box, ...], runs: tuple[Run, ...] = ()) -> "Leaf":
         """The same leaf with other boxes."""
         return Leaf(
             path=self.path,
@@ -155,6 +161,7 @@ class Leaf:
             sharding=self.sharding,
             text=self.text,
             boxes=boxes,
+            runs=runs,
         )
 
     @property
@@ -212,6 +219,7 @@ class Contents:
       parts: Number of parts it was merged from.
       custom_metadata: That of all parts, merged.
       leaves: Its leaves, in the order in which they were saved.
+      data_parts: Names of the parts that the leaves' runs number.
     """
 
     started_ns: int
@@ -219,6 +227,7 @@ class Contents:
     parts: int
     custom_metadata: dict[str, Any]
     leaves: tuple[Leaf, ...]
+    data_parts: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=len(STORABLE_DTYPES))
@@ -300,6 +309,7 @@ def encode_contents(contents: Contents) -> bytes:
         "started_ns": contents.started_ns,
         "committed_ns": contents.committed_ns,
         "parts": contents.parts,
+        "data_parts": contents.data_parts,
     }
     return _encode(head, contents.custom_metadata, contents.leaves)
 
@@ -370,6 +380,8 @@ def _leaf_to_json(leaf: Leaf, shardings: _Shardings) -> dict[str, Any]:
     if leaf.is_array:
         row |= {"dtype": leaf.dtype, "shape": leaf.shape, "chunk": leaf.chunk}
         row["boxes"] = [_box_to_json(box) for box in leaf.boxes]
+    if leaf.runs:
+        row["runs"] = leaf.runs
     if leaf.compression:
         row["compression"] = leaf.compression
     if leaf.sharding is not None:
@@ -439,11 +451,23 @@ def _contents_of(table: dict[str, Any]) -> Contents:
         parts=_integer(table["parts"]),
         custom_metadata=table["custom_metadata"],
         leaves=_leaves_of(table),
+        data_parts=tuple(table["data_parts"]),
     )
+    if not all(type(name) is str and "/" not in name for name in contents.data_parts):
+        raise CorruptCheckpointError("a name of a part is none")
     for leaf in contents.leaves:
         if leaf.is_array and [box.shape for box in leaf.boxes] != [leaf.shape]:
             raise CorruptCheckpointError(f"leaf {leaf.name!r} is not one whole box")
+        if leaf.runs:
+            _require_runs(leaf, len(contents.data_parts))
     return contents
+
+
+def _require_runs(leaf: Leaf, parts: int) -> None:
+    total = math.prod(chunk_counts(leaf.shape, leaf.chunk))
+    is_whole = sum(chunks for _, _, chunks in leaf.runs) == total and leaf.compression is None
+    if not is_whole or any(part >= parts or not chunks for part, _, chunks in leaf.runs):
+        raise CorruptCheckpointError(f"leaf {leaf.name!r} has runs that are not its chunks")
 
 
 def _leaves_of(table: dict[str, Any]) -> tuple[Leaf, ...]:
@@ -486,7 +510,13 @@ def _leaf_of(row: dict[str, Any], shardings: list[dict[str, Any]]) -> Leaf:
         sharding=None if sharding is None else shardings[_integer(sharding)],
         text=text,
         boxes=boxes,
+        runs=tuple([_run_of(run) for run in row.get("runs", ())]),
     )
+
+
+def _run_of(value: list[Any]) -> Run:
+    part, offset, chunks = _shape(value)
+    return part, offset, chunks
 
 
 def _box_of(row: list[Any], whole: Shape, chunk: Shape, stored: int | None) -> Box:

@@ -5,7 +5,6 @@ stand in the table of contents itself, so that a save of small leaves writes one
 of a box follow one another in memory they are appended as one run, and nothing is copied.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -15,7 +14,7 @@ import numpy as np
 
 from flax_partial import workers
 from flax_partial.arrays import encoded_chunks
-from flax_partial.chunks import Shape, chunk_regions
+from flax_partial.chunks import Shape, chunk_regions, count_leading
 from flax_partial.direct_io import NewFile
 from flax_partial.part import DATA_FILE, INLINE_BYTES, Box, Leaf, Place, digests_of, flat
 
@@ -90,7 +89,7 @@ def _places(leaf: Leaf, array: np.ndarray, file: NewFile | None) -> Iterator[Pla
             yield file.append(np.frombuffer(encoded, np.uint8)), len(encoded)
         return
     size = leaf.chunk_bytes
-    leading = _count_leading(array.shape, leaf.chunk)
+    leading = count_leading(array.shape, leaf.chunk)
     if leading:
         start = file.append(flat(array)[: leading * size])
         yield from ((start + number * size, size) for number in range(leading))
@@ -106,17 +105,6 @@ def _stored_chunks(array: np.ndarray, chunk: Shape, *, skip: int = 0) -> Iterato
         return
     for region in islice(chunk_regions(array.shape, chunk), skip, None):
         yield flat(_padded(array[region], chunk))
-
-
-def _count_leading(shape: Shape, chunk: Shape) -> int:
-    """How many whole chunks follow one another at the beginning of a box's memory."""
-    cut = max((axis for axis, size in enumerate(shape) if chunk[axis] != size), default=None)
-    if cut is None:
-        return 1
-    if any(length != 1 for length in chunk[:cut]):
-        return 0
-    rows = 1 if shape[cut] % chunk[cut] else math.prod(shape[:cut])
-    return rows * (shape[cut] // chunk[cut])
 
 
 def _padded(array: np.ndarray, shape: Shape) -> np.ndarray:
