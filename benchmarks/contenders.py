@@ -94,7 +94,7 @@ def timed(save: Callable[[], object], finalize: Callable[[], object] | None = No
     return {"save": saved - start, "finalize": end - saved, "total": end - start}
 
 
-def _save_ours(groups: Sequence[Group], path: Path) -> Metrics:
+def save_ours(groups: Sequence[Group], path: Path) -> Metrics:
     """Saves durably group by group, then finalizes: `flax_partial`, its defaults."""
     return timed(lambda: [fp.save(path, group) for group in groups], lambda: fp.finalize(path))
 
@@ -107,9 +107,9 @@ def _save_orbax_partial(groups: Sequence[Group], path: Path) -> Metrics:
     )
 
 
-def _save_orbax_whole(groups: Sequence[Group], path: Path) -> Metrics:
+def save_orbax_whole(groups: Sequence[Group], path: Path) -> Metrics:
     """Saves everything at once: Orbax `v1.save`, its defaults."""
-    return timed(lambda: ocp.save(path, _merged(groups)))
+    return timed(lambda: ocp.save(path, merged(groups)))
 
 
 def _save_safetensors(groups: Sequence[Group], path: Path) -> Metrics:
@@ -142,13 +142,13 @@ def _save_plainly(groups: Sequence[Group], path: Path) -> Metrics:
 def _check_ours(groups: Sequence[Group], path: Path) -> None:
     """Verifies one of ours, and reads it by `load` and by Orbax."""
     assert fp.verify(path).ok
-    _assert_equal(fp.load(path), _merged(groups))
+    _assert_equal(fp.load(path), merged(groups))
     _check_orbax(groups, path)
 
 
 def _check_orbax(groups: Sequence[Group], path: Path) -> None:
     """Reads a checkpoint by Orbax, without a target."""
-    _assert_equal(ocp.load(path), _merged(groups))
+    _assert_equal(ocp.load(path), merged(groups))
 
 
 def _assert_equal(found: Any, expected: Group) -> None:
@@ -156,7 +156,8 @@ def _assert_equal(found: Any, expected: Group) -> None:
     jax.tree.map(np.testing.assert_array_equal, expected, found)
 
 
-def _merged(groups: Sequence[Group]) -> Group:
+def merged(groups: Sequence[Group]) -> Group:
+    """Returns all groups as one tree."""
     return {name: group[name] for group in groups for name in group}
 
 
@@ -182,9 +183,9 @@ def _fsync(path: Path) -> None:
 
 
 _WAYS: dict[str, tuple[Callable[..., Metrics], Callable[..., None] | None]] = {
-    OURS: (_save_ours, _check_ours),
+    OURS: (save_ours, _check_ours),
     PARTIAL: (_save_orbax_partial, _check_orbax),
-    WHOLE: (_save_orbax_whole, _check_orbax),
+    WHOLE: (save_orbax_whole, _check_orbax),
     SAFETENSORS: (_save_safetensors, None),
     PLAIN: (_save_plainly, None),
 }

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _PACKAGES = ("jax", "tensorstore", "orbax-checkpoint", "safetensors", "numpy", "flax-partial")
 _MIB = 1 << 20
 
+UNITS = {"memory": "MiB", "growth": "MiB", "beside the state": "MiB", "steps/s": ""}
+"""The unit in which a metric is told, else seconds; what is told in MiB is measured in bytes."""
+
 
 def describe_machine(directory: Path) -> dict[str, Any]:
     """Returns what figures depend on: cores, memory, the directory's file system, versions."""
@@ -73,7 +76,7 @@ def write_json(outcomes: Iterable[Outcome], path: Path, *, machine: dict[str, An
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> bool:
-    """Draws each contender's median total, a panel a scenario; False without matplotlib."""
+    """Draws a median of each contender, a panel a scenario; False without matplotlib."""
     try:
         from matplotlib.figure import Figure as Drawing
     except ImportError:
@@ -83,11 +86,13 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> bool:
     panels = drawing.subplots(len(outcomes), squeeze=False, height_ratios=rows)[:, 0]
     for outcome, panel in zip(outcomes, panels, strict=True):
         names = list(outcome.rounds)[::-1]
-        totals = [outcome.median(Figure(name)) or 0.0 for name in names]
+        shown = outcome.scenario.shown
+        values = [outcome.median(Figure(name, shown)) or 0.0 for name in names]
+        scale = _MIB if UNITS.get(shown) == "MiB" else 1
         colors = ["tab:blue" if name.startswith("flax_partial") else "tab:gray" for name in names]
-        bars = panel.barh(names, totals, color=colors)
-        panel.bar_label(bars, [_cell("total", total) for total in totals], padding=3)
-        panel.set(xscale="log", xlabel="seconds, median (log)", title=outcome.scenario.name)
+        bars = panel.barh(names, [value / scale for value in values], color=colors)
+        panel.bar_label(bars, [_cell(shown, value) for value in values], padding=3)
+        panel.set(xscale="log", xlabel=_axis(shown), title=outcome.scenario.name)
         panel.margins(x=0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=120)
@@ -102,9 +107,16 @@ def _metrics(outcome: Outcome) -> list[str]:
 def _cell(metric: str, value: float | None) -> str:
     if value is None:
         return ""
-    if metric == "memory":
-        return f"{value / _MIB:,.0f} MiB"
+    if UNITS.get(metric) == "MiB":
+        return f"{value / _MIB:,.3g} MiB" if value < 100 * _MIB else f"{value / _MIB:,.0f} MiB"
+    if metric in UNITS:
+        return f"{value:.3g}"
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def _axis(metric: str) -> str:
+    unit = UNITS.get(metric, "seconds")
+    return ", ".join(filter(None, (metric if metric != "total" else "", unit, "median (log)")))
 
 
 def _bound(target: Target) -> str:
