@@ -126,7 +126,7 @@ def _save_safetensors(groups: Sequence[Group], path: Path) -> Metrics:
     return timed(save)
 
 
-def _save_plainly(groups: Sequence[Group], path: Path) -> Metrics:
+def save_plainly(groups: Sequence[Group], path: Path) -> Metrics:
     """Writes the arrays' bytes one after the other into one file, fsynced once."""
 
     def save() -> None:
@@ -187,5 +187,5 @@ _WAYS: dict[str, tuple[Callable[..., Metrics], Callable[..., None] | None]] = {
     PARTIAL: (_save_orbax_partial, _check_orbax),
     WHOLE: (save_orbax_whole, _check_orbax),
     SAFETENSORS: (_save_safetensors, None),
-    PLAIN: (_save_plainly, None),
+    PLAIN: (save_plainly, None),
 }

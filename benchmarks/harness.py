@@ -84,14 +84,23 @@ class Target:
 
     @classmethod
     def within(cls, ours: Figure, *, of: Figure, at_most: float) -> Target:
-        """Ours takes at most `at_most` times the peer's time."""
-        return cls(f"{ours.metric}: {ours.contender} over {of.contender}", ours, of, None, at_most)
+        """Ours takes at most `at_most` times the peer's time, or its own of another metric."""
+        text = f"{ours.metric}: {ours.contender} over {of.contender}"
+        if ours.contender == of.contender:
+            text = f"{ours.contender}: {ours.metric} over {of.metric}"
+        return cls(text, ours, of, at_most=at_most)
 
     @classmethod
     def below(cls, figure: Figure, at_most: float, unit_name: str, unit: float = 1.0) -> Target:
         """A median is at most `at_most` units."""
         text = f"{figure.metric}: {figure.contender}, in {unit_name}"
         return cls(text, figure, at_most=at_most, unit=unit)
+
+    @classmethod
+    def keeps(cls, metric: str, ours: str, *, of: str, at_least: float | None = None) -> Target:
+        """Ours keeps at least this share of the peer's rate."""
+        text = f"{metric}: {ours} over {of}"
+        return cls(text, Figure(ours, metric), Figure(of, metric), at_least=at_least)
 
     @classmethod
     def linear(cls, half: Figure, full: Figure) -> Target:
@@ -184,12 +193,8 @@ def run_scenario(
       What was measured.
     """
     with _places(directory) as places:
-        # Imports, compilation, thread pools: paid by the small work, once, by every contender.
-        with _prepared(build(small=True), directory, say) as trial:
-            for contender in trial.contenders:
-                if contender.medium in places:
-                    say(f"warming up: {contender.name}")
-                    _take_turn(contender, places[contender.medium], check=True)
+        if not small:
+            _warm_up(build(small=True), places, directory, say)
         scenario = build(small=small)
         _touch(scenario.touched_bytes, places.values())
         outcome = Outcome(scenario, is_small=small)
@@ -197,6 +202,20 @@ def run_scenario(
             for number in range(rounds):
                 _run_round(outcome, number, rounds, places, say)
     return outcome
+
+
+def _warm_up(
+    trial: Scenario,
+    places: Mapping[Medium, Path],
+    directory: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Pays for imports, compilation and thread pools, once for every contender, by small work."""
+    with _prepared(trial, directory, say):
+        for contender in trial.contenders:
+            if contender.medium in places:
+                say(f"warming up: {contender.name}")
+                _take_turn(contender, places[contender.medium], check=True)
 
 
 def _run_round(
@@ -236,16 +255,14 @@ def _rotated(contenders: tuple[Contender, ...], by: int) -> tuple[Contender, ...
 
 
 @contextlib.contextmanager
-def _prepared(
-    scenario: Scenario, directory: Path, say: Callable[[str], None]
-) -> Iterator[Scenario]:
+def _prepared(scenario: Scenario, directory: Path, say: Callable[[str], None]) -> Iterator[None]:
     if scenario.prepare is None:
-        yield scenario
+        yield
         return
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as place:
         say("preparing")
         scenario.prepare(Path(place))
-        yield scenario
+        yield
 
 
 @contextlib.contextmanager

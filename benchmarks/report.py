@@ -92,7 +92,8 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> bool:
         colors = ["tab:blue" if name.startswith("flax_partial") else "tab:gray" for name in names]
         bars = panel.barh(names, [value / scale for value in values], color=colors)
         panel.bar_label(bars, [_cell(shown, value) for value in values], padding=3)
-        panel.set(xscale="log", xlabel=_axis(shown), title=outcome.scenario.name)
+        panel.set(xlabel=_axis(shown), title=outcome.scenario.name)
+        panel.set_xscale("linear" if UNITS.get(shown) == "" else "log")
         panel.margins(x=0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=120)
@@ -116,7 +117,7 @@ def _cell(metric: str, value: float | None) -> str:
 
 def _axis(metric: str) -> str:
     unit = UNITS.get(metric, "seconds")
-    return ", ".join(filter(None, (metric if metric != "total" else "", unit, "median (log)")))
+    return f"{metric}, median" if not unit else f"{metric}, {unit}, median (log)"
 
 
 def _bound(target: Target) -> str:

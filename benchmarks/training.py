@@ -1,0 +1,224 @@
+"""A training loop with checkpoints by us, by Orbax and by a plain thread, and what they cost it.
+
+The model, its data and the trainer are those of `examples/pipeline_lm.py`. A checkpoint is a
+callback with Lightning's hooks. Measured is a whole number of intervals: a checkpoint is taken
+after the first step of each, and the last one's writing is waited for.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+
+from benchmarks import contenders as by
+from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from benchmarks.harness import Metrics
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+INTERVALS = 2
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained, and how often it is saved.
+
+    Attributes:
+      vocabulary: Size of the vocabulary.
+      length: Tokens of a window.
+      windows: Windows of a batch, which passes the pipeline in one piece.
+      width: Features.
+      layers: Blocks.
+      stages: Pipeline stages.
+      every: Steps from one checkpoint to the next.
+    """
+
+    vocabulary: int
+    length: int
+    windows: int
+    width: int
+    layers: int
+    stages: int
+    every: int
+
+
+SMALL = Size(vocabulary=256, length=8, windows=8, width=32, layers=2, stages=2, every=2)
+
+
+class Training:
+    """A model that goes on being trained, with one callback after the other."""
+
+    def __init__(self, size: Size) -> None:
+        """Draws the model; its functions are compiled in the first step."""
+        if str(EXAMPLES) not in sys.path:
+            sys.path.append(str(EXAMPLES))
+        from lm_model import ModelConfig
+        from lm_module import LanguageModel
+        from lm_text import read_corpus
+
+        self.size = size
+        self.model = LanguageModel(
+            ModelConfig(size.vocabulary, size.length, size.width, size.layers),
+            read_corpus(size.vocabulary),
+            stages=size.stages,
+            batches_per_epoch=INTERVALS * size.every,
+            seed=0,
+            windows=size.windows,
+            micro_batches=1,
+        )
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """The arrays of the state as it is now."""
+        return jax.tree.leaves(self.model.state())
+
+    @property
+    def bytes(self) -> int:
+        """Size of the state."""
+        return sum(leaf.nbytes for leaf in self.leaves)
+
+    def run(self, callback: object) -> Metrics:
+        """Trains for some intervals, saving into a new directory.
+
+        Returns:
+          `total`: until all is trained and written. `interval`: the same for each interval.
+          `drain`: the part of `total` after the last step. `blocked`: for how long each checkpoint
+          held training in its hooks, waiting for computations not counted where the callback says
+          so, as `waited`. `steps/s`.
+        """
+        from trainer import Trainer
+
+        watch = _Watch(callback)
+        trainer = Trainer(max_epochs=1, callbacks=[watch])
+        trainer.global_step = self.size.every - 1  # so that the first step is one to be saved
+        trainer.fit(self.model)
+        total = watch.ended - watch.began
+        waited = getattr(callback, "waited_secs", 0.0)
+        return {
+            "total": total,
+            "interval": total / INTERVALS,
+            "drain": watch.ended - watch.trained,
+            "blocked": (watch.held - waited) / INTERVALS,
+            "waited": waited / INTERVALS,
+            "steps/s": INTERVALS * self.size.every / total,
+        }
+
+
+class _Watch:
+    """Stands in for a callback, and adds up the seconds that training spends in its hooks.
+
+    Attributes:
+      began: When training began.
+      trained: When the last step was computed.
+      ended: When all was written.
+      held: Seconds in hooks from `began` to `trained`.
+    """
+
+    began = trained = ended = held = 0.0
+
+    def __init__(self, callback: object) -> None:
+        self._callback = callback
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        hook = getattr(self._callback, name)
+
+        def timed(*arguments: object) -> None:
+            start = time.perf_counter()
+            hook(*arguments)
+            self.held += time.perf_counter() - start
+
+        return timed
+
+    def restore(self, _: Tree) -> None:
+        """There is nothing to go on from."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self._pass_on("on_train_start", trainer, module)
+        jax.block_until_ready(module.state())
+        self.began, self.held = time.perf_counter(), 0.0
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        jax.block_until_ready(module.state())
+        self.trained = time.perf_counter()
+        self._pass_on("on_train_end", trainer, module)
+        self.ended = time.perf_counter()
+
+    def _pass_on(self, name: str, *arguments: object) -> None:
+        hook = getattr(self._callback, name, None)
+        if hook is not None:
+            hook(*arguments)
+
+
+def ours(every: int, directory: Path) -> PartialCheckpointCallback:
+    """Our callback, to which the stages stream their layers."""
+    return PartialCheckpointCallback(
+        directory,
+        every_n_epochs=None,
+        every_n_train_steps=every,
+        group_by=lambda path: str(path[0].key),
+        finalizer=FinalizeHook(),
+    )
+
+
+class _AtStepEnd:
+    """A callback that saves the trainer's state at the end of a step, after the save before."""
+
+    def __init__(self, every: int, directory: Path) -> None:
+        self._every = every
+        self._directory = directory
+        self._wait: Callable[[], None] = lambda: None
+
+    def on_fit_start(self, _trainer: Any, _module: Any) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+
+    def on_train_batch_end(self, trainer: Any, *_: object) -> None:
+        if trainer.global_step % self._every == 0:
+            self._wait()
+            self._wait = self._save(self._directory / str(trainer.global_step), trainer.state)
+
+    def on_train_end(self, _trainer: Any, _module: Any) -> None:
+        self._wait()
+
+    def _save(self, path: Path, state: Tree) -> Callable[[], None]:
+        """Begins to save; returns what waits for it."""
+        raise NotImplementedError
+
+
+class OrbaxAsync(_AtStepEnd):
+    """Orbax's `save_async`. It takes arrays that are computed: the wait for them is not its cost.
+
+    Attributes:
+      waited_secs: For how long computations were waited for.
+    """
+
+    waited_secs = 0.0
+
+    def _save(self, path: Path, state: Tree) -> Callable[[], None]:
+        start = time.perf_counter()
+        jax.block_until_ready(state)
+        self.waited_secs += time.perf_counter() - start
+        return ocp.save_async(path, state).result
+
+
+class PlainThread(_AtStepEnd):
+    """The same bytes, copied to pinned memory and written to one file by a thread of its own."""
+
+    def _save(self, path: Path, state: Tree) -> Callable[[], None]:
+        arrays = jax.tree.leaves((state["params"], state["opt_state"]))
+        shardings = [array.sharding.with_memory_kind("pinned_host") for array in arrays]
+        copies = jax.device_put(arrays, shardings, may_alias=False)
+        thread = threading.Thread(target=by.save_plainly, args=(copies, path))
+        thread.start()
+        return thread.join
