@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 _LOG_WIDTH = 120
 
 # Each is a module here. A new scenario is a new name and a new module.
-SCENARIOS = ("stream", "many_small", "finalize", "train_loop", "load", "distributed")
+SCENARIOS = (
+    "stream",
+    "many_small",
+    "finalize",
+    "train_loop",
+    "memory",
+    "load",
+    "distributed",
+)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ Peers are used by their public calls only.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from functools import partial
@@ -21,7 +22,7 @@ import flax_partial as fp
 from benchmarks.harness import Contender, Medium, Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
 OURS = "flax_partial"
@@ -126,12 +127,12 @@ def _save_safetensors(groups: Sequence[Group], path: Path) -> Metrics:
     return timed(save)
 
 
-def save_plainly(groups: Sequence[Group], path: Path) -> Metrics:
+def save_plainly(groups: Iterable[Any], path: Path) -> Metrics:
     """Writes the arrays' bytes one after the other into one file, fsynced once."""
 
     def save() -> None:
         with path.open("wb", buffering=0) as file:
-            for leaf in jax.tree.leaves(groups):
+            for leaf in itertools.chain.from_iterable(map(jax.tree.leaves, groups)):
                 _write_all(file.fileno(), np.asarray(leaf).data.cast("B"))
             os.fsync(file.fileno())
         _fsync(path.parent)
@@ -139,7 +140,7 @@ def save_plainly(groups: Sequence[Group], path: Path) -> Metrics:
     return timed(save)
 
 
-def _check_ours(groups: Sequence[Group], path: Path) -> None:
+def check_ours(groups: Sequence[Group], path: Path) -> None:
     """Verifies one of ours, and reads it by `load` and by Orbax."""
     assert fp.verify(path).ok
     _assert_equal(fp.load(path), merged(groups))
@@ -183,7 +184,7 @@ def _fsync(path: Path) -> None:
 
 
 _WAYS: dict[str, tuple[Callable[..., Metrics], Callable[..., None] | None]] = {
-    OURS: (save_ours, _check_ours),
+    OURS: (save_ours, check_ours),
     PARTIAL: (_save_orbax_partial, _check_orbax),
     WHOLE: (save_orbax_whole, _check_orbax),
     SAFETENSORS: (_save_safetensors, None),

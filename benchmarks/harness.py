@@ -83,7 +83,7 @@ class Target:
         return cls(text, Figure(than, metric), Figure(ours, metric), at_least=at_least)
 
     @classmethod
-    def within(cls, ours: Figure, *, of: Figure, at_most: float) -> Target:
+    def within(cls, ours: Figure, *, of: Figure, at_most: float | None = None) -> Target:
         """Ours takes at most `at_most` times the peer's time, or its own of another metric."""
         text = f"{ours.metric}: {ours.contender} over {of.contender}"
         if ours.contender == of.contender:
