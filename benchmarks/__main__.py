@@ -22,6 +22,7 @@ _LOG_WIDTH = 120
 SCENARIOS = (
     "stream",
     "many_small",
+    "long_session",
     "finalize",
     "train_loop",
     "memory",

@@ -25,14 +25,19 @@ class Growth:
 @contextlib.contextmanager
 def peak_growth() -> Iterator[Growth]:
     """Measures by how much resident memory rises inside the block, at its peak."""
-    # Freed memory that the allocator keeps would be used again without showing.
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    start = resident_bytes()
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-    start = _status_bytes("VmRSS")
     growth = Growth()
     yield growth
     growth.bytes = max(0, _status_bytes("VmHWM") - start)
+
+
+def resident_bytes() -> int:
+    """Returns the resident memory, in bytes, of what is in use."""
+    # Freed memory that the allocator keeps would be used again without showing.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
 
 
 def _status_bytes(name: str) -> int:
