@@ -28,6 +28,7 @@ SCENARIOS = (
     "memory",
     "load",
     "distributed",
+    "import_time",
 )
 
 
