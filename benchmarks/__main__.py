@@ -8,15 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from benchmarks import report
 from benchmarks.harness import run_scenario
 
 if TYPE_CHECKING:
     from rich.status import Status
-
-_LOG_WIDTH = 120
 
 # Each is a module here. A new scenario is a new name and a new module.
 SCENARIOS = (
@@ -35,9 +31,7 @@ SCENARIOS = (
 def main() -> None:
     """Runs the scenarios asked for; prints, writes JSON and draws what they measured."""
     arguments = _parse()
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _LOG_WIDTH
+    console = report.make_console()
     machine = report.describe_machine(arguments.directory)
     console.print(machine)
     if machine["file_system"] == "tmpfs":

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from safetensors.numpy import save_file
 
 import flax_partial as fp
 from benchmarks.harness import Contender, Medium, Metrics
@@ -115,6 +114,7 @@ def save_orbax_whole(groups: Sequence[Group], path: Path) -> Metrics:
 
 def _save_safetensors(groups: Sequence[Group], path: Path) -> Metrics:
     """Saves group by group, one file each, every file and the directory fsynced."""
+    from safetensors.numpy import save_file
 
     def save() -> None:
         path.mkdir()

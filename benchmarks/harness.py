@@ -196,7 +196,8 @@ def run_scenario(
         if not small:
             _warm_up(build(small=True), places, directory, say)
         scenario = build(small=small)
-        _touch(scenario.touched_bytes, places.values())
+        used = {contender.medium for contender in scenario.contenders}
+        _touch(scenario.touched_bytes, [places[medium] for medium in used & places.keys()])
         outcome = Outcome(scenario, is_small=small)
         with _prepared(scenario, directory, say):
             for number in range(rounds):

@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Figure
@@ -16,15 +17,22 @@ from benchmarks.harness import Figure
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rich.console import Console
-
     from benchmarks.harness import Outcome, Target
 
 _PACKAGES = ("jax", "tensorstore", "orbax-checkpoint", "safetensors", "numpy", "flax-partial")
 _MIB = 1 << 20
+_LOG_WIDTH = 120
 
-UNITS = {"memory": "MiB", "growth": "MiB", "beside the state": "MiB", "steps/s": ""}
+UNITS = {"memory": "MiB", "growth": "MiB", "beside the state": "MiB", "steps/s": "", "GB/s": ""}
 """The unit in which a metric is told, else seconds; what is told in MiB is measured in bytes."""
+
+
+def make_console() -> Console:
+    """Returns where to print; as wide as its tables need where nobody watches."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    return console
 
 
 def describe_machine(directory: Path) -> dict[str, Any]:
