@@ -76,7 +76,7 @@ def _find_device(*, allow_cpu: bool) -> jax.Device:
         device = jax.devices()[0]
         found = f"JAX's default device is {device}"
     except (RuntimeError, AssertionError) as error:  # the latter where JAX_PLATFORMS=cuda
-        device, found = None, f"JAX finds no device: {error or 'no backend'}"
+        device, found = None, f"JAX finds no device: {str(error) or 'no backend'}"
     if device is None or (device.platform != "gpu" and not allow_cpu):
         sys.exit(
             f"No GPU: {found}. Install JAX with CUDA (pip install 'jax[cuda13]'), or pass "
