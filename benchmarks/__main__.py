@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import report
+from benchmarks import plots, report
 from benchmarks.harness import run_scenario
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def main() -> None:
         outcomes.append(outcome)
         # After each, so that an interrupted run keeps what it measured.
         report.write_json(outcomes, arguments.json, machine=machine)
-    picture = arguments.json.with_suffix(".png")
-    drawn = report.plot(outcomes, picture)
-    console.print(f"Written: {arguments.json}" + (f", {picture}" if drawn else ""))
+    report.print_summary(outcomes, console)
+    written = [arguments.json, *plots.draw(outcomes, arguments.json.with_suffix(".png"))]
+    console.print(f"Written: {', '.join(map(str, written))}")
 
 
 def _parse() -> argparse.Namespace:

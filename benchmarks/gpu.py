@@ -23,7 +23,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 import flax_partial as fp
 from benchmarks import contenders as by
-from benchmarks import report, train_loop, training
+from benchmarks import plots, report, train_loop, training
 from benchmarks.harness import Contender, Metrics, Scenario, Target, run_scenario
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def main() -> None:
         report.print_outcome(outcome, console)
         outcomes.append(outcome)
         report.write_json(outcomes, arguments.json, machine=machine)
-    report.plot(outcomes, arguments.json.with_suffix(".png"))
-    console.print(f"Written: {arguments.json}")
+    written = [arguments.json, *plots.draw(outcomes, arguments.json.with_suffix(".png"))]
+    console.print(f"Written: {', '.join(map(str, written))}")
 
 
 def _parse() -> argparse.Namespace:

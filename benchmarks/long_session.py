@@ -64,7 +64,7 @@ def _run_orbax(groups: Sequence[by.Group], path: Path) -> Metrics:
         groups,
         save=partial(ocp.partial.save, path),
         finalize=partial(ocp.partial.finalize, path),
-        load=partial(ocp.load, path),
+        load=partial(by.read_by_orbax, path),
     )
 
 

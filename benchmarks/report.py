@@ -1,4 +1,4 @@
-"""Tells outcomes: tables for people, JSON for programs, a plot for documents."""
+"""Tells outcomes: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks.harness import Figure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from benchmarks.harness import Outcome, Target
 
@@ -62,7 +62,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     metrics = _metrics(outcome)
     medians = Table("contender", "rounds", *metrics)
     for name, rounds in outcome.rounds.items():
-        cells = [_cell(metric, outcome.median(Figure(name, metric))) for metric in metrics]
+        cells = [cell(metric, outcome.median(Figure(name, metric))) for metric in metrics]
         medians.add_row(name, str(len(rounds)), *cells)
     console.print(medians)
     targets = Table("ratio of medians", "measured", "target", "")
@@ -71,6 +71,21 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
         measured = "not measured" if ratio is None else f"{ratio:,.3g}"
         targets.add_row(target.text, measured, _bound(target), _verdict(outcome, target))
     console.print(targets)
+
+
+def print_summary(outcomes: Iterable[Outcome], console: Console) -> None:
+    """Prints how many targets are met, and which are not."""
+    verdicts = [
+        (outcome.scenario.name, target.text, outcome.is_met(target))
+        for outcome in outcomes
+        for target in outcome.scenario.targets
+    ]
+    judged = [met for _, _, met in verdicts if met is not None]
+    if judged:
+        console.print(f"\n{judged.count(True)} of {len(judged)} targets met.")
+    for name, text, met in verdicts:
+        if met is False:
+            console.print(f"  not met: {name}: {text}")
 
 
 def write_json(outcomes: Iterable[Outcome], path: Path, *, machine: dict[str, Any]) -> None:
@@ -83,37 +98,13 @@ def write_json(outcomes: Iterable[Outcome], path: Path, *, machine: dict[str, An
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def plot(outcomes: Sequence[Outcome], path: Path) -> bool:
-    """Draws a median of each contender, a panel a scenario; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure as Drawing
-    except ImportError:
-        return False
-    rows = [len(outcome.rounds) for outcome in outcomes]
-    drawing = Drawing(figsize=(9, 0.45 * sum(rows) + 1.2 * len(rows)), layout="constrained")
-    panels = drawing.subplots(len(outcomes), squeeze=False, height_ratios=rows)[:, 0]
-    for outcome, panel in zip(outcomes, panels, strict=True):
-        names = list(outcome.rounds)[::-1]
-        shown = outcome.scenario.shown
-        values = [outcome.median(Figure(name, shown)) or 0.0 for name in names]
-        scale = _MIB if UNITS.get(shown) == "MiB" else 1
-        colors = ["tab:blue" if name.startswith("flax_partial") else "tab:gray" for name in names]
-        bars = panel.barh(names, [value / scale for value in values], color=colors)
-        panel.bar_label(bars, [_cell(shown, value) for value in values], padding=3)
-        panel.set(xlabel=_axis(shown), title=outcome.scenario.name)
-        panel.set_xscale("linear" if UNITS.get(shown) == "" else "log")
-        panel.margins(x=0.15)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=120)
-    return True
-
-
 def _metrics(outcome: Outcome) -> list[str]:
     rounds = [metrics for of_one in outcome.rounds.values() for metrics in of_one]
     return list(dict.fromkeys(name for metrics in rounds for name in metrics))
 
 
-def _cell(metric: str, value: float | None) -> str:
+def cell(metric: str, value: float | None) -> str:
+    """Returns a median as text, with its unit."""
     if value is None:
         return ""
     if UNITS.get(metric) == "MiB":
@@ -121,11 +112,6 @@ def _cell(metric: str, value: float | None) -> str:
     if metric in UNITS:
         return f"{value:.3g}"
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
-
-
-def _axis(metric: str) -> str:
-    unit = UNITS.get(metric, "seconds")
-    return f"{metric}, median" if not unit else f"{metric}, {unit}, median (log)"
 
 
 def _bound(target: Target) -> str:

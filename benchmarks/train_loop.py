@@ -9,8 +9,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import orbax.checkpoint.experimental.v1 as ocp
-
 import flax_partial as fp
 from benchmarks import contenders as by
 from benchmarks import training
@@ -76,4 +74,4 @@ def _check(every: int, path: Path) -> None:
     steps = fp.steps(path)
     assert steps == [every * number for number in range(1, training.INTERVALS + 1)]
     assert all(fp.verify(path / str(step)).ok for step in steps)
-    ocp.load(path / str(steps[-1]))
+    by.read_by_orbax(path / str(steps[-1]))

@@ -95,10 +95,13 @@ class Training:
         """Trains for some intervals, saving into a new directory.
 
         Returns:
-          `total`: until all is trained and written. `interval`: the same for each interval.
-          `drain`: the part of `total` after the last step. `blocked`: for how long each checkpoint
-          held training in its hooks. `blocked/GB`: that, for each 10^9 bytes. `own`: that without
-          the wait for computations, where a callback counts it. `steps/s`.
+          `interval`: seconds from one checkpoint to the next, or until the last is written.
+          `drain`: seconds after the last step, of the last interval.
+          `blocked`: for how long each checkpoint held training in its hooks.
+          `blocked/GB`: that, for each 10^9 bytes.
+          `own`: that without waiting for computations, where a callback tells how long it did.
+          `cpu`: processor time of all threads, for each interval.
+          `steps/s`.
         """
         from trainer import Trainer
 
@@ -110,12 +113,12 @@ class Training:
         blocked = watch.held / INTERVALS
         waited = getattr(callback, "waited_secs", 0.0) / INTERVALS
         return {
-            "total": total,
             "interval": total / INTERVALS,
             "drain": watch.ended - watch.trained,
             "blocked": blocked,
             "blocked/GB": blocked / self.bytes * 1e9,
             "own": blocked - waited,
+            "cpu": (watch.cpu_ended - watch.cpu_began) / INTERVALS,
             "steps/s": INTERVALS * self.size.every / total,
         }
 
@@ -137,9 +140,11 @@ class _Watch:
       trained: When the last step was computed.
       ended: When all was written.
       held: Seconds in hooks from `began` to `trained`.
+      cpu_began: Processor time when training began.
+      cpu_ended: Processor time when all was written.
     """
 
-    began = trained = ended = held = 0.0
+    began = trained = ended = held = cpu_began = cpu_ended = 0.0
 
     def __init__(self, callback: object) -> None:
         self._callback = callback
@@ -160,13 +165,13 @@ class _Watch:
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self._pass_on("on_train_start", trainer, module)
         jax.block_until_ready(module.state())
-        self.began, self.held = time.perf_counter(), 0.0
+        self.began, self.cpu_began, self.held = time.perf_counter(), time.process_time(), 0.0
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         jax.block_until_ready(module.state())
         self.trained = time.perf_counter()
         self._pass_on("on_train_end", trainer, module)
-        self.ended = time.perf_counter()
+        self.ended, self.cpu_ended = time.perf_counter(), time.process_time()
 
     def _pass_on(self, name: str, *arguments: object) -> None:
         hook = getattr(self._callback, name, None)
