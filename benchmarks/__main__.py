@@ -38,7 +38,7 @@ def main() -> None:
         console.print("[yellow]The directory is in memory: its figures are no disk's.[/yellow]")
     if arguments.small:
         console.print("[yellow]Small work, to see that all runs; no target stands for it.[/yellow]")
-    outcomes = []
+    results = []
     for name in arguments.scenarios or SCENARIOS:
         with console.status(name) as status:
 
@@ -52,12 +52,12 @@ def main() -> None:
                 directory=arguments.directory,
                 say=say,
             )
-        report.print_outcome(outcome, console)
-        outcomes.append(outcome)
+        results.append(report.as_result(outcome))
+        report.print_result(results[-1], console)
         # After each, so that an interrupted run keeps what it measured.
-        report.write_json(outcomes, arguments.json, machine=machine)
-    report.print_summary(outcomes, console)
-    written = [arguments.json, *plots.draw(outcomes, arguments.json.with_suffix(".png"))]
+        report.write_json(results, arguments.json, machine=machine)
+    report.print_summary(results, console)
+    written = [arguments.json, *plots.draw(results, arguments.json.with_suffix(".png"))]
     console.print(f"Written: {', '.join(map(str, written))}")
 
 

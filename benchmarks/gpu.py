@@ -44,7 +44,7 @@ def main() -> None:
     machine = report.describe_machine(arguments.directory) | {"device": device.device_kind}
     console.print(machine)
     console.print(f"Saved while donated, six steps on: {_check_donation(arguments.directory)}")
-    outcomes = []
+    results = []
     for build in (_transfer, _training):
         outcome = run_scenario(
             build,
@@ -53,10 +53,10 @@ def main() -> None:
             directory=arguments.directory,
             say=lambda text: print(text, file=sys.stderr),
         )
-        report.print_outcome(outcome, console)
-        outcomes.append(outcome)
-        report.write_json(outcomes, arguments.json, machine=machine)
-    written = [arguments.json, *plots.draw(outcomes, arguments.json.with_suffix(".png"))]
+        results.append(report.as_result(outcome))
+        report.print_result(results[-1], console)
+        report.write_json(results, arguments.json, machine=machine)
+    written = [arguments.json, *plots.draw(results, arguments.json.with_suffix(".png"))]
     console.print(f"Written: {', '.join(map(str, written))}")
 
 

@@ -73,7 +73,8 @@ def test_small_work_meets_no_target() -> None:
 @pytest.mark.parametrize(("peer", "verdict"), [(9.0, " met "), (3.0, " not met ")])
 def test_the_table_says_whether_a_target_is_met(peer: float, verdict: str) -> None:
     printed = StringIO()
-    report.print_outcome(outcome_of(FASTER, (1.0,), (peer,)), Console(file=printed, width=120))
+    result = report.as_result(outcome_of(FASTER, (1.0,), (peer,)))
+    report.print_result(result, Console(file=printed, width=120))
     (line,) = [line for line in printed.getvalue().splitlines() if "faster than" in line]
     assert verdict in line
     assert ("not met" in line) is (verdict == " not met ")
