@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.extend.backend import get_backend
 
 import flax_partial as fp
 from benchmarks import contenders as by
@@ -41,7 +42,10 @@ def main() -> None:
     arguments = _parse()
     device = _find_device(allow_cpu=arguments.allow_cpu)
     console = report.make_console()
-    machine = report.describe_machine(arguments.directory) | {"device": device.device_kind}
+    machine = report.describe_machine(arguments.directory) | {
+        "device": device.device_kind,
+        "platform": get_backend().platform_version,
+    }
     console.print(machine)
     console.print(f"Saved while donated, six steps on: {_check_donation(arguments.directory)}")
     results = []

@@ -32,7 +32,7 @@ _WAYS = {_OURS: ("ours", "ours"), _ORBAX: ("orbax", "orbax"), _ORBAX_OURS: ("orb
 def build(*, small: bool) -> Scenario:
     """Returns the scenario: 1 GiB in 64 arrays; 2,048 small leaves (small: a fraction of each)."""
     count, size = (4, _MIB) if small else (32, 16 * _MIB)
-    large = _Stored("1 GiB", by.make_groups(count, leaves=2, shape=process.shape_of(size)))
+    large = _Stored("large arrays", by.make_groups(count, leaves=2, shape=process.shape_of(size)))
     tiny = _Stored("small leaves", by.make_groups(8 if small else 128, leaves=16, shape=(64,)))
     sharded = _Sharded("sharded", 2 * count, size)
 
@@ -132,15 +132,14 @@ class _Sharded(_Case):
         self._work = (count, size)
 
     def write(self, directory: Path) -> None:
-        for writer, path in zip(("ours", "orbax"), self._places(directory), strict=True):
-            self._start("write", writer, path)
+        self._start("write", *self._places(directory))
 
     def run(self, way: str, _: Path) -> Metrics:
         reader, writer = _WAYS[way]
         return self._start("load", reader, self._stored[writer])
 
-    def _start(self, verb: str, who: str, path: Path) -> Metrics:
-        return child.run("load_process", verb, who, path, *self._work, devices=process.DEVICES)
+    def _start(self, *arguments: object) -> Metrics:
+        return child.run("load_process", *arguments, *self._work, devices=process.DEVICES)
 
 
 def _abstract(tree: Any) -> Any:

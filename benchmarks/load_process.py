@@ -1,7 +1,8 @@
 """Writing and reading on several virtual devices, for the scenario `load`.
 
-Run as `python -m benchmarks.load_process write|load ours|orbax PATH COUNT SIZE`: so many arrays of
-so many bytes. Prints what it measured, as JSON.
+Run as `python -m benchmarks.load_process write OURS ORBAX COUNT SIZE` to write so many arrays of so
+many bytes to two paths, by us and by Orbax; and as `... load ours|orbax PATH COUNT SIZE` to read
+one. Prints what it measured, as JSON.
 """
 
 from __future__ import annotations
@@ -90,13 +91,16 @@ def _measure(reader: str, path: Path, count: int, size: int) -> Metrics:
 
 def main() -> None:
     """Does what the command line says."""
-    verb, who, path, *numbers = sys.argv[1:]
+    verb, first, second, *numbers = sys.argv[1:]
     count, size = map(int, numbers)
+    metrics: Metrics = {}
     if verb == "write":
-        write(who, Path(path), _state(count, size))
-        print(json.dumps({}))
+        state = _state(count, size)
+        write("ours", Path(first), state)
+        write("orbax", Path(second), state)
     else:
-        print(json.dumps(_measure(who, Path(path), count, size)))
+        metrics = _measure(first, Path(second), count, size)
+    print(json.dumps(metrics))
 
 
 if __name__ == "__main__":
