@@ -22,7 +22,7 @@ import flax_partial as fp
 from benchmarks.harness import Contender, Medium, Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
 OURS = "flax_partial"
@@ -36,13 +36,15 @@ Group = dict[str, dict[str, jax.Array]]
 
 def make_groups(count: int, *, leaves: int, shape: tuple[int, ...]) -> list[Group]:
     """Returns `count` groups of `leaves` float32 arrays of random numbers, ready and touched."""
+    return list(each_group(count, leaves=leaves, shape=shape))
+
+
+def each_group(count: int, *, leaves: int, shape: tuple[int, ...]) -> Iterator[Group]:
+    """Yields what `make_groups` returns, made one after the other."""
     random = np.random.default_rng(0)
-    groups = [
-        {f"group_{i}": {f"leaf_{j}": _random_array(random, shape) for j in range(leaves)}}
-        for i in range(count)
-    ]
-    jax.block_until_ready(groups)
-    return groups
+    for i in range(count):
+        arrays = {f"leaf_{j}": _random_array(random, shape) for j in range(leaves)}
+        yield {f"group_{i}": jax.block_until_ready(arrays)}
 
 
 def _random_array(random: np.random.Generator, shape: tuple[int, ...]) -> jax.Array:
