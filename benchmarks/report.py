@@ -45,8 +45,15 @@ def describe_machine(directory: Path) -> dict[str, Any]:
         "file_system": _file_system(directory),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _file_system(directory: Path) -> str:

@@ -8,8 +8,8 @@ after the first step of each, and the last one's writing is waited for.
 from __future__ import annotations
 
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,7 +196,7 @@ class _AtStepEnd:
     def __init__(self, every: int, directory: Path) -> None:
         self._every = every
         self._directory = directory
-        self._wait: Callable[[], None] = lambda: None
+        self._wait: Callable[[], object] = lambda: None
 
     def on_fit_start(self, _trainer: Any, _module: Any) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ class _AtStepEnd:
     def on_train_end(self, _trainer: Any, _module: Any) -> None:
         self._wait()
 
-    def _save(self, path: Path, state: Tree) -> Callable[[], None]:
+    def _save(self, path: Path, state: Tree) -> Callable[[], object]:
         """Begins to save; returns what waits for it."""
         raise NotImplementedError
 
@@ -223,7 +223,7 @@ class OrbaxAsync(_AtStepEnd):
 
     waited_secs = 0.0
 
-    def _save(self, path: Path, state: Tree) -> Callable[[], None]:
+    def _save(self, path: Path, state: Tree) -> Callable[[], object]:
         start = time.perf_counter()
         jax.block_until_ready(state)
         self.waited_secs += time.perf_counter() - start
@@ -233,10 +233,11 @@ class OrbaxAsync(_AtStepEnd):
 class PlainThread(_AtStepEnd):
     """The same bytes, copied to pinned memory and written to one file by a thread of its own."""
 
-    def _save(self, path: Path, state: Tree) -> Callable[[], None]:
+    def _save(self, path: Path, state: Tree) -> Callable[[], object]:
         arrays = jax.tree.leaves((state["params"], state["opt_state"]))
         shardings = [array.sharding.with_memory_kind("pinned_host") for array in arrays]
         copies = jax.device_put(arrays, shardings, may_alias=False)
-        thread = threading.Thread(target=by.save_plainly, args=(copies, path))
-        thread.start()
-        return thread.join
+        thread = ThreadPoolExecutor(1)
+        writing = thread.submit(by.save_plainly, copies, path)
+        thread.shutdown(wait=False)
+        return writing.result
