@@ -8,33 +8,37 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from benchmarks import report
+from benchmarks import plots, report
 from benchmarks.harness import run_scenario
 
 if TYPE_CHECKING:
     from rich.status import Status
 
-_LOG_WIDTH = 120
-
 # Each is a module here. A new scenario is a new name and a new module.
-SCENARIOS = ("stream", "many_small", "finalize", "distributed")
+SCENARIOS = (
+    "stream",
+    "many_small",
+    "long_session",
+    "finalize",
+    "train_loop",
+    "memory",
+    "load",
+    "distributed",
+    "import_time",
+)
 
 
 def main() -> None:
     """Runs the scenarios asked for; prints, writes JSON and draws what they measured."""
     arguments = _parse()
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _LOG_WIDTH
+    console = report.make_console()
     machine = report.describe_machine(arguments.directory)
     console.print(machine)
     if machine["file_system"] == "tmpfs":
         console.print("[yellow]The directory is in memory: its figures are no disk's.[/yellow]")
     if arguments.small:
         console.print("[yellow]Small work, to see that all runs; no target stands for it.[/yellow]")
-    outcomes = []
+    results = []
     for name in arguments.scenarios or SCENARIOS:
         with console.status(name) as status:
 
@@ -48,13 +52,13 @@ def main() -> None:
                 directory=arguments.directory,
                 say=say,
             )
-        report.print_outcome(outcome, console)
-        outcomes.append(outcome)
+        results.append(report.as_result(outcome))
+        report.print_result(results[-1], console)
         # After each, so that an interrupted run keeps what it measured.
-        report.write_json(outcomes, arguments.json, machine=machine)
-    picture = arguments.json.with_suffix(".png")
-    drawn = report.plot(outcomes, picture)
-    console.print(f"Written: {arguments.json}" + (f", {picture}" if drawn else ""))
+        report.write_json(results, arguments.json, machine=machine)
+    report.print_summary(results, console)
+    written = [arguments.json, *plots.draw(results, arguments.json.with_suffix(".png"))]
+    console.print(f"Written: {', '.join(map(str, written))}")
 
 
 def _parse() -> argparse.Namespace:

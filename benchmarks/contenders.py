@@ -7,21 +7,22 @@ Peers are used by their public calls only.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from safetensors.numpy import save_file
 
 import flax_partial as fp
 from benchmarks.harness import Contender, Medium, Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
 OURS = "flax_partial"
@@ -35,13 +36,15 @@ Group = dict[str, dict[str, jax.Array]]
 
 def make_groups(count: int, *, leaves: int, shape: tuple[int, ...]) -> list[Group]:
     """Returns `count` groups of `leaves` float32 arrays of random numbers, ready and touched."""
+    return list(each_group(count, leaves=leaves, shape=shape))
+
+
+def each_group(count: int, *, leaves: int, shape: tuple[int, ...]) -> Iterator[Group]:
+    """Yields what `make_groups` returns, made one after the other."""
     random = np.random.default_rng(0)
-    groups = [
-        {f"group_{i}": {f"leaf_{j}": _random_array(random, shape) for j in range(leaves)}}
-        for i in range(count)
-    ]
-    jax.block_until_ready(groups)
-    return groups
+    for i in range(count):
+        arrays = {f"leaf_{j}": _random_array(random, shape) for j in range(leaves)}
+        yield {f"group_{i}": jax.block_until_ready(arrays)}
 
 
 def _random_array(random: np.random.Generator, shape: tuple[int, ...]) -> jax.Array:
@@ -94,7 +97,7 @@ def timed(save: Callable[[], object], finalize: Callable[[], object] | None = No
     return {"save": saved - start, "finalize": end - saved, "total": end - start}
 
 
-def _save_ours(groups: Sequence[Group], path: Path) -> Metrics:
+def save_ours(groups: Sequence[Group], path: Path) -> Metrics:
     """Saves durably group by group, then finalizes: `flax_partial`, its defaults."""
     return timed(lambda: [fp.save(path, group) for group in groups], lambda: fp.finalize(path))
 
@@ -107,13 +110,14 @@ def _save_orbax_partial(groups: Sequence[Group], path: Path) -> Metrics:
     )
 
 
-def _save_orbax_whole(groups: Sequence[Group], path: Path) -> Metrics:
+def save_orbax_whole(groups: Sequence[Group], path: Path) -> Metrics:
     """Saves everything at once: Orbax `v1.save`, its defaults."""
-    return timed(lambda: ocp.save(path, _merged(groups)))
+    return timed(lambda: ocp.save(path, merged(groups)))
 
 
 def _save_safetensors(groups: Sequence[Group], path: Path) -> Metrics:
     """Saves group by group, one file each, every file and the directory fsynced."""
+    from safetensors.numpy import save_file
 
     def save() -> None:
         path.mkdir()
@@ -126,12 +130,12 @@ def _save_safetensors(groups: Sequence[Group], path: Path) -> Metrics:
     return timed(save)
 
 
-def _save_plainly(groups: Sequence[Group], path: Path) -> Metrics:
+def save_plainly(groups: Iterable[Any], path: Path) -> Metrics:
     """Writes the arrays' bytes one after the other into one file, fsynced once."""
 
     def save() -> None:
         with path.open("wb", buffering=0) as file:
-            for leaf in jax.tree.leaves(groups):
+            for leaf in itertools.chain.from_iterable(map(jax.tree.leaves, groups)):
                 _write_all(file.fileno(), np.asarray(leaf).data.cast("B"))
             os.fsync(file.fileno())
         _fsync(path.parent)
@@ -139,16 +143,23 @@ def _save_plainly(groups: Sequence[Group], path: Path) -> Metrics:
     return timed(save)
 
 
-def _check_ours(groups: Sequence[Group], path: Path) -> None:
+def check_ours(groups: Sequence[Group], path: Path) -> None:
     """Verifies one of ours, and reads it by `load` and by Orbax."""
     assert fp.verify(path).ok
-    _assert_equal(fp.load(path), _merged(groups))
+    _assert_equal(fp.load(path), merged(groups))
     _check_orbax(groups, path)
 
 
 def _check_orbax(groups: Sequence[Group], path: Path) -> None:
     """Reads a checkpoint by Orbax, without a target."""
-    _assert_equal(ocp.load(path), _merged(groups))
+    _assert_equal(read_by_orbax(path), merged(groups))
+
+
+def read_by_orbax(path: Path) -> Any:
+    """Reads a checkpoint by Orbax, without a target, of which it warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sharding info not provided", UserWarning)
+        return ocp.load(path)
 
 
 def _assert_equal(found: Any, expected: Group) -> None:
@@ -156,7 +167,8 @@ def _assert_equal(found: Any, expected: Group) -> None:
     jax.tree.map(np.testing.assert_array_equal, expected, found)
 
 
-def _merged(groups: Sequence[Group]) -> Group:
+def merged(groups: Sequence[Group]) -> Group:
+    """Returns all groups as one tree."""
     return {name: group[name] for group in groups for name in group}
 
 
@@ -182,9 +194,9 @@ def _fsync(path: Path) -> None:
 
 
 _WAYS: dict[str, tuple[Callable[..., Metrics], Callable[..., None] | None]] = {
-    OURS: (_save_ours, _check_ours),
+    OURS: (save_ours, check_ours),
     PARTIAL: (_save_orbax_partial, _check_orbax),
-    WHOLE: (_save_orbax_whole, _check_orbax),
+    WHOLE: (save_orbax_whole, _check_orbax),
     SAFETENSORS: (_save_safetensors, None),
-    PLAIN: (_save_plainly, None),
+    PLAIN: (save_plainly, None),
 }

@@ -7,26 +7,21 @@ begins when all of them stand ready, and ends when the last of them has done its
 
 from __future__ import annotations
 
-import json
-import os
 import socket
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import flax_partial as fp
+from benchmarks import child
 from benchmarks import distributed_process as process
 from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pathlib import Path
 
 _PROCESSES = 4
-_LIMIT_SECS = 300
 _MIB = 1 << 20
 _OURS_MPMD, _OURS_SPMD = "flax_partial, MPMD", "flax_partial, SPMD"
 _PARTIAL_SPMD, _WHOLE_SPMD = "Orbax v1.partial, SPMD", "Orbax v1, one whole save, SPMD"
@@ -69,38 +64,18 @@ def _run(way: str, groups: int, size: int, path: Path) -> Metrics:
       `blocked`: for how long the saves held their callers, `finalize` and `total`, in seconds.
     """
     port = _free_port()
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-    command = [sys.executable, "-m", "benchmarks.distributed_process"]
-    places = [[str(index), str(_PROCESSES), str(port)] for index in range(_PROCESSES)]
-    work = [way, str(groups), str(size), str(path)]
     running = [
-        subprocess.Popen(  # noqa: S603 - our own module
-            [*command, *place, *work],
-            env=environment,
-            cwd=Path(__file__).parent.parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        child.start(
+            "distributed_process", index, _PROCESSES, port, way, groups, size, path, devices=2
         )
-        for place in places
+        for index in range(_PROCESSES)
     ]
     try:
-        said = [_answer(one) for one in running]
+        said = [child.answer(one) for one in running]
     finally:
         for one in running:
             one.kill()
     return {name: max(metrics[name] for metrics in said) for name in said[0]}
-
-
-def _answer(running: subprocess.Popen[str]) -> Mapping[str, float]:
-    out, err = running.communicate(timeout=_LIMIT_SECS)
-    if running.returncode:
-        raise RuntimeError(f"a process of the benchmark failed:\n{err[-4000:]}")
-    answer: dict[str, float] = json.loads(out.splitlines()[-1])
-    return answer
 
 
 def _check(groups: int, size: int, path: Path) -> None:

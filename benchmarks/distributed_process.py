@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import flax_partial as fp
+from benchmarks.memory_use import peak_growth
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,10 +111,11 @@ def main() -> None:
     make, save = _WAYS[way]
     save(make(count, 8 * 4096), f"{path}.warm_up")
     made = make(groups, size)
-    multihost_utils.sync_global_devices("ready")
-    metrics = save(made, path)
-    multihost_utils.sync_global_devices("done")
-    print(json.dumps(metrics))
+    with peak_growth() as growth:
+        multihost_utils.sync_global_devices("ready")
+        metrics = save(made, path)
+        multihost_utils.sync_global_devices("done")
+    print(json.dumps(metrics | {"memory": growth.bytes}))
     jax.distributed.shutdown()
 
 

@@ -21,6 +21,7 @@ Medium = Literal["disk", "tmpfs"]
 
 _TMPFS = Path("/dev/shm")  # noqa: S108 - the only place that is surely in memory
 _TOUCHED_BYTES = 16 << 20
+_PREFIX = "flax_partial_bench."
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Contender:
     Attributes:
       name: What the table calls it.
       run: Does the work once at a new path, which it creates, and returns what it measured by the
-        name of the metric, in seconds. The harness adds `memory`: by how many bytes the resident
-        memory of the process rose at most.
+        name of the metric, in seconds but for those in `report.UNITS`. Unless it did so itself, the
+        harness adds `memory`: by how many bytes the resident memory of the process rose at most.
       check: Raises if what `run` left below the path is not what it should be. Not measured; called
         after the first round.
       max_rounds: Rounds it takes part in at most, for work that takes minutes.
@@ -82,15 +83,24 @@ class Target:
         return cls(text, Figure(than, metric), Figure(ours, metric), at_least=at_least)
 
     @classmethod
-    def within(cls, ours: Figure, *, of: Figure, at_most: float) -> Target:
-        """Ours takes at most `at_most` times the peer's time."""
-        return cls(f"{ours.metric}: {ours.contender} over {of.contender}", ours, of, None, at_most)
+    def within(cls, ours: Figure, *, of: Figure, at_most: float | None = None) -> Target:
+        """Ours takes at most `at_most` times the peer's time, or its own of another metric."""
+        text = f"{ours.metric}: {ours.contender} over {of.contender}"
+        if ours.contender == of.contender:
+            text = f"{ours.contender}: {ours.metric} over {of.metric}"
+        return cls(text, ours, of, at_most=at_most)
 
     @classmethod
     def below(cls, figure: Figure, at_most: float, unit_name: str, unit: float = 1.0) -> Target:
         """A median is at most `at_most` units."""
         text = f"{figure.metric}: {figure.contender}, in {unit_name}"
         return cls(text, figure, at_most=at_most, unit=unit)
+
+    @classmethod
+    def keeps(cls, metric: str, ours: str, *, of: str, at_least: float | None = None) -> Target:
+        """Ours keeps at least this share of the peer's rate."""
+        text = f"{metric}: {ours} over {of}"
+        return cls(text, Figure(ours, metric), Figure(of, metric), at_least=at_least)
 
     @classmethod
     def linear(cls, half: Figure, full: Figure) -> Target:
@@ -109,6 +119,8 @@ class Scenario:
       contenders: Ours and the peers; the first round runs them in this order.
       targets: What the medians are held against.
       touched_bytes: Memory and disk that the work needs at most, touched before measuring.
+      prepare: Makes what all contenders use in a directory, which stays until the last round.
+      shown: The metric that the plot shows.
     """
 
     name: str
@@ -116,6 +128,8 @@ class Scenario:
     contenders: tuple[Contender, ...]
     targets: tuple[Target, ...]
     touched_bytes: int = 0
+    prepare: Callable[[Path], None] | None = None
+    shown: str = "total"
 
 
 @dataclass
@@ -179,23 +193,45 @@ def run_scenario(
       What was measured.
     """
     with _places(directory) as places:
-        # Imports, compilation, thread pools: paid by the small work, once, by every contender.
-        for contender in build(small=True).contenders:
+        if not small:
+            _warm_up(build(small=True), places, directory, say)
+        scenario = build(small=small)
+        used = {contender.medium for contender in scenario.contenders}
+        _touch(scenario.touched_bytes, [places[medium] for medium in used & places.keys()])
+        outcome = Outcome(scenario, is_small=small)
+        with _prepared(scenario, directory, say):
+            for number in range(rounds):
+                _run_round(outcome, number, rounds, places, say)
+    return outcome
+
+
+def _warm_up(
+    trial: Scenario,
+    places: Mapping[Medium, Path],
+    directory: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Pays for imports, compilation and thread pools, once for every contender, by small work."""
+    with _prepared(trial, directory, say):
+        for contender in trial.contenders:
             if contender.medium in places:
                 say(f"warming up: {contender.name}")
                 _take_turn(contender, places[contender.medium], check=True)
-        scenario = build(small=small)
-        _touch(scenario.touched_bytes, places.values())
-        outcome = Outcome(scenario, is_small=small)
-        for number in range(rounds):
-            for contender in _rotated(scenario.contenders, number):
-                limit = rounds if contender.max_rounds is None else contender.max_rounds
-                if number < limit and contender.medium in places:
-                    say(f"round {number + 1} of {rounds}: {contender.name}")
-                    place = places[contender.medium]
-                    metrics = _take_turn(contender, place, check=number == 0)
-                    outcome.rounds.setdefault(contender.name, []).append(metrics)
-    return outcome
+
+
+def _run_round(
+    outcome: Outcome,
+    number: int,
+    rounds: int,
+    places: Mapping[Medium, Path],
+    say: Callable[[str], None],
+) -> None:
+    for contender in _rotated(outcome.scenario.contenders, number):
+        limit = rounds if contender.max_rounds is None else contender.max_rounds
+        if number < limit and contender.medium in places:
+            say(f"round {number + 1} of {rounds}: {contender.name}")
+            metrics = _take_turn(contender, places[contender.medium], check=number == 0)
+            outcome.rounds.setdefault(contender.name, []).append(metrics)
 
 
 def _take_turn(contender: Contender, place: Path, *, check: bool) -> Metrics:
@@ -205,7 +241,7 @@ def _take_turn(contender: Contender, place: Path, *, check: bool) -> Metrics:
     try:
         with peak_growth() as growth:
             metrics = contender.run(path)
-        metrics["memory"] = growth.bytes
+        metrics.setdefault("memory", growth.bytes)
         if check and contender.check is not None:
             contender.check(path)
     finally:
@@ -220,6 +256,17 @@ def _rotated(contenders: tuple[Contender, ...], by: int) -> tuple[Contender, ...
 
 
 @contextlib.contextmanager
+def _prepared(scenario: Scenario, directory: Path, say: Callable[[str], None]) -> Iterator[None]:
+    if scenario.prepare is None:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as place:
+        say("preparing")
+        scenario.prepare(Path(place))
+        yield
+
+
+@contextlib.contextmanager
 def _places(directory: Path) -> Iterator[Mapping[Medium, Path]]:
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -227,7 +274,7 @@ def _places(directory: Path) -> Iterator[Mapping[Medium, Path]]:
         places: dict[Medium, Path] = {}
         for medium, parent in parents.items():
             if parent.is_dir():
-                new = tempfile.TemporaryDirectory(prefix="flax_partial_bench.", dir=parent)
+                new = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent)
                 places[medium] = Path(stack.enter_context(new))
         yield places
 

@@ -1,4 +1,4 @@
-"""Tells outcomes: tables for people, JSON for programs, a plot for documents."""
+"""Tells outcomes: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Figure
@@ -16,12 +17,24 @@ from benchmarks.harness import Figure
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rich.console import Console
-
-    from benchmarks.harness import Outcome, Target
+    from benchmarks.harness import Outcome
 
 _PACKAGES = ("jax", "tensorstore", "orbax-checkpoint", "safetensors", "numpy", "flax-partial")
+Result = dict[str, Any]
+
 _MIB = 1 << 20
+_LOG_WIDTH = 120
+
+UNITS = {"memory": "MiB", "growth": "MiB", "beside the state": "MiB", "steps/s": "", "GB/s": ""}
+"""The unit in which a metric is told, else seconds; what is told in MiB is measured in bytes."""
+
+
+def make_console() -> Console:
+    """Returns where to print; as wide as its tables need where nobody watches."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    return console
 
 
 def describe_machine(directory: Path) -> dict[str, Any]:
@@ -32,8 +45,15 @@ def describe_machine(directory: Path) -> dict[str, Any]:
         "file_system": _file_system(directory),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _file_system(directory: Path) -> str:
@@ -44,90 +64,17 @@ def _file_system(directory: Path) -> str:
     return max(holding)[1]
 
 
-def print_outcome(outcome: Outcome, console: Console) -> None:
-    """Prints the medians of every contender, then every target beside its ratio."""
+def as_result(outcome: Outcome) -> Result:
+    """Returns an outcome as JSON has it: every round, the medians, the targets with their ratios.
+
+    All that is told of a run is told from this, so that it can be told again from a file.
+    """
     scenario = outcome.scenario
-    console.print(f"\n[bold]{scenario.name}[/bold]: {scenario.work}")
-    metrics = _metrics(outcome)
-    medians = Table("contender", "rounds", *metrics)
-    for name, rounds in outcome.rounds.items():
-        cells = [_cell(metric, outcome.median(Figure(name, metric))) for metric in metrics]
-        medians.add_row(name, str(len(rounds)), *cells)
-    console.print(medians)
-    targets = Table("ratio of medians", "measured", "target", "")
-    for target in scenario.targets:
-        ratio = outcome.ratio(target)
-        measured = "not measured" if ratio is None else f"{ratio:,.3g}"
-        targets.add_row(target.text, measured, _bound(target), _verdict(outcome, target))
-    console.print(targets)
-
-
-def write_json(outcomes: Iterable[Outcome], path: Path, *, machine: dict[str, Any]) -> None:
-    """Writes every round of every contender, the medians and the targets."""
-    document = {
-        "machine": machine,
-        "scenarios": [_as_json(outcome) for outcome in outcomes],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def plot(outcomes: Sequence[Outcome], path: Path) -> bool:
-    """Draws each contender's median total, a panel a scenario; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure as Drawing
-    except ImportError:
-        return False
-    rows = [len(outcome.rounds) for outcome in outcomes]
-    drawing = Drawing(figsize=(9, 0.45 * sum(rows) + 1.2 * len(rows)), layout="constrained")
-    panels = drawing.subplots(len(outcomes), squeeze=False, height_ratios=rows)[:, 0]
-    for outcome, panel in zip(outcomes, panels, strict=True):
-        names = list(outcome.rounds)[::-1]
-        totals = [outcome.median(Figure(name)) or 0.0 for name in names]
-        colors = ["tab:blue" if name.startswith("flax_partial") else "tab:gray" for name in names]
-        bars = panel.barh(names, totals, color=colors)
-        panel.bar_label(bars, [_cell("total", total) for total in totals], padding=3)
-        panel.set(xscale="log", xlabel="seconds, median (log)", title=outcome.scenario.name)
-        panel.margins(x=0.15)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=120)
-    return True
-
-
-def _metrics(outcome: Outcome) -> list[str]:
-    rounds = [metrics for of_one in outcome.rounds.values() for metrics in of_one]
-    return list(dict.fromkeys(name for metrics in rounds for name in metrics))
-
-
-def _cell(metric: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    if metric == "memory":
-        return f"{value / _MIB:,.0f} MiB"
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
-
-
-def _bound(target: Target) -> str:
-    words = []
-    if target.at_least is not None:
-        words.append(f"at least {target.at_least:g}")
-    if target.at_most is not None:
-        words.append(f"at most {target.at_most:g}")
-    return ", ".join(words)
-
-
-def _verdict(outcome: Outcome, target: Target) -> str:
-    met = outcome.is_met(target)
-    if met is None:
-        return ""
-    return "[green]met[/green]" if met else "[red]not met[/red]"
-
-
-def _as_json(outcome: Outcome) -> dict[str, Any]:
     metrics = _metrics(outcome)
     return {
-        "name": outcome.scenario.name,
-        "work": outcome.scenario.work,
+        "name": scenario.name,
+        "work": scenario.work,
+        "shown": scenario.shown,
         "is_small": outcome.is_small,
         "contenders": {
             name: {
@@ -144,6 +91,84 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
                 "at_most": target.at_most,
                 "is_met": outcome.is_met(target),
             }
-            for target in outcome.scenario.targets
+            for target in scenario.targets
         ],
     }
+
+
+def print_result(result: Result, console: Console) -> None:
+    """Prints the medians of every contender, then every target beside its ratio."""
+    console.print(f"\n[bold]{result['name']}[/bold]: {result['work']}")
+    header, *rows = medians(result)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    table = Table("ratio of medians", "measured", "target", "")
+    for target in result["targets"]:
+        color = {True: "green", False: "red"}.get(target["is_met"], "default")
+        *cells, verdict = judged(target)
+        table.add_row(*cells, f"[{color}]{verdict}[/{color}]")
+    console.print(table)
+
+
+def print_summary(results: Iterable[Result], console: Console) -> None:
+    """Prints how many targets are met, and which are not."""
+    targets = [(result["name"], target) for result in results for target in result["targets"]]
+    verdicts = [target["is_met"] for _, target in targets if target["is_met"] is not None]
+    if verdicts:
+        console.print(f"\n{verdicts.count(True)} of {len(verdicts)} targets met.")
+    for name, target in targets:
+        if target["is_met"] is False:
+            console.print(f"  not met: {name}: {target['text']}")
+
+
+def write_json(results: Sequence[Result], path: Path, *, machine: dict[str, Any]) -> None:
+    """Writes the results of a run, and what it ran on."""
+    document = {"machine": machine, "scenarios": results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def medians(result: Result) -> list[list[str]]:
+    """Returns a table's header and rows: a row for each contender, a column for each metric."""
+    contenders = result["contenders"]
+    metrics = next(iter(contenders.values()))["median"] if contenders else {}
+    rows = [
+        [
+            name,
+            str(len(contender["rounds"])),
+            *(cell(metric, contender["median"][metric]) for metric in metrics),
+        ]
+        for name, contender in contenders.items()
+    ]
+    return [["contender", "rounds", *metrics], *rows]
+
+
+def judged(target: Result) -> list[str]:
+    """Returns a target's row: what it says, what was measured, its bound, the verdict."""
+    ratio = target["ratio"]
+    measured = "not measured" if ratio is None else f"{ratio:,.3g}"
+    verdict = {True: "met", False: "not met"}.get(target["is_met"], "")
+    bounds = [
+        f"{name.replace('_', ' ')} {target[name]:g}"
+        for name in ("at_least", "at_most")
+        if target[name] is not None
+    ]
+    return [target["text"], measured, ", ".join(bounds), verdict]
+
+
+def _metrics(outcome: Outcome) -> list[str]:
+    rounds = [metrics for of_one in outcome.rounds.values() for metrics in of_one]
+    return list(dict.fromkeys(name for metrics in rounds for name in metrics))
+
+
+def cell(metric: str, value: float | None) -> str:
+    """Returns a median as text, with its unit."""
+    if value is None:
+        return ""
+    if UNITS.get(metric) == "MiB":
+        return f"{value / _MIB:,.3g} MiB" if value < 100 * _MIB else f"{value / _MIB:,.0f} MiB"
+    if metric in UNITS:
+        return f"{value:.3g}"
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"

@@ -41,13 +41,22 @@ class LanguageModel:
     """
 
     def __init__(
-        self, config: ModelConfig, corpus: Corpus, *, stages: int, batches_per_epoch: int, seed: int
+        self,
+        config: ModelConfig,
+        corpus: Corpus,
+        *,
+        stages: int,
+        batches_per_epoch: int,
+        seed: int,
+        windows: int = WINDOWS,
+        micro_batches: int = MICRO_BATCHES,
     ) -> None:
         """Draws the model at its start; `load_state` takes it somewhere else."""
         self.batches_per_epoch = batches_per_epoch
         self._corpus = corpus
+        self._windows = windows
         self._length = config.length
-        self._pipeline = Pipeline(config, stages=stages, micro_batches=MICRO_BATCHES)
+        self._pipeline = Pipeline(config, stages=stages, micro_batches=micro_batches)
         self.epoch_loss = jax.device_put(np.float32(0), self._pipeline.stages[-1].device)
         init_key, self._dropout_key, self._shuffle_key = jax.random.split(jax.random.key(seed), 3)
         self._pipeline.place(*init_layers(config, init_key), self._dropout_key)
@@ -77,7 +86,7 @@ class LanguageModel:
         return epoch_batches(
             self._corpus,
             jax.random.fold_in(self._shuffle_key, epoch),
-            windows=WINDOWS,
+            windows=self._windows,
             length=self._length,
             numbers=range(start, self.batches_per_epoch),
         )

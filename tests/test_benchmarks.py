@@ -1,0 +1,110 @@
+"""The benchmark says not met where a target is missed, and compares what it ran side by side."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+# At the end, so that flax_partial stays the installed one.
+sys.path.append(str(Path(__file__).parent.parent))
+harness: Any = importlib.import_module("benchmarks.harness")
+report: Any = importlib.import_module("benchmarks.report")
+
+OURS = harness.Figure("ours")
+PEER = harness.Figure("peer")
+
+FASTER = harness.Target.faster("ours", than="peer", at_least=5)
+WITHIN = harness.Target.within(OURS, of=PEER, at_most=1.2)
+BELOW = harness.Target.below(OURS, 50, "ms", unit=1e-3)
+LINEAR = harness.Target.linear(OURS, PEER)
+KEEPS = harness.Target.keeps("total", "ours", of="peer", at_least=0.95)
+
+
+def outcome_of(
+    target: Any, ours: tuple[float, ...], peer: tuple[float, ...], *, is_small: bool = False
+) -> Any:
+    scenario = harness.Scenario("trial", "some work", contenders=(), targets=(target,))
+    rounds = {"ours": [{"total": secs} for secs in ours], "peer": [{"total": s} for s in peer]}
+    return harness.Outcome(scenario, is_small=is_small, rounds=rounds)
+
+
+@pytest.mark.parametrize(
+    ("target", "ours", "peer", "is_met"),
+    [
+        pytest.param(FASTER, 1.0, 5.0, True, id="five times as fast"),
+        pytest.param(FASTER, 1.0, 4.9, False, id="not quite five times as fast"),
+        pytest.param(WITHIN, 1.2, 1.0, True, id="within the bound"),
+        pytest.param(WITHIN, 1.21, 1.0, False, id="past the bound"),
+        pytest.param(BELOW, 0.05, 1.0, True, id="as many units"),
+        pytest.param(BELOW, 0.051, 1.0, False, id="more units"),
+        pytest.param(LINEAR, 0.5, 1.0, True, id="linear"),
+        pytest.param(LINEAR, 0.39, 1.0, False, id="half the work takes too little"),
+        pytest.param(LINEAR, 0.61, 1.0, False, id="half the work takes too much"),
+        pytest.param(KEEPS, 0.95, 1.0, True, id="keeps the rate"),
+        pytest.param(KEEPS, 0.94, 1.0, False, id="loses more of the rate"),
+    ],
+)
+def test_a_target_is_met_up_to_its_bound_and_not_past_it(
+    target: Any, ours: float, peer: float, *, is_met: bool
+) -> None:
+    assert outcome_of(target, (ours,), (peer,)).is_met(target) is is_met
+
+
+def test_the_medians_decide_whatever_one_round_was_like() -> None:
+    assert outcome_of(FASTER, (1.0, 1.0, 90.0), (0.1, 5.0, 5.0)).is_met(FASTER) is True
+
+
+@pytest.mark.parametrize(("ours", "peer"), [((), (1.0,)), ((1.0,), ()), ((), ())])
+def test_what_was_not_measured_is_not_met(ours: tuple[float, ...], peer: tuple[float, ...]) -> None:
+    assert outcome_of(FASTER, ours, peer).is_met(FASTER) is None
+
+
+def test_small_work_meets_no_target() -> None:
+    assert outcome_of(FASTER, (1.0,), (9.0,), is_small=True).is_met(FASTER) is None
+
+
+@pytest.mark.parametrize(("peer", "verdict"), [(9.0, " met "), (3.0, " not met ")])
+def test_the_table_says_whether_a_target_is_met(peer: float, verdict: str) -> None:
+    printed = StringIO()
+    result = report.as_result(outcome_of(FASTER, (1.0,), (peer,)))
+    report.print_result(result, Console(file=printed, width=120))
+    (line,) = [line for line in printed.getvalue().splitlines() if "faster than" in line]
+    assert verdict in line
+    assert ("not met" in line) is (verdict == " not met ")
+
+
+def test_contenders_take_turns_in_rotated_order_and_use_what_was_prepared(tmp_path: Path) -> None:
+    turns: list[str] = []
+
+    def build(*, small: bool) -> Any:
+        shared: list[Path] = []
+
+        def run(name: str, path: Path) -> dict[str, float]:
+            assert (shared[0] / "data").read_text() == "prepared"
+            path.mkdir()  # fails if the turn before left anything
+            turns.append("warm-up" if small else name)
+            return {"total": 1.0}
+
+        def prepare(directory: Path) -> None:
+            shared.append(directory)
+            (directory / "data").write_text("prepared")
+
+        contenders = [
+            harness.Contender(name, partial(run, name), max_rounds=limit)
+            for name, limit in (("a", None), ("b", 1), ("c", None))
+        ]
+        return harness.Scenario("trial", "", tuple(contenders), (), prepare=prepare)
+
+    outcome = harness.run_scenario(
+        build, small=False, rounds=3, directory=tmp_path, say=lambda _: None
+    )
+    assert turns[3:] == [*"abc", *"ca", *"ca"]  # after the warm-up; b takes part once
+    assert [len(outcome.rounds[name]) for name in "abc"] == [3, 1, 3]
+    assert not list(tmp_path.iterdir())
