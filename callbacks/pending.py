@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import flax_partial as fp
-from flax_partial.callbacks import completeness, grouping, stacking
+from flax_partial.callbacks import completeness, grouping, rows, stacking
 from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class PendingCheckpoint:
     def holds(self, path: grouping.KeyPath, leaf: Any) -> bool:
         """Whether a leaf was saved into it; of a stacked one, the row or rows that `leaf` is."""
         name = grouping.leaf_name(path)
-        if not isinstance(leaf, fp.Slice | stacking.Row):
+        if not isinstance(leaf, fp.Slice | rows.Row):
             return name in self.names
         return _whole(name) in self._owners or all(
             claim in self._owners for claim in _claims(path, leaf)
@@ -276,7 +276,7 @@ class PendingCheckpoint:
         return handle
 
 
-_Claim = tuple[str, stacking.Axes, stacking.Index]
+_Claim = tuple[str, rows.Axes, rows.Index]
 """Name of a leaf, the axes along which it is cut, and which row: what is saved once."""
 
 
@@ -287,15 +287,15 @@ def _whole(name: str) -> _Claim:
 def _claims(path: grouping.KeyPath, leaf: Any) -> list[_Claim]:
     """What of a leaf is there: some of its rows, or all of it."""
     name = grouping.leaf_name(path)
-    if isinstance(leaf, stacking.Row):
+    if isinstance(leaf, rows.Row):
         return [(name, leaf.axes, leaf.start)]
     if not isinstance(leaf, fp.Slice):
         return [_whole(name)]
     try:
-        axes, rows = stacking.rows_of(leaf)
+        axes, held = rows.rows_of(leaf)
     except (TypeError, AttributeError, IndexError, ValueError):  # saving it will say what is wrong
         return [_whole(name)]
-    return [(name, axes, row) for row in rows] or [_whole(name)]
+    return [(name, axes, row) for row in held] or [_whole(name)]
 
 
 def _carrier(leaves: grouping.Leaves) -> Any:

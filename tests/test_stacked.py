@@ -21,7 +21,8 @@ from orbax.checkpoint import v1 as ocp
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
-from flax_partial.callbacks.stacking import Row, spread
+from flax_partial.callbacks.rows import Row
+from flax_partial.callbacks.stacking import spread
 
 if TYPE_CHECKING:
     from pathlib import Path
