@@ -1,6 +1,7 @@
 """What a process of `cluster` runs: the functions below, as it is told, one after another.
 
-Run as `cluster_worker.py INDEX COUNT PORT`; port 0 stands for no `jax.distributed`. Calls come on
+Run as `cluster_worker.py INDEX COUNT ADDRESS BIND`, the last two being where JAX's coordination
+service is, and where process 0 has its own; "none" stands for no `jax.distributed`. Calls come on
 standard input and answers go to standard output, pickled; what is printed goes to standard error.
 """
 
@@ -453,14 +454,13 @@ def _bytes_read() -> int:
 
 
 def main() -> None:
-    index, count, port = map(int, sys.argv[1:])
+    index, count = map(int, sys.argv[1:3])
+    address, bind = sys.argv[3:]
     calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    if port:
+    if address != "none":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            f"127.0.0.1:{port}", count, index, coordinator_bind_address=f"127.0.0.1:{port}"
-        )
+        jax.distributed.initialize(address, count, index, coordinator_bind_address=bind)
     while True:
         try:
             name, arguments, options = pickle.load(calls)  # noqa: S301 - from our own test
@@ -473,7 +473,7 @@ def main() -> None:
             outcome = None, error
         pickle.dump(outcome, answers)
         answers.flush()
-    if port:
+    if address != "none":
         jax.distributed.shutdown()
 
 
