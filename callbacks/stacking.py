@@ -75,17 +75,17 @@ def by_row(groups: Mapping[str, grouping.Leaves]) -> dict[str, grouping.Leaves]:
 
     Along two axes it is "x.3.0", and so on.
     """
-    whole: dict[str, grouping.Leaves] = {}
+    split: dict[str, grouping.Leaves] = {}
     rows: dict[tuple[str, Index], grouping.Leaves] = {}
     for group, leaves in groups.items():
         for path, leaf in leaves:
             if isinstance(leaf, Row):
                 rows.setdefault((group, leaf.start), []).append((path, leaf))
             else:
-                whole.setdefault(group, []).append((path, leaf))
-    return whole | {
-        ".".join((group, *map(str, row))): rows[group, row] for group, row in sorted(rows)
-    }
+                split.setdefault(group, []).append((path, leaf))
+    for group, row in sorted(rows):  # a group of that name may be there already
+        split.setdefault(".".join((group, *map(str, row))), []).extend(rows[group, row])
+    return split
 
 
 def cut(leaves: grouping.Leaves) -> grouping.Leaves:

@@ -23,7 +23,7 @@ from flax_partial.errors import IncompleteCheckpointError
 
 # What `jax.distributed.initialize` starts its own with: a process that is not heard of for so long
 # is dead to the service, which then has JAX end all others.
-HEARTBEAT_TIMEOUT_SECS = 100
+_HEARTBEAT_TIMEOUT_SECS = 100
 _SHUTDOWN_TIMEOUT_SECS = 10
 _MARGIN_SECS = 2.0  # beyond what a call waits by itself, which a busy machine takes to answer
 
@@ -144,7 +144,7 @@ def serving(address: str, processes: int) -> Iterator[None]:
     service = _jax.get_distributed_runtime_service(
         address,
         processes,
-        heartbeat_timeout=HEARTBEAT_TIMEOUT_SECS,
+        heartbeat_timeout=_HEARTBEAT_TIMEOUT_SECS,
         shutdown_timeout=_SHUTDOWN_TIMEOUT_SECS,
     )
     try:

@@ -37,6 +37,8 @@ import numpy as np
 from cluster import free_port
 from preloaded import server
 
+from flax_partial import coordination
+
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.context import ForkServerProcess
@@ -92,28 +94,18 @@ def stage_of(index: int, count: int) -> range:
 
 def _connect(port: int, index: int, count: int, *, is_service_apart: bool) -> None:
     import jax
-    from jax._src import distributed
-    from jax._src.lib import _jax
 
     address = f"127.0.0.1:{port}"
-    if not is_service_apart:
-        jax.distributed.initialize(address, count, index, coordinator_bind_address=address)
-        return
-    state = distributed.global_state
-    state.process_id, state.num_processes, state.coordinator_address = index, count, address
-    state.client = _jax.get_distributed_runtime_client(address, index, init_timeout=60)
-    state.client.connect()
+    bind = "127.0.0.1:0" if is_service_apart else address
+    jax.distributed.initialize(address, count, index, coordinator_bind_address=bind)
 
 
 def serve(port: int, count: int, ready: Connection) -> None:
     """Is the process that JAX's coordination service lives in, apart from those that train."""
-    from jax._src.lib import _jax
-
-    service = _jax.get_distributed_runtime_service(f"127.0.0.1:{port}", count)
-    ready.send(None)
-    with contextlib.suppress(EOFError):
-        ready.recv()
-    del service
+    with coordination.serving(f"127.0.0.1:{port}", count):
+        ready.send(None)
+        with contextlib.suppress(EOFError):
+            ready.recv()
 
 
 def train(  # noqa: PLR0917 - what a process is started with

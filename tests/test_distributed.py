@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import cluster_worker as worker
 import jax
 import numpy as np
-import orbax.checkpoint as ocp_v0
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from cluster import Cluster, errors_of, gather, running, seconds
+from test_orbax_reads_ours import READERS, STEP
 
 import flax_partial as fp
 
@@ -200,7 +200,7 @@ def test_box_of_a_global_array_is_written_once(
 @pytest.fixture(scope="module")
 def spread(four: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of arrays that are spread over four processes."""
-    path = tmp_path_factory.mktemp("spread") / "checkpoint"
+    path = tmp_path_factory.mktemp("spread") / str(STEP)
     four.call("save_global", str(path), (4, 2))
     four.call("finalize", str(path))
     return path
@@ -232,7 +232,10 @@ def test_global_arrays_are_read_by_orbax_where_they_were_saved(four: Cluster, sp
     four.call("load_by_orbax", str(spread))
 
 
-def test_global_arrays_are_read_by_orbax_in_one_process(spread: Path) -> None:
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_global_arrays_are_read_by_every_reader_of_orbax_in_one_process(
+    reader: Any, spread: Path
+) -> None:
     wanted = worker.global_values()
     mesh = worker.global_mesh((2, 4))
     targets = {
@@ -243,10 +246,7 @@ def test_global_arrays_are_read_by_orbax_in_one_process(spread: Path) -> None:
         )
         for name, value in wanted.items()
     }
-    v0 = ocp_v0.StandardCheckpointer()
-    for loaded in (ocp.load(spread, targets), v0.restore(spread / "state", targets)):
-        jax.tree.map(np.testing.assert_array_equal, dict(loaded), wanted)
-    v0.close()
+    jax.tree.map(np.testing.assert_array_equal, reader(spread, targets), wanted)
 
 
 def test_global_arrays_are_safe_once_their_save_has_been_issued(
@@ -532,7 +532,9 @@ def _finalize_errors(cluster: Cluster, path: str) -> list[BaseException | None]:
     return cluster.errors("finalize", path, on=[1, 2], timeout_secs=2.0)
 
 
-def test_frozen_while_it_is_waited_for(three: Cluster, tmp_path: Path) -> None:
+def test_primary_that_freezes_while_it_is_waited_for_holds_nobody_up(
+    three: Cluster, tmp_path: Path
+) -> None:
     path = str(tmp_path / "c")
     three.call("save", path, {"w": 1})
     begun = three.start("finalize", path, on=[1, 2], timeout_secs=2.0)

@@ -419,6 +419,19 @@ def test_longest_name_decides_and_own_groups_are_split(tmp_path: Path) -> None:
     assert_equal(fp.load(tmp_path / "1")["params"], params)
 
 
+def test_groups_that_come_to_share_a_name_are_saved_together(tmp_path: Path) -> None:
+    params = {"a": numbers(2, 3), "b": numbers(3), "c": numbers(3, 3)}
+    callback = PartialCheckpointCallback(
+        tmp_path,
+        stacked={"params.a": (0, 1), "params.c": 0},
+        group_by=lambda path: {"a": "x", "b": "x.0.1", "c": "x.0"}[path[-1].key],
+        options=QUICK,
+    )
+    save_one_step(callback, trainer_with({"params": params}))
+    assert callback.reports[0].saves["x.0.1"].leaves == 3
+    assert_equal(fp.load(tmp_path / "1")["params"], params)
+
+
 def test_two_callbacks_share_what_is_stacked(tmp_path: Path) -> None:
     state = {"params": scanned_params()}
     first = PartialCheckpointCallback(tmp_path, stacked={"params.layers": 0}, options=QUICK)
