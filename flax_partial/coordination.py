@@ -125,8 +125,9 @@ def _silence(secs: float) -> IncompleteCheckpointError:
 
 def _lost(what: str) -> IncompleteCheckpointError:
     return IncompleteCheckpointError(
-        f"JAX's coordination service, which lives in process 0 if not started apart, {what} "
-        "Nothing was lost: look whether the checkpoint is there, or start all processes anew."
+        f"Process 0 may have died: JAX's coordination service, which lives there unless it was "
+        f"started apart, {what} Nothing was lost: look whether the checkpoint is there, or start "
+        "all processes anew."
     )
 
 

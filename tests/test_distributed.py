@@ -522,7 +522,7 @@ def test_primary_that_is_frozen_with_the_coordination_service_holds_nobody_up(
         errors: list[Any] = []
         assert seconds(lambda: errors.extend(_finalize_errors(three, path))) < 6
         assert [type(error) for error in errors] == [fp.IncompleteCheckpointError] * 2
-        assert all("in process 0" in str(error) for error in errors)
+        assert all("Process 0 " in str(error) for error in errors)
     finally:
         first.thaw()
     assert three.call("finalize", path, on=[0]) == [["w"]]  # all had come, it learns
@@ -546,7 +546,7 @@ def test_primary_that_freezes_while_it_is_waited_for_holds_nobody_up(
     finally:
         three.processes[0].thaw()
     assert [type(error) for error in errors] == [fp.IncompleteCheckpointError] * 2
-    assert all("in process 0" in str(error) for error in errors)
+    assert all("Process 0 " in str(error) for error in errors)
 
 
 # The callback, in each process one.
