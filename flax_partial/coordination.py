@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jax._src import distributed
-from jax._src.lib import _jax
+from jax._src.lib import _jax  # type: ignore[attr-defined] # no stub names it
 from jax.errors import JaxRuntimeError
 
 from flax_partial.errors import IncompleteCheckpointError
@@ -94,7 +94,8 @@ class Service:
                 return None
             return text
 
-        return _answer(get, secs + _MARGIN_SECS)
+        found: str | None = _answer(get, secs + _MARGIN_SECS)
+        return found
 
 
 def _answer(call: Callable[[], Any], secs: float) -> Any:

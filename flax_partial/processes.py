@@ -22,6 +22,8 @@ from flax_partial import errors
 from flax_partial.coordination import Service, client, count, index
 from flax_partial.errors import IncompleteCheckpointError, PartialCheckpointError
 
+__all__ = ["DEFAULT_TIMEOUT_SECS", "agree", "count", "index"]
+
 # JAX aborts every process 100 s after one of them died (its heartbeat timeout): say so before that.
 DEFAULT_TIMEOUT_SECS = 90.0
 
