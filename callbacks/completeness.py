@@ -56,6 +56,8 @@ def missing(status: fp.SessionStatus, step: int) -> str | None:
     session = status.custom_metadata.get("session", {})
     if "callbacks" not in session:
         return "the step had not ended"
+    if not session.get("saved"):
+        return "no callback had anything to save"
     absent: list[str] = []
     for callback in session["callbacks"]:
         for process in map(str, range(session["processes"])):

@@ -63,7 +63,9 @@ class PartialCheckpointCallback:
     layers: `[layers, ...]` or `[repeats, stages, ...]`. With `stacked={"params.layers": 0}` each
     leaf below `params.layers` is saved row by row along its axis 0, and with it whatever else of
     the state ends in its path and has as many rows: its moments, its running average. A group is
-    then one row of them all (`params.layers.3`). A row is cut out of the shards that hold it when
+    then one row of them all (`params.layers.3`). With `stacked={"params.layers": (0, 1)}` a row is
+    one stage of one repeat (`params.layers.3.1`). Of a leaf that is spread over processes, each
+    saves its own shards of rows. A row is cut out of the shards that hold it when
     it is its turn to be saved, so that `SaveOptions(max_inflight_bytes=...)` bounds what a
     checkpoint of any size takes of the host's memory, and of each device's as many bytes at most:
     past it, the step's `on_train_batch_end` waits for the storage. In the checkpoint such a leaf is
@@ -103,7 +105,8 @@ class PartialCheckpointCallback:
           group_by: From a leaf's key path to the group it is saved with, for what is not streamed;
             by default, layer by layer.
           stacked: From the name of a leaf or subtree ("params.layers") to the axis along which its
-            leaves stack layers; negative counts from the end. The longest name that fits counts.
+            leaves stack layers, or a tuple of axes; negative counts from the end. The longest name
+            that fits counts.
           state_fn: From trainer and module to the tree to save, in which NNX objects may stand; by
             default, an NNX module with `trainer.optimizer`, a Flax `TrainState`, or
             `trainer.state`.
@@ -119,7 +122,7 @@ class PartialCheckpointCallback:
 
         Raises:
           ValueError: An option has a value that makes no sense, alone or with another.
-          TypeError: `stacked` maps something else than names to numbers.
+          TypeError: `stacked` maps something else than names to numbers, or tuples of them.
         """
         if on_save_error not in ("raise", "warn"):
             raise ValueError(f"on_save_error is {on_save_error!r}; it must be 'raise' or 'warn'.")

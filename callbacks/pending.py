@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import flax_partial as fp
-from flax_partial.callbacks import completeness, grouping, stacking
+from flax_partial.callbacks import completeness, grouping, rows, stacking
 from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
 if TYPE_CHECKING:
@@ -70,16 +70,16 @@ class PendingCheckpoint:
         self._pieces: Counter[str] = Counter()
         self._saves: dict[str, fp.SaveHandle] = {}
         self._messages: list[fp.SaveHandle] = []
-        self._owners: dict[tuple[str, int | None], str] = {}
+        self._owners: dict[_Claim, str] = {}
         self._carrier: Any = None
 
     def holds(self, path: grouping.KeyPath, leaf: Any) -> bool:
         """Whether a leaf was saved into it; of a stacked one, the row or rows that `leaf` is."""
         name = grouping.leaf_name(path)
-        if not isinstance(leaf, fp.Slice | stacking.Row):
+        if not isinstance(leaf, fp.Slice | rows.Row):
             return name in self.names
-        return (name, None) in self._owners or all(
-            box in self._owners for box in _boxes(path, leaf)
+        return _whole(name) in self._owners or all(
+            claim in self._owners for claim in _claims(path, leaf)
         )
 
     def save(self, participant: Participant, group: str, tree: Any) -> None:
@@ -109,7 +109,8 @@ class PendingCheckpoint:
         last = next(reversed(entered), None)
         for group, leaves in entered.items():
             self._save_group(participant, group, leaves, closing if group == last else {})
-        if not entered and self.names and self.error is None:
+        has_a_say = self.names or jax.process_count() > 1  # others may hold all there is to save
+        if not entered and has_a_say and self.error is None:
             message = self._message({"session": closing})
             handle = self._submit(participant, lambda: message)
             self._messages += [handle] if handle else []
@@ -182,8 +183,6 @@ class PendingCheckpoint:
 
     def _require_saved(self, participant: Participant, metrics: Mapping[str, float]) -> None:
         """Waits for all saves of this process; raises why there is no checkpoint of it."""
-        if not self.names and self.error is None:
-            raise fp.EmptyStateError("No callback had anything to save.")
         self.wait()
         if self.error is not None:
             raise self.error
@@ -193,6 +192,8 @@ class PendingCheckpoint:
     def _commit(self, names: Mapping[int, Sequence[str]]) -> None:
         """Finalizes what all processes have saved, given the names of their leaves."""
         expected = sorted({name for of_one in names.values() for name in of_one})
+        if not expected:
+            raise fp.EmptyStateError("No callback had anything to save.")
         fp.finalize(self.path, expect=expected, processes=[jax.process_index()])
 
     def _claim(self, participant: Participant, tree: Any) -> grouping.Leaves:
@@ -211,9 +212,9 @@ class PendingCheckpoint:
     def _owner(self, participant: Participant, path: grouping.KeyPath, leaf: Any) -> str:
         """Returns who saved the first row of a leaf before; the participant, if nobody did."""
         key = participant.state_key
-        first, *others = _boxes(path, leaf)
-        for box in others:
-            self._owners.setdefault(box, key)
+        first, *others = _claims(path, leaf)
+        for claim in others:
+            self._owners.setdefault(claim, key)
         return self._owners.setdefault(first, key)
 
     def _enter(self, participant: Participant, group: str) -> str:
@@ -275,18 +276,26 @@ class PendingCheckpoint:
         return handle
 
 
-def _boxes(path: grouping.KeyPath, leaf: Any) -> list[tuple[str, int | None]]:
-    """What of a leaf is there: some of its rows, or (None) all of it."""
+_Claim = tuple[str, rows.Axes, rows.Index]
+"""Name of a leaf, the axes along which it is cut, and which row: what is saved once."""
+
+
+def _whole(name: str) -> _Claim:
+    return name, (), ()
+
+
+def _claims(path: grouping.KeyPath, leaf: Any) -> list[_Claim]:
+    """What of a leaf is there: some of its rows, or all of it."""
     name = grouping.leaf_name(path)
-    if isinstance(leaf, stacking.Row):
-        return [(name, leaf.start)]
+    if isinstance(leaf, rows.Row):
+        return [(name, leaf.axes, leaf.start)]
     if not isinstance(leaf, fp.Slice):
-        return [(name, None)]
+        return [_whole(name)]
     try:
-        rows = range(leaf.start, leaf.start + leaf.value.shape[leaf.axis])
-    except (TypeError, AttributeError, IndexError):  # what is wrong with it, saving it will say
-        return [(name, None)]
-    return [(name, row) for row in rows] or [(name, None)]
+        axes, held = rows.rows_of(leaf)
+    except (TypeError, AttributeError, IndexError, ValueError):  # saving it will say what is wrong
+        return [_whole(name)]
+    return [(name, axes, row) for row in held] or [_whole(name)]
 
 
 def _carrier(leaves: grouping.Leaves) -> Any:

@@ -115,8 +115,8 @@ class Ledger:
         if is_in_pieces and not is_same:
             return (
                 f"Leaf {leaf.name!r} is in this session as {held.summary}, and this piece of "
-                f"it is of {leaf.summary}. Save all pieces with the same kind, dtype and sharding; "
-                "or all of them again with replace=True."
+                f"it is of {leaf.summary}. Save all pieces with the same kind, dtype and sharding, "
+                "cut along the same axes; or all of them again with replace=True."
             )
         what = "is" if chunks is None else "is, or overlaps what is,"
         return (

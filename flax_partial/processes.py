@@ -1,10 +1,5 @@
 """Which process this is, and how several agree on an outcome. Through JAX's own runtime only.
 
-JAX has no public access to its coordination service. All use of the private one stands here: the
-client of `jax._src.distributed.global_state`, of which `key_value_set`, `key_value_dir_get`,
-`key_value_delete` and `blocking_key_value_get` are used. Should it move, this module is what to
-change.
-
 There is no collective and no barrier: each process posts that it is ready, the primary waits for
 all of them, acts, and posts a verdict. Posts can be read late, from any thread, and a process that
 never posts is known by its number. Keys carry the number of the attempt, which every process
@@ -12,7 +7,8 @@ counts for itself: a failed attempt costs its participants one call each, so the
 
 Whoever sets the key `fate` first decides an attempt: the primary, and then it acts; or another
 process whose time is up, and then the primary, should it still come, does not act any more. So no
-attempt fails for one process and is carried out for another, unless the primary dies meanwhile.
+attempt fails for one process and is carried out for another, unless the primary dies meanwhile, or
+JAX's coordination service stops for a while.
 """
 
 import json
@@ -22,11 +18,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jax._src import distributed
-from jax.errors import JaxRuntimeError
-
 from flax_partial import errors
+from flax_partial.coordination import Service, client, count, index
 from flax_partial.errors import IncompleteCheckpointError, PartialCheckpointError
+
+__all__ = ["DEFAULT_TIMEOUT_SECS", "agree", "count", "index"]
 
 # JAX aborts every process 100 s after one of them died (its heartbeat timeout): say so before that.
 DEFAULT_TIMEOUT_SECS = 90.0
@@ -34,21 +30,12 @@ DEFAULT_TIMEOUT_SECS = 90.0
 _ROOT = "flax_partial"
 _LONGEST_PAUSE_SECS = 0.1
 _SLACK_SECS = 1.0  # for which others wait longer than the primary, so that its verdict arrives
-_LONGEST_WAIT_SECS = 2.0  # in one call, which Ctrl-C does not interrupt
+_LONGEST_WAIT_SECS = 2.0  # in one call: so long one that was interrupted goes on
+_ANSWER_SECS = 2.0  # for which the service is given time to answer, when all other time is up
 
 _lock = threading.Lock()
 _attempts: dict[str, int] = {}
 _attempts_of: list[Any] = [None]  # the client that the attempts were counted with
-
-
-def index() -> int:
-    """Index of this process; 0 where `jax.distributed` was not initialized. Starts no backend."""
-    return distributed.global_state.process_id or 0
-
-
-def count() -> int:
-    """Number of processes; 1 where `jax.distributed` was not initialized."""
-    return distributed.global_state.num_processes or 1
 
 
 def agree(
@@ -82,6 +69,7 @@ def agree(
 
     Raises:
       IncompleteCheckpointError: Some process was not ready in time, or did not answer; it is named.
+        Or JAX's coordination service did not.
       PartialCheckpointError: What `ready` or `act` raised, in whichever process: of the same type
         everywhere, like an OSError.
     """
@@ -89,25 +77,19 @@ def agree(
     if len(those) <= 1:
         return act({index(): ready()})
     needed = those if awaited is None else tuple(sorted(set(awaited)))
-    client = distributed.global_state.client
-    root = _next_attempt(client, f"{subject}:{_listed(those)}:{_listed(needed)}")
-    attempt = _Attempt(client, root, those, needed, timeout_secs)
+    connection = client()
+    root = _next_attempt(connection, f"{subject}:{_listed(those)}:{_listed(needed)}")
+    attempt = _Attempt(Service(connection), root, those, needed, timeout_secs)
     said = _outcome(ready)
-    try:
-        verdict = attempt.lead(said, act) if index() == those[0] else attempt.follow(said)
-    except JaxRuntimeError as error:
-        raise IncompleteCheckpointError(
-            f"JAX's coordination service, which lives in process 0, does not answer: {error}. "
-            "Nothing was lost: look whether the checkpoint is there, or start all processes anew."
-        ) from error
+    verdict = attempt.lead(said, act) if index() == those[0] else attempt.follow(said)
     return verdict.value()
 
 
-def _next_attempt(client: Any, name: str) -> str:
+def _next_attempt(connection: Any, name: str) -> str:
     with _lock:
-        if _attempts_of[0] is not client:  # jax.distributed was started anew
+        if _attempts_of[0] is not connection:  # jax.distributed was started anew
             _attempts.clear()
-            _attempts_of[0] = client
+            _attempts_of[0] = connection
         _attempts[name] = _attempts.get(name, 0) + 1
         return f"{_ROOT}/{name}/{_attempts[name]}"
 
@@ -160,17 +142,18 @@ class _Attempt:
 
     def __init__(
         self,
-        client: Any,
+        service: Service,
         root: str,
         participants: Sequence[int],
         awaited: Sequence[int],
         timeout_secs: float,
     ) -> None:
-        self._client = client
+        self._service = service
         self._root = root
         self._participants = participants
         self._awaited = awaited
         self._timeout_secs = timeout_secs
+        self._deadline = 0.0
 
     def lead(self, mine: _Outcome, act: Callable[[Mapping[int, Any]], Any]) -> _Outcome:
         """The primary's part: waits for the others, acts, and tells them."""
@@ -182,10 +165,10 @@ class _Attempt:
             verdict = self._withdrawal() or _outcome(
                 lambda: act({process: one.returned for process, one in sorted(said.items())})
             )
-        self._client.key_value_set(f"{self._root}/verdict", verdict.to_json())
-        self._client.key_value_delete(
-            f"{self._root}/ready/"
-        )  # who comes now needs the verdict only
+        secs = max(self._timeout_secs, _ANSWER_SECS)  # however long it took to act
+        self._service.set(f"{self._root}/verdict", verdict.to_json(), secs=secs)
+        # Who comes now needs the verdict only.
+        self._service.delete(f"{self._root}/ready", secs=secs)
         return verdict
 
     def follow(self, mine: _Outcome) -> _Outcome:
@@ -199,21 +182,27 @@ class _Attempt:
         return mine if mine.error is not None else verdict
 
     def _post_ready(self, mine: _Outcome) -> None:
-        self._client.key_value_set(f"{self._root}/ready/{index()}", mine.to_json())
+        """From now on time counts."""
+        self._deadline = time.monotonic() + self._timeout_secs
+        self._service.set(f"{self._root}/ready/{index()}", mine.to_json(), secs=self._left)
+
+    @property
+    def _left(self) -> float:
+        """For how many seconds the service is waited for."""
+        return max(self._deadline - time.monotonic(), _ANSWER_SECS)
 
     def _said(self) -> dict[int, _Outcome]:
-        posts = self._client.key_value_dir_get(f"{self._root}/ready/")
-        numbered = [(int(key.rsplit("/", 1)[1]), text) for key, text in posts]
+        posts = self._service.below(f"{self._root}/ready", secs=self._left)
+        numbered = [(int(key), text) for key, text in posts.items()]
         return {process: _Outcome.from_json(text, process) for process, text in numbered}
 
     def _wait_for_others(self) -> dict[int, _Outcome]:
         """Waits until all have posted, one has failed, or time is up; returns what they posted."""
-        deadline = time.monotonic() + self._timeout_secs
         pause = 0.002
         while True:
             said = self._said()
             is_decided = any(one.error for one in said.values()) or said.keys() >= {*self._awaited}
-            if is_decided or time.monotonic() >= deadline:
+            if is_decided or time.monotonic() >= self._deadline:
                 return said
             time.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE_SECS)
@@ -242,23 +231,14 @@ class _Attempt:
 
     def _decide(self) -> int:
         """Sets what becomes of this attempt, if nobody has; returns the process that did."""
-        try:
-            self._client.key_value_set(f"{self._root}/fate", str(index()))
-        except JaxRuntimeError as error:
-            if "ALREADY_EXISTS" not in str(error):
-                raise
-        return int(self._client.blocking_key_value_get(f"{self._root}/fate", 10_000))
+        return int(self._service.set_once(f"{self._root}/fate", str(index()), secs=self._left))
 
     def _verdict(self, secs: float) -> _Outcome | None:
         deadline = time.monotonic() + secs
         while (left := deadline - time.monotonic()) > 0:
-            wait_ms = int(min(left, _LONGEST_WAIT_SECS) * 1000) + 1
-            try:
-                text = self._client.blocking_key_value_get(f"{self._root}/verdict", wait_ms)
-            except JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
-            else:
+            wait_secs = min(left, _LONGEST_WAIT_SECS)
+            text = self._service.wait_for(f"{self._root}/verdict", secs=wait_secs)
+            if text is not None:
                 return _Outcome.from_json(text, self._participants[0])
         return None
 

@@ -39,7 +39,10 @@ Source = np.ndarray | jax.Array
 class Slice:
     """Rows of a leaf that is saved piece by piece, such as one layer of a stacked `[layers, ...]`.
 
-    On disk, and when loaded, the leaf is one ordinary array.
+    On disk, and when loaded, the leaf is one ordinary array. Where it is cut along several axes,
+    `start`, `size` and `axis` are tuples, an item for each: `Slice(x, (2, 0), (4, 3), (0, 1))` is
+    stage 0 of repeat 2 of a `[repeats=4, stages=3, ...]`. All pieces of a leaf are cut along the
+    same axes.
 
     Attributes:
       value: `jax.Array` or `np.ndarray`; holds rows `start : start + value.shape[axis]`.
@@ -51,9 +54,9 @@ class Slice:
     """
 
     value: Any
-    start: int
-    size: int
-    axis: int = 0
+    start: int | tuple[int, ...]
+    size: int | tuple[int, ...]
+    axis: int | tuple[int, ...] = 0
     sharding: Sharding | None = None
 
 
@@ -174,17 +177,19 @@ def _describe_array(
             f"has dtype {dtype}",
             f"Convert it to one of: {', '.join(sorted(STORABLE_DTYPES))}.",
         )
-    shape, axis, offset = _placement(path, value.shape, cut, rank)
-    placed, unit, sharding = _boxes(value, axis)
+    rows = {} if cut is None else _rows_of(path, value.shape, cut, rank)
+    shape = _whole(value.shape, rows)
+    axes = frozenset(rows)
+    placed, unit, sharding = _boxes(value, axes)
     if cut is not None and cut.sharding is not None:
-        sharding = _sharding_json(cut.sharding, None)
+        sharding = _sharding_json(cut.sharding, frozenset())
     if cut is None and unit == shape and value.nbytes <= chunk_bytes and value.size:
         chunk = shape
     else:
         chunk = choose_chunk_shape(
             shape,
             unit=unit,
-            pinned=frozenset() if axis is None else frozenset((axis,)),
+            pinned=axes,
             itemsize=value.dtype.itemsize,
             target_bytes=chunk_bytes,
         )
@@ -197,7 +202,7 @@ def _describe_array(
         compression=compression,
         sharding=sharding,
         text=text,
-        boxes=tuple(Box(_moved(start, axis, offset), source.shape) for start, source in placed),
+        boxes=tuple(Box(_moved(start, rows), source.shape) for start, source in placed),
     )
     return Described(leaf, tuple(source for _, source in placed))
 
@@ -229,39 +234,66 @@ def _native(path: KeyPath, value: np.ndarray | np.generic) -> np.ndarray:
     return array
 
 
-def _placement(
-    path: KeyPath, shape: Shape, cut: Slice | None, rank: int
-) -> tuple[Shape, int | None, int]:
-    """Returns the leaf's global shape, which of `rank` axes is cut, and the first row held."""
-    if cut is None:
-        return shape, None, 0
-    try:
-        start, size, axis = map(operator.index, (cut.start, cut.size, cut.axis))
-        axis = range(rank)[axis]
-    except (TypeError, IndexError) as error:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Where a piece lies along an axis that is cut: its first row, of how many."""
+
+    start: int
+    size: int
+
+
+def _rows_of(path: KeyPath, shape: Shape, cut: Slice, rank: int) -> dict[int, _Rows]:
+    """Returns where a piece of that shape lies, by axis, each one of the leaf's first `rank`."""
+    rows = _rows_given(cut, rank)
+    if not rows:
         raise _unsupported(
             path,
             f"is a Slice with start={cut.start!r}, size={cut.size!r}, axis={cut.axis!r} of an "
             f"array of shape {shape}",
-            "start and size are integers, and axis is one of the array's.",
-        ) from error
-    if start < 0 or start + shape[axis] > size or not shape[axis]:
-        raise _unsupported(
-            path,
-            f"is a Slice of rows {start} to {start + shape[axis]} of {size}",
-            "Give at least one row, all of them inside the leaf.",
+            "start and size are integers, and axis is one of the array's; or all three are tuples "
+            "of the same length, of different axes.",
         )
-    return (*shape[:axis], size, *shape[axis + 1 :]), axis, start
+    for axis, held in rows.items():
+        if held.start < 0 or held.start + shape[axis] > held.size or not shape[axis]:
+            raise _unsupported(
+                path,
+                f"is a Slice of rows {held.start} to {held.start + shape[axis]} of {held.size} "
+                f"along axis {axis}",
+                "Give at least one row, all of them inside the leaf.",
+            )
+    return rows
 
 
-def _moved(start: Shape, axis: int | None, offset: int) -> Shape:
-    if axis is None:
+def _rows_given(cut: Slice, rank: int) -> dict[int, _Rows]:
+    """What a slice says, by axis; nothing if it makes no sense."""
+    try:
+        starts, sizes, given = map(_integers, (cut.start, cut.size, cut.axis))
+        axes = [range(rank)[axis] for axis in given]
+    except (TypeError, IndexError):
+        return {}
+    if not len(set(axes)) == len(axes) == len(starts) == len(sizes):
+        return {}
+    return dict(zip(axes, map(_Rows, starts, sizes), strict=True))
+
+
+def _integers(given: int | tuple[int, ...]) -> list[int]:
+    return [*map(operator.index, given if isinstance(given, tuple) else (given,))]
+
+
+def _whole(shape: Shape, rows: Mapping[int, _Rows]) -> Shape:
+    if not rows:
+        return shape
+    return tuple(rows[axis].size if axis in rows else size for axis, size in enumerate(shape))
+
+
+def _moved(start: Shape, rows: Mapping[int, _Rows]) -> Shape:
+    if not rows:
         return start
-    return (*start[:axis], start[axis] + offset, *start[axis + 1 :])
+    return tuple(at + rows[axis].start if axis in rows else at for axis, at in enumerate(start))
 
 
 def _boxes(
-    value: Source, axis: int | None
+    value: Source, axes: frozenset[int]
 ) -> tuple[list[tuple[Shape, Source]], Shape, dict[str, Any] | None]:
     """Returns the boxes to write, each its start and data; the shape of a shard; the sharding."""
     origin = (0,) * value.ndim
@@ -269,15 +301,15 @@ def _boxes(
         return [(origin, value)], value.shape, None
     sharding = value.sharding
     if isinstance(sharding, SingleDeviceSharding):
-        return [(origin, value)], value.shape, _sharding_json(sharding, axis)
+        return [(origin, value)], value.shape, _sharding_json(sharding, axes)
     shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
     placed = [(tuple(cut.start or 0 for cut in shard.index), shard.data) for shard in shards]
-    return placed, sharding.shard_shape(value.shape), _sharding_json(sharding, axis)
+    return placed, sharding.shard_shape(value.shape), _sharding_json(sharding, axes)
 
 
 @lru_cache(maxsize=1024)
-def _sharding_json(sharding: Sharding, axis: int | None) -> dict[str, Any]:
-    """Returns a sharding in Orbax's terms; `axis` is cut into rows, so not sharded as a whole."""
+def _sharding_json(sharding: Sharding, cut: frozenset[int]) -> dict[str, Any]:
+    """Returns a sharding in Orbax's terms; axes that are cut are not sharded as a whole."""
     devices: set[Any] = sharding.device_set
     if not isinstance(sharding, NamedSharding):
         device = min(devices, key=lambda device: device.id)
@@ -289,7 +321,7 @@ def _sharding_json(sharding: Sharding, axis: int | None) -> dict[str, Any]:
     mesh = sharding.mesh
     is_local = len({device.process_index for device in devices}) == 1
     numbers = np.vectorize(lambda device: {"id": _device_number(device, is_local=is_local)})
-    spec = [None if i == axis else _axes_json(axes) for i, axes in enumerate(sharding.spec)]
+    spec = [None if i in cut else _axes_json(axes) for i, axes in enumerate(sharding.spec)]
     return {
         "sharding_type": "NamedSharding",
         "shape": list(mesh.devices.shape),

@@ -32,6 +32,7 @@ class Process:
     """One process, and a thread that hands it calls and takes its answers, in order."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self.was_killed = False
         self._log = log
         with log.open("wb") as file:
             self._process = subprocess.Popen(
@@ -72,8 +73,17 @@ class Process:
 
     def kill(self) -> None:
         """Ends it as a power switch would."""
+        self.was_killed = True
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
+
+    def freeze(self) -> None:
+        """Stops it as a machine that has gone would be, without closing its connections."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Lets it go on."""
+        self._process.send_signal(signal.SIGCONT)
 
     def ask_to_end(self) -> None:
         """Has it end by itself, after its last call."""
@@ -125,9 +135,16 @@ def errors_of(answers: dict[int, Future[Any]]) -> list[BaseException | None]:
 
 
 @contextlib.contextmanager
-def running(count: int, logs: Path, *, is_distributed: bool = True) -> Iterator[Cluster]:
-    """Starts `count` processes of two devices each, and ends them."""
-    with _started(count, logs, is_distributed=is_distributed) as processes:
+def running(
+    count: int, logs: Path, *, is_distributed: bool = True, service_at: str = ""
+) -> Iterator[Cluster]:
+    """Starts `count` processes of two devices each, and ends them.
+
+    JAX's coordination service lives in the first, or in a process apart that listens `service_at`.
+    """
+    address = service_at or (f"127.0.0.1:{free_port()}" if is_distributed else "none")
+    bind = "127.0.0.1:0" if service_at else address
+    with _started(count, logs, address, bind) as processes:
         cluster = Cluster(processes)
         for answer in cluster.start("ready").values():  # JAX's devices wait for one another
             answer.result(START_SECS)
@@ -135,14 +152,13 @@ def running(count: int, logs: Path, *, is_distributed: bool = True) -> Iterator[
 
 
 @contextlib.contextmanager
-def _started(count: int, logs: Path, *, is_distributed: bool) -> Iterator[list[Process]]:
+def _started(count: int, logs: Path, address: str, bind: str) -> Iterator[list[Process]]:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
-    port = str(free_port()) if is_distributed else "0"
     processes = [
-        Process([str(index), str(count), port], environment, logs / f"process_{index}.log")
+        Process([str(index), str(count), address, bind], environment, logs / f"process_{index}.log")
         for index in range(count)
     ]
     try:
@@ -150,7 +166,7 @@ def _started(count: int, logs: Path, *, is_distributed: bool) -> Iterator[list[P
         for process in processes:  # all at once: `jax.distributed` ends together
             process.ask_to_end()
         for process in processes:
-            assert process.wait(END_SECS) == 0, process.printed()
+            assert process.was_killed or process.wait(END_SECS) == 0, process.printed()
     finally:
         for process in processes:
             process.close()

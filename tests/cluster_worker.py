@@ -1,6 +1,7 @@
 """What a process of `cluster` runs: the functions below, as it is told, one after another.
 
-Run as `cluster_worker.py INDEX COUNT PORT`; port 0 stands for no `jax.distributed`. Calls come on
+Run as `cluster_worker.py INDEX COUNT ADDRESS BIND`, the last two being where JAX's coordination
+service is, and where process 0 has its own; "none" stands for no `jax.distributed`. Calls come on
 standard input and answers go to standard output, pickled; what is printed goes to standard error.
 """
 
@@ -191,6 +192,126 @@ def load_by_orbax(path: str) -> None:
             assert np.array_equal(shard.data, global_values()[name][shard.index])
 
 
+# Stacked leaves: all layers in one array, which all processes have a share in, or each some rows.
+
+REPEATS, STAGES, LAYERS = 3, 4, 8
+STACKED: dict[str, int | tuple[int, ...]] = {"params.layers": 0, "params.pipeline": (0, 1)}
+LAYOUTS = {
+    "rows by process": {"layers": PartitionSpec("x"), "pipeline": PartitionSpec(None, "x")},
+    "and rows sharded": {
+        "layers": PartitionSpec("x", None, "y"),
+        "pipeline": PartitionSpec(None, "x", "y"),
+    },
+    "rows over all": {
+        "layers": PartitionSpec(None, ("x", "y")),
+        "pipeline": PartitionSpec(None, None, "y", "x"),
+    },
+    "all rows in the first": {"layers": PartitionSpec(), "pipeline": PartitionSpec()},
+}
+
+
+def stacked_values() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(11)
+    return {
+        "layers": random.random((LAYERS, 16, 64), np.float32),
+        "pipeline": random.random((REPEATS, STAGES, 8, 32), np.float32),
+    }
+
+
+def stacked_arrays(layout: str, shape: Sequence[int]) -> dict[str, jax.Array]:
+    mesh = global_mesh(shape)
+    return {
+        name: jax.make_array_from_callback(
+            value.shape, NamedSharding(mesh, LAYOUTS[layout][name]), value.__getitem__
+        )
+        for name, value in stacked_values().items()
+    }
+
+
+def train_stacked(
+    directory: str, layout: str, shape: Sequence[int], *, budget: int | None = None
+) -> tuple[str, ...]:
+    """A step whose state is saved by rows, while it is computed, and donated after that.
+
+    Returns:
+      The groups that this process saved.
+    """
+    callback = PartialCheckpointCallback(
+        directory,
+        stacked=STACKED,
+        finalizer=FinalizeHook(timeout_secs=20),
+        options=fp.SaveOptions(durable=False, max_inflight_bytes=budget),
+    )
+    state = {"params": _as_computed(stacked_arrays(layout, shape))}
+    trainer = types.SimpleNamespace(
+        global_step=0, current_epoch=0, callback_metrics={}, is_last_batch=True, state=state
+    )
+    callback.on_fit_start(trainer, None)
+    trainer.global_step = 1
+    callback.on_train_batch_end(trainer, None, None, None, 0)
+    trainer.state = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)(
+        state
+    )
+    callback.on_train_epoch_end(trainer, None)
+    callback.on_train_end(trainer, None)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    return callback.reports[0].groups
+
+
+def load_stacked(path: str, layout: str, shape: Sequence[int]) -> None:
+    """Loads onto this job's devices, and compares this process's shards."""
+    values, mesh = stacked_values(), global_mesh(shape)
+    target = {
+        name: jax.ShapeDtypeStruct(
+            value.shape, value.dtype, sharding=NamedSharding(mesh, LAYOUTS[layout][name])
+        )
+        for name, value in values.items()
+    }
+    for name, array in fp.load(path, {"params": target}, partial=True)["params"].items():
+        assert array.sharding == target[name].sharding
+        for shard in array.addressable_shards:
+            assert np.array_equal(shard.data, values[name][shard.index])
+
+
+def load_stacked_by_orbax(path: str, layout: str) -> None:
+    """Loads by Orbax, which finds the shardings in the checkpoint."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    for name, array in ocp.load(path)["params"].items():
+        assert array.sharding.spec == LAYOUTS[layout][name]
+        for shard in array.addressable_shards:
+            assert np.array_equal(shard.data, stacked_values()[name][shard.index])
+
+
+def save_stacked_slices(path: str, layout: str, shape: Sequence[int]) -> None:
+    """Saves pieces that all processes share, each process in an order of its own."""
+    arrays = stacked_arrays(layout, shape)
+    pieces: list[dict[str, fp.Slice]] = [
+        {"layers": fp.Slice(arrays["layers"][at : at + 2], at, LAYERS)}
+        for at in range(0, LAYERS, 2)
+    ]
+    pieces += [
+        {"pipeline": fp.Slice(arrays["pipeline"][at : at + 1], (at, 0), (REPEATS, STAGES), (0, 1))}
+        for at in range(REPEATS)
+    ]
+    turn = jax.process_index()
+    for piece in pieces[turn:] + pieces[:turn]:
+        fp.save(path, {"params": piece}, options=QUICK)
+
+
+def save_own_slices(path: str, layers: Sequence[int], stages: Sequence[int]) -> None:
+    """Saves rows that this process alone has, on its own devices: no two have as many."""
+    values = jax.device_put(stacked_values(), jax.local_devices()[-1])
+    for stage in stages:
+        for repeat in range(REPEATS):
+            cell = values["pipeline"][repeat : repeat + 1, stage : stage + 1]
+            piece = fp.Slice(cell, (repeat, stage), (REPEATS, STAGES), (0, 1))
+            fp.save(path, {"params": {"pipeline": piece}}, options=QUICK)
+    if layers:
+        rows = values["layers"][layers[0] : layers[-1] + 1]
+        fp.save(path, {"params": {"layers": fp.Slice(rows, layers[0], LAYERS)}}, options=QUICK)
+
+
 def save_keys(path: str) -> None:
     """Saves PRNG keys that all processes share, and a global array of them."""
     mesh = global_mesh((jax.device_count(), 1))
@@ -333,14 +454,13 @@ def _bytes_read() -> int:
 
 
 def main() -> None:
-    index, count, port = map(int, sys.argv[1:])
+    index, count = map(int, sys.argv[1:3])
+    address, bind = sys.argv[3:]
     calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    if port:
+    if address != "none":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            f"127.0.0.1:{port}", count, index, coordinator_bind_address=f"127.0.0.1:{port}"
-        )
+        jax.distributed.initialize(address, count, index, coordinator_bind_address=bind)
     while True:
         try:
             name, arguments, options = pickle.load(calls)  # noqa: S301 - from our own test
@@ -353,7 +473,7 @@ def main() -> None:
             outcome = None, error
         pickle.dump(outcome, answers)
         answers.flush()
-    if port:
+    if address != "none":
         jax.distributed.shutdown()
 
 

@@ -1,7 +1,7 @@
 """Run by test_stacked_memory: how much host memory one saved step takes, in a process of its own.
 
 Prints megabytes of the state, and by how many the process's peak grew from before the saved step
-until two steps later: where it was saved in rows, and where it was saved whole.
+until two steps later: where it was saved in rows, one stage of one repeat at a time, and whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
 
-LAYERS, WIDTH = 64, 1 << 19
+REPEATS, STAGES, WIDTH = 8, 8, 1 << 19
 LAYER_BYTES = 4 * WIDTH
 BUDGET = 4 * LAYER_BYTES
 
@@ -44,16 +44,19 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def new_params() -> dict[str, dict[str, jax.Array]]:
+def new_params(shape: tuple[int, ...], *spec: str | None) -> dict[str, dict[str, jax.Array]]:
     mesh = Mesh(np.array(jax.devices()), ("stage",))
-    sharding = NamedSharding(mesh, PartitionSpec("stage"))
-    ones = jax.jit(lambda: jnp.ones((LAYERS, WIDTH)), out_shardings=sharding)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    ones = jax.jit(lambda: jnp.ones((*shape, WIDTH)), out_shardings=sharding)
     return {"layers": {"w": ones()}}
 
 
-def grown_bytes(directory: Path, stacked: dict[str, int] | None) -> int:
+def grown_bytes(
+    directory: Path,
+    params: dict[str, dict[str, jax.Array]],
+    stacked: dict[str, int | tuple[int, ...]] | None,
+) -> int:
     """Trains four steps, of which the second is saved."""
-    params = new_params()
     callback = PartialCheckpointCallback(
         directory,
         every_n_epochs=None,
@@ -84,9 +87,14 @@ def grown_bytes(directory: Path, stacked: dict[str, int] | None) -> int:
 
 
 def main(directory: str) -> None:
-    rows = grown_bytes(Path(directory, "rows"), {"params.layers": 0})
-    whole = grown_bytes(Path(directory, "whole"), None)
-    found = (LAYERS * LAYER_BYTES, rows, whole)
+    layers, cells = (REPEATS * STAGES,), (REPEATS, STAGES)
+    by_row, by_cell = {"params.layers": 0}, {"params.layers": (0, 1)}
+    found = (
+        REPEATS * STAGES * LAYER_BYTES,
+        grown_bytes(Path(directory, "rows"), new_params(layers, "stage"), by_row),
+        grown_bytes(Path(directory, "cells"), new_params(cells, None, "stage"), by_cell),
+        grown_bytes(Path(directory, "whole"), new_params(layers, "stage"), None),
+    )
     sys.stdout.write(" ".join(f"{size / 1e6:.0f}" for size in found))
 
 

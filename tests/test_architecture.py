@@ -20,7 +20,9 @@ BELOW: dict[str, set[str]] = {
     "chunks": set(),
     "collector": set(),
     "options": set(),
-    "processes": {"errors"},
+    "coordination": {"errors"},
+    "coordinator": {"coordination"},
+    "processes": {"coordination"},
     "reports": {"errors"},
     "keypaths": {"errors"},
     "part": {"keypaths", "chunks", "options"},
@@ -50,7 +52,7 @@ ONLY_IN: dict[str, set[str]] = {
     "fcntl": {"direct_io", "storage"},
     "shutil": {"storage"},
     "ctypes": {"storage"},
-    "jax._src": {"processes"},
+    "jax._src": {"coordination"},
     "orbax": set(),
 }
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import cluster_worker as worker
 import jax
 import numpy as np
-import orbax.checkpoint as ocp_v0
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from cluster import Cluster, errors_of, gather, running, seconds
+from test_orbax_reads_ours import READERS, STEP
 
 import flax_partial as fp
 
@@ -200,7 +200,7 @@ def test_box_of_a_global_array_is_written_once(
 @pytest.fixture(scope="module")
 def spread(four: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of arrays that are spread over four processes."""
-    path = tmp_path_factory.mktemp("spread") / "checkpoint"
+    path = tmp_path_factory.mktemp("spread") / str(STEP)
     four.call("save_global", str(path), (4, 2))
     four.call("finalize", str(path))
     return path
@@ -232,7 +232,10 @@ def test_global_arrays_are_read_by_orbax_where_they_were_saved(four: Cluster, sp
     four.call("load_by_orbax", str(spread))
 
 
-def test_global_arrays_are_read_by_orbax_in_one_process(spread: Path) -> None:
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_global_arrays_are_read_by_every_reader_of_orbax_in_one_process(
+    reader: Any, spread: Path
+) -> None:
     wanted = worker.global_values()
     mesh = worker.global_mesh((2, 4))
     targets = {
@@ -243,10 +246,7 @@ def test_global_arrays_are_read_by_orbax_in_one_process(spread: Path) -> None:
         )
         for name, value in wanted.items()
     }
-    v0 = ocp_v0.StandardCheckpointer()
-    for loaded in (ocp.load(spread, targets), v0.restore(spread / "state", targets)):
-        jax.tree.map(np.testing.assert_array_equal, dict(loaded), wanted)
-    v0.close()
+    jax.tree.map(np.testing.assert_array_equal, reader(spread, targets), wanted)
 
 
 def test_global_arrays_are_safe_once_their_save_has_been_issued(
@@ -275,6 +275,92 @@ def test_keys_spread_over_processes_come_back(two: Cluster, four: Cluster, tmp_p
     four.call("finalize", str(path))
     two.call("load_keys", str(path))
     worker.load_keys(str(path))
+
+
+# Stacked leaves.
+
+ROWS_BY_PROCESS = {  # of four, with the mesh (4, 2): rows of "layers", cells of "pipeline"
+    "rows by process": [(2, 3)] * 4,
+    "and rows sharded": [(4, 6)] * 4,  # a box for each device
+    "rows over all": [(16, 24)] * 4,
+    "all rows in the first": [(8, 12), (0, 0), (0, 0), (0, 0)],
+}
+
+
+@pytest.mark.parametrize("budget", [None, 9000], ids=["", "bounded"])
+@pytest.mark.parametrize("layout", worker.LAYOUTS)
+def test_each_process_saves_what_it_holds_of_each_row_of_a_stacked_leaf(
+    four: Cluster, two: Cluster, tmp_path: Path, layout: str, budget: int | None
+) -> None:
+    groups = four.call("train_stacked", str(tmp_path), layout, (4, 2), budget=budget)
+    path = tmp_path / "1"
+    boxes = written_boxes(path)
+    assert len({box[:2] for box in boxes if "step" not in box[0]}) == sum(
+        map(sum, ROWS_BY_PROCESS[layout])
+    )
+    for process, wanted in enumerate(ROWS_BY_PROCESS[layout]):
+        names = [name for name, _, writer in boxes if writer == process]
+        found = tuple(names.count(f"params.{name}") for name in ("layers", "pipeline"))
+        assert found == wanted
+    if layout == "rows by process":
+        cells = [f"params.pipeline.{repeat}.3" for repeat in range(worker.REPEATS)]
+        assert groups[3] == ("params.layers.6", "params.layers.7", *cells)
+    assert fp.verify(path).ok
+    (said,) = fp.metadata(path).custom_metadata["session"]["expected"].values()
+    assert sorted(said) == ["0", "1", "2", "3"]  # also who has nothing to save says that it is done
+    two.call("load_stacked", str(path), "rows over all", (2, 2))
+    own = {"checkpoint_step": 0} if layout == "all rows in the first" else {}
+    loaded = ocp.load(path, _stacked_target() | own)
+    for name, value in worker.stacked_values().items():
+        np.testing.assert_array_equal(loaded["params"][name], value)
+
+
+def _stacked_target() -> Any:
+    mesh = worker.global_mesh((4, 2))
+    spec = jax.sharding.PartitionSpec(None, "x")
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    params = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+        for name, value in worker.stacked_values().items()
+    }
+    return {"params": params}
+
+
+def test_two_processes_save_stacked_leaves_that_four_load_and_orbax_as_they_were(
+    two: Cluster, four: Cluster, tmp_path: Path
+) -> None:
+    two.call("train_stacked", str(tmp_path), "and rows sharded", (2, 2), budget=9000)
+    four.call("load_stacked", str(tmp_path / "1"), "rows by process", (4, 2))
+    two.call("load_stacked_by_orbax", str(tmp_path / "1"), "and rows sharded")
+
+
+@pytest.mark.parametrize("layout", worker.LAYOUTS)
+def test_slices_that_all_processes_share_are_saved_in_any_order(
+    four: Cluster, tmp_path: Path, layout: str
+) -> None:
+    path = tmp_path / "c"
+    four.call("save_stacked_slices", str(path), layout, (4, 2))
+    four.call("finalize", str(path))
+    assert fp.verify(path).ok
+    worker.load_stacked(str(path), layout, (2, 4))
+
+
+def test_rows_come_from_processes_that_have_nothing_else_in_common(
+    three: Cluster, loose: Cluster, tmp_path: Path
+) -> None:
+    shares = ([0, 1, 2, 3], [3]), ([], [0, 1]), ([4], [2])
+    for cluster in (three, loose):
+        path = tmp_path / f"c{cluster is three}"
+        for index, share in enumerate(shares):
+            cluster.call("save_own_slices", str(path), *share, on=[index])
+        names = ["params.layers", "params.pipeline"]
+        if cluster is three:
+            errors = three.errors("finalize", str(path))
+            assert [type(error) for error in errors] == [fp.IncompleteCheckpointError] * 3
+        begun = cluster.start("finalize", str(path), expect=names, timeout_secs=30, on=[0])
+        cluster.call("save_own_slices", str(path), [5, 6, 7], [], on=[1])
+        assert gather(begun) == [names]
+        worker.load_stacked(str(path), "rows by process", (4, 2))
 
 
 # Agreement.
@@ -423,6 +509,31 @@ def test_path_can_be_used_again(three: Cluster, tmp_path: Path) -> None:
         three.call("save", str(path), {name: 1})
         assert three.call("finalize", str(path)) == [[name]] * 3
         shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("is_waited_for", [False, True], ids=["before", "while"])
+def test_primary_that_freezes_with_the_coordination_service_holds_nobody_up(
+    three: Cluster, tmp_path: Path, *, is_waited_for: bool
+) -> None:
+    path = str(tmp_path / "c")
+    three.call("save", path, {"w": 1})
+    if is_waited_for:
+        begun = three.start("finalize", path, on=[1, 2], timeout_secs=2)
+        three.call("sleep", 0.5, on=[0])
+    three.processes[0].freeze()
+    try:
+        if not is_waited_for:
+            begun = three.start("finalize", path, on=[1, 2], timeout_secs=2)
+        errors: list[Any] = []
+        assert seconds(lambda: errors.extend(errors_of(begun))) < 8
+    finally:
+        three.processes[0].thaw()
+    assert [type(error) for error in errors] == [fp.IncompleteCheckpointError] * 2
+    assert all("Process 0 " in str(error) for error in errors)
+    (late,) = three.errors("finalize", path, on=[0])
+    if late is not None:  # it has learned that the others gave up
+        three.call("finalize", path)
+    assert fp.verify(path).ok
 
 
 # The callback, in each process one.

@@ -245,6 +245,14 @@ SESSIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
         [{"a": fp.Slice(BIG[:, i : i + 1], i, 4, axis=1)} for i in range(4)],
         {"a": BIG},
     ),
+    "slices-of-both": (
+        [
+            {"a": fp.Slice(BIG[i : i + 2, j : j + 1], (i, j), (6, 4), (0, 1))}
+            for i in (4, 0, 2)
+            for j in range(4)
+        ],
+        {"a": BIG},
+    ),
 }
 OPTIONS = {
     "plain": QUICK,

@@ -72,7 +72,7 @@ def boxes_of(path: Path) -> dict[str, list[tuple[tuple[int, ...], tuple[int, ...
     return found
 
 
-@pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
+@pytest.mark.parametrize("memory_kind", ["device", "pinned_host", "unpinned_host"])
 def test_every_mix_is_written_once_and_loads_into_every_other(
     tmp_path: Path, memory_kind: str
 ) -> None:
@@ -141,6 +141,21 @@ def test_sharding_that_does_not_divide_the_array_is_refused(tmp_path: Path) -> N
     fp.finalize(tmp_path / "c")
     with pytest.raises(fp.TargetMismatchError, match=r"'w'.*does not fit"):
         fp.load(tmp_path / "c", {"w": jax.ShapeDtypeStruct((9,), jnp.float32, sharding=uneven)})
+
+
+def test_what_jax_makes_of_shards_that_would_be_uneven_is_saved(tmp_path: Path) -> None:
+    sharding = NamedSharding(trees.mesh("x"), PartitionSpec("x"))
+    even = jax.device_put(jnp.arange(16.0), sharding)
+    shorten = jax.jit(lambda x: jax.lax.with_sharding_constraint(x[:13], sharding))
+    state = {"constrained": shorten(even), "cut": even[:3], "grown": jnp.append(even, 1.0)}
+    fp.save(tmp_path / "c", state, options=QUICK)
+    fp.finalize(tmp_path / "c")
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    loaded = fp.load(tmp_path / "c", target)
+    trees.assert_same(loaded, state)
+    assert all(loaded[name].sharding == state[name].sharding for name in state)
 
 
 def test_arrays_still_being_computed_may_be_donated_or_deleted_at_once(tmp_path: Path) -> None:

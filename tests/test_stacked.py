@@ -7,6 +7,7 @@ saved whole, so that it makes no difference to a reader how it was saved.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from orbax.checkpoint import v1 as ocp
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
-from flax_partial.callbacks.stacking import Row, spread
+from flax_partial.callbacks.rows import Row
+from flax_partial.callbacks.stacking import spread
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,8 +78,8 @@ def test_rows_of_any_layout_are_the_leaf_that_a_whole_save_makes(
 ) -> None:
     leaf = put(numbers(LAYERS, 8, 8), *spec)
     path, key = tmp_path / "rows", (jax.tree_util.DictKey("w"),)
-    rows = [row for _, row in spread([(key, leaf)], {"w": axis})]
-    assert [row.start for row in rows] == list(range(8))
+    rows = [row for _, row in spread([(key, leaf)], {"w": (axis,)})]
+    assert [row.start for row in rows] == [(start,) for start in range(8)]
     for row in rows[::-1]:
         fp.save(path, {"w": row.cut()}, options=QUICK)
     by_rows = fp.finalize(path).leaves["w"]
@@ -101,7 +103,7 @@ def test_row_stays_on_the_devices_that_hold_it_and_is_all_that_is_copied(
 ) -> None:
     leaf = put(numbers(LAYERS, 8, 8), *spec)
     for start in range(8):
-        row = Row(leaf, start, axis).cut().value
+        row = Row(leaf, (start,), (axis,)).cut().value
         assert row.nbytes * 8 == leaf.nbytes
         assert sum(shard.data.nbytes for shard in row.addressable_shards) == row.nbytes
         for shard in row.addressable_shards:
@@ -117,18 +119,84 @@ def test_rows_of_every_kind_of_dtype_are_cut(tmp_path: Path) -> None:
         for name in ("bool", "int4", "float8_e4m3fn", "bfloat16", "complex64")
     }
     flat = jax.tree_util.tree_flatten_with_path(leaves)[0]
-    for path, row in spread(flat, dict.fromkeys(leaves, 0)):
+    for path, row in spread(flat, dict.fromkeys(leaves, (0,))):
         fp.save(tmp_path / "c", {path[0].key: row.cut()}, options=QUICK)
     fp.finalize(tmp_path / "c")
     assert_equal(fp.load(tmp_path / "c"), leaves)
 
 
+CELLS: dict[str, tuple[Any, ...]] = {
+    "by stage": (None, "stage"),
+    "by stage, and within": (None, "stage", "tensor"),
+    "by repeat and stage": ("tensor", "stage"),
+    "several repeats and stages a shard": ("tensor", None, None, "stage"),
+    "by stage and repeat": ("stage", "tensor"),
+    "replicated": (),
+}
+
+
+@pytest.mark.parametrize("spec", CELLS.values(), ids=CELLS)
+def test_stage_of_a_repeat_is_cut_by_itself_out_of_the_shards_that_hold_it(
+    tmp_path: Path, spec: tuple[Any, ...]
+) -> None:
+    leaf = put(numbers(4, 4, 2, 4), *spec)
+    path = tmp_path / "cells"
+    key = (jax.tree_util.DictKey("w"),)
+    cells = [cell for _, cell in spread([(key, leaf)], {"w": (1, 0)})]
+    assert [cell.start for cell in cells] == list(itertools.product(range(4), range(4)))
+    for cell in cells[::-1]:
+        cut = cell.cut()
+        assert sum(shard.data.nbytes for shard in cut.value.addressable_shards) == 4 * 2 * 4
+        for shard in cut.value.addressable_shards:
+            (source,) = (one for one in leaf.addressable_shards if one.device == shard.device)
+            assert source.replica_id == 0
+        fp.save(path, {"w": cut}, options=QUICK)
+    found = fp.finalize(path).leaves["w"]
+    fp.save(tmp_path / "whole", {"w": leaf}, options=QUICK)
+    whole = fp.finalize(tmp_path / "whole").leaves["w"]
+    assert (found.shape, found.sharding) == (whole.shape, whole.sharding)
+    np.testing.assert_array_equal(fp.load(path)["w"], leaf)
+    restored = ocp.load(path)["w"]
+    assert restored.sharding == leaf.sharding
+    np.testing.assert_array_equal(restored, leaf)
+
+
+def test_pieces_cut_along_several_axes_may_be_of_any_extent(tmp_path: Path) -> None:
+    leaf = np.arange(4 * 5 * 6).reshape(4, 5, 6)
+    path = tmp_path / "c"
+    fp.save(path, {"w": fp.Slice(leaf[:3, :, :2], (0, 0), (4, 6), (0, -1))}, options=QUICK)
+    fp.save(path, {"w": fp.Slice(leaf[3:, :, :2], (0, 3), (6, 4), (2, 0))}, options=QUICK)
+    with pytest.raises(fp.IncompleteCheckpointError, match="8 of 24 chunks"):
+        fp.finalize(path)
+    with pytest.raises(fp.KeyConflictError, match="overlaps"):
+        fp.save(path, {"w": fp.Slice(leaf[:1, :, 1:], (0, 1), (4, 6), (0, 2))}, options=QUICK)
+    with pytest.raises(fp.KeyConflictError, match="cut along the same axes"):
+        fp.save(path, {"w": fp.Slice(leaf[:, :, 2:], 2, 6, 2)}, options=QUICK)
+    fp.save(path, {"w": fp.Slice(leaf[:, :, 2:], (0, 2), (4, 6), (0, 2))}, options=QUICK)
+    fp.finalize(path)
+    np.testing.assert_array_equal(fp.load(path)["w"], leaf)
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "axis"),
+    [((0,), (2, 2), (0, 1)), ((0, 0), (2, 2), (0, -2)), ((), (), ()), (0, (2, 2), (0, 1)),
+     ((0, 0), (2, 2), (0, 2)), ((0, 0.0), (2, 2), (0, 1)), ((0, 1), (2, 2), (0, 1))],
+    ids=str,
+)  # fmt: skip
+def test_slice_that_makes_no_sense_is_refused(
+    tmp_path: Path, start: Any, size: Any, axis: Any
+) -> None:
+    with pytest.raises(fp.UnsupportedLeafError, match="is a Slice"):
+        fp.save(tmp_path / "c", {"w": fp.Slice(np.zeros((2, 2)), start, size, axis)})
+    assert not list(tmp_path.iterdir())
+
+
 def test_all_rows_can_be_replaced(tmp_path: Path) -> None:
     old, new = (put(numbers(LAYERS, 8) + step, "stage") for step in (0, 1))
     for start in range(LAYERS):
-        fp.save(tmp_path / "c", {"w": Row(old, start, 0).cut()}, options=QUICK)
+        fp.save(tmp_path / "c", {"w": Row(old, (start,), (0,)).cut()}, options=QUICK)
     for start in range(LAYERS):
-        row = {"w": Row(new, start, 0).cut()}
+        row = {"w": Row(new, (start,), (0,)).cut()}
         fp.save(tmp_path / "c", row, options=QUICK, replace=True)
         if start < LAYERS - 1:
             with pytest.raises(fp.IncompleteCheckpointError, match="of 8 chunks"):
@@ -242,6 +310,38 @@ def test_repeats_and_stages_are_stacked_along_either_axis(
     np.testing.assert_array_equal(ocp.load(tmp_path / "1")["params"]["w"], leaf)
 
 
+@pytest.mark.parametrize("budget", [None, 200], ids=["", "bounded"])
+def test_each_stage_of_each_repeat_is_a_layer_and_may_be_streamed(
+    tmp_path: Path, budget: int | None
+) -> None:
+    leaf = put(numbers(3, 4, 8, 2), None, "stage", "tensor")
+    params = {"w": leaf, "scale": put(numbers(3, 4), None, "stage"), "repeat": numbers(3)}
+    state = new_state({"layers": params})
+    want = jax.tree.map(np.asarray, jax.tree.map(jnp.copy, state))
+    callback = PartialCheckpointCallback(
+        tmp_path,
+        stacked={"params.layers": (0, 1)},
+        options=fp.SaveOptions(durable=False, max_inflight_bytes=budget),
+    )
+    streamed = {
+        name: fp.Slice(value[2:, 1:3], (2, 1), (3, 4), (0, 1))
+        for name, value in state["params"]["layers"].items()
+        if name != "repeat"
+    }
+    ready = [("params", "layers", streamed)]
+    save_one_step(callback, trainer_with(state), ready, after=one_more)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    (report,) = callback.reports
+    cells = [f"{repeat}.{stage}" for repeat in range(3) for stage in range(4)]
+    taken = [f"params.layers.{cell}" for cell in cells if cell not in ("2.1", "2.2")]
+    moments = [f"opt_state.layers.{cell}" for cell in cells]
+    rest = ["step", "opt_state.0", "opt_state.1", "opt_state.layers", "params.layers"]
+    assert sorted(report.groups) == sorted([*taken, *moments, *rest, "params.layers#2"])
+    assert report.saves["opt_state.layers.1.3"].bytes == 2 * 4 * (8 * 2 + 1)
+    assert_equal(fp.load(tmp_path / "1", target=want), want)
+    assert fp.verify(tmp_path / "1").ok
+
+
 @pytest.mark.parametrize("how", ["whole", "rows", "some rows"])
 def test_trainer_streams_a_stack_whole_or_in_rows_and_the_rest_is_taken(
     tmp_path: Path, how: str
@@ -319,6 +419,19 @@ def test_longest_name_decides_and_own_groups_are_split(tmp_path: Path) -> None:
     assert_equal(fp.load(tmp_path / "1")["params"], params)
 
 
+def test_groups_that_come_to_share_a_name_are_saved_together(tmp_path: Path) -> None:
+    params = {"a": numbers(2, 3), "b": numbers(3), "c": numbers(3, 3)}
+    callback = PartialCheckpointCallback(
+        tmp_path,
+        stacked={"params.a": (0, 1), "params.c": 0},
+        group_by=lambda path: {"a": "x", "b": "x.0.1", "c": "x.0"}[path[-1].key],
+        options=QUICK,
+    )
+    save_one_step(callback, trainer_with({"params": params}))
+    assert callback.reports[0].saves["x.0.1"].leaves == 3
+    assert_equal(fp.load(tmp_path / "1")["params"], params)
+
+
 def test_two_callbacks_share_what_is_stacked(tmp_path: Path) -> None:
     state = {"params": scanned_params()}
     first = PartialCheckpointCallback(tmp_path, stacked={"params.layers": 0}, options=QUICK)
@@ -343,6 +456,9 @@ def test_names_of_nothing_and_things_that_are_no_axis_are_refused(tmp_path: Path
     with pytest.raises(ValueError, match=r"names 'params\.layer', and the state has no such leaf"):
         save_one_step(callback, trainer_with({"params": {"layers": numbers(2, 2)}}))
     callback.on_exception(None, None, KeyboardInterrupt())
-    for wrong in ({"params": "0"}, {"params": True}, {0: 0}):
+    for wrong in (
+        *({"params": "0"}, {"params": True}, {0: 0}, {"params": [0, 1]}),
+        *({"params": ()}, {"params": (0, 0)}, {"params": (0, 1.0)}),
+    ):
         with pytest.raises(TypeError, match="to the number of an axis"):
             PartialCheckpointCallback(tmp_path, stacked=wrong)  # type: ignore[arg-type]
