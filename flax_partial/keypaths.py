@@ -19,7 +19,7 @@ TEXT_KEYS = frozenset((STR_KEY, ATTRIBUTE))
 KEY_KINDS = frozenset((STR_KEY, INT_KEY, ATTRIBUTE, INDEX))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KeyPath:
     """Path from the root of a tree to a leaf.
 
@@ -36,7 +36,7 @@ class KeyPath:
 
     def __post_init__(self) -> None:
         """Joins the name once: it is asked for everywhere."""
-        object.__setattr__(self, "name", ".".join(self.texts))
+        self.name = ".".join(self.texts)
 
 
 def flatten(

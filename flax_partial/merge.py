@@ -69,7 +69,8 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
             conflicts.append(problem)
             continue
         leaf, found, lacking = _whole(held, conflicts)
-        leaves.append(leaf.with_boxes(leaf.boxes, _runs(leaf, found, numbers)))
+        runs = _runs(leaf, found, numbers)
+        leaves.append(leaf.with_boxes(leaf.boxes, runs) if runs else leaf)
         sources.append(found)
         if lacking:
             missing.append(lacking)

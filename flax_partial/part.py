@@ -61,7 +61,9 @@ _MIDDLE = b'","table":'
 _TABLE_AT = len(_HEAD) + 32 + len(_MIDDLE)
 
 
-@dataclass(frozen=True, slots=True)
+# Boxes, leaves and their paths are never changed, but not frozen either: making a frozen one takes
+# four times as long, and finalizing makes several for each leaf.
+@dataclass(slots=True)
 class Box:
     """A range of indices of a leaf, and of each of its chunks the digest and the place.
 
@@ -80,7 +82,7 @@ class Box:
     places: tuple[Place, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Leaf:
     """A leaf, or the boxes of it that one part holds.
 
