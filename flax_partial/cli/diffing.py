@@ -9,7 +9,8 @@ from flax_partial.batches import batches, region_bytes
 from flax_partial.cli import changes, figures, places, selection
 from flax_partial.cli.changes import Change
 from flax_partial.cli.comparing import Difference
-from flax_partial.cli.output import BAD, GOOD, Column, Output, Row, Table
+from flax_partial.cli.output import Output
+from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
 from flax_partial.loading import Checkpoint
 from flax_partial.part import Leaf
 
@@ -17,11 +18,11 @@ _AT_ONCE_BYTES = 64 << 20  # of A, and as much of B; reading takes about as much
 _COLUMNS = (
     Column("LEAF"),
     Column("CHANGE"),
-    Column("A"),
-    Column("B"),
-    Column("DIFFERENT", is_number=True),
+    Column("A", dispensable=2),
+    Column("B", dispensable=1),
+    Column("DIFFERENT", is_number=True, dispensable=3),
     Column("LARGEST", is_number=True),
-    Column("RELATIVE", is_number=True),
+    Column("RELATIVE", is_number=True, dispensable=4),
 )
 _STYLES = {changes.ADDED: GOOD, changes.REMOVED: BAD, changes.UNREADABLE: BAD}
 

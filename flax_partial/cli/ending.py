@@ -8,7 +8,8 @@ from typing import Any
 from flax_partial import finalizing
 from flax_partial.cli import figures, places
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import BAD, GOOD, Output
+from flax_partial.cli.output import Output
+from flax_partial.cli.tables import BAD, GOOD
 from flax_partial.errors import IncompleteCheckpointError
 
 

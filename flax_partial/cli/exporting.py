@@ -12,8 +12,9 @@ from flax_partial import storage
 from flax_partial.batches import batches, region_bytes
 from flax_partial.cli import figures, places, safetensors, selection
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import GOOD, Output
+from flax_partial.cli.output import Output
 from flax_partial.cli.safetensors import Layout
+from flax_partial.cli.tables import GOOD
 from flax_partial.errors import UnsupportedLeafError
 from flax_partial.loading import Checkpoint
 from flax_partial.part import Leaf

@@ -12,18 +12,19 @@ from typing import Any
 from flax_partial import catalog, loading, storage
 from flax_partial.cli import figures, places
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import BAD, GOOD, WAITING, Column, Output, Row, Table
+from flax_partial.cli.output import Output
+from flax_partial.cli.tables import BAD, GOOD, WAITING, Column, Row, Table
 from flax_partial.errors import NoSessionError, PartialCheckpointError
 
 _STYLES = {places.FINALIZED: "", places.UNFINISHED: WAITING, places.DAMAGED: BAD}
 _COLUMNS = (
     Column("CHECKPOINT"),
-    Column("STEP", is_number=True),
+    Column("STEP", is_number=True, dispensable=4),
     Column("STATE"),
-    Column("WRITTEN", is_number=True),
-    Column("SIZE", is_number=True),
-    Column("LEAVES", is_number=True),
-    Column("METRICS"),
+    Column("WRITTEN", is_number=True, dispensable=1),
+    Column("SIZE", is_number=True, dispensable=2),
+    Column("LEAVES", is_number=True, dispensable=5),
+    Column("METRICS", dispensable=3),
     Column(""),
 )
 # What `CheckpointManager` of Orbax keeps beside a checkpoint's tree.

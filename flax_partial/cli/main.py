@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -35,8 +36,10 @@ _COMMANDS: tuple[ModuleType, ...] = (
 
 def run() -> NoReturn:
     """Runs the command that this process was started for, and ends the process."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115 - closed: `>&-`
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
     # An export that is told to stop takes its half file with it, a bar gives back the cursor.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.exit(main(sys.argv[1:]))

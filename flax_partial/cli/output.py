@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
+
+from flax_partial.cli.tables import FAINT, STRONG, Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -20,45 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 _MOST_DRAWN_ROWS = 3000
-_GAP = "  "
-GOOD, BAD, WAITING, FAINT, STRONG = "green", "red", "yellow", "dim", "bold"
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of a table.
-
-    Attributes:
-      title: What stands above it.
-      is_number: Whether it is aligned to the right, and never folded.
-    """
-
-    title: str
-    is_number: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of a table: its cells, and in which style they are drawn on a terminal."""
-
-    cells: Sequence[str]
-    style: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows under titles; columns in which nothing stands are left out."""
-
-    columns: Sequence[Column]
-    rows: Sequence[Row]
-
-    def without_empty_columns(self) -> Table:
-        """The same without columns in which nothing stands."""
-        kept = [i for i in range(len(self.columns)) if any(row.cells[i] for row in self.rows)]
-        return Table(
-            [self.columns[i] for i in kept],
-            [Row([row.cells[i] for i in kept], row.style) for row in self.rows],
-        )
 
 
 class Output:
@@ -78,6 +39,14 @@ class Output:
     def console(self) -> Console | None:
         """The terminal that standard output is; None where it is none."""
         return self._console
+
+    def can_write(self, text: str) -> bool:
+        """Whether standard output's encoding has these characters."""
+        try:
+            text.encode(sys.stdout.encoding)
+        except UnicodeEncodeError:
+            return False
+        return True
 
     def json(self, value: dict[str, Any]) -> None:
         """Writes the result as one line of JSON, if it is to be that."""
@@ -101,9 +70,12 @@ class Output:
             return
         shown = table.without_empty_columns()
         if self._console is None or len(table.rows) > _MOST_DRAWN_ROWS:
-            print(*_plain_lines(shown), sep="\n")  # noqa: T201
+            print(*shown.lines(), sep="\n")  # noqa: T201
             return
-        self._console.print(drawn(shown))
+        fitted, gone = shown.fitted(self._console.width)
+        self._console.print(_drawn(fitted))
+        if gone:
+            self.line(f"no room for {', '.join(gone)}", FAINT)
 
     def note(self, text: str) -> None:
         """Writes a line to standard error."""
@@ -159,7 +131,8 @@ class Output:
             def draw(lines: Sequence[tuple[str, str]], table: Table) -> None:
                 most_rows = max(live.console.height - len(lines) - 2, 1)
                 last = Table(table.columns, table.rows[-most_rows:]).without_empty_columns()
-                live.update(Group(*(Text(*line) for line in lines), drawn(last)), refresh=True)
+                fitted, _ = last.fitted(live.console.width)
+                live.update(Group(*(Text(*line) for line in lines), _drawn(fitted)), refresh=True)
 
             yield draw
 
@@ -174,7 +147,7 @@ def _new_console(*, is_stderr: bool) -> Console:
     return Console(stderr=is_stderr, highlight=False, markup=False, emoji=False)
 
 
-def drawn(table: Table) -> RenderableType:
+def _drawn(table: Table) -> RenderableType:
     """Makes a table for a terminal."""
     from rich import table as rich_table
     from rich.text import Text
@@ -190,18 +163,3 @@ def drawn(table: Table) -> RenderableType:
     for row in table.rows:
         made.add_row(*map(Text, row.cells), style=row.style)
     return made
-
-
-def _plain_lines(table: Table) -> Iterator[str]:
-    from rich.cells import cell_len
-
-    rows = [[column.title for column in table.columns], *(row.cells for row in table.rows)]
-    widths = [max(map(cell_len, cells)) for cells in zip_longest(*rows, fillvalue="")]
-    for cells in rows:
-        padded = [
-            " " * (width - cell_len(cell)) + cell
-            if column.is_number
-            else cell + " " * (width - cell_len(cell))
-            for cell, width, column in zip(cells, widths, table.columns, strict=True)
-        ]
-        yield _GAP.join(padded).rstrip()

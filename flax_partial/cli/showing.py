@@ -8,17 +8,18 @@ from typing import Any
 from flax_partial import loading
 from flax_partial.cli import figures, places, selection, tree
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import STRONG, Column, Output, Row, Table
+from flax_partial.cli.output import Output
+from flax_partial.cli.tables import STRONG, Column, Row, Table
 from flax_partial.part import Leaf
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
 
 _COLUMNS = (
     Column("NAME"),
     Column("SHAPE"),
-    Column("DTYPE"),
-    Column("SHARDING"),
-    Column("SIZE", is_number=True),
-    Column("SHARE", is_number=True),
+    Column("DTYPE", dispensable=2),
+    Column("SHARDING", dispensable=3),
+    Column("SIZE", is_number=True, dispensable=1),
+    Column("SHARE", is_number=True, dispensable=4),
 )
 
 
@@ -55,7 +56,8 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     if metadata:
         out.line(f"custom metadata: {metadata}")
     out.line("")
-    out.table(Table(_COLUMNS, _rows(leaves, described, options.depth)))
+    guides = tree.LINES if out.can_write(tree.LINES.child + tree.LINES.last) else tree.ASCII
+    out.table(Table(_COLUMNS, _rows(leaves, described, options.depth, guides)))
     return False
 
 
@@ -66,12 +68,17 @@ def _summary(described: CheckpointMetadata, state: str) -> str:
     return f"{state} {written}: {made}, {amount}"
 
 
-def _rows(leaves: Sequence[Leaf], described: CheckpointMetadata, depth: int | None) -> list[Row]:
+def _rows(
+    leaves: Sequence[Leaf],
+    described: CheckpointMetadata,
+    depth: int | None,
+    guides: tree.Guides,
+) -> list[Row]:
     root = tree.build(leaves)
     if root.leaf is not None:
         return [_leaf_row("''", root.leaf, described)]
     rows = []
-    for guide, key, node in tree.lines(root, depth):
+    for guide, key, node in tree.lines(root, depth, guides):
         text = guide + figures.name(key)
         if node.leaf is not None:
             rows.append(_leaf_row(text, node.leaf, described))

@@ -7,17 +7,18 @@ from typing import Any
 
 from flax_partial import catalog
 from flax_partial.cli import figures, places
-from flax_partial.cli.output import BAD, FAINT, GOOD, STRONG, WAITING, Column, Output, Row, Table
+from flax_partial.cli.output import Output
 from flax_partial.cli.places import Session
+from flax_partial.cli.tables import BAD, FAINT, GOOD, STRONG, WAITING, Column, Row, Table
 from flax_partial.errors import NoSessionError
 from flax_partial.reports import SessionStatus
 from flax_partial.storage import CheckpointPath
 
 _COLUMNS = (
     Column("SAVED", is_number=True),
-    Column("PROCESS", is_number=True),
-    Column("LEAVES", is_number=True),
-    Column("SIZE", is_number=True),
+    Column("PROCESS", is_number=True, dispensable=2),
+    Column("LEAVES", is_number=True, dispensable=3),
+    Column("SIZE", is_number=True, dispensable=1),
     Column("HOLDS"),
 )
 _MOST_LISTED = 20

@@ -6,6 +6,20 @@ from dataclasses import dataclass, field
 from flax_partial.part import Leaf
 
 
+@dataclass(frozen=True, slots=True)
+class Guides:
+    """What is drawn before a key: to its node, and, below that, past it; all of one width."""
+
+    child: str
+    last: str
+    line: str
+    past: str = "    "
+
+
+LINES = Guides("├── ", "└── ", "│   ")
+ASCII = Guides("|-- ", "`-- ", "|   ")  # where the output's encoding has no lines
+
+
 @dataclass(slots=True)
 class Node:
     """A leaf or a subtree.
@@ -45,20 +59,21 @@ def _count(node: Node, leaf: Leaf) -> None:
         node.dtypes.add(leaf.dtype)
 
 
-def lines(root: Node, depth: int | None) -> Iterator[tuple[str, str, Node]]:
+def lines(root: Node, depth: int | None, guides: Guides) -> Iterator[tuple[str, str, Node]]:
     """Yields each line's guide (`│   ├── `), its key, and what it stands for; the root has none.
 
     Args:
       root: The whole tree.
       depth: How many levels to go down; None for all.
+      guides: How to draw it.
     """
     stack = _last_first(root, "") if depth != 0 else []
     while stack:
         before, key, node, is_last = stack.pop()
-        yield before + ("└── " if is_last else "├── "), key, node
-        level = len(before) // 4 + 1
+        yield before + (guides.last if is_last else guides.child), key, node
+        level = len(before) // len(guides.last) + 1
         if depth is None or level < depth:
-            stack.extend(_last_first(node, before + ("    " if is_last else "│   ")))
+            stack.extend(_last_first(node, before + (guides.past if is_last else guides.line)))
 
 
 def _last_first(node: Node, before: str) -> list[tuple[str, str, Node, bool]]:

@@ -7,7 +7,8 @@ from typing import Any
 from flax_partial import loading
 from flax_partial.cli import figures, places
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import BAD, GOOD, Column, Output, Row, Table
+from flax_partial.cli.output import Output
+from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
 
 _COLUMNS = (Column("DAMAGED"), Column("WHAT IS WRONG"))
 
