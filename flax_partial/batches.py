@@ -5,6 +5,7 @@ is larger than a batch, as Orbax writes them by default, is a batch by itself.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 
 from flax_partial.arrays import Region
@@ -25,7 +26,7 @@ def batches(leaves: Iterable[Leaf], *, most_bytes: int, cut: bool = True) -> Ite
     """
     batch: list[Region] = []
     size = 0
-    largest = most_bytes if cut else math.inf
+    largest = most_bytes if cut else sys.maxsize
     for region in (one for leaf in leaves if leaf.is_array for one in regions(leaf, largest)):
         added = region_bytes(region)
         if batch and size + added > most_bytes:
@@ -43,7 +44,7 @@ def region_bytes(region: Region) -> int:
     return math.prod(shape) * leaf.numpy_dtype.itemsize
 
 
-def regions(leaf: Leaf, most_bytes: float) -> Iterator[Region]:
+def regions(leaf: Leaf, most_bytes: int) -> Iterator[Region]:
     """Cuts a leaf into boxes of whole chunks, in C order, each of at most about `most_bytes`."""
     if leaf.bytes <= most_bytes:
         yield leaf, (0,) * len(leaf.shape), leaf.shape
@@ -56,7 +57,7 @@ def regions(leaf: Leaf, most_bytes: float) -> Iterator[Region]:
 def _piece(leaf: Leaf, most_bytes: int) -> Shape:
     """Takes chunks along the last axes first: such boxes have the longest runs of memory."""
     piece = list(leaf.chunk)
-    left = int(most_bytes) // (math.prod(piece) * leaf.numpy_dtype.itemsize)
+    left = most_bytes // (math.prod(piece) * leaf.numpy_dtype.itemsize)
     for axis in reversed(range(len(piece))):
         count = -(-leaf.shape[axis] // piece[axis])
         taken = max(1, min(count, left))

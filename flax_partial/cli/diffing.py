@@ -59,8 +59,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     for change in ordered:
         if change.problem:
             out.line(change.problem, BAD)
-    differing = f"{figures.leaves(len(ordered))} differ, {same:,} the same"
-    out.line(differing if ordered else f"all {figures.leaves(same)} are the same")
+    out.line(f"changed: {figures.leaves(len(ordered))}, the same: {figures.leaves(same)}")
     return bool(ordered)
 
 

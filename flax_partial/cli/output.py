@@ -87,10 +87,8 @@ class Output:
         return sys.stdin.readline().strip()
 
     @contextmanager
-    def bar(
-        self, what: str, total_bytes: int | None = None
-    ) -> Iterator[Callable[[int, int], None]]:
-        """Shows a bar, gone at the end, if standard error is a terminal.
+    def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Shows a bar once something is done, gone at the end, if standard error is a terminal.
 
         Yields:
           What to call with how many bytes of how many are done.
@@ -104,14 +102,13 @@ class Output:
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
             progress.DownloadColumn(binary_units=True),
-            progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(),
         )
         with progress.Progress(
             *columns, console=_new_console(is_stderr=True), transient=True
         ) as shown:
-            task = shown.add_task(what, total=total_bytes)
-            yield lambda done, total: shown.update(task, completed=done, total=total)
+            task = shown.add_task(what, visible=False)
+            yield lambda done, total: shown.update(task, completed=done, total=total, visible=True)
 
     @contextmanager
     def redrawn(self) -> Iterator[Callable[[Sequence[tuple[str, str]], Table], None]]:

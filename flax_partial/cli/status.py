@@ -65,7 +65,7 @@ def _follow(session: Session, out: Output) -> None:
     """Writes what there is whenever it has changed: for pipes."""
     last: dict[str, Any] = {}
     for now in _states(session):
-        described = _as_json(now)
+        described = _as_json(now) | {"torn": []}  # those of a save on its way come and go
         if described != last:
             out.json(described)
             out.line(_summary(now.status, time.time()))
