@@ -43,7 +43,7 @@ class Output:
     def can_write(self, text: str) -> bool:
         """Whether standard output's encoding has these characters."""
         try:
-            text.encode(sys.stdout.encoding)
+            text.encode(sys.stdout.encoding or "utf-8")
         except UnicodeEncodeError:
             return False
         return True
@@ -126,10 +126,12 @@ class Output:
         with Live(console=self._console, auto_refresh=False) as live:
 
             def draw(lines: Sequence[tuple[str, str]], table: Table) -> None:
-                most_rows = max(live.console.height - len(lines) - 2, 1)
+                above = Group(*(Text(*line) for line in lines))
+                taken = len(live.console.render_lines(above)) + 1  # and the table's titles
+                most_rows = max(live.console.height - taken - 1, 1)  # and the cursor
                 last = Table(table.columns, table.rows[-most_rows:]).without_empty_columns()
                 fitted, _ = last.fitted(live.console.width)
-                live.update(Group(*(Text(*line) for line in lines), _drawn(fitted)), refresh=True)
+                live.update(Group(above, _drawn(fitted)), refresh=True)
 
             yield draw
 
