@@ -14,7 +14,7 @@ import orbax.checkpoint as v0
 import pytest
 import trees
 from orbax.checkpoint.experimental import v1
-from things import QUICK, Element
+from things import QUICK, Element, listing
 
 import flax_partial as fp
 from flax_partial.callbacks import completeness
@@ -252,6 +252,31 @@ def test_status_needs_a_session(tmp_path: Path, shell: Shell) -> None:
     shell.run("status", tmp_path / "c", status=WRONG_USE)
     assert "finalized already" in shell.error
     shell.run("status", tmp_path / "absent", status=WRONG_USE)
+
+
+def test_session_that_orbax_began_is_left_to_it(tmp_path: Path, shell: Shell) -> None:
+    v1.partial.save(tmp_path / "7", {"w": jnp.ones((2, 3))})
+    before = listing(tmp_path)
+    (entry,) = shell.json("ls", tmp_path)["checkpoints"]
+    assert (entry["step"], entry["state"], entry["format"]) == (7, "unfinished", "orbax")
+    for command in (
+        ["status"],
+        ["show"],
+        ["finalize"],
+        ["finalize", "--anyway"],
+        ["abort", "--yes"],
+    ):
+        shell.run(*command, tmp_path / "7", status=PROBLEM if "--anyway" in command else WRONG_USE)
+    assert listing(tmp_path) == before
+
+
+def test_session_without_parts_is_shown_as_such(tmp_path: Path, shell: Shell) -> None:
+    (tmp_path / "c.partial_save").mkdir()
+    assert shell.json("status", tmp_path / "c")["parts"] == []
+    assert "nothing was saved yet" in shell.run("status", tmp_path / "c")
+    assert "unfinished: 0 parts" in shell.run("show", tmp_path / "c")
+    assert shell.json("show", tmp_path / "c")["format"] == "flax_partial"
+    assert shell.run("ls", tmp_path).split()[-1] == "unfinished"
 
 
 # --- verify

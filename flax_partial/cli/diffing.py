@@ -10,6 +10,7 @@ from flax_partial.cli import changes, figures, places, selection
 from flax_partial.cli.changes import Change
 from flax_partial.cli.comparing import Difference
 from flax_partial.cli.output import Output
+from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
 from flax_partial.loading import Checkpoint
 from flax_partial.part import Leaf
@@ -29,19 +30,19 @@ _STYLES = {changes.ADDED: GOOD, changes.REMOVED: BAD, changes.UNREADABLE: BAD}
 Leaves = dict[str, Leaf]
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
+def add(commands: Any) -> None:
     """Declares the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
+        run,
         "diff",
-        parents=[common],
-        help="compare two checkpoints, leaf by leaf",
+        "A",
+        "B",
+        summary="compare two checkpoints, leaf by leaf",
         description="Say which leaves of B were added, removed or changed against A, and by how "
         "much. Leaves whose digests agree are not read.",
     )
-    parser.add_argument("a", metavar="A")
-    parser.add_argument("b", metavar="B")
     selection.add_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:

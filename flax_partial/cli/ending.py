@@ -9,41 +9,43 @@ from flax_partial import finalizing
 from flax_partial.cli import figures, places
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
+from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD
 from flax_partial.errors import IncompleteCheckpointError
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
+def add(commands: Any) -> None:
     """Declares the commands."""
-    finalize = commands.add_parser(
+    finalize = add_command(
+        commands,
+        run_finalize,
         "finalize",
-        parents=[common],
-        help="finish an unfinished checkpoint",
+        "PATH",
+        summary="finish an unfinished checkpoint",
         description="Merge what was saved into one checkpoint: it appears complete, or not at all.",
     )
-    finalize.add_argument("path", metavar="PATH")
     finalize.add_argument(
         "--anyway",
         action="store_true",
         help="even if the callback that saves into it had not saved everything",
     )
-    finalize.set_defaults(run=run_finalize)
-    abort = commands.add_parser(
+    abort = add_command(
+        commands,
+        run_abort,
         "abort",
-        parents=[common],
-        help="drop an unfinished checkpoint",
+        "PATH",
+        summary="drop an unfinished checkpoint",
         description="Drop an unfinished checkpoint, and only that.",
     )
-    abort.add_argument("path", metavar="PATH")
     abort.add_argument("--yes", action="store_true", help="do not ask")
-    abort.set_defaults(run=run_abort)
 
 
 def run_finalize(options: argparse.Namespace, out: Output) -> bool:
     """Finalizes a session."""
     where = places.resolve(options.path)
+    session = places.read_session(where)
     if not options.anyway:
-        _require_complete(places.read_session(where))
+        _require_complete(session)
     done = finalizing.finalize(where.final)
     out.json(
         {

@@ -13,6 +13,7 @@ from flax_partial.batches import batches, region_bytes
 from flax_partial.cli import figures, places, safetensors, selection
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
+from flax_partial.cli.parsing import add_command
 from flax_partial.cli.safetensors import Layout
 from flax_partial.cli.tables import GOOD
 from flax_partial.errors import UnsupportedLeafError
@@ -23,19 +24,19 @@ _AT_ONCE_BYTES = 64 << 20  # reading takes about as much again
 _MOST_NAMED = 10
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
+def add(commands: Any) -> None:
     """Declares the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
+        run,
         "export",
-        parents=[common],
-        help="write a checkpoint's arrays into a safetensors file",
+        "PATH",
+        "OUT",
+        summary="write a checkpoint's arrays into a safetensors file",
         description="Write a checkpoint's arrays into one safetensors file, whatever their size in "
         "little memory. The file appears whole, or not at all.",
     )
-    parser.add_argument("path", metavar="PATH")
-    parser.add_argument("out", metavar="OUT.safetensors")
     selection.add_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:

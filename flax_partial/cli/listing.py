@@ -13,6 +13,7 @@ from flax_partial import catalog, loading, storage
 from flax_partial.cli import figures, places
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
+from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD, WAITING, Column, Row, Table
 from flax_partial.errors import NoSessionError, PartialCheckpointError
 
@@ -58,23 +59,23 @@ class Entry:
     problem: str = ""
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
+def add(commands: Any) -> None:
     """Declares the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
+        run,
         "ls",
-        parents=[common],
-        help="list a run's checkpoints and unfinished sessions",
+        "DIR",
+        summary="list a run's checkpoints and unfinished sessions",
         description="List the checkpoints and unfinished sessions in a directory.",
     )
-    parser.add_argument("directory", metavar="DIR")
     parser.add_argument("--monitor", metavar="METRIC", help="the metric that says which is best")
     parser.add_argument("--mode", choices=("min", "max"), default="min", help="default: min")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Lists a directory; returns whether any checkpoint in it is damaged."""
-    directory = places.directory(options.directory)
+    directory = places.directory(options.dir)
     _refuse_checkpoint(directory)
     entries = find(directory)
     latest = max(catalog.steps(directory), default=None)
@@ -159,8 +160,11 @@ def _finalized(path: Path) -> Entry:
 
 
 def _unfinished(path: Path) -> Entry | None:
+    where = storage.resolve(path)
+    if places.is_foreign(where):
+        return Entry(path.name, places.UNFINISHED, places.ORBAX, _step(where.final, {}))
     try:
-        session = places.read_session(storage.resolve(path))
+        session = places.read_session(where)
     except NoSessionError:  # finalized or dropped meanwhile
         return None
     metadata = session.plan.custom_metadata
@@ -211,7 +215,7 @@ def _marks(latest: int | None, best: str | None) -> dict[str, str]:
 
 
 def _row(entry: Entry, now: float, marks: dict[str, str]) -> Row:
-    is_readable = bool(entry.leaves) or entry.state == places.UNFINISHED
+    is_readable = entry.written_at is not None
     metrics = " ".join(f"{key}={figures.number(value)}" for key, value in entry.metrics.items())
     mark = marks.get(entry.name, "")
     return Row(

@@ -80,11 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 fine, 1 found a problem, 2 wrong use.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version(PROGRAM)}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="write JSON; its shape: docs/cli.md")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in _COMMANDS:
-        module.add(commands, common)
+        module.add(commands)
     return parser
 
 

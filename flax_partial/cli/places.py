@@ -6,6 +6,7 @@ from pathlib import Path
 from flax_partial import loading, storage
 from flax_partial.callbacks import completeness
 from flax_partial.cli.errors import WrongUseError
+from flax_partial.errors import NoSessionError
 from flax_partial.finalizing import status_of
 from flax_partial.loading import Checkpoint
 from flax_partial.merge import MergePlan, merge
@@ -100,9 +101,20 @@ def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) ->
     """
     if not storage.is_session(where):
         raise storage.no_session(where)
+    if is_foreign(where):
+        raise NoSessionError(
+            f"{where.session} is not an unfinished checkpoint of flax_partial: only the program "
+            "that began it can finish it, perhaps Orbax."
+        )
     torn: list[str] = []
     parts = read_parts(where, known=known, torn=torn)
     return Session(where, parts, status_of(where, parts, torn), merge(parts))
+
+
+def is_foreign(where: CheckpointPath) -> bool:
+    """Whether a session's directory holds something, but nothing of ours."""
+    names = storage.listed(where.session)
+    return bool(names) and storage.STATE not in names
 
 
 def read_contents(path: str) -> tuple[Contents, str]:

@@ -9,6 +9,7 @@ from flax_partial import loading
 from flax_partial.cli import figures, places, selection, tree
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
+from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import STRONG, Column, Row, Table
 from flax_partial.part import Leaf
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
@@ -23,18 +24,18 @@ _COLUMNS = (
 )
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
+def add(commands: Any) -> None:
     """Declares the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
+        run,
         "show",
-        parents=[common],
-        help="show what is in a checkpoint, as a tree",
+        "PATH",
+        summary="show what is in a checkpoint, as a tree",
         description="Show what is in a checkpoint, or was saved so far into an unfinished one.",
     )
-    parser.add_argument("path", metavar="PATH")
     parser.add_argument("--depth", type=int, metavar="N", help="go down N levels only")
     selection.add_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
@@ -47,7 +48,8 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     described = loading.described(where, contents)
     if out.is_json:
         shown = [described.leaves[leaf.name] for leaf in leaves]
-        out.json(_as_json(described, state, places.written_by(contents), shown))
+        writer = places.OURS if state == places.UNFINISHED else places.written_by(contents)
+        out.json(_as_json(described, state, writer, shown))
         return False
     path = where.final if state == places.FINALIZED else where.session
     out.line(figures.printable(str(path)), STRONG)
@@ -62,9 +64,11 @@ def run(options: argparse.Namespace, out: Output) -> bool:
 
 
 def _summary(described: CheckpointMetadata, state: str) -> str:
+    amount = f"{figures.leaves(len(described.leaves))}, {figures.size(described.bytes)}"
+    if state == places.UNFINISHED:
+        return f"{state}: {figures.counted(described.parts, 'part')}, {amount}"
     written = figures.age(time.time() - described.committed_at)
     made = figures.counted(described.parts, "part") if described.parts else "written by Orbax"
-    amount = f"{figures.leaves(len(described.leaves))}, {figures.size(described.bytes)}"
     return f"{state} {written}: {made}, {amount}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from flax_partial import catalog
 from flax_partial.cli import figures, places
 from flax_partial.cli.output import Output
+from flax_partial.cli.parsing import add_command
 from flax_partial.cli.places import Session
 from flax_partial.cli.tables import BAD, FAINT, GOOD, STRONG, WAITING, Column, Row, Table
 from flax_partial.errors import NoSessionError
@@ -26,19 +27,19 @@ _REFRESH_SECS = 0.5
 _MOST_BUSY = 0.2  # of the time, spent reading a session with many parts
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
+def add(commands: Any) -> None:
     """Declares the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
+        run,
         "status",
-        parents=[common],
-        help="look at an unfinished checkpoint",
+        "PATH",
+        summary="look at an unfinished checkpoint",
         description="Say what was saved into an unfinished checkpoint, and what it lacks.",
     )
-    parser.add_argument("path", metavar="PATH")
     parser.add_argument(
         "--watch", action="store_true", help="go on until it is finalized, or dropped"
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
@@ -122,7 +123,9 @@ def _lines(session: Session, now: float) -> list[tuple[str, str]]:
 
 
 def _summary(status: SessionStatus, now: float) -> str:
-    last = max((part.written_at for part in status.parts), default=now)
+    if not status.parts:
+        return f"{places.UNFINISHED}: nothing was saved yet"
+    last = max(part.written_at for part in status.parts)
     return (
         f"{places.UNFINISHED}: {figures.counted(len(status.parts), 'part')}, "
         f"{figures.leaves(len(status.leaves))}, {figures.size(status.bytes)}, "

@@ -8,22 +8,23 @@ from flax_partial import loading
 from flax_partial.cli import figures, places
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
+from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
 
 _COLUMNS = (Column("DAMAGED"), Column("WHAT IS WRONG"))
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
+def add(commands: Any) -> None:
     """Declares the command."""
-    parser = commands.add_parser(
+    add_command(
+        commands,
+        run,
         "verify",
-        parents=[common],
-        help="read all of a checkpoint, and check every digest",
+        "PATH",
+        summary="read all of a checkpoint, and check every digest",
         description="Read all of a checkpoint, check every digest, and name what is damaged. Of "
         "one that Orbax wrote, which has no digests, it says whether everything can be read.",
     )
-    parser.add_argument("path", metavar="PATH")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
