@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,6 @@ from things import QUICK, Element, listing
 import flax_partial as fp
 from flax_partial.callbacks import completeness
 from flax_partial.cli.main import main
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FINE, PROBLEM, WRONG_USE = 0, 1, 2
 
@@ -130,6 +129,40 @@ def test_ls_lists_what_managers_of_orbax_wrote(tmp_path: Path, shell: Shell) -> 
     assert (listed["latest"], listed["best"]) == ("3", "2")
     assert [c["bytes"] for c in listed["checkpoints"]] == [4, 8, 12]
     assert {c["format"] for c in listed["checkpoints"]} == {"orbax"}
+
+
+def test_latest_is_that_of_the_last_step_whatever_it_is_called(
+    tmp_path: Path, shell: Shell
+) -> None:
+    for name, step in (("ckpt_00009", None), ("ckpt_00010", None), ("best", 9)):
+        write(tmp_path / name, {"w": 1}, **({} if step is None else {"step": step}))
+    listed = shell.json("ls", tmp_path)
+    assert listed["latest"] == "ckpt_00010"
+    assert [c["step"] for c in listed["checkpoints"]] == [9, 9, 10]
+    write(tmp_path / "10", {"w": 1})
+    assert shell.json("ls", tmp_path)["latest"] == "10"
+    write(tmp_path / "0", {"w": 1})
+    for name in ("10", "best", "ckpt_00009", "ckpt_00010"):
+        shutil.rmtree(tmp_path / name)
+    assert shell.json("ls", tmp_path)["latest"] == "0"
+
+
+def test_ls_bears_names_that_no_checkpoint_can_have(tmp_path: Path, shell: Shell) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.partial_save")).mkdir()
+    write(tmp_path / "5", {"w": 1})
+    listed = shell.json("ls", tmp_path, status=PROBLEM)["checkpoints"]
+    assert sorted(c["state"] for c in listed) == ["damaged", "finalized"]
+    shell.run("ls", "/")
+
+
+def test_names_and_metadata_cannot_act_on_a_terminal(tmp_path: Path, shell: Shell) -> None:
+    rows = fp.Slice(np.ones((1, 3)), start=0, size=2)
+    metadata = {"note": "\x9b2J", "metrics": {"\x1b[2J": 1.0}}
+    fp.save(tmp_path / "c", {"\x1b[2J\n": rows}, options=QUICK, custom_metadata=metadata)
+    output = shell.run("ls", tmp_path) + shell.run("show", tmp_path / "c")
+    output += shell.run("status", tmp_path / "c") + shell.run("finalize", tmp_path / "c", status=1)
+    assert not {"\x1b", "\x9b"} & set(output + shell.error)
+    assert r"\x1b[2J\n" in output
 
 
 def test_ls_of_an_empty_directory_is_fine(tmp_path: Path, shell: Shell) -> None:
@@ -259,14 +292,9 @@ def test_session_that_orbax_began_is_left_to_it(tmp_path: Path, shell: Shell) ->
     before = listing(tmp_path)
     (entry,) = shell.json("ls", tmp_path)["checkpoints"]
     assert (entry["step"], entry["state"], entry["format"]) == (7, "unfinished", "orbax")
-    for command in (
-        ["status"],
-        ["show"],
-        ["finalize"],
-        ["finalize", "--anyway"],
-        ["abort", "--yes"],
-    ):
-        shell.run(*command, tmp_path / "7", status=PROBLEM if "--anyway" in command else WRONG_USE)
+    for command in ("status", "show", "finalize", "finalize --anyway", "abort --yes"):
+        shell.run(*command.split(), tmp_path / "7", status=WRONG_USE)
+        assert "Orbax" in shell.error
     assert listing(tmp_path) == before
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flax_partial.cli import figures, safetensors, selection, tree
 from flax_partial.cli.comparing import Difference
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.tables import Column, Row, Table
+from flax_partial.cli.tables import Column, Row, Table, printable
 from flax_partial.keypaths import KeyPath
 from flax_partial.part import DICT, NONE, NUMPY_ARRAY, STRING, Leaf
 
@@ -261,8 +261,9 @@ def test_shardings_are_short(table: Any, text: str) -> None:
 
 
 def test_nothing_that_a_checkpoint_holds_moves_the_cursor() -> None:
-    assert figures.name("a\x1b[2J\nb") == "a\\x1b[2J\\nb"
-    assert figures.name("") == "''"
+    assert printable("a\x1b[2J\nb\x9b") == "a\\x1b[2J\\nb\\x9b"
+    row = Row(("a\x1bb", "\n", "ä 層"))
+    assert Table(TABLE.columns, [row]).printable().rows[0].cells == ["a\\x1bb", "\\n", "ä 層"]
     assert figures.leaf(leaf("s", kind=STRING)) == "'text'"
     assert [figures.leaf(leaf("n", kind=kind)) for kind in (NONE, DICT)] == ["None", "{}"]
 

@@ -58,7 +58,7 @@ def run_finalize(options: argparse.Namespace, out: Output) -> bool:
     )
     amount = f"{figures.leaves(len(done.leaves))}, {figures.size(done.bytes)}"
     made = figures.counted(done.parts, "part")
-    out.line(f"finalized {figures.printable(str(done.path))}: {made}, {amount}", GOOD)
+    out.line(f"finalized {done.path}: {made}, {amount}", GOOD)
     return False
 
 
@@ -71,7 +71,7 @@ def run_abort(options: argparse.Namespace, out: Output) -> bool:
         finalizing.abort(where.final)
     out.json({"path": str(where.final), "dropped": is_wanted, "parts": len(session.parts)})
     said = "dropped" if is_wanted else "kept"
-    out.line(f"{said} {figures.printable(str(where.session))}", "" if is_wanted else BAD)
+    out.line(f"{said} {where.session}", "" if is_wanted else BAD)
     return not is_wanted
 
 

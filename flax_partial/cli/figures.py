@@ -57,16 +57,9 @@ def shape(sizes: Sequence[int]) -> str:
     return f"({','.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
 
 
-def printable(text: str) -> str:
-    """Text in which nothing can move a terminal's cursor, or begin another line."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def name(text: str) -> str:
     """The name of a leaf; that of the only leaf of a tree is empty."""
-    return printable(text) or "''"
+    return text or "''"
 
 
 def leaf(described: Leaf) -> str:
@@ -81,7 +74,7 @@ def plain_value(described: Leaf) -> str:
     """The value of a leaf that is no array."""
     if described.kind != kinds.STRING:
         return _EMPTY.get(described.kind, "()")
-    return _shortened(printable(repr(described.text)), _LONGEST_TEXT)
+    return _shortened(repr(described.text), _LONGEST_TEXT)
 
 
 def _shortened(text: str, limit: int) -> str:
@@ -127,11 +120,11 @@ def sharding(table: Mapping[str, Any] | None) -> str:
     if table is None:
         return ""
     if "device_str" in table:
-        return printable(str(table["device_str"]))
+        return str(table["device_str"])
     try:
         return _named_sharding(table)
     except (KeyError, TypeError, ValueError):  # Orbax's files may hold anything
-        return printable(str(table.get("sharding_type", "?")))
+        return str(table.get("sharding_type", "?"))
 
 
 def _named_sharding(table: Mapping[str, Any]) -> str:
@@ -142,7 +135,7 @@ def _named_sharding(table: Mapping[str, Any]) -> str:
     ]
     if all(cut == "-" for cut in cuts):
         return f"replicated x{math.prod(sizes.values())}"
-    return printable(f"({','.join(cuts)})")
+    return f"({','.join(cuts)})"
 
 
 def _axes(entry: str | Sequence[str] | None) -> Sequence[str]:

@@ -78,12 +78,12 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     directory = places.directory(options.dir)
     _refuse_checkpoint(directory)
     entries = find(directory)
-    latest = max(catalog.steps(directory), default=None)
+    latest = choose_latest(entries)
     best = choose_best(entries, options.monitor, options.mode)
     out.json(
         {
             "directory": str(directory.absolute()),
-            "latest": None if latest is None else str(latest),
+            "latest": latest,
             "best": best,
             "checkpoints": [_as_json(entry) for entry in entries],
         }
@@ -91,11 +91,11 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     if not entries:
         out.line(f"no checkpoints in {directory}")
     now = time.time()
-    marks = _marks(latest, best)
-    out.table(Table(_COLUMNS, [_row(entry, now, marks) for entry in entries]))
+    rows = [_row(entry, now, latest=latest, best=best) for entry in entries]
+    out.table(Table(_COLUMNS, rows))
     for entry in entries:
         if entry.problem:
-            out.line(f"{figures.printable(entry.name)}: {entry.problem}", BAD)
+            out.line(f"{entry.name}: {entry.problem}", BAD)
     return any(entry.state == places.DAMAGED for entry in entries)
 
 
@@ -107,6 +107,15 @@ def find(directory: Path) -> list[Entry]:
         if (directory / name).is_dir() and (entry := _entry(directory / name))
     ]
     return sorted(found, key=lambda one: (one.step is None, one.step or 0, one.name))
+
+
+def choose_latest(entries: Sequence[Entry]) -> str | None:
+    """Returns the finalized checkpoint of the last step; of two that which is called by it."""
+    finalized = [entry for entry in entries if entry.state == places.FINALIZED]
+    ranked = [
+        (one.step, one.name == str(one.step), one.name) for one in finalized if one.step is not None
+    ]
+    return max(ranked)[-1] if ranked else None
 
 
 def choose_best(entries: Sequence[Entry], monitor: str | None, mode: str) -> str | None:
@@ -137,13 +146,13 @@ def _entry(path: Path) -> Entry | None:
         is_ours = (path / storage.STATE / storage.CONTENTS).exists()
         if is_ours or storage.part_names_in(path / storage.STATE) or catalog.is_finalized(path):
             return _finalized(path)
-    except (PartialCheckpointError, OSError) as error:
+    except (PartialCheckpointError, WrongUseError, OSError) as error:
         return Entry(path.name, places.DAMAGED, step=_step(path, {}), problem=str(error))
     return None
 
 
 def _finalized(path: Path) -> Entry:
-    contents = loading.open_checkpoint(storage.resolve(path)).contents
+    contents = loading.open_checkpoint(places.resolve(str(path))).contents
     metrics = contents.custom_metadata.get("metrics") or _orbax_metrics(path)
     is_whole = catalog.is_finalized(path)
     return Entry(
@@ -160,7 +169,7 @@ def _finalized(path: Path) -> Entry:
 
 
 def _unfinished(path: Path) -> Entry | None:
-    where = storage.resolve(path)
+    where = places.resolve(str(path))
     if places.is_foreign(where):
         return Entry(path.name, places.UNFINISHED, places.ORBAX, _step(where.final, {}))
     try:
@@ -205,31 +214,22 @@ def _numbers(metrics: object) -> dict[str, float]:
     }
 
 
-def _marks(latest: int | None, best: str | None) -> dict[str, str]:
-    marks: dict[str, list[str]] = {}
-    if latest is not None:
-        marks.setdefault(str(latest), []).append("latest")
-    if best is not None:
-        marks.setdefault(best, []).append("best")
-    return {name: ", ".join(words) for name, words in marks.items()}
-
-
-def _row(entry: Entry, now: float, marks: dict[str, str]) -> Row:
+def _row(entry: Entry, now: float, *, latest: str | None, best: str | None) -> Row:
     is_readable = entry.written_at is not None
     metrics = " ".join(f"{key}={figures.number(value)}" for key, value in entry.metrics.items())
-    mark = marks.get(entry.name, "")
+    marks = [mark for mark, name in (("latest", latest), ("best", best)) if name == entry.name]
     return Row(
         (
-            figures.printable(entry.name),
+            entry.name,
             "" if entry.step is None else str(entry.step),
             entry.state + (" (orbax)" if entry.format == places.ORBAX else ""),
             "" if entry.written_at is None else figures.age(now - entry.written_at),
             figures.size(entry.bytes) if is_readable else "",
             f"{entry.leaves:,}" if is_readable else "",
-            figures.printable(metrics),
-            mark,
+            metrics,
+            ", ".join(marks),
         ),
-        style=_STYLES[entry.state] or (GOOD if mark else ""),
+        style=_STYLES[entry.state] or (GOOD if marks else ""),
     )
 
 
@@ -248,8 +248,8 @@ def _as_json(entry: Entry) -> dict[str, Any]:
 
 
 def _refuse_checkpoint(directory: Path) -> None:
-    where = storage.resolve(directory)
-    if catalog.is_finalized(directory) or where.session == directory.resolve():
+    is_session = directory.resolve().name.endswith(storage.SESSION_SUFFIX)
+    if is_session or catalog.is_finalized(directory):
         raise WrongUseError(
             f"{directory} is a checkpoint, not a directory of them: use show or status"
         )

@@ -14,6 +14,7 @@ from typing import NoReturn
 from flax_partial.cli import diffing, ending, exporting, listing, showing, status, verifying
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
+from flax_partial.cli.tables import printable
 from flax_partial.errors import NoSessionError, PartialCheckpointError
 
 PROGRAM = "flax-partial"
@@ -88,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _failed(error: Exception, status: int) -> int:
     with contextlib.suppress(BrokenPipeError):
-        print(f"{PROGRAM}: {error}", file=sys.stderr)  # noqa: T201
+        text = "\n".join(map(printable, str(error).split("\n")))
+        print(f"{PROGRAM}: {text}", file=sys.stderr)  # noqa: T201
     return status
 
 

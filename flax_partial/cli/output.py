@@ -12,7 +12,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from flax_partial.cli.tables import FAINT, STRONG, Table
+from flax_partial.cli.tables import FAINT, STRONG, Table, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -51,24 +51,26 @@ class Output:
     def json(self, value: dict[str, Any]) -> None:
         """Writes the result as one line of JSON, if it is to be that."""
         if self.is_json:
-            print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)  # noqa: T201
+            # ASCII: valid in every encoding, and file names may hold what none has.
+            print(json.dumps(value, allow_nan=False), flush=True)  # noqa: T201
 
     def line(self, text: str, style: str = "") -> None:
-        """Writes a line for people."""
+        """Writes a line for people, or several."""
         if self.is_json:
             return
+        shown = "\n".join(map(printable, text.split("\n")))
         if self._console is None:
-            print(text)  # noqa: T201
+            print(shown)  # noqa: T201
             return
         from rich.text import Text
 
-        self._console.print(Text(text, style))
+        self._console.print(Text(shown, style))
 
     def table(self, table: Table) -> None:
         """Writes a table for people."""
         if self.is_json or not table.rows:
             return
-        shown = table.without_empty_columns()
+        shown = table.printable().without_empty_columns()
         if self._console is None or len(table.rows) > _MOST_DRAWN_ROWS:
             print(*shown.lines(), sep="\n")  # noqa: T201
             return
@@ -79,7 +81,7 @@ class Output:
 
     def note(self, text: str) -> None:
         """Writes a line to standard error."""
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
 
     def ask(self, question: str) -> str:
         """Asks whoever sits at the terminal; an end of the input is no answer."""
@@ -126,11 +128,11 @@ class Output:
         with Live(console=self._console, auto_refresh=False) as live:
 
             def draw(lines: Sequence[tuple[str, str]], table: Table) -> None:
-                above = Group(*(Text(*line) for line in lines))
+                above = Group(*(Text(printable(text), style) for text, style in lines))
                 taken = len(live.console.render_lines(above)) + 1  # and the table's titles
                 most_rows = max(live.console.height - taken - 1, 1)  # and the cursor
-                last = Table(table.columns, table.rows[-most_rows:]).without_empty_columns()
-                fitted, _ = last.fitted(live.console.width)
+                last = Table(table.columns, table.rows[-most_rows:]).printable()
+                fitted, _ = last.without_empty_columns().fitted(live.console.width)
                 live.update(Group(above, _drawn(fitted)), refresh=True)
 
             yield draw

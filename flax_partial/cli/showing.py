@@ -52,7 +52,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
         out.json(_as_json(described, state, writer, shown))
         return False
     path = where.final if state == places.FINALIZED else where.session
-    out.line(figures.printable(str(path)), STRONG)
+    out.line(str(path), STRONG)
     out.line(_summary(described, state))
     metadata = figures.custom_metadata(contents.custom_metadata)
     if metadata:

@@ -48,11 +48,10 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     session = places.read_session(where)
     if not options.watch:
         _say(session, out)
-    elif out.is_json or out.console is None:
-        _follow(session, out)
-    else:
-        _draw(session, out)
-    return bool(session.plan.conflicts)
+        return bool(session.plan.conflicts)
+    watch = _follow if out.is_json or out.console is None else _draw
+    watch(session, out)
+    return False
 
 
 def _say(session: Session, out: Output) -> None:
@@ -99,14 +98,14 @@ def _say_end(where: CheckpointPath, out: Output) -> None:
     is_finalized = catalog.is_finalized(where.final)
     state = places.FINALIZED if is_finalized else places.DROPPED
     out.json({"path": str(where.final), "state": state})
-    out.line(f"{figures.printable(str(where.final))} was {state}", GOOD if is_finalized else BAD)
+    out.line(f"{where.final} was {state}", GOOD if is_finalized else BAD)
 
 
 def _lines(session: Session, now: float) -> list[tuple[str, str]]:
     """What stands above the table, each line with its style."""
     status, plan = session.status, session.plan
     found = [
-        (figures.printable(str(session.where.session)), STRONG),
+        (str(session.where.session), STRONG),
         (_summary(status, now), WAITING),
     ]
     metadata = figures.custom_metadata(status.custom_metadata)

@@ -9,6 +9,13 @@ _GAP = "  "
 GOOD, BAD, WAITING, FAINT, STRONG = "green", "red", "yellow", "dim", "bold"
 
 
+def printable(text: str) -> str:
+    """Text in which nothing can move a terminal's cursor, or begin another line."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """A column of a table.
@@ -39,6 +46,12 @@ class Table:
 
     columns: Sequence[Column]
     rows: Sequence[Row]
+
+    def printable(self) -> "Table":
+        """The same with cells that cannot do more to a terminal than stand in it."""
+        return Table(
+            self.columns, [Row([*map(printable, row.cells)], row.style) for row in self.rows]
+        )
 
     def without_empty_columns(self) -> "Table":
         """The same without columns in which nothing stands."""
