@@ -57,7 +57,7 @@ def write(path: Path, state: Any, **metadata: Any) -> Path:
 def flip_a_bit_of(path: Path, array: np.ndarray) -> None:
     """Damages an array's data, wherever it lies."""
     whole = array.tobytes()
-    (file,) = [f for f in path.rglob("d/*") if whole in f.read_bytes()]
+    (file,) = [f for f in path.rglob("*") if f.is_file() and whole in f.read_bytes()]
     data = bytearray(file.read_bytes())
     data[data.index(whole)] ^= 1
     file.write_bytes(data)
