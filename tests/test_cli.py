@@ -108,6 +108,14 @@ def test_ls_lists_a_run_and_marks_latest_and_best(run_directory: Path, shell: Sh
     assert "\x1b" not in text
 
 
+def test_of_two_that_are_best_the_newer_is(tmp_path: Path, shell: Shell) -> None:
+    for step, loss in ((9, 0.5), (10, 0.5), (11, 0.75)):
+        write(tmp_path / str(step), {"w": 1}, metrics={"loss": loss})
+    for mode in ("min", "max"):
+        best = shell.json("ls", tmp_path, "--monitor", "loss", "--mode", mode)["best"]
+        assert best == {"min": "10", "max": "11"}[mode]
+
+
 def test_ls_says_what_is_damaged_and_lists_the_rest(run_directory: Path, shell: Shell) -> None:
     (run_directory / "5" / "state" / "contents.json").write_text("{}")
     (run_directory / "10" / "state" / "_METADATA").unlink()
