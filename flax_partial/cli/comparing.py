@@ -57,15 +57,20 @@ class Difference:
             self.norm_of_squares += _sum_of_squares(wide)
             is_different = _is_different(a, b)
             different = int(np.count_nonzero(is_different))
-            if different:
-                self.different += different
+            self.different += different
+            if different == a.size:  # as in training: nothing to pick out
+                self._add_distances(_distances(wide, _widened(b)))
+            elif different:
                 self._add_distances(_distances(wide[is_different], _widened(b[is_different])))
 
     def _add_distances(self, distances: np.ndarray) -> None:
-        finite = distances[np.isfinite(distances)]
-        self.not_finite += distances.size - finite.size
-        self.largest = max(self.largest, float(finite.max(initial=0.0)))
-        self.sum_of_squares += _sum_of_squares(finite)
+        squares = _dot(distances)
+        if not math.isfinite(squares):
+            finite = distances[np.isfinite(distances)]
+            self.not_finite += distances.size - finite.size
+            distances, squares = finite, _dot(finite)
+        self.largest = max(self.largest, float(distances.max(initial=0.0)))
+        self.sum_of_squares += squares
 
 
 def _is_different(a: np.ndarray, b: np.ndarray) -> np.ndarray:
