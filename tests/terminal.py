@@ -107,23 +107,30 @@ def _on_tty(name: str, arguments: list[str], slow: bool) -> None:  # noqa: FBT00
     _run(arguments, slow=slow)
 
 
-def status_into_closed_pipe(*arguments: object) -> tuple[int, str]:
+def into_closed_pipe(*arguments: object) -> tuple[int, str]:
     """Runs a command whose reader has gone; returns its exit status, and what it complained of."""
-    read_out, write_out = os.pipe()
-    read_error, write_error = os.pipe()
-    os.close(read_out)
-    names = [f"/proc/{os.getpid()}/fd/{fd}" for fd in (write_out, write_error)]
-    process = server().Process(target=_on_pipes, args=(names, [*map(str, arguments)]))
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        return into(f"/proc/{os.getpid()}/fd/{write}", *arguments)
+    finally:
+        os.close(write)
+
+
+def into(out: str, *arguments: object) -> tuple[int, str]:
+    """Runs a command that writes to a file; returns its exit status, and what it complained of."""
+    read, write = os.pipe()
+    names = [out, f"/proc/{os.getpid()}/fd/{write}"]
+    process = server().Process(target=_on_files, args=(names, [*map(str, arguments)]))
     process.start()
     process.join(SECS)
-    for descriptor in (write_out, write_error):
-        os.close(descriptor)
-    with os.fdopen(read_error) as errors:
+    os.close(write)
+    with os.fdopen(read) as errors:
         assert process.exitcode is not None
         return process.exitcode, errors.read()
 
 
-def _on_pipes(names: list[str], arguments: list[str]) -> None:
+def _on_files(names: list[str], arguments: list[str]) -> None:
     for descriptor, name in enumerate(names, start=1):
         os.dup2(os.open(name, os.O_WRONLY), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")

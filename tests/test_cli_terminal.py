@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from terminal import on_terminal, status_into_closed_pipe
+from terminal import into, into_closed_pipe, on_terminal
 from test_cli import MIXED, write
 from things import QUICK
 
 import flax_partial as fp
 
-INTERRUPTED, PIPE_CLOSED, TERMINATED = 130, 141, 143
+PROBLEM, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 130, 141, 143
 
 
 @pytest.fixture
@@ -120,20 +120,12 @@ def test_an_export_that_is_told_to_stop_leaves_nothing(
 
 @pytest.mark.parametrize("arguments", [["show"], ["verify"], ["show", "--json"]])
 def test_a_reader_that_has_gone_is_no_matter(arguments: list[str], path: Path) -> None:
-    assert status_into_closed_pipe(*arguments, path) == (PIPE_CLOSED, "")
+    assert into_closed_pipe(*arguments, path) == (PIPE_CLOSED, "")
 
 
 def test_output_that_cannot_be_written_is_a_problem(path: Path) -> None:
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-Pm", "flax_partial", "show", path],
-            check=False,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    assert done.returncode == 1
-    assert done.stderr == "flax-partial: [Errno 28] No space left on device\n"
+    full = "flax-partial: [Errno 28] No space left on device\n"
+    assert into("/dev/full", "show", path) == (PROBLEM, full)
 
 
 def test_program_is_installed_and_needs_neither_locale_nor_output(path: Path) -> None:
@@ -144,8 +136,8 @@ def test_program_is_installed_and_needs_neither_locale_nor_output(path: Path) ->
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"\n|-- eighth" in done.stdout
-    closed = subprocess.run(["sh", "-c", '"$0" show "$1" >&-', program, path], check=False)
-    assert closed.returncode == 0
+    closed = ["sh", "-c", '"$0" -Pm flax_partial show "$1" >&-', sys.executable, path]
+    assert subprocess.run(closed, check=False).returncode == 0
 
 
 ALL = """
