@@ -88,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _failed(error: Exception, status: int) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:  # such as a full disk: the error that is told
+        _let_go_of_stdout()
     with contextlib.suppress(BrokenPipeError):
         text = "\n".join(map(printable, str(error).split("\n")))
         print(f"{PROGRAM}: {text}", file=sys.stderr)  # noqa: T201
