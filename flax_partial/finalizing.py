@@ -154,6 +154,13 @@ def status(path: PathLike) -> SessionStatus:
         raise storage.no_session(where)
     torn: list[str] = []
     parts = read_parts(where, torn=torn)
+    return status_of(where, parts, torn)
+
+
+def status_of(
+    where: CheckpointPath, parts: Mapping[str, Part], torn: Sequence[str]
+) -> SessionStatus:
+    """Returns the public description of a session's parts."""
     ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
     return SessionStatus(
         path=where.final,

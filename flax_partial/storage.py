@@ -369,6 +369,37 @@ def _write(path: Path, data: bytes, *, durable: bool) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """Makes a file that appears at `path` whole and durable, or not at all.
+
+    Only where the process is killed does what was written so far stay, beside it and under a hidden
+    name that ends in `.tmp`.
+
+    Yields:
+      A descriptor to write to.
+
+    Raises:
+      FileExistsError: Something is at `path` by the end; it is kept, and what was written is not.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        _rename_to_new(temporary, path)
+    except CheckpointExistsError:
+        temporary.unlink()
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
 def fsync_directory(directory: Path) -> None:
     """Makes the names in a directory durable."""
     _fsync(directory, os.O_RDONLY | os.O_DIRECTORY)

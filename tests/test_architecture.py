@@ -9,7 +9,6 @@ import ast
 import importlib.util
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,11 +38,37 @@ BELOW: dict[str, set[str]] = {
     "storage": {"errors"},
     "workers": {"reports"},
     "session": {"ledger", "options", "part_data", "processes", "snapshot", "storage", "workers"},
+    "batches": {"arrays"},
     "orbax_reader": {"orbax_format", "arrays", "storage"},
-    "loading": {"collector", "data_files", "orbax_reader", "placing", "session"},
+    "loading": {"batches", "collector", "data_files", "orbax_reader", "placing", "session"},
     "finalizing": {"loading"},
     "catalog": {"orbax_reader", "session"},
     "__init__": {"finalizing", "catalog"},
+    "__main__": {"__init__"},
+}
+
+# Of the command line, right above the package: it may use any module of it, and is used by none.
+CLI_BELOW: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "figures": set(),
+    "tables": set(),
+    "tree": set(),
+    "safetensors": set(),
+    "selection": {"errors"},
+    "comparing": {"figures"},
+    "changes": {"comparing"},
+    "output": {"tables"},
+    "places": {"errors"},
+    "parsing": {"output"},
+    "listing": {"figures", "parsing", "places"},
+    "showing": {"figures", "parsing", "places", "selection", "tree"},
+    "status": {"figures", "parsing", "places"},
+    "verifying": {"figures", "parsing", "places"},
+    "ending": {"figures", "parsing", "places"},
+    "diffing": {"changes", "parsing", "places", "selection"},
+    "exporting": {"figures", "parsing", "places", "safetensors", "selection"},
+    "main": {"listing", "showing", "status", "verifying", "ending", "diffing", "exporting"},
 }
 
 # What only some modules of the package (and of the callbacks) may import: one seam for each.
@@ -70,6 +95,7 @@ PACKAGE = _folder("flax_partial")
 CALLBACKS = _folder("flax_partial.callbacks")
 MODULES = sorted(PACKAGE.glob("*.py"))
 CALLBACK_MODULES = sorted(CALLBACKS.rglob("*.py"))
+CLI_MODULES = sorted((PACKAGE / "cli").glob("*.py"))
 
 
 def _imports(path: Path, package: str = "flax_partial") -> set[str]:
@@ -91,10 +117,9 @@ def _under(name: str, root: str) -> bool:
     return name == root or name.startswith(f"{root}.")
 
 
-@cache
-def _allowed(module: str) -> frozenset[str]:
-    below = BELOW[module]
-    return frozenset(below).union(*(_allowed(lower) for lower in below))
+def _allowed(module: str, table: dict[str, set[str]] = BELOW) -> frozenset[str]:
+    below = table[module]
+    return frozenset(below).union(*(_allowed(lower, table) for lower in below))
 
 
 def _name(path: Path) -> str:
@@ -111,11 +136,33 @@ def test_module_imports_only_what_stands_below_it(path: Path) -> None:
     assert imported <= _allowed(path.stem)
 
 
-def test_table_names_no_module_that_is_gone() -> None:
+@pytest.mark.parametrize("path", CLI_MODULES, ids=_name)
+def test_module_of_the_command_line_imports_only_what_stands_below_it(path: Path) -> None:
+    prefix = "flax_partial.cli."
+    imported = {
+        name.removeprefix(prefix).split(".")[0]
+        for name in _imports(path)
+        if name.startswith(prefix)
+    }
+    assert path.stem in CLI_BELOW, "a new module: give it its place in the table"
+    assert imported <= _allowed(path.stem, CLI_BELOW)
+
+
+def test_nothing_but_its_own_program_imports_the_command_line() -> None:
+    users = {
+        path.stem
+        for path in MODULES + CALLBACK_MODULES
+        if any(_under(name, "flax_partial.cli") for name in _imports(path))
+    }
+    assert users == {"__main__"}
+
+
+def test_tables_name_no_module_that_is_gone() -> None:
     assert set(BELOW) <= {module.stem for module in MODULES}
+    assert set(CLI_BELOW) <= {module.stem for module in CLI_MODULES}
 
 
-@pytest.mark.parametrize("path", MODULES + CALLBACK_MODULES, ids=_name)
+@pytest.mark.parametrize("path", MODULES + CALLBACK_MODULES + CLI_MODULES, ids=_name)
 def test_each_seam_is_one_module(path: Path) -> None:
     imported = _imports(path)
     broken = {

@@ -1,0 +1,68 @@
+"""A checkpoint's data cut into batches that fit into memory, whatever the size of its leaves. Pure.
+
+Every region is a union of whole chunks, so that each chunk is read, and checked, once. A chunk that
+is larger than a batch, as Orbax writes them by default, is a batch by itself.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+
+from flax_partial.arrays import Region
+from flax_partial.chunks import Shape, chunk_regions
+from flax_partial.part import Leaf
+
+
+def batches(leaves: Iterable[Leaf], *, most_bytes: int, cut: bool = True) -> Iterator[list[Region]]:
+    """Yields all data of the array leaves, in order, at most about `most_bytes` at once.
+
+    Args:
+      leaves: The leaves; those without array data are left out.
+      most_bytes: Size of a batch in memory; one chunk may be larger.
+      cut: Whether larger leaves are cut; else each is a batch by itself.
+
+    Yields:
+      Regions: each a leaf, the start of a box of it, and the box's shape.
+    """
+    batch: list[Region] = []
+    size = 0
+    largest = most_bytes if cut else sys.maxsize
+    for region in (one for leaf in leaves if leaf.is_array for one in regions(leaf, largest)):
+        added = region_bytes(region)
+        if batch and size + added > most_bytes:
+            yield batch
+            batch, size = [], 0
+        batch.append(region)
+        size += added
+    if batch:
+        yield batch
+
+
+def region_bytes(region: Region) -> int:
+    """Size of a region in memory."""
+    leaf, _, shape = region
+    return math.prod(shape) * leaf.numpy_dtype.itemsize
+
+
+def regions(leaf: Leaf, most_bytes: int) -> Iterator[Region]:
+    """Cuts a leaf into boxes of whole chunks, in C order, each of at most about `most_bytes`."""
+    if leaf.bytes <= most_bytes:
+        yield leaf, (0,) * len(leaf.shape), leaf.shape
+        return
+    for box in chunk_regions(leaf.shape, _piece(leaf, most_bytes)):
+        start = tuple(cut.start for cut in box)
+        yield leaf, start, tuple(cut.stop - cut.start for cut in box)
+
+
+def _piece(leaf: Leaf, most_bytes: int) -> Shape:
+    """Takes chunks along the last axes first: such boxes have the longest runs of memory."""
+    piece = list(leaf.chunk)
+    left = most_bytes // (math.prod(piece) * leaf.numpy_dtype.itemsize)
+    for axis in reversed(range(len(piece))):
+        count = -(-leaf.shape[axis] // piece[axis])
+        taken = max(1, min(count, left))
+        piece[axis] *= taken
+        left //= taken
+        if taken < count:
+            break
+    return tuple(piece)

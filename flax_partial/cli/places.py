@@ -1,0 +1,155 @@
+"""What a command's path leads to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flax_partial import loading, storage
+from flax_partial.callbacks import completeness
+from flax_partial.cli.errors import WrongUseError
+from flax_partial.errors import NoSessionError
+from flax_partial.finalizing import status_of
+from flax_partial.loading import Checkpoint
+from flax_partial.merge import MergePlan, merge
+from flax_partial.part import Contents, Part
+from flax_partial.reports import SessionStatus
+from flax_partial.session import read_parts
+from flax_partial.storage import CheckpointPath
+
+FINALIZED, UNFINISHED, DAMAGED, DROPPED = "finalized", "unfinished", "damaged", "dropped"
+OURS, ORBAX = "flax_partial", "orbax"
+
+
+def resolve(path: str) -> CheckpointPath:
+    """Takes the path of a checkpoint, or of its session, as it stands on a command line.
+
+    Raises:
+      WrongUseError: It cannot name a checkpoint.
+    """
+    try:
+        return storage.resolve(path)
+    except ValueError as error:
+        raise WrongUseError(str(error)) from error
+
+
+def open_finalized(path: str) -> Checkpoint:
+    """Reads the table of contents of a finalized checkpoint.
+
+    Raises:
+      WrongUseError: A session is meant by `path`.
+      NoSessionError: There is none.
+      CorruptCheckpointError: It is damaged.
+    """
+    where = resolve(path)
+    if is_session_meant(path, where):
+        raise WrongUseError(f"{where.session} is not finalized: finalize it first")
+    return loading.open_checkpoint(where)
+
+
+def is_session_meant(path: str, where: CheckpointPath) -> bool:
+    """Whether a path is that of a session, not of a checkpoint that may lie beside it."""
+    return path.rstrip("/").endswith(storage.SESSION_SUFFIX) and storage.is_session(where)
+
+
+def written_by(contents: Contents) -> str:
+    """Which program wrote a finalized checkpoint."""
+    return OURS if contents.parts else ORBAX
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An unfinished checkpoint, at one moment.
+
+    Attributes:
+      where: Its paths.
+      parts: Name of each committed part -> what it holds.
+      status: What the parts are.
+      plan: What finalize would make of them.
+    """
+
+    where: CheckpointPath
+    parts: dict[str, Part]
+    status: SessionStatus
+    plan: MergePlan
+
+    @property
+    def written_ns(self) -> int:
+        """When its newest part was begun, in nanoseconds since the epoch; 0 without parts."""
+        return max((part.time_ns for part in self.parts.values()), default=0)
+
+    @property
+    def lacking(self) -> str:
+        """What the callback that saves into it had not saved yet; empty if it is all there.
+
+        Also empty where no callback saves into it: then nobody has said what is to come.
+        """
+        metadata = self.status.custom_metadata
+        session = metadata.get("session")  # somebody's own, perhaps
+        if not (isinstance(session, dict) and isinstance(session.get("saved"), dict)):
+            return ""
+        return completeness.missing(self.status, metadata.get("step", -1)) or ""
+
+
+def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) -> Session:
+    """Looks at an unfinished checkpoint, without waiting for those who save into it.
+
+    Args:
+      where: Its paths.
+      known: Parts read before, by name.
+
+    Raises:
+      NoSessionError: There is none.
+    """
+    if not storage.is_session(where):
+        raise storage.no_session(where)
+    if is_foreign(where):
+        raise NoSessionError(
+            f"{where.session} is not an unfinished checkpoint of flax_partial: only the program "
+            "that began it can finish it, perhaps Orbax."
+        )
+    torn: list[str] = []
+    parts = read_parts(where, known=known, torn=torn)
+    return Session(where, parts, status_of(where, parts, torn), merge(parts))
+
+
+def is_foreign(where: CheckpointPath) -> bool:
+    """Whether a session's directory holds something, but nothing of ours."""
+    names = storage.listed(where.session)
+    return bool(names) and storage.STATE not in names
+
+
+def read_contents(path: str) -> tuple[Contents, str]:
+    """Returns what is, or will be, in a checkpoint: of a session, what was saved so far.
+
+    Returns:
+      The table of contents, and `FINALIZED` or `UNFINISHED`.
+
+    Raises:
+      NoSessionError: There is neither.
+      CorruptCheckpointError: It is damaged.
+    """
+    where = resolve(path)
+    is_there = where.final.exists() and not is_session_meant(path, where)
+    if is_there or not storage.is_session(where):
+        return loading.open_checkpoint(where).contents, FINALIZED
+    session = read_session(where)
+    contents = Contents(
+        started_ns=session.plan.started_ns,
+        committed_ns=session.written_ns,
+        parts=len(session.parts),
+        custom_metadata=session.plan.custom_metadata,
+        leaves=session.plan.leaves,
+    )
+    return contents, UNFINISHED
+
+
+def directory(path: str) -> Path:
+    """Takes the path of a run's directory.
+
+    Raises:
+      WrongUseError: There is none.
+    """
+    found = Path(path)
+    if not found.is_dir():
+        kind = "is not a directory" if found.exists() else "does not exist"
+        raise WrongUseError(f"{path} {kind}")
+    return found

@@ -1,0 +1,429 @@
+"""The commands of the command line on real checkpoints: what they say, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as v0
+import pytest
+import trees
+from orbax.checkpoint.experimental import v1
+from things import QUICK, Element, listing
+
+import flax_partial as fp
+from flax_partial.callbacks import completeness
+from flax_partial.cli.main import main
+
+FINE, PROBLEM, WRONG_USE = 0, 1, 2
+
+
+class Shell:
+    """Runs commands in this process, and catches what they write."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
+        self.error = ""
+
+    def run(self, *arguments: object, status: int = FINE) -> str:
+        self._capture.readouterr()
+        got = main([str(argument) for argument in arguments])
+        output, self.error = self._capture.readouterr()
+        assert got == status, output + self.error
+        return output
+
+    def json(self, *arguments: object, status: int = FINE) -> Any:
+        return json.loads(self.run(*arguments, "--json", status=status))
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
+
+
+def write(path: Path, state: Any, **metadata: Any) -> Path:
+    fp.save(path, state, options=QUICK, custom_metadata=metadata)
+    fp.finalize(path)
+    return path
+
+
+def flip_a_bit_of(path: Path, array: np.ndarray) -> None:
+    """Damages an array's data, wherever it lies."""
+    whole = array.tobytes()
+    (file,) = [f for f in path.rglob("*") if f.is_file() and whole in f.read_bytes()]
+    data = bytearray(file.read_bytes())
+    data[data.index(whole)] ^= 1
+    file.write_bytes(data)
+
+
+MIXED = {
+    "params": {"w": np.arange(6000, dtype=np.float32).reshape(60, 100), "b": jnp.zeros(3)},
+    "half": jnp.ones((2, 2), jnp.bfloat16),
+    "tiny": np.arange(4).astype(ml_dtypes.int4),
+    "eighth": np.arange(4).astype(ml_dtypes.float8_e4m3fn),
+    "text": "a\x1b[31m",
+    "nothing": None,
+    "empty": {},
+    "step": 3,
+}
+
+
+# --- ls
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    for step, loss in ((5, 0.5), (10, 0.25), (100, 0.75)):
+        write(tmp_path / str(step), {"w": np.ones(step)}, step=step, metrics={"loss": loss})
+    fp.save(tmp_path / "110", {"w": np.ones(4)}, options=QUICK, custom_metadata={"step": 110})
+    (tmp_path / "logs").mkdir()
+    return tmp_path
+
+
+def test_ls_lists_a_run_and_marks_latest_and_best(run_directory: Path, shell: Shell) -> None:
+    listed = shell.json("ls", run_directory, "--monitor", "loss")
+    assert (listed["latest"], listed["best"]) == ("100", "10")
+    assert [(c["name"], c["step"], c["state"]) for c in listed["checkpoints"]] == [
+        ("5", 5, "finalized"),
+        ("10", 10, "finalized"),
+        ("100", 100, "finalized"),
+        ("110.partial_save", 110, "unfinished"),
+    ]
+    assert [c["bytes"] for c in listed["checkpoints"]] == [40, 80, 800, 32]
+    assert listed["checkpoints"][0]["metrics"] == {"loss": 0.5}
+    assert listed["checkpoints"][0]["format"] == "flax_partial"
+    assert shell.json("ls", run_directory, "--monitor", "loss", "--mode", "max")["best"] == "100"
+    assert shell.json("ls", run_directory)["best"] is None
+    text = shell.run("ls", run_directory, "--monitor", "loss")
+    assert [line.split()[-1] for line in text.splitlines()] == [
+        *("METRICS", "loss=0.5", "best", "latest", "1"),
+    ]
+    assert "\x1b" not in text
+
+
+def test_of_two_that_are_best_the_newer_is(tmp_path: Path, shell: Shell) -> None:
+    for step, loss in ((9, 0.5), (10, 0.5), (11, 0.75)):
+        write(tmp_path / str(step), {"w": 1}, metrics={"loss": loss})
+    for mode in ("min", "max"):
+        best = shell.json("ls", tmp_path, "--monitor", "loss", "--mode", mode)["best"]
+        assert best == {"min": "10", "max": "11"}[mode]
+
+
+def test_ls_says_what_is_damaged_and_lists_the_rest(run_directory: Path, shell: Shell) -> None:
+    (run_directory / "5" / "state" / "contents.json").write_text("{}")
+    (run_directory / "10" / "state" / "_METADATA").unlink()
+    listed = shell.json("ls", run_directory, status=PROBLEM)["checkpoints"]
+    assert [c["state"] for c in listed] == ["damaged", "damaged", "finalized", "unfinished"]
+    assert [bool(c["problem"]) for c in listed] == [True, True, False, False]
+    assert "contents.json" in shell.run("ls", run_directory, status=PROBLEM)
+
+
+def test_ls_lists_what_managers_of_orbax_wrote(tmp_path: Path, shell: Shell) -> None:
+    options = v0.CheckpointManagerOptions(best_fn=lambda metrics: metrics["loss"])
+    with v0.CheckpointManager(tmp_path, options=options) as manager:
+        for step in (1, 2):
+            state = v0.args.StandardSave({"w": jnp.ones(step)})
+            manager.save(step, args=state, metrics={"loss": 1.0 / step})
+    with v1.training.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, {"w": jnp.ones(3)}, metrics={"loss": 2.0})
+    listed = shell.json("ls", tmp_path, "--monitor", "loss")
+    assert (listed["latest"], listed["best"]) == ("3", "2")
+    assert [c["bytes"] for c in listed["checkpoints"]] == [4, 8, 12]
+    assert {c["format"] for c in listed["checkpoints"]} == {"orbax"}
+
+
+def test_latest_is_that_of_the_last_step_whatever_it_is_called(
+    tmp_path: Path, shell: Shell
+) -> None:
+    for name, step in (("ckpt_00009", None), ("ckpt_00010", None), ("best", 9)):
+        write(tmp_path / name, {"w": 1}, **({} if step is None else {"step": step}))
+    listed = shell.json("ls", tmp_path)
+    assert listed["latest"] == "ckpt_00010"
+    assert [c["step"] for c in listed["checkpoints"]] == [9, 9, 10]
+    write(tmp_path / "10", {"w": 1})
+    assert shell.json("ls", tmp_path)["latest"] == "10"
+    write(tmp_path / "0", {"w": 1})
+    for name in ("10", "best", "ckpt_00009", "ckpt_00010"):
+        shutil.rmtree(tmp_path / name)
+    assert shell.json("ls", tmp_path)["latest"] == "0"
+
+
+def test_ls_bears_names_that_no_checkpoint_can_have(tmp_path: Path, shell: Shell) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.partial_save")).mkdir()
+    write(tmp_path / "5", {"w": 1})
+    listed = shell.json("ls", tmp_path, status=PROBLEM)["checkpoints"]
+    assert sorted(c["state"] for c in listed) == ["damaged", "finalized"]
+    shell.run("ls", "/")
+
+
+def test_names_and_metadata_cannot_act_on_a_terminal(tmp_path: Path, shell: Shell) -> None:
+    rows = fp.Slice(np.ones((1, 3)), start=0, size=2)
+    metadata = {"note": "\x9b2J", "metrics": {"\x1b[2J": 1.0}}
+    fp.save(tmp_path / "c", {"\x1b[2J\n": rows}, options=QUICK, custom_metadata=metadata)
+    output = shell.run("ls", tmp_path) + shell.run("show", tmp_path / "c")
+    output += shell.run("status", tmp_path / "c") + shell.run("finalize", tmp_path / "c", status=1)
+    assert not {"\x1b", "\x9b"} & set(output + shell.error)
+    assert r"\x1b[2J\n" in output
+
+
+def test_ls_of_an_empty_directory_is_fine(tmp_path: Path, shell: Shell) -> None:
+    assert shell.run("ls", tmp_path) == f"no checkpoints in {tmp_path}\n"
+    assert shell.json("ls", tmp_path)["checkpoints"] == []
+
+
+def test_ls_refuses_what_is_no_run(run_directory: Path, shell: Shell) -> None:
+    for wrong in ("absent", "5", "110.partial_save", "5/state/contents.json"):
+        shell.run("ls", run_directory / wrong, status=WRONG_USE)
+        assert wrong in shell.error
+    shell.run("ls", run_directory, "--monitor", "lost", status=WRONG_USE)
+    assert "loss" in shell.error
+
+
+# --- show
+
+
+def test_show_draws_every_kind_of_leaf(tmp_path: Path, shell: Shell) -> None:
+    path = write(tmp_path / "c", {**MIXED, "key": jax.random.key(0)}, note="x", session={"a": 1})
+    lines = shell.run("show", path).splitlines()
+    assert lines[1].endswith("1 part, 10 leaves, 23.5 KiB")
+    assert lines[2] == 'custom metadata: {"note": "x"}'
+    shown = [" ".join(line.replace("─", " ").split()) for line in lines[5:]]
+    assert shown == [
+        "├ eighth (4,) float8_e4m3fn 4 B 0.0 %",
+        "├ empty {}",
+        "├ half (2,2) bfloat16 cpu:0 8 B 0.0 %",
+        "├ key () key<fry> cpu:0 8 B 0.0 %",
+        "├ nothing None",
+        "├ params 2 leaves float32 23.4 KiB 99.9 %",
+        "│ ├ b (3,) float32 cpu:0 12 B 0.0 %",
+        "│ └ w (60,100) float32 23.4 KiB 99.8 %",
+        "├ step () int64 8 B 0.0 %",
+        r"├ text 'a\x1b[31m'",
+        "└ tiny (4,) int4 4 B 0.0 %",
+        "total 10 leaves 23.5 KiB 100.0 %",
+    ]
+
+
+def test_show_goes_as_deep_as_asked_for_and_shows_what_is_chosen(
+    tmp_path: Path, shell: Shell
+) -> None:
+    path = write(tmp_path / "c", {"a": {"b": {"c": np.ones(2), "d": np.ones(3)}}, "e": 1})
+    shallow = shell.run("show", path, "--depth", 1).splitlines()[4:]
+    assert [line.split()[1] for line in shallow] == ["a", "e", "3"]
+    chosen = shell.json("show", path, "--only", "a", "--skip", "*.d")
+    assert [leaf["name"] for leaf in chosen["leaves"]] == ["a.b.c"]
+    assert chosen["leaves"][0]["shape"] == [2]
+    assert chosen["bytes"] == 48
+    shell.run("show", path, "--only", "f", status=WRONG_USE)
+    shell.run("show", path, "--depth", 0, status=WRONG_USE)
+
+
+def test_show_tells_how_arrays_are_sharded(tmp_path: Path, shell: Shell) -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    spec = jax.sharding.PartitionSpec("data", None)
+    array = jax.device_put(jnp.ones((8, 2)), jax.sharding.NamedSharding(mesh, spec))
+    assert "(data=4,-)" in shell.run("show", write(tmp_path / "c", {"w": array}))
+
+
+def test_show_shows_what_an_unfinished_checkpoint_holds(tmp_path: Path, shell: Shell) -> None:
+    fp.save(tmp_path / "c", {"a": np.ones(2)}, options=QUICK)
+    for path in (tmp_path / "c", tmp_path / "c.partial_save"):
+        shown = shell.json("show", path)
+        assert (shown["state"], shown["bytes"]) == ("unfinished", 16)
+    write(tmp_path / "d", {"b": np.ones(1)})
+    (tmp_path / "c.partial_save").rename(tmp_path / "d.partial_save")
+    assert shell.json("show", tmp_path / "d")["state"] == "finalized"
+    assert shell.json("show", tmp_path / "d.partial_save")["state"] == "unfinished"
+
+
+def test_show_reads_what_orbax_wrote(tmp_path: Path, shell: Shell) -> None:
+    v1.save(tmp_path / "whole", {"w": jnp.ones((2, 3))})
+    v1.partial.save(tmp_path / "parts", {"w": jnp.ones((2, 3))})
+    v1.partial.finalize(tmp_path / "parts")
+    for name in ("whole", "parts"):
+        shown = shell.json("show", tmp_path / name)
+        assert (shown["format"], shown["bytes"]) == ("orbax", 24)
+        assert "written by Orbax" in shell.run("show", tmp_path / name)
+
+
+# --- status
+
+
+def test_status_says_what_was_saved_and_by_whom(tmp_path: Path, shell: Shell) -> None:
+    path = tmp_path / "c"
+    fp.save(path, {"a": {"x": np.ones(2), "y": np.ones(2)}}, options=QUICK)
+    fp.save(path, {"b": np.ones(1)}, options=QUICK, custom_metadata={"step": 3})
+    (tmp_path / "c.partial_save" / "state" / "part.torn").mkdir()
+    status = shell.json("status", path)
+    assert [part["leaves"] for part in status["parts"]] == [2, 1]
+    assert (status["bytes"], status["torn"]) == (40, ["part.torn"])
+    lines = shell.run("status", path).splitlines()
+    assert [line.split()[-1] for line in lines[-2:]] == ["a.*", "b"]
+    assert 'custom metadata: {"step": 3}' in lines
+
+
+def test_status_says_what_is_lacking(tmp_path: Path, shell: Shell) -> None:
+    path = tmp_path / "c"
+    rows = fp.Slice(np.ones((1, 3)), start=0, size=2)
+    saved = completeness.saved(callback="params", group="g")
+    metadata = {"step": 3, "session": saved}
+    fp.save(path, {"w": rows}, options=QUICK, custom_metadata=metadata)
+    lacking = shell.json("status", path)["lacking"]
+    assert lacking[0] == "the step had not ended"
+    assert lacking[1].startswith("w (1 of 2 chunks")
+    assert shell.run("status", path).count("not complete: ") == 2
+
+
+def test_status_of_parts_at_odds_is_a_problem(tmp_path: Path, shell: Shell) -> None:
+    path = tmp_path / "c"
+    fp.save(path, {"l": [Element(1, np.ones(2))]}, options=QUICK)
+    assert shell.json("status", path, status=PROBLEM)["conflicts"]
+    assert "at odds: " in shell.run("status", path, status=PROBLEM)
+
+
+def test_status_needs_a_session(tmp_path: Path, shell: Shell) -> None:
+    write(tmp_path / "c", {"a": 1})
+    shell.run("status", tmp_path / "c", status=WRONG_USE)
+    assert "finalized already" in shell.error
+    shell.run("status", tmp_path / "absent", status=WRONG_USE)
+
+
+def test_session_that_orbax_began_is_left_to_it(tmp_path: Path, shell: Shell) -> None:
+    v1.partial.save(tmp_path / "7", {"w": jnp.ones((2, 3))})
+    before = listing(tmp_path)
+    (entry,) = shell.json("ls", tmp_path)["checkpoints"]
+    assert (entry["step"], entry["state"], entry["format"]) == (7, "unfinished", "orbax")
+    for command in ("status", "show", "finalize", "finalize --anyway", "abort --yes"):
+        shell.run(*command.split(), tmp_path / "7", status=WRONG_USE)
+        assert "Orbax" in shell.error
+    assert listing(tmp_path) == before
+
+
+def test_session_without_parts_is_shown_as_such(tmp_path: Path, shell: Shell) -> None:
+    (tmp_path / "c.partial_save").mkdir()
+    assert shell.json("status", tmp_path / "c")["parts"] == []
+    assert "nothing was saved yet" in shell.run("status", tmp_path / "c")
+    assert "unfinished: 0 parts" in shell.run("show", tmp_path / "c")
+    assert shell.json("show", tmp_path / "c")["format"] == "flax_partial"
+    assert shell.run("ls", tmp_path).split()[-1] == "unfinished"
+
+
+# --- verify
+
+
+def test_verify_names_what_is_damaged(tmp_path: Path, shell: Shell) -> None:
+    path = write(tmp_path / "c", MIXED)
+    whole = shell.json("verify", path)
+    assert (whole["ok"], whole["leaves"], whole["bad"]) == (True, 9, {})
+    flip_a_bit_of(path, MIXED["params"]["w"])
+    report = shell.json("verify", path, status=PROBLEM)
+    assert list(report["bad"]) == ["params.w"]
+    text = shell.run("verify", path, status=PROBLEM)
+    assert "params.w" in text
+    assert "1 problem" in text
+    assert not shell.error
+
+
+def test_verify_of_what_orbax_wrote_reads_it(tmp_path: Path, shell: Shell) -> None:
+    v1.save(tmp_path / "c", {"w": jnp.ones((2, 3))})
+    assert shell.json("verify", tmp_path / "c")["bytes"] == 24
+    shutil.rmtree(tmp_path / "c" / "state" / "d")
+    shutil.rmtree(tmp_path / "c" / "state" / "ocdbt.process_0")
+    assert not shell.json("verify", tmp_path / "c", status=PROBLEM)["ok"]
+
+
+def test_verify_needs_a_finalized_checkpoint(tmp_path: Path, shell: Shell) -> None:
+    fp.save(tmp_path / "c", {"a": np.ones(2)}, options=QUICK)
+    for name in ("c", "c.partial_save", "absent", "\0"):
+        shell.run("verify", f"{tmp_path}/{name}", status=WRONG_USE)
+
+
+# --- finalize and abort
+
+
+def test_finalize_makes_the_checkpoint(tmp_path: Path, shell: Shell) -> None:
+    fp.save(tmp_path / "c", {"a": np.ones(2)}, options=QUICK)
+    done = shell.json("finalize", tmp_path / "c.partial_save")
+    assert (done["path"], done["leaves"], done["parts"]) == (str(tmp_path / "c"), 1, 1)
+    assert fp.verify(tmp_path / "c").ok
+    shell.run("finalize", tmp_path / "c", status=WRONG_USE)
+
+
+def test_finalize_keeps_from_what_a_callback_had_not_completed(
+    tmp_path: Path, shell: Shell
+) -> None:
+    metadata = {"step": 3, "session": completeness.saved(callback="params", group="g")}
+    fp.save(tmp_path / "c", {"a": np.ones(2)}, options=QUICK, custom_metadata=metadata)
+    shell.run("finalize", tmp_path / "c", status=PROBLEM)
+    assert "--anyway" in shell.error
+    assert not (tmp_path / "c").exists()
+    shell.run("finalize", tmp_path / "c", "--anyway")
+    assert fp.load(tmp_path / "c")["a"].shape == (2,)
+
+
+def test_session_key_of_somebody_else_means_nothing(tmp_path: Path, shell: Shell) -> None:
+    for name, metadata in (("c", {"session": "mine"}), ("d", {"session": {"saved": "x"}})):
+        fp.save(tmp_path / name, {"a": 1}, options=QUICK, custom_metadata=metadata)
+        shell.run("finalize", tmp_path / name)
+
+
+def test_finalize_of_what_is_not_complete_keeps_the_session(tmp_path: Path, shell: Shell) -> None:
+    rows = fp.Slice(np.ones((1, 3)), start=0, size=2)
+    fp.save(tmp_path / "c", {"w": rows}, options=QUICK)
+    shell.run("finalize", tmp_path / "c", status=PROBLEM)
+    assert "w (1 of 2 chunks" in shell.error
+    assert fp.status(tmp_path / "c").leaves == ("w",)
+
+
+def test_abort_asks_nobody_where_nobody_sits(
+    tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp.save(tmp_path / "c", {"a": np.ones(2)}, options=QUICK)
+    with (tmp_path / "answers").open("w+") as file:
+        file.write("y\n")
+        file.seek(0)
+        monkeypatch.setattr("sys.stdin", file)
+        shell.run("abort", tmp_path / "c", status=WRONG_USE)
+    assert "--yes" in shell.error
+    assert fp.status(tmp_path / "c").parts
+    assert shell.json("abort", tmp_path / "c", "--yes")["dropped"]
+    with pytest.raises(fp.NoSessionError):
+        fp.status(tmp_path / "c")
+    shell.run("abort", tmp_path / "c", "--yes", status=WRONG_USE)
+
+
+# --- wrong use
+
+
+@pytest.mark.parametrize("arguments", [[], ["frob"], ["show"], ["ls", "a", "--mode", "best"]])
+def test_wrong_arguments_are_told_with_the_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    assert status == WRONG_USE
+    output, error = capsys.readouterr()
+    assert not output
+    assert error.startswith("usage: flax-partial")
+
+
+def test_every_dtype_and_kind_is_listed_shown_verified_and_compared(
+    tmp_path: Path, shell: Shell
+) -> None:
+    state = {name: trees.random_bits(name, (5, 3), 0) for name in trees.DTYPES}
+    path = write(tmp_path / "c", {**state, "keys": jax.random.split(jax.random.key(0), 3)})
+    assert len(shell.json("show", path)["leaves"]) == len(state) + 1
+    assert shell.json("ls", tmp_path)["checkpoints"][0]["leaves"] == len(state) + 1
+    assert shell.json("verify", path)["ok"]
+    other = write(tmp_path / "d", {**state, "keys": jax.random.split(jax.random.key(1), 3)})
+    (change,) = shell.json("diff", path, other, status=PROBLEM)["changes"]
+    assert change["name"] == "keys"

@@ -1,0 +1,165 @@
+"""The command line where people see it: on terminals, in pipes, interrupted, from outside."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from terminal import into, into_closed_pipe, on_terminal
+from test_cli import MIXED, write
+from things import QUICK
+
+import flax_partial as fp
+
+PROBLEM, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 130, 141, 143
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write(tmp_path / "c", MIXED)
+
+
+def test_a_terminal_has_colour_and_folds_nothing_that_fits(path: Path) -> None:
+    with on_terminal("show", path, width=90) as terminal:
+        assert terminal.end() == 0
+        assert "\x1b[1m" in terminal.shown
+        assert any(line.startswith("├── eighth") for line in terminal.lines())
+        assert "\x1b[31m" not in terminal.shown  # which a string of the checkpoint holds
+        assert max(map(len, terminal.lines())) <= 90
+
+
+def test_a_narrow_terminal_lacks_columns_and_says_which(path: Path) -> None:
+    with on_terminal("show", path, width=40) as terminal:
+        assert terminal.end() == 0
+        lines = terminal.lines()
+        assert max(map(len, lines)) <= 40
+        assert "no room for DTYPE, SHARDING, SHARE" in lines
+
+
+@pytest.mark.parametrize("command", ["verify", "export", "diff"])
+def test_a_bar_shows_how_far_it_is_and_is_gone_at_the_end(
+    command: str, path: Path, tmp_path: Path
+) -> None:
+    more = {"verify": [], "export": [tmp_path / "out"], "diff": [tmp_path / "d"]}[command]
+    write(tmp_path / "d", {**MIXED, "tiny": np.ones(4), "half": np.ones((2, 2))})
+    with on_terminal(command, path, *more, slow=True) as terminal:
+        terminal.end()
+        assert re.search(r"ing ━+ .*/[0-9.]+ (bytes|KiB)", "\n".join(terminal.lines()))
+        *_, bar, rest = terminal.shown.split("\x1b[2K")  # each clears a line
+        assert "━" in bar
+        assert "━" not in rest
+        assert "\x1b[?25h" in terminal.shown  # the cursor is back
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y", 0), ("Yes", 0), ("n", 1), ("", 1)])
+def test_abort_asks_first(answer: str, status: int, tmp_path: Path) -> None:
+    fp.save(tmp_path / "c", {"a": np.ones(2)}, options=QUICK)
+    with on_terminal("abort", tmp_path / "c") as terminal:
+        assert "1 part, 16 B, last saved " in terminal.wait_for("Drop it? [y/N] ")
+        assert (tmp_path / "c.partial_save").exists()
+        terminal.press(answer + "\n")
+        assert terminal.end() == status
+    assert (tmp_path / "c.partial_save").exists() == bool(status)
+
+
+def test_ctrl_c_ends_quietly_and_changes_nothing(tmp_path: Path) -> None:
+    fp.save(tmp_path / "c", {"a": np.ones(2)}, options=QUICK)
+    with on_terminal("abort", tmp_path / "c") as terminal:
+        terminal.wait_for("Drop it?")
+        terminal.press("\x03")
+        assert terminal.end() == INTERRUPTED
+        assert "Traceback" not in terminal.shown
+    assert fp.status(tmp_path / "c").parts
+
+
+def test_watch_follows_a_session_until_it_is_finalized(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    fp.save(path, {"a": np.ones(2)}, options=QUICK)
+    with on_terminal("status", path, "--watch") as terminal:
+        terminal.wait_for("1 part, 1 leaf")
+        fp.save(path, {"b": np.ones(2)}, options=QUICK)
+        terminal.wait_for("2 parts, 2 leaves")
+        fp.finalize(path)
+        assert terminal.end() == 0
+        assert terminal.lines()[-2:] == [f"{path} was finalized", ""]
+
+
+def test_watch_draws_the_newest_parts_that_fit(tmp_path: Path) -> None:
+    for number in range(20):
+        fp.save(tmp_path / "c", {f"leaf{number:02}": 1}, options=QUICK)
+    with on_terminal("status", tmp_path / "c", "--watch", width=40, height=12) as terminal:
+        terminal.wait_for("leaf19")
+        shown = [line for line in terminal.lines() if line]
+        assert len(shown) == 12 - 1  # where the cursor is
+        assert shown[-1].endswith("leaf19")
+        fp.abort(tmp_path / "c")
+        assert terminal.end() == 0
+        assert "was dropped" in terminal.shown
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, TERMINATED), (signal.SIGINT, INTERRUPTED)]
+)
+def test_an_export_that_is_told_to_stop_leaves_nothing(
+    number: signal.Signals, status: int, path: Path, tmp_path: Path
+) -> None:
+    with on_terminal("export", path, tmp_path / "out", slow=True) as terminal:
+        terminal.wait_for("Exporting")
+        os.kill(terminal.pid, number)
+        assert terminal.end() == status
+        assert "Traceback" not in terminal.shown
+        assert "\x1b[?25h" in terminal.shown
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("arguments", [["show"], ["verify"], ["show", "--json"]])
+def test_a_reader_that_has_gone_is_no_matter(arguments: list[str], path: Path) -> None:
+    assert into_closed_pipe(*arguments, path) == (PIPE_CLOSED, "")
+
+
+def test_output_that_cannot_be_written_is_a_problem(path: Path) -> None:
+    full = "flax-partial: [Errno 28] No space left on device\n"
+    assert into("/dev/full", "show", path) == (PROBLEM, full)
+
+
+def test_program_is_installed_and_needs_neither_locale_nor_output(path: Path) -> None:
+    program = Path(sys.executable).with_name("flax-partial")
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [program, "show", path], check=False, capture_output=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\n|-- eighth" in done.stdout
+    closed = ["sh", "-c", '"$0" -Pm flax_partial show "$1" >&-', sys.executable, path]
+    assert subprocess.run(closed, check=False).returncode == 0
+
+
+ALL = """
+import contextlib, io, sys
+from jax._src import xla_bridge
+from flax_partial.cli.main import main
+
+path, session, out = sys.argv[1:]
+for command in (
+    ["ls", path + "/.."], ["show", path], ["status", session], ["verify", path],
+    ["diff", path, path], ["export", path, out], ["finalize", session], ["abort", session, "--yes"],
+):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        main(command)
+    assert not xla_bridge._backends, command
+"""
+
+
+def test_no_command_starts_a_device_which_training_may_hold(path: Path, tmp_path: Path) -> None:
+    import jax
+
+    fp.save(tmp_path / "d", {"key": jax.random.key(0), "w": jax.numpy.ones(3)}, options=QUICK)
+    arguments = [path, tmp_path / "d", tmp_path / "out"]
+    subprocess.run([sys.executable, "-Pc", ALL, *arguments], check=True)
+    assert fp.verify(tmp_path / "d").ok
