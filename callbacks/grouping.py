@@ -102,6 +102,8 @@ def texts(path: KeyPath) -> tuple[str, ...]:
 
 
 def _text(key: Any) -> str:
+    if type(key) is tree_util.DictKey:  # by far the most common, and cheaper than the general case
+        return str(key.key)
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))

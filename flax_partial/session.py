@@ -18,9 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flax_partial import keypaths, processes, snapshot, storage, workers
+from flax_partial import collector, keypaths, processes, snapshot, storage, workers
 from flax_partial.errors import CorruptCheckpointError, EmptyStateError, NoSessionError
 from flax_partial.ledger import Ledger
+from flax_partial.memory_budget import MemoryBudget
 from flax_partial.options import SaveOptions
 from flax_partial.part import Leaf, Part, check_json, decode_part, encode_part
 from flax_partial.part_data import write_part
@@ -32,7 +33,7 @@ PathLike = str | os.PathLike[str]
 
 _DEFAULTS = SaveOptions()
 _LOG = logging.getLogger("flax_partial")
-_budget = snapshot.MemoryBudget()
+_budget = MemoryBudget()
 
 
 def save(
@@ -95,7 +96,8 @@ def save_async(
     Raises:
       CheckpointExistsError: As for `save`; so are the other errors about what is passed.
     """
-    saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS)
+    with collector.paused():
+        saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS)
     handle = workers.SaveHandle()
     try:
         saving.detach()
@@ -243,7 +245,7 @@ class _Saving:
         self._described = []
         self.session.leave()
         if self._budget_bytes:
-            _budget.release(self._budget_bytes)
+            _budget.release(self._budget_bytes, limit=self._options.max_inflight_bytes)
             self._budget_bytes = 0
 
 
@@ -418,7 +420,7 @@ _sessions_lock = threading.Lock()
 def _forget_all() -> None:
     """A forked child has none of its parent's threads: nothing of this is in flight there."""
     global _sessions_lock, _budget
-    _sessions_lock, _budget = threading.Lock(), snapshot.MemoryBudget()
+    _sessions_lock, _budget = threading.Lock(), MemoryBudget()
     _sessions.clear()
 
 

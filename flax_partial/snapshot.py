@@ -9,9 +9,6 @@ assembled.
 """
 
 import operator
-import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -383,11 +380,14 @@ def _taken_on_host(source: jax.Array) -> bool:
 def _transferred(sources: list[Any]) -> list[jax.Array]:
     if not sources:
         return []
-    targets = [
-        SingleDeviceSharding(_device_of(source), memory_kind=_PINNED_HOST) for source in sources
-    ]
+    targets = [_pinned_host(_device_of(source)) for source in sources]
     # An array that lives in pinned memory already would otherwise be passed on as it is.
     return list(jax.device_put(sources, targets, may_alias=False))
+
+
+@lru_cache(maxsize=1024)
+def _pinned_host(device: Any) -> SingleDeviceSharding:
+    return SingleDeviceSharding(device, memory_kind=_PINNED_HOST)
 
 
 def _device_of(source: jax.Array) -> Any:
@@ -403,29 +403,3 @@ def _has_pinned_host(device: Any) -> bool:
 def to_host(source: Source) -> np.ndarray:
     """Returns a box's data in C order; waits until it is computed and transferred."""
     return np.asarray(source, order="C")
-
-
-class MemoryBudget:
-    """Bytes that snapshots waiting to be written hold, in this process."""
-
-    def __init__(self) -> None:
-        self._held = 0
-        self._changed = threading.Condition()
-
-    def acquire(self, size: int, *, limit: int | None) -> float:
-        """Waits until `size` more bytes fit under `limit`; returns the seconds that it took.
-
-        What is larger than the limit by itself waits until it is alone.
-        """
-        started = time.perf_counter()
-        limit = sys.maxsize if limit is None else limit
-        with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._held + size <= limit)
-            self._held += size
-        return time.perf_counter() - started
-
-    def release(self, size: int) -> None:
-        """Gives bytes back."""
-        with self._changed:
-            self._held -= size
-            self._changed.notify_all()
