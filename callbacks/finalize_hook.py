@@ -67,6 +67,7 @@ class FinalizeHook:
         self._keys: Counter[str] = Counter()
         self._joined: dict[str, Participant] = {}
         self._entries: dict[Path, _Entry] = {}
+        self._runs: dict[Path, str] = {}
         self._held = HeldTime()
         self._finished: list[tuple[CheckpointReport, HeldTime]] = []
         self._worker: futures.ThreadPoolExecutor | None = None
@@ -90,13 +91,17 @@ class FinalizeHook:
             worker.shutdown()
 
     def leave(self) -> None:
-        """Lets saves in flight finish, and leaves what is not finalized to the next run."""
+        """Lets saves in flight finish, and leaves what is not finalized to the next run.
+
+        Where a save has failed, the other processes are told, as if its step had ended.
+        """
         with self._lock:
             entries = list(self._entries.values())
             self._entries.clear()
         for entry in entries:
             entry.checkpoint.wait()
             logger.warning("Left %s unfinished, for the next run.", entry.checkpoint.path)
+            entry.checkpoint.give_up()
         self.wait()
 
     def unique_key(self, key: str) -> str:
@@ -125,7 +130,7 @@ class FinalizeHook:
         self._wait_for(directory)
         with self._lock:
             live = set(self._entries)
-        run_directory.recover(directory, live=live)
+        self._runs[directory] = run_directory.recover(directory, live=live)
 
     def advance(self, directory: Path, step: int) -> None:
         """Takes note that training is at `step`: what earlier ones left open stays incomplete."""
@@ -150,7 +155,8 @@ class FinalizeHook:
             if entry is not None:
                 return entry.checkpoint
             self.advance(callback.directory, step)
-            checkpoint = PendingCheckpoint(path, step=step, epoch=epoch)
+            run = self._runs.get(callback.directory, "")
+            checkpoint = PendingCheckpoint(path, step=step, epoch=epoch, run=run)
             self._entries[path] = _Entry(checkpoint, {})
             self._held = checkpoint.held
         self._wait_for(callback.directory)

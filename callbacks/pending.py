@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -53,15 +54,17 @@ class PendingCheckpoint:
       path: Where it will be.
       step: Its step.
       epoch: Its epoch, the first being 0.
+      run: Name of the run: what another run of these processes agreed on, or did not, is past.
       names: Names of the leaves saved into it.
       held: For how long it has held training so far.
       error: Why it will not be; None while it may.
     """
 
-    def __init__(self, path: Path, *, step: int, epoch: int) -> None:
+    def __init__(self, path: Path, *, step: int, epoch: int, run: str) -> None:
         self.path = path
         self.step = step
         self.epoch = epoch
+        self.run = run
         self.names: set[str] = set()
         self.held = HeldTime()
         self.error: BaseException | None = None
@@ -157,12 +160,7 @@ class PendingCheckpoint:
             return sorted(self.names)
 
         try:
-            fp.agree(
-                f"checkpoint {self.path.absolute()}",
-                ready=save_all,
-                act=self._commit,
-                timeout_secs=timeout_secs,
-            )
+            self._agree(save_all, timeout_secs)
         except Exception:
             if self.error is not None:
                 return None
@@ -180,6 +178,25 @@ class PendingCheckpoint:
             write_secs=sum(save.write_secs for save in saves.values()),
             finalize_secs=finalize_secs,
         )
+
+    def give_up(self) -> None:
+        """Tells the other processes, if any, that a save of this one has failed, if one has.
+
+        It waits for none of them: they may have given up before, and never come to this step.
+        """
+        error = self.error
+        if error is None or jax.process_count() == 1:
+            return
+
+        def fail() -> list[str]:
+            raise error
+
+        with contextlib.suppress(Exception):  # the error is known here
+            self._agree(fail, timeout_secs=0)
+
+    def _agree(self, ready: Callable[[], list[str]], timeout_secs: float) -> None:
+        subject = f"checkpoint {self.path.absolute()} {self.run}"
+        fp.agree(subject, ready=ready, act=self._commit, timeout_secs=timeout_secs)
 
     def _require_saved(self, participant: Participant, metrics: Mapping[str, float]) -> None:
         """Waits for all saves of this process; raises why there is no checkpoint of it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ _REMOVED = ".removed-{}"
 _HALF_DELETED = re.compile(r"\.removed-\d+|\.\d+\.partial_save\.[0-9a-f]+\.deleted")
 
 
-def recover(directory: Path, *, live: Container[Path] = ()) -> None:
+def recover(directory: Path, *, live: Container[Path] = ()) -> str:
     """Finalizes the sessions whose groups are all there, drops all others, and says which.
 
     Under `jax.distributed` all processes call it; the first of them does it, and all wait for that.
@@ -39,19 +40,23 @@ def recover(directory: Path, *, live: Container[Path] = ()) -> None:
       directory: A run's directory of steps; it need not exist.
       live: Checkpoints that this process is writing: they are left alone.
 
+    Returns:
+      A name for the run that begins here, the same in all processes and never used before.
+
     Raises:
       OSError: The storage failed; calling again goes on where this stopped.
       IncompleteCheckpointError: Some process did not call it in time.
     """
     jax.process_index()  # starts JAX's devices, which involves all processes: so not in `act`
-    fp.agree(
+    run: str = fp.agree(
         f"recover {directory.absolute()}",
         ready=lambda: None,
         act=lambda _: _recover(directory, live),
     )
+    return run
 
 
-def _recover(directory: Path, live: Container[Path]) -> None:
+def _recover(directory: Path, live: Container[Path]) -> str:
     entries = sorted(directory.iterdir()) if directory.is_dir() else []
     for entry in entries:
         session = _SESSION.fullmatch(entry.name)
@@ -59,6 +64,7 @@ def _recover(directory: Path, live: Container[Path]) -> None:
             _settle(directory / session[1], int(session[1]))
         elif _HALF_DELETED.fullmatch(entry.name):
             _delete(entry)
+    return uuid.uuid4().hex
 
 
 def check_is_newer(directory: Path, step: int) -> None:

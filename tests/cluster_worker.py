@@ -398,8 +398,13 @@ def save_past_the_limit(path: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def run_loop(directory: str, steps: int, *, failing_step: int = 0) -> tuple[int, list[int]]:
-    """Trains with the callback; returns what it restored, and the steps that it finalized."""
+def run_loop(
+    directory: str, steps: int, *, failing_step: int = 0, pause_secs: float = 0.0
+) -> tuple[int, list[int]]:
+    """Trains with the callback; returns what it restored, and the steps that it finalized.
+
+    With a pause, the failing step goes on to its next layer after a save of it has failed.
+    """
     callback = PartialCheckpointCallback(
         directory,
         every_n_epochs=None,
@@ -425,6 +430,9 @@ def run_loop(directory: str, steps: int, *, failing_step: int = 0) -> tuple[int,
                 callback.finalizer.wait()  # the step before is to succeed
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
             callback.on_layer_ready(trainer, f"layer{jax.process_index()}", own)
+            if pause_secs and step == failing_step:
+                time.sleep(pause_secs)
+                callback.on_layer_ready(trainer, "last", own)
             trainer.global_step = step
             callback.on_train_batch_end(trainer, None, None, None, step)
         callback.on_train_end(trainer, None)

@@ -550,15 +550,20 @@ def test_callbacks_of_all_processes_make_one_run(three: Cluster, tmp_path: Path)
     assert three.call("run_loop", str(directory), 5) == [(3, [4, 5])] * 3
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("pause_secs", [0.0, 0.5], ids=["", "in the middle of a step"])
 def test_save_that_fails_in_one_process_gives_the_checkpoint_up_in_all(
-    three: Cluster, tmp_path: Path
+    three: Cluster, tmp_path: Path, victim: int, pause_secs: float
 ) -> None:
     directory = tmp_path / "run"
     begun = {
-        i: process.call("run_loop", str(directory), 4, failing_step=2 if i == 1 else 0)
+        i: process.call(
+            "run_loop", str(directory), 4, failing_step=2 * (i == victim), pause_secs=pause_secs
+        )
         for i, process in enumerate(three.processes)
     }
-    errors = errors_of(begun)
+    errors: list[BaseException | None] = []
+    assert seconds(lambda: errors.extend(errors_of(begun))) < 10
     assert all(isinstance(error, OSError) for error in errors), errors
     assert len({type(error) for error in errors}) == 1
     assert fp.steps(directory)[0] == 1
