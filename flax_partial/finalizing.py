@@ -6,7 +6,8 @@ from the parts.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from flax_partial import collector, orbax_format, storage, workers
 from flax_partial.errors import (
@@ -15,6 +16,7 @@ from flax_partial.errors import (
     KeyConflictError,
     NoSessionError,
 )
+from flax_partial.keypaths import KeyPath
 from flax_partial.loading import database_uuid, described, metadata
 from flax_partial.merge import MergePlan, merge, merge_metadata
 from flax_partial.part import Contents, Leaf, Part, encode_contents
@@ -283,14 +285,18 @@ def _lost(where: CheckpointPath, plan: MergePlan) -> list[str]:
 
 def _lacking(expected: Sequence[str], leaves: Iterable[Leaf]) -> list[str]:
     """Returns which of the expected names are neither a leaf nor a subtree."""
-    if not expected:
-        return []
-    found: set[str] = set()
-    for leaf in leaves:
-        for depth in range(1, len(leaf.path.texts) + 1):
-            found.add(".".join(leaf.path.texts[:depth]))
-            found.add("/".join(leaf.path.texts[:depth]))
-    return [name for name in expected if name not in found]
+    wanted = set(expected)
+    lengths = frozenset(map(len, wanted))
+    for leaf in leaves if wanted else ():
+        wanted.difference_update(_ancestry(leaf.path, lengths))
+    return [name for name in expected if name in wanted]
+
+
+def _ancestry(path: KeyPath, lengths: frozenset[int]) -> Iterator[str]:
+    """The names of a leaf, and of the subtrees around it, that are of the given lengths."""
+    ends = accumulate(path.texts, lambda end, text: end + 1 + len(text), initial=-1)
+    inside = lengths.intersection(ends)
+    return (joined[:end] for joined in (path.name, "/".join(path.texts)) for end in inside)
 
 
 def _listed(lines: Sequence[str]) -> str:

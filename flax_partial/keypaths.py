@@ -8,6 +8,7 @@ time linear in its length, whatever the tree holds already.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice, pairwise
 from typing import Any, Literal
 
 from jax import tree_util
@@ -182,19 +183,37 @@ class KeyTree:
         self._root = None
 
     def gaps(self) -> Iterator[str]:
-        """Says which lists lack an element."""
-        stack: list[tuple[tuple[str, ...], _Node]] = [((), self._root)] if self._root else []
+        """Says which lists lack an element; linear in the tree, whatever its indices are."""
+        stack: list[tuple[_Trail | None, _Node]] = [(None, self._root)] if self._root else []
         while stack:
-            texts, node = stack.pop()
+            trail, node = stack.pop()
             if node.container == "list":
-                indices = {int(text) for text in node.children}
-                missing = sorted(set(range(max(indices) + 1)) - indices)
-                if missing:
+                indices = sorted(map(int, node.children))
+                if indices[-1] >= len(indices):
                     yield (
-                        f"List {'.'.join(texts)!r} has element {max(indices)} but lacks "
-                        f"{_shortened(missing)}. Save what is missing, or use a dict."
+                        f"List {_joined(trail)!r} has element {indices[-1]} but lacks "
+                        f"{_absent(indices)}. Save what is missing, or use a dict."
                     )
-            stack.extend(((*texts, text), child) for text, child in node.children.items())
+            stack.extend(((trail, text), child) for text, child in node.children.items())
+
+
+_Trail = tuple["_Trail | None", str]  # the way to a node, innermost key first
+
+
+def _joined(trail: _Trail | None) -> str:
+    texts = []
+    while trail is not None:
+        trail, text = trail
+        texts.append(text)
+    return ".".join(reversed(texts))
+
+
+def _absent(indices: list[int], most: int = 5) -> str:
+    """Names the first few indices that are not among ascending ones, and counts the others."""
+    gaps = (range(a + 1, b) for a, b in pairwise([-1, *indices]))
+    shown = ", ".join(map(str, islice(chain.from_iterable(gaps), most)))
+    count = indices[-1] + 1 - len(indices)
+    return shown if count <= most else f"{shown} and {count - most} more"
 
 
 def _problem_with_owner(owner: KeyPath, path: KeyPath) -> str | None:
@@ -230,8 +249,3 @@ def _mixed(node: str, name: str) -> str:
         f"Leaf {name!r}: node {node!r} has both list and dict children. Save all of them under "
         "a list, or all under a dict."
     )
-
-
-def _shortened(numbers: list[int], most: int = 5) -> str:
-    shown = ", ".join(map(str, numbers[:most]))
-    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
