@@ -9,8 +9,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tensorstore as ts
@@ -74,8 +75,20 @@ def read_regions(state: Path, regions: Sequence[Region]) -> list[np.ndarray | Ex
       that names the leaf.
     """
     reader = _Reader(state)
-    started = [reader.start(*region) for region in regions]
+    started = [_started(reader, region) for region in regions]
     return [_outcome(finish, leaf) for finish, (leaf, _, _) in zip(started, regions, strict=True)]
+
+
+def _started(reader: "_Reader", region: Region) -> Callable[[], np.ndarray]:
+    """Starts to read; what already fails then does so when it is waited for."""
+    try:
+        return reader.start(*region)
+    except ValueError as error:
+        return partial(_raise, error)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 class _Reader:

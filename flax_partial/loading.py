@@ -5,7 +5,7 @@ that does not fit is told in one error, before any array data is read. Then only
 this process's devices hold are read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ from flax_partial.session import PathLike, read_parts
 from flax_partial.storage import CheckpointPath
 
 _VERIFIED_AT_ONCE_BYTES = 256 << 20
+_UNSUSPICIOUS_BYTES = 256 << 20  # reading this much takes longer than asking for the files' sizes
+_MOST_ZSTD = 1 << 15  # bytes that a byte of zstd stands for: its shortest block is 4, for 128 KiB
 
 
 class Checkpoint(Protocol):
@@ -54,7 +56,24 @@ class _OwnCheckpoint:
         self._state = path / storage.STATE
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
+        lie = self._too_large({leaf.name: leaf for leaf, _, _ in regions}.values())
+        if lie:
+            return [CorruptCheckpointError(f"Leaf {leaf.name!r}: {lie}") for leaf, _, _ in regions]
         return arrays.read_regions(self._state, regions)
+
+    def _too_large(self, leaves: Iterable[Leaf]) -> str | None:
+        """Says why there is no use in asking for the memory of leaves: the files hold less.
+
+        Where there is not enough tensorstore ends the process, so that a table that lies about
+        shapes, with the right digest, has to be found out before.
+        """
+        least = sum(leaf.bytes // (_MOST_ZSTD if leaf.compression else 1) for leaf in leaves)
+        if least <= _UNSUSPICIOUS_BYTES:
+            return None
+        held = storage.bytes_below(self._state)
+        if least <= held:
+            return None
+        return f"what is read would be of {least} bytes, and {self._state} holds {held}"
 
 
 def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: bool = False) -> Any:
@@ -228,24 +247,41 @@ def _read(checkpoint: Checkpoint, placements: Sequence[Placement]) -> list[Any]:
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
     """Builds nested dicts and lists; a list's elements may have been saved in any order."""
     root: dict[Any, Any] = {}
+    nodes = {id(root)}  # a leaf may be a dict too
     keys: dict[tuple[int, str], str | int] = {}  # (node, text) -> key: saves may differ in its type
     lists: list[tuple[dict[Any, Any], Any]] = []
     for leaf, value in zip(leaves, values, strict=True):
         node, key = root, None
         for text, kind in zip(leaf.path.texts, leaf.path.kinds, strict=True):
             if key not in node:
-                node[key] = {}
+                node[key] = inner = {}
+                nodes.add(id(inner))
                 if kind == keypaths.INDEX:
                     lists.append((node, key))
             node = node[key]
+            if id(node) not in nodes:
+                raise _no_tree(leaf)
             key = keys.setdefault(
                 (id(node), text), text if kind in keypaths.TEXT_KEYS else int(text)
             )
+        if key in node:
+            raise _no_tree(leaf)
         node[key] = value
     for parent, key in reversed(lists):  # the inner ones first
         children = parent[key]
-        parent[key] = [children[i] for i in range(len(children))]
+        try:
+            parent[key] = [children[i] for i in range(len(children))]
+        except KeyError as error:
+            raise CorruptCheckpointError(
+                f"In the table of contents list {key!r} lacks element {error}"
+            ) from None
     return root[None]
+
+
+def _no_tree(leaf: Leaf) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"Leaf {leaf.name!r}: in the table of contents it is there twice, or a leaf and a subtree"
+    )
 
 
 def _batches(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:

@@ -262,6 +262,15 @@ def read(path: Path) -> bytes | None:
         return None
 
 
+def bytes_below(directory: Path) -> int:
+    """Returns the size of all files below a directory."""
+    return sum(
+        os.lstat(os.path.join(folder, name)).st_size
+        for folder, _, names in os.walk(directory)
+        for name in names
+    )
+
+
 def create_part(where: CheckpointPath, name: str) -> Path:
     """Makes the directory of a part."""
     directory = where.state / name
