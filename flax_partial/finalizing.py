@@ -57,6 +57,7 @@ def finalize(
       NoSessionError: There is no session.
       IncompleteCheckpointError: Leaves, or pieces of leaves, are missing; the session is kept.
       KeyConflictError: The parts do not form one tree; the session is kept.
+      CorruptCheckpointError: A part is damaged; the session is kept.
       OSError: Writing failed; the session is kept, and finalize can be called again.
     """
     where = storage.resolve(path)
@@ -155,12 +156,14 @@ def status(path: PathLike) -> SessionStatus:
     if not storage.is_session(where):
         raise storage.no_session(where)
     torn: list[str] = []
-    parts = read_parts(where, torn=torn)
+    damaged: dict[str, str] = {}
+    parts = read_parts(where, torn=torn, damaged=damaged)
     ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
     return SessionStatus(
         path=where.final,
         parts=tuple(_part_status(name, part) for name, part in ordered),
         torn=tuple(torn),
+        damaged=tuple(damaged),
         leaves=tuple(sorted({leaf.name for part in parts.values() for leaf in part.leaves})),
         bytes=sum(part.bytes for part in parts.values()),
         processes=tuple(sorted({part.process for part in parts.values()})),
@@ -224,7 +227,9 @@ def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
     """Makes the checkpoint of a locked session."""
     storage.require_absent(where)
     torn: list[str] = []
-    parts = read_parts(where, torn=torn)
+    damaged: dict[str, str] = {}
+    parts = read_parts(where, torn=torn, damaged=damaged)
+    _require_undamaged(where, damaged)
     plan = merge(parts)
     _require_whole(where, parts, plan, expected)
     contents = Contents(
@@ -242,6 +247,16 @@ def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
     storage.clear_root(where)
     storage.commit_checkpoint(where, root_files=root_files, contents=data)
     return contents
+
+
+def _require_undamaged(where: CheckpointPath, damaged: Mapping[str, str]) -> None:
+    """What a damaged part held is not known: to go on without it might bring back older values."""
+    if damaged:
+        raise CorruptCheckpointError(
+            f"{where.session} has committed parts that are damaged:\n"
+            f"{_listed([*damaged.values()])}\n"
+            "Abort it; or move these parts away, and save again what they held."
+        )
 
 
 def _require_whole(

@@ -303,11 +303,12 @@ def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tup
     """Derives the root files from the parts once more; yields those that differ, and why."""
     finalized = CheckpointPath(where.final, where.final)
     torn: list[str] = []
-    parts = read_parts(finalized, torn=torn)
-    for name in torn:
-        yield f"{storage.STATE}/{name}", "its table of contents is damaged"
+    damaged: dict[str, str] = {}
+    parts = read_parts(finalized, torn=torn, damaged=damaged)
+    yield from ((f"{storage.STATE}/{name}", why) for name, why in damaged.items())
+    yield from ((f"{storage.STATE}/{name}", "it has no table of contents") for name in torn)
     files = orbax_format.root_files(contents)
-    if not torn:
+    if not torn and not damaged:
         plan = merge(parts)
         derived = Contents(
             started_ns=plan.started_ns,

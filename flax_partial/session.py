@@ -183,7 +183,7 @@ class _Saving:
             leaves=(),
             bytes=sum(one.bytes for one in described),
         )
-        self._name = f"part.{time_ns:019d}.p{self._part.process}.{uuid.uuid4().hex[:12]}"
+        self._name = _name_of(self._part) + uuid.uuid4().hex[:12]
         self._blocked_secs = 0.0  # of a save in the background; the other kind is all blocked
         self._budget_secs = 0.0
         self._budget_bytes = 0
@@ -473,6 +473,7 @@ def read_parts(
     process: int | None = None,
     known: Mapping[str, Part] | None = None,
     torn: list[str] | None = None,
+    damaged: dict[str, str] | None = None,
 ) -> dict[str, Part]:
     """Reads the committed parts of a session.
 
@@ -480,7 +481,8 @@ def read_parts(
       where: The session.
       process: Only the parts of this process.
       known: Parts read before, by name: a committed part never changes.
-      torn: Where to put the names of the directories that are not committed parts.
+      torn: Where to put the names of the directories that were never committed.
+      damaged: Where to put the names of those that were, and whose table is damaged, and why.
 
     Returns:
       Name of each part -> its table of contents.
@@ -489,7 +491,12 @@ def read_parts(
     for name in storage.part_names(where):
         if process is not None and f".p{process}." not in name:
             continue
-        part = (known or {}).get(name) or _read_part(where, name)
+        try:
+            part = (known or {}).get(name) or _read_part(where, name)
+        except CorruptCheckpointError as error:
+            if damaged is not None:
+                damaged[name] = str(error)
+            continue
         if part is not None:
             parts[name] = part
         elif torn is not None:
@@ -498,10 +505,17 @@ def read_parts(
 
 
 def _read_part(where: CheckpointPath, name: str) -> Part | None:
+    """Returns None where there is no table: it appears whole, or not at all."""
     path = where.state / name / storage.PART_TABLE
     data = storage.read(path)
     if data is None:
         return None
-    with contextlib.suppress(CorruptCheckpointError):
-        return decode_part(data, where=str(path))
-    return None
+    part = decode_part(data, where=str(path))
+    if not name.startswith(_name_of(part)):
+        raise CorruptCheckpointError(f"{path}: it is the table of another part")
+    return part
+
+
+def _name_of(part: Part) -> str:
+    """What the name of a part's directory begins with."""
+    return f"{storage.PART_PREFIX}{part.time_ns:019d}.p{part.process}."
