@@ -11,13 +11,14 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flax_partial.errors import CheckpointExistsError, NoSessionError
+from flax_partial.errors import CheckpointExistsError, CorruptCheckpointError, NoSessionError
 
 SESSION_SUFFIX = ".partial_save"
 PART_PREFIX = "part."
@@ -128,7 +129,7 @@ def locked_exclusively(where: CheckpointPath) -> Iterator[None]:
 
     Raises:
       NoSessionError: There is no session, or none any more.
-      CheckpointExistsError: What is at its place is not a directory.
+      CheckpointExistsError: What is at its place is not a session.
     """
     try:
         lock = _lock(where.session, fcntl.LOCK_EX)
@@ -137,6 +138,8 @@ def locked_exclusively(where: CheckpointPath) -> Iterator[None]:
     if lock is None:
         raise no_session(where)
     try:
+        if where.state.is_symlink():  # what is derived would be cleared and written elsewhere
+            raise _not_a_session(where, f"its {STATE!r} is a symbolic link")
         yield
     finally:
         lock.release()
@@ -190,6 +193,8 @@ def prepare_session(where: CheckpointPath, *, durable: bool) -> None:
     foreign = _foreign_entries(where)
     if foreign:
         raise _not_a_session(where, f"it holds {foreign[0]!r}")
+    if where.state.is_symlink():
+        raise _not_a_session(where, f"its {STATE!r} is a symbolic link")
     os.makedirs(where.state, exist_ok=True)
     if durable:
         fsync_directory(where.session)
@@ -254,12 +259,33 @@ def part_names_in(state: Path) -> list[str]:
 
 
 def read(path: Path) -> bytes | None:
-    """Returns a file's bytes; None where there is no such file."""
+    """Returns a file's bytes; None where there is no such file.
+
+    Raises:
+      CorruptCheckpointError: It is no file, but what may have no end: a pipe, a device.
+    """
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptCheckpointError(f"{path}: it is not a file")
+    with open(descriptor, "rb") as file:
+        return file.read()
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether there is a file with just this content."""
+    try:
+        return path.stat().st_size == len(data) and read(path) == data
+    except (CorruptCheckpointError, FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def has_database(directory: Path) -> bool:
+    """Whether there is an OCDBT database in a directory."""
+    return (directory / "manifest.ocdbt").is_file()
 
 
 def bytes_below(directory: Path) -> int:
