@@ -7,6 +7,8 @@ zarr, which reads them in parallel.
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -72,11 +74,14 @@ def read_regions(state: Path, regions: Sequence[Region]) -> list[np.ndarray | Ex
 
     Returns:
       For each region its data, C-contiguous and the caller's own, or a `CorruptCheckpointError`
-      that names the leaf.
+      that names the leaf; an `OSError` where the system refused to read, which says nothing of
+      the data.
     """
     reader = _Reader(state)
     started = [_started(reader, region) for region in regions]
-    return [_outcome(finish, leaf) for finish, (leaf, _, _) in zip(started, regions, strict=True)]
+    return [
+        _outcome(finish, leaf, state) for finish, (leaf, _, _) in zip(started, regions, strict=True)
+    ]
 
 
 def _started(reader: "_Reader", region: Region) -> Callable[[], np.ndarray]:
@@ -170,11 +175,11 @@ def _check(leaf: Leaf, start: Shape, array: np.ndarray) -> None:
             raise ValueError(f"chunk {number} has digest {found}, and {expected[number]} was saved")
 
 
-def _outcome(finish: Callable[[], np.ndarray], leaf: Leaf) -> np.ndarray | Exception:
+def _outcome(finish: Callable[[], np.ndarray], leaf: Leaf, state: Path) -> np.ndarray | Exception:
     try:
         return finish()
     except ValueError as error:
-        return CorruptCheckpointError(f"Leaf {leaf.name!r}: {error}")
+        return _refusal(error, state) or CorruptCheckpointError(f"Leaf {leaf.name!r}: {error}")
 
 
 Store = ts.TensorStore
@@ -255,3 +260,12 @@ def _result(future: ts.Future[Any]) -> Any:
         return future.result()
     except ValueError as error:
         return error
+
+
+def _refusal(error: ValueError, directory: Path) -> OSError | None:
+    """Returns what the operating system said, if it refused to read: the data may be as it was."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    if found is None:
+        return None
+    code = int(found[1])
+    return OSError(code, f"{os.strerror(code)} ({error})", str(directory))

@@ -238,6 +238,7 @@ def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
         parts=len(parts),
         custom_metadata=plan.custom_metadata,
         leaves=plan.leaves,
+        first_part=min(parts),
     )
     data = encode_contents(contents)
     root_files = orbax_format.root_files(contents)

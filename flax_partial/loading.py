@@ -46,7 +46,10 @@ class Checkpoint(Protocol):
         ...
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
-        """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf."""
+        """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf.
+
+        An `OSError` where the system refused to read it.
+        """
         ...
 
 
@@ -96,6 +99,7 @@ def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: boo
       NoSessionError: There is no finalized checkpoint at `path`.
       TargetMismatchError: Target and checkpoint differ; it lists every difference.
       CorruptCheckpointError: Data on disk is damaged; it names the leaves.
+      OSError: The system refused to read it, which says nothing of the data.
     """
     with collector.paused():
         return _load(storage.resolve(path), target, partial=partial, cast=cast)
@@ -162,9 +166,15 @@ def open_checkpoint(where: CheckpointPath) -> Checkpoint:
     """
     path = where.final / storage.STATE / storage.CONTENTS
     data = storage.read(path)
+    names = storage.part_names_in(where.final / storage.STATE)
     if data is not None:
-        return _OwnCheckpoint(where.final, decode_contents(data, where=str(path)))
-    if storage.part_names_in(where.final / storage.STATE):
+        contents = decode_contents(data, where=str(path))
+        if contents.first_part not in names:
+            raise CorruptCheckpointError(
+                f"{path} is of another checkpoint, or {contents.first_part} beside it is lost."
+            )
+        return _OwnCheckpoint(where.final, contents)
+    if names:
         raise CorruptCheckpointError(
             f"{path} is missing, and {where.final} holds parts: it is damaged, or was renamed "
             f"before it was finalized. Rename it to {where.session} and finalize it."
@@ -237,6 +247,9 @@ def _read(checkpoint: Checkpoint, placements: Sequence[Placement]) -> list[Any]:
     regions = [(one.leaf, *box) for one in placements for box in one.boxes]
     outcomes = checkpoint.read(regions)
     errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    for error in errors:
+        if isinstance(error, OSError):
+            raise error
     if errors:
         raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
     data: Iterator[Any] = iter(outcomes)
@@ -316,13 +329,14 @@ def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tup
             parts=len(parts),
             custom_metadata=plan.custom_metadata,
             leaves=plan.leaves,
+            first_part=min(parts, default=""),
         )
         data = encode_contents(derived)
         if data != encode_contents(contents):
             yield f"{storage.STATE}/{storage.CONTENTS}", "it is not what the parts add up to"
         files |= orbax_format.database_files(derived, plan.sources, uuid=database_uuid(data))
     for name, data in files.items():
-        if storage.read(where.final / name) != data:
+        if not storage.holds(where.final / name, data):
             yield name, "it is missing, or not what the parts add up to"
 
 

@@ -219,6 +219,8 @@ class Contents:
       parts: Number of parts it was merged from.
       custom_metadata: That of all parts, merged.
       leaves: Its leaves, in the order in which they were saved.
+      first_part: Name of the first of its parts, which no other checkpoint has; empty where Orbax
+        wrote it.
     """
 
     started_ns: int
@@ -226,6 +228,7 @@ class Contents:
     parts: int
     custom_metadata: dict[str, Any]
     leaves: tuple[Leaf, ...]
+    first_part: str = ""
 
 
 @lru_cache(maxsize=len(STORABLE_DTYPES))
@@ -307,6 +310,7 @@ def encode_contents(contents: Contents) -> bytes:
         "started_ns": contents.started_ns,
         "committed_ns": contents.committed_ns,
         "parts": contents.parts,
+        "first_part": contents.first_part,
     }
     return _encode(head, contents.custom_metadata, contents.leaves)
 
@@ -450,6 +454,7 @@ def _contents_of(table: dict[str, Any]) -> Contents:
         parts=_integer(table["parts"]),
         custom_metadata=table["custom_metadata"],
         leaves=_leaves_of(table),
+        first_part=str(table["first_part"]),
     )
     for leaf in contents.leaves:
         if leaf.is_array and [box.shape for box in leaf.boxes] != [leaf.shape]:

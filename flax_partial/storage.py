@@ -283,11 +283,6 @@ def holds(path: Path, data: bytes) -> bool:
         return False
 
 
-def has_database(directory: Path) -> bool:
-    """Whether there is an OCDBT database in a directory."""
-    return (directory / "manifest.ocdbt").is_file()
-
-
 def bytes_below(directory: Path) -> int:
     """Returns the size of all files below a directory."""
     return sum(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+import damage
 import numpy as np
 import pytest
 import trees
@@ -192,10 +193,31 @@ def test_part_without_a_table_was_never_saved(tmp_path: Path) -> None:
     assert fp.verify(tmp_path / "c").ok
 
 
-def test_data_lost_before_finalize_is_told_by_finalize_or_load(tmp_path: Path) -> None:
+def test_data_lost_before_finalize_is_told_by_finalize(tmp_path: Path) -> None:
     """The part was committed: that its data is gone must not go unnoticed."""
     report = fp.save(tmp_path / "c", {"a": np.arange(3), "b": np.arange(300_000)})
     (tmp_path / "c.partial_save" / "state" / report.part / "data").unlink()
     with pytest.raises(fp.CorruptCheckpointError, match=report.part):
         fp.finalize(tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_contents_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
+    """Text stands in them alone: no digest of an array would tell."""
+    for name in ("one", "two"):
+        fp.save(tmp_path / name, {"text": name, "same": np.arange(3)})
+        fp.finalize(tmp_path / name)
+    one, two = (tmp_path / name / "state" / "contents.json" for name in ("one", "two"))
+    one.write_bytes(two.read_bytes())
+    for call in (fp.load, fp.metadata):
+        with pytest.raises(fp.CorruptCheckpointError, match=r"contents\.json"):
+            call(tmp_path / "one")
+    assert not fp.verify(tmp_path / "one").ok
+
+
+def test_any_damage_is_told_or_does_not_matter(tmp_path: Path) -> None:
+    """A few trials of `damage.py`, which says what holds; a script for many more."""
+    trials = damage.Trials(tmp_path)
+    faults = {seed: found for seed in range(60) if (found := trials.run(seed)[1])}
+    trials.close()
+    assert not faults

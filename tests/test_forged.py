@@ -65,9 +65,9 @@ def assert_harmless(outcome: Outcome, most_bytes: int = MOST_BYTES) -> dict[str,
 def test_checkpoint_with_a_forged_table_is_read_or_refused(
     name: str, tmp_path: Path, apart: Isolated
 ) -> None:
-    fp.save(tmp_path / "c", SAVED, options=QUICK)
+    report = fp.save(tmp_path / "c", SAVED, options=QUICK)
     fp.finalize(tmp_path / "c")
-    head = {"started_ns": 1, "committed_ns": 2, "parts": 1}
+    head = {"started_ns": 1, "committed_ns": 2, "parts": 1, "first_part": report.part}
     (tmp_path / "c" / "state" / "contents.json").write_bytes(forged.table(name, head))
     outcomes = assert_harmless(apart.call(read_all, tmp_path / "c"))
     assert outcomes["verify"] != "ok"  # it is not what the parts add up to
