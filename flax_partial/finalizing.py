@@ -22,7 +22,7 @@ from flax_partial.merge import MergePlan, merge, merge_metadata
 from flax_partial.part import Contents, Leaf, Part, encode_contents
 from flax_partial.processes import DEFAULT_TIMEOUT_SECS, agree, count, index
 from flax_partial.reports import CheckpointMetadata, PartStatus, SessionStatus
-from flax_partial.session import PathLike, forget, read_parts, session_of
+from flax_partial.session import PathLike, Session, forget, read_parts, session_of
 from flax_partial.storage import CheckpointPath
 
 _MOST_NAMED = 20  # leaves that an error lists
@@ -74,7 +74,7 @@ def finalize(
 
     def commit(expected_by: Mapping[int, Sequence[str]]) -> None:
         names = [*dict.fromkeys(name for listed in expected_by.values() for name in listed)]
-        committed.append(_commit_when_whole(where, names, timeout_secs or 0.0))
+        committed.append(_commit_when_whole(session, names, timeout_secs or 0.0))
 
     agree(
         f"finalize {where.final}",
@@ -136,10 +136,10 @@ def abort(path: PathLike) -> None:
     """
     where = storage.resolve(path)
     session = session_of(where)
-    session.is_aborted = True
     forget(session, for_good=True)
+    session.is_aborted = True
     session.wait()
-    with storage.locked_exclusively(where):
+    with session.exclusively():
         storage.remove_session(where)
 
 
@@ -192,14 +192,13 @@ def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _commit_when_whole(
-    where: CheckpointPath, expected: Sequence[str], timeout_secs: float
-) -> Contents:
+def _commit_when_whole(session: Session, expected: Sequence[str], timeout_secs: float) -> Contents:
+    where = session.where
     storage.require_absent(where)
     if timeout_secs:
         _wait_for_leaves(where, expected, timeout_secs)
     try:
-        with storage.locked_exclusively(where), collector.paused():
+        with session.exclusively(), collector.paused():
             return _commit(where, expected)
     except NoSessionError:
         storage.require_absent(where)  # somebody else has finalized it while this one waited

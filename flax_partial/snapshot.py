@@ -374,13 +374,13 @@ def to_host(source: Source) -> np.ndarray:
 
 
 class MemoryBudget:
-    """Bytes that snapshots waiting to be written hold, in this process."""
+    """Bytes that snapshots waiting to be written hold, in this process, by who holds them."""
 
     def __init__(self) -> None:
-        self._held = 0
+        self._held: dict[object, int] = {}
         self._changed = threading.Condition()
 
-    def acquire(self, size: int, *, limit: int | None) -> float:
+    def acquire(self, owner: object, size: int, *, limit: int | None) -> float:
         """Waits until `size` more bytes fit under `limit`; returns the seconds that it took.
 
         What is larger than the limit by itself waits until it is alone.
@@ -388,12 +388,15 @@ class MemoryBudget:
         started = time.perf_counter()
         limit = sys.maxsize if limit is None else limit
         with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._held + size <= limit)
-            self._held += size
+            self._changed.wait_for(lambda: not self._held or self._total() + size <= limit)
+            self._held[owner] = size
         return time.perf_counter() - started
 
-    def release(self, size: int) -> None:
-        """Gives bytes back."""
+    def _total(self) -> int:
+        return sum(self._held.values())
+
+    def release(self, owner: object) -> None:
+        """Gives back what an owner holds, if anything."""
         with self._changed:
-            self._held -= size
-            self._changed.notify_all()
+            if self._held.pop(owner, None) is not None:
+                self._changed.notify_all()

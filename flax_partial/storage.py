@@ -12,9 +12,8 @@ import fcntl
 import os
 import shutil
 import stat
+import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,20 +81,36 @@ def _is_utf8(text: str) -> bool:
 
 
 class SessionLock:
-    """A held `flock` on a session directory, with the directory's identity."""
+    """An open session directory that can be locked, with the directory's identity.
+
+    An interrupt may come between any two steps: what it leaves unreferenced releases itself.
+    """
+
+    _descriptor = -1
 
     def __init__(self, descriptor: int) -> None:
+        self._process = os.getpid()
         self._descriptor = descriptor
         status = os.fstat(descriptor)
         self.identity = (status.st_dev, status.st_ino)
 
+    def acquire(self, kind: int) -> None:
+        """Waits for the `flock`, shared or exclusive."""
+        fcntl.flock(self._descriptor, kind)
+
     def release(self) -> None:
         """Gives the lock back; a second call does nothing."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
+        if self._descriptor >= 0:
             # Closing would do, unless a forked child still had the descriptor.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0 and self._process == os.getpid():
+            self.release()
+        elif self._descriptor >= 0:
+            os.close(self._descriptor)  # in a forked child: the lock is the parent's
 
     def duplicate(self) -> int:
         """Opens another descriptor of the directory, which holds no lock; the caller closes it."""
@@ -117,32 +132,57 @@ def lock_for_saving(where: CheckpointPath) -> SessionLock:
             raise _not_a_session(where, "it is not a directory") from error
         if lock is None:
             _create_session(where)
-        elif os.path.lexists(where.final):
+            continue
+        try:
+            if not os.path.lexists(where.final):
+                return lock
+        except BaseException:
             lock.release()
-        else:
-            return lock
-
-
-@contextmanager
-def locked_exclusively(where: CheckpointPath) -> Iterator[None]:
-    """Waits until nobody saves into the session, and keeps everybody out.
-
-    Raises:
-      NoSessionError: There is no session, or none any more.
-      CheckpointExistsError: What is at its place is not a session.
-    """
-    try:
-        lock = _lock(where.session, fcntl.LOCK_EX)
-    except NotADirectoryError as error:
-        raise _not_a_session(where, "it is not a directory") from error
-    if lock is None:
-        raise no_session(where)
-    try:
-        if where.state.is_symlink():  # what is derived would be cleared and written elsewhere
-            raise _not_a_session(where, f"its {STATE!r} is a symbolic link")
-        yield
-    finally:
+            raise
         lock.release()
+
+
+class ExclusiveLock:
+    """Keeps everybody else out of a session while it is entered.
+
+    It can be released again and again, from any state: what an interrupt has left locked must not
+    be waited for by the next call.
+
+    Attributes:
+      thread: The thread that made it.
+    """
+
+    def __init__(self, where: CheckpointPath) -> None:
+        self._where = where
+        self._lock: SessionLock | None = None
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> None:
+        """Waits until nobody saves into the session.
+
+        Raises:
+          NoSessionError: There is no session, or none any more.
+          CheckpointExistsError: What is at its place is not a session.
+        """
+        where = self._where
+        try:
+            self._lock = _lock(where.session, fcntl.LOCK_EX)
+        except NotADirectoryError as error:
+            raise _not_a_session(where, "it is not a directory") from error
+        if self._lock is None:
+            raise no_session(where)
+        if where.state.is_symlink():  # what is derived would be cleared and written elsewhere
+            self.release()
+            raise _not_a_session(where, f"its {STATE!r} is a symbolic link")
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Lets others in again."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
 
 def _lock(directory: Path, kind: int) -> SessionLock | None:
@@ -151,13 +191,13 @@ def _lock(directory: Path, kind: int) -> SessionLock | None:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    lock = SessionLock(descriptor)
     try:
-        fcntl.flock(descriptor, kind)
-        lock = SessionLock(descriptor)
+        lock.acquire(kind)
         if identity(directory) == lock.identity:
             return lock
     except BaseException:
-        os.close(descriptor)
+        lock.release()
         raise
     lock.release()
     return None
@@ -299,6 +339,11 @@ def create_part(where: CheckpointPath, name: str) -> Path:
     return directory
 
 
+def is_committed(where: CheckpointPath, name: str) -> bool:
+    """Whether a part's table of contents is there."""
+    return (where.state / name / PART_TABLE).exists()
+
+
 def commit_part(directory: Path, table: bytes, *, has_data_file: bool, durable: bool) -> None:
     """Commits a part whose data is durable: its table of contents appears, whole or not at all.
 
@@ -356,8 +401,10 @@ def clear_root(where: CheckpointPath) -> None:
 
 
 def remove_part(where: CheckpointPath, name: str) -> None:
-    """Removes the directory of a torn part."""
-    _remove_tree(where.state / name)
+    """Removes the directory of a part that was not committed, or that is taken back."""
+    directory = where.state / name
+    (directory / PART_TABLE).unlink(missing_ok=True)  # first: without it there is no part
+    _remove_tree(directory)
 
 
 def remove_session(where: CheckpointPath) -> None:

@@ -7,9 +7,11 @@ ends it. Peak memory is counted from the beginning of each call.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import resource
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +57,9 @@ class Isolated:
             self._start()
         self._pipe.send((function, arguments))
         if not self._pipe.poll(TIMEOUT_SECS):
+            stacks = Path(self._stacks.name).read_text()
             self.end()
-            return Outcome(error=EndedError(f"no answer in {TIMEOUT_SECS} s"))
+            return Outcome(error=EndedError(f"no answer in {TIMEOUT_SECS} s:\n{stacks}"))
         try:
             outcome: Outcome = self._pipe.recv()
         except EOFError:
@@ -68,7 +71,9 @@ class Isolated:
 
     def _start(self) -> None:
         self._pipe, theirs = server().Pipe()
-        self._process = server().Process(target=_serve, args=(theirs,), daemon=True)
+        self._stacks = tempfile.NamedTemporaryFile("w")  # noqa: SIM115 - closed by `end`
+        arguments = (theirs, self._stacks.name)
+        self._process = server().Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
 
@@ -78,18 +83,23 @@ class Isolated:
             self._process.kill()
             self._process.join()
             self._pipe.close()
+            self._stacks.close()
             self._process = None
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, stacks: str) -> None:
     warm_up()
+    stacks_file = Path(stacks).open("w")  # noqa: SIM115 - until the process ends
     limit = _status("VmSize") + _MOST_ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(EOFError):
         while True:
             function, arguments = pipe.recv()
-            pipe.send(_measured(function, arguments))
+            faulthandler.dump_traceback_later(TIMEOUT_SECS - 5, file=stacks_file)
+            outcome = _measured(function, arguments)
+            faulthandler.cancel_dump_traceback_later()
+            pipe.send(outcome)
 
 
 def warm_up() -> None:

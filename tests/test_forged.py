@@ -10,24 +10,17 @@ from typing import TYPE_CHECKING, Any
 import forged
 import numpy as np
 import pytest
-from isolated import Isolated, Outcome
 from things import QUICK
 
 import flax_partial as fp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+    from isolated import Isolated, Outcome
 
 MOST_BYTES = 64 << 20  # what the longest of these tables, decoded, takes at most
 SAVED: dict[str, Any] = {"a": np.arange(3, dtype=np.uint8), "b": "text"}
-
-
-@pytest.fixture(scope="module")
-def apart() -> Iterator[Isolated]:
-    process = Isolated()
-    yield process
-    process.end()
 
 
 def read_all(path: Path) -> dict[str, str]:
