@@ -360,11 +360,11 @@ def test_memory_budget_makes_save_async_wait_and_says_how_long(
     real = storage.commit_part
     writing = [0]
 
-    def slow(directory: Path, table: bytes, *, durable: bool) -> None:
+    def slow(directory: Path, table: bytes, **options: Any) -> None:
         writing.append(writing[-1] + 1)
         time.sleep(0.2)
         writing.append(writing[-1] - 1)
-        real(directory, table, durable=durable)
+        real(directory, table, **options)
 
     monkeypatch.setattr(storage, "commit_part", slow)
     options = fp.SaveOptions(max_inflight_bytes=10_000)
