@@ -6,6 +6,7 @@ the kernel drops the lock of a process that dies. After waiting, the inode behin
 compared with the one that was locked: the session may have been renamed away meanwhile.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -124,14 +125,21 @@ def lock_for_saving(where: CheckpointPath) -> SessionLock:
       CheckpointExistsError: The finalized checkpoint is there, or something that is not a session.
       OSError: The directory cannot be made.
     """
+    is_ours = False
     while True:
-        require_absent(where)
+        try:
+            require_absent(where)
+        except CheckpointExistsError:
+            if is_ours:  # made for nothing: somebody else has finalized meanwhile
+                with contextlib.suppress(OSError):
+                    os.rmdir(where.session)
+            raise
         try:
             lock = _lock(where.session, fcntl.LOCK_SH)
         except NotADirectoryError as error:
             raise _not_a_session(where, "it is not a directory") from error
         if lock is None:
-            _create_session(where)
+            is_ours = _create_session(where)
             continue
         try:
             if not os.path.lexists(where.final):
@@ -212,13 +220,16 @@ def identity(directory: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _create_session(where: CheckpointPath) -> None:
+def _create_session(where: CheckpointPath) -> bool:
+    """Makes the directory; returns whether nobody else had done so."""
     os.makedirs(where.session.parent, exist_ok=True)
     try:
         os.mkdir(where.session)
     except FileExistsError:
         if not where.session.is_dir() or where.session.is_symlink():
             raise _not_a_session(where, "it is not a directory") from None
+        return False
+    return True
 
 
 def prepare_session(where: CheckpointPath, *, durable: bool) -> None:
