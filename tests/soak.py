@@ -175,7 +175,8 @@ def main() -> int:
         f"memory {first.memory_bytes >> 20} to {last.memory_bytes >> 20} MiB, objects "
         f"{first.objects} to {last.objects}, threads {first.threads} to {last.threads}, "
         f"descriptors {first.descriptors} to {last.descriptors}, "
-        f"entries on disk {first.entries} to {last.entries}; seed {options.seed}, {time.monotonic() - begun:.0f} s"
+        f"entries on disk {first.entries} to {last.entries}; "
+        f"seed {options.seed}, {time.monotonic() - begun:.0f} s"
     )
     return int(bool(faults))
 
