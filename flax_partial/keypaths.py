@@ -6,6 +6,7 @@ is also a subtree, and no node has both list and mapping children. Adding or rem
 time linear in its length, whatever the tree holds already.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
@@ -46,9 +47,11 @@ def flatten(
     """Returns the leaves of a tree with their key paths, and its structure, as JAX does.
 
     Raises:
-      UnsupportedLeafError: JAX cannot flatten it: keys of one dict cannot be compared.
+      UnsupportedLeafError: JAX cannot flatten it: keys of one dict cannot be compared, or it is
+        nested too deeply, or in itself.
     """
     try:
+        _require_flattenable(tree)
         return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     except ValueError as error:
         nodes, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_cannot_be_sorted)
@@ -56,6 +59,24 @@ def flatten(
         raise UnsupportedLeafError(
             f"JAX cannot flatten this tree: {error} The keys of one dict must be all strings, or "
             f"all integers; those of {', '.join(map(repr, where))} are not."
+        ) from error
+
+
+def _require_flattenable(tree: Any, *, frames: int = 24) -> None:
+    """Refuses what is nested too deeply, with some frames to spare for what is called later.
+
+    With `is_leaf` a tree that is too deep must not get to JAX (0.10.2): the thread would be left
+    with a recursion depth that is used up for good, so that no further call of anything succeeds.
+    """
+    if frames:
+        _require_flattenable(tree, frames=frames - 1)
+        return
+    try:
+        tree_util.tree_flatten(tree)
+    except (RecursionError, SystemError) as error:
+        raise UnsupportedLeafError(
+            "This tree is nested in itself, or deeper than JAX can flatten within Python's "
+            f"recursion limit of {sys.getrecursionlimit()}. Make it flatter, or raise the limit."
         ) from error
 
 
@@ -88,7 +109,7 @@ def _convert(key: object, path: tuple[Any, ...]) -> tuple[str, str]:
         case tree_util.DictKey(key=str(text)):
             kind = STR_KEY
         case tree_util.DictKey(key=int(number)) if not isinstance(number, bool):
-            return str(number), INT_KEY
+            return _decimal(number, path), INT_KEY
         case tree_util.GetAttrKey(name=str(text)):
             kind = ATTRIBUTE
         case tree_util.SequenceKey(idx=number) | tree_util.FlattenedIndexKey(key=number):
@@ -101,6 +122,15 @@ def _convert(key: object, path: tuple[Any, ...]) -> tuple[str, str]:
     if not text.isascii():
         _require_utf8(text, path)
     return text, kind
+
+
+def _decimal(number: int, path: tuple[Any, ...]) -> str:
+    try:
+        return str(number)
+    except ValueError as error:
+        raise UnsupportedLeafError(
+            f"An integer key beside {tree_util.keystr(path[:-1])!r} is longer than Python writes."
+        ) from error
 
 
 def _key_type(key: object) -> str:
@@ -118,8 +148,13 @@ def _require_utf8(text: str, path: tuple[Any, ...]) -> None:
 
 
 def prefix_of(name: str) -> str:
-    """Where the chunks of the leaf called `name` live (zarr adds a slash only where none is)."""
-    return name if not name or name.endswith("/") else name + "/"
+    """Where the chunks of the leaf called `name` live.
+
+    zarr adds a slash only where none is, and to tensorstore a slash alone is the root.
+    """
+    if name in ("", "/"):
+        return ""
+    return name if name.endswith("/") else name + "/"
 
 
 @dataclass(slots=True)

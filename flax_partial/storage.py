@@ -137,7 +137,7 @@ def lock_for_saving(where: CheckpointPath) -> SessionLock:
         try:
             lock = _lock(where.session, fcntl.LOCK_SH)
         except NotADirectoryError as error:
-            raise _not_a_session(where, "it is not a directory") from error
+            raise _no_directory(where, error) from error
         if lock is None:
             is_ours = _create_session(where)
             continue
@@ -176,7 +176,7 @@ class ExclusiveLock:
         try:
             self._lock = _lock(where.session, fcntl.LOCK_EX)
         except NotADirectoryError as error:
-            raise _not_a_session(where, "it is not a directory") from error
+            raise _no_directory(where, error) from error
         if self._lock is None:
             raise no_session(where)
         if where.state.is_symlink():  # what is derived would be cleared and written elsewhere
@@ -276,6 +276,13 @@ def _not_a_session(where: CheckpointPath, why: str) -> CheckpointExistsError:
         f"{where.session} is in the way: {why}, so it is not an unfinished checkpoint of "
         "flax_partial. Move it away, or use another path."
     )
+
+
+def _no_directory(where: CheckpointPath, error: NotADirectoryError) -> OSError:
+    """The error where the session, or one of the directories above it, is something else."""
+    if os.path.lexists(where.session):
+        return _not_a_session(where, "it is not a directory")
+    return NotADirectoryError(error.errno, error.strerror, error.filename)
 
 
 def no_session(where: CheckpointPath) -> NoSessionError:
