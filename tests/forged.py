@@ -122,13 +122,13 @@ def table(name: str, head: dict[str, Any]) -> bytes:
     """A table of contents with everything that its kind has (`head`), and what `name` says."""
     bomb = BOMBS.get(name)
     if bomb is not None:
-        return _envelope(_text(_ONE, head | {"leaves": "BOMB"}).replace(b'"BOMB"', bomb))
+        return envelope(_text(_ONE, head | {"leaves": "BOMB"}).replace(b'"BOMB"', bomb))
     return table_of(ROWS.get(name, _ONE), head | FIELDS.get(name, {}))
 
 
 def table_of(rows: list[Row], head: dict[str, Any]) -> bytes:
     """A table of contents with the given rows; `head` may replace any of its other fields."""
-    return _envelope(_text(rows, head))
+    return envelope(_text(rows, head))
 
 
 def _text(rows: list[Row], head: dict[str, Any]) -> bytes:
@@ -146,6 +146,6 @@ def _placed(row: Row) -> Row:
     return row | {"boxes": boxes}
 
 
-def _envelope(body: bytes) -> bytes:
+def envelope(body: bytes) -> bytes:
     """A table's text in a file that has its digest."""
     return b'{"xxh3_128":"' + digest(body).encode() + b'","table":' + body + b"}\n"

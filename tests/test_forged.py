@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import forged
+import fuzz
 import numpy as np
 import pytest
 from things import QUICK
@@ -75,6 +76,13 @@ def test_session_with_a_forged_table_is_finalized_or_refused(
     head = {"process": 0, "time_ns": int(report.part.split(".")[1]), "bytes": 0}
     (directory / "part.json").write_bytes(forged.table(name, head))
     assert_harmless(apart.call(finalize_all, tmp_path / "c"))
+
+
+def test_table_changed_at_random_is_read_or_refused(tmp_path: Path) -> None:
+    """A few trials of `fuzz.py`, which says what holds; a script for many more."""
+    trial = fuzz.start(tmp_path)
+    faults = {seed: found for seed in range(90) if (found := trial(seed)[1])}
+    assert not faults
 
 
 @pytest.mark.slow
