@@ -7,10 +7,13 @@ zarr, which reads them in parallel.
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tensorstore as ts
@@ -71,11 +74,26 @@ def read_regions(state: Path, regions: Sequence[Region]) -> list[np.ndarray | Ex
 
     Returns:
       For each region its data, C-contiguous and the caller's own, or a `CorruptCheckpointError`
-      that names the leaf.
+      that names the leaf; an `OSError` where the system refused to read, which says nothing of
+      the data.
     """
     reader = _Reader(state)
-    started = [reader.start(*region) for region in regions]
-    return [_outcome(finish, leaf) for finish, (leaf, _, _) in zip(started, regions, strict=True)]
+    started = [_started(reader, region) for region in regions]
+    return [
+        _outcome(finish, leaf, state) for finish, (leaf, _, _) in zip(started, regions, strict=True)
+    ]
+
+
+def _started(reader: "_Reader", region: Region) -> Callable[[], np.ndarray]:
+    """Starts to read; what already fails then does so when it is waited for."""
+    try:
+        return reader.start(*region)
+    except ValueError as error:
+        return partial(_raise, error)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 class _Reader:
@@ -157,11 +175,11 @@ def _check(leaf: Leaf, start: Shape, array: np.ndarray) -> None:
             raise ValueError(f"chunk {number} has digest {found}, and {expected[number]} was saved")
 
 
-def _outcome(finish: Callable[[], np.ndarray], leaf: Leaf) -> np.ndarray | Exception:
+def _outcome(finish: Callable[[], np.ndarray], leaf: Leaf, state: Path) -> np.ndarray | Exception:
     try:
         return finish()
     except ValueError as error:
-        return CorruptCheckpointError(f"Leaf {leaf.name!r}: {error}")
+        return _refusal(error, state) or CorruptCheckpointError(f"Leaf {leaf.name!r}: {error}")
 
 
 Store = ts.TensorStore
@@ -242,3 +260,12 @@ def _result(future: ts.Future[Any]) -> Any:
         return future.result()
     except ValueError as error:
         return error
+
+
+def _refusal(error: ValueError, directory: Path) -> OSError | None:
+    """Returns what the operating system said, if it refused to read: the data may be as it was."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    if found is None:
+        return None
+    code = int(found[1])
+    return OSError(code, f"{os.strerror(code)} ({error})", str(directory))

@@ -6,7 +6,8 @@ from the parts.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from flax_partial import collector, orbax_format, storage, workers
 from flax_partial.errors import (
@@ -15,12 +16,13 @@ from flax_partial.errors import (
     KeyConflictError,
     NoSessionError,
 )
+from flax_partial.keypaths import KeyPath
 from flax_partial.loading import database_uuid, described, metadata
 from flax_partial.merge import MergePlan, merge, merge_metadata
 from flax_partial.part import Contents, Leaf, Part, encode_contents
 from flax_partial.processes import DEFAULT_TIMEOUT_SECS, agree, count, index
 from flax_partial.reports import CheckpointMetadata, PartStatus, SessionStatus
-from flax_partial.session import PathLike, forget, read_parts, session_of
+from flax_partial.session import PathLike, Session, forget, read_parts, session_of
 from flax_partial.storage import CheckpointPath
 
 _MOST_NAMED = 20  # leaves that an error lists
@@ -55,6 +57,7 @@ def finalize(
       NoSessionError: There is no session.
       IncompleteCheckpointError: Leaves, or pieces of leaves, are missing; the session is kept.
       KeyConflictError: The parts do not form one tree; the session is kept.
+      CorruptCheckpointError: A part is damaged; the session is kept.
       OSError: Writing failed; the session is kept, and finalize can be called again.
     """
     where = storage.resolve(path)
@@ -71,7 +74,7 @@ def finalize(
 
     def commit(expected_by: Mapping[int, Sequence[str]]) -> None:
         names = [*dict.fromkeys(name for listed in expected_by.values() for name in listed)]
-        committed.append(_commit_when_whole(where, names, timeout_secs or 0.0))
+        committed.append(_commit_when_whole(session, names, timeout_secs or 0.0))
 
     agree(
         f"finalize {where.final}",
@@ -133,10 +136,10 @@ def abort(path: PathLike) -> None:
     """
     where = storage.resolve(path)
     session = session_of(where)
-    session.is_aborted = True
     forget(session, for_good=True)
+    session.is_aborted = True
     session.wait()
-    with storage.locked_exclusively(where):
+    with session.exclusively():
         storage.remove_session(where)
 
 
@@ -153,12 +156,16 @@ def status(path: PathLike) -> SessionStatus:
     if not storage.is_session(where):
         raise storage.no_session(where)
     torn: list[str] = []
-    parts = read_parts(where, torn=torn)
-    return status_of(where, parts, torn)
+    damaged: dict[str, str] = {}
+    parts = read_parts(where, torn=torn, damaged=damaged)
+    return status_of(where, parts, torn, damaged)
 
 
 def status_of(
-    where: CheckpointPath, parts: Mapping[str, Part], torn: Sequence[str]
+    where: CheckpointPath,
+    parts: Mapping[str, Part],
+    torn: Iterable[str],
+    damaged: Iterable[str],
 ) -> SessionStatus:
     """Returns the public description of a session's parts."""
     ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
@@ -166,6 +173,7 @@ def status_of(
         path=where.final,
         parts=tuple(_part_status(name, part) for name, part in ordered),
         torn=tuple(torn),
+        damaged=tuple(damaged),
         leaves=tuple(sorted({leaf.name for part in parts.values() for leaf in part.leaves})),
         bytes=sum(part.bytes for part in parts.values()),
         processes=tuple(sorted({part.process for part in parts.values()})),
@@ -194,14 +202,13 @@ def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _commit_when_whole(
-    where: CheckpointPath, expected: Sequence[str], timeout_secs: float
-) -> Contents:
+def _commit_when_whole(session: Session, expected: Sequence[str], timeout_secs: float) -> Contents:
+    where = session.where
     storage.require_absent(where)
     if timeout_secs:
         _wait_for_leaves(where, expected, timeout_secs)
     try:
-        with storage.locked_exclusively(where), collector.paused():
+        with session.exclusively(), collector.paused():
             return _commit(where, expected)
     except NoSessionError:
         storage.require_absent(where)  # somebody else has finalized it while this one waited
@@ -229,7 +236,9 @@ def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
     """Makes the checkpoint of a locked session."""
     storage.require_absent(where)
     torn: list[str] = []
-    parts = read_parts(where, torn=torn)
+    damaged: dict[str, str] = {}
+    parts = read_parts(where, torn=torn, damaged=damaged)
+    _require_undamaged(where, damaged)
     plan = merge(parts)
     _require_whole(where, parts, plan, expected)
     contents = Contents(
@@ -239,6 +248,7 @@ def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
         custom_metadata=plan.custom_metadata,
         leaves=plan.leaves,
         data_parts=plan.data_parts,
+        first_part=min(parts),
     )
     data = encode_contents(contents)
     root_files = orbax_format.root_files(contents)
@@ -248,6 +258,16 @@ def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
     storage.clear_root(where)
     storage.commit_checkpoint(where, root_files=root_files, contents=data)
     return contents
+
+
+def _require_undamaged(where: CheckpointPath, damaged: Mapping[str, str]) -> None:
+    """What a damaged part held is not known: to go on without it might bring back older values."""
+    if damaged:
+        raise CorruptCheckpointError(
+            f"{where.session} has committed parts that are damaged:\n"
+            f"{_listed([*damaged.values()])}\n"
+            "Abort it; or move these parts away, and save again what they held."
+        )
 
 
 def _require_whole(
@@ -291,14 +311,18 @@ def _lost(where: CheckpointPath, plan: MergePlan) -> list[str]:
 
 def _lacking(expected: Sequence[str], leaves: Iterable[Leaf]) -> list[str]:
     """Returns which of the expected names are neither a leaf nor a subtree."""
-    if not expected:
-        return []
-    found: set[str] = set()
-    for leaf in leaves:
-        for depth in range(1, len(leaf.path.texts) + 1):
-            found.add(".".join(leaf.path.texts[:depth]))
-            found.add("/".join(leaf.path.texts[:depth]))
-    return [name for name in expected if name not in found]
+    wanted = set(expected)
+    lengths = frozenset(map(len, wanted))
+    for leaf in leaves if wanted else ():
+        wanted.difference_update(_ancestry(leaf.path, lengths))
+    return [name for name in expected if name in wanted]
+
+
+def _ancestry(path: KeyPath, lengths: frozenset[int]) -> Iterator[str]:
+    """The names of a leaf, and of the subtrees around it, that are of the given lengths."""
+    ends = accumulate(path.texts, lambda end, text: end + 1 + len(text), initial=-1)
+    inside = lengths.intersection(ends)
+    return (joined[:end] for joined in (path.name, "/".join(path.texts)) for end in inside)
 
 
 def _listed(lines: Sequence[str]) -> str:

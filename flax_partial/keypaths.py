@@ -6,8 +6,10 @@ is also a subtree, and no node has both list and mapping children. Adding or rem
 time linear in its length, whatever the tree holds already.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice, pairwise
 from typing import Any, Literal
 
 from jax import tree_util
@@ -45,9 +47,11 @@ def flatten(
     """Returns the leaves of a tree with their key paths, and its structure, as JAX does.
 
     Raises:
-      UnsupportedLeafError: JAX cannot flatten it: keys of one dict cannot be compared.
+      UnsupportedLeafError: JAX cannot flatten it: keys of one dict cannot be compared, or it is
+        nested too deeply, or in itself.
     """
     try:
+        _require_flattenable(tree)
         return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     except ValueError as error:
         nodes, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_cannot_be_sorted)
@@ -55,6 +59,24 @@ def flatten(
         raise UnsupportedLeafError(
             f"JAX cannot flatten this tree: {error} The keys of one dict must be all strings, or "
             f"all integers; those of {', '.join(map(repr, where))} are not."
+        ) from error
+
+
+def _require_flattenable(tree: Any, *, frames: int = 24) -> None:
+    """Refuses what is nested too deeply, with some frames to spare for what is called later.
+
+    With `is_leaf` a tree that is too deep must not get to JAX (0.10.2): the thread would be left
+    with a recursion depth that is used up for good, so that no further call of anything succeeds.
+    """
+    if frames:
+        _require_flattenable(tree, frames=frames - 1)
+        return
+    try:
+        tree_util.tree_flatten(tree)
+    except (RecursionError, SystemError) as error:
+        raise UnsupportedLeafError(
+            "This tree is nested in itself, or deeper than JAX can flatten within Python's "
+            f"recursion limit of {sys.getrecursionlimit()}. Make it flatter, or raise the limit."
         ) from error
 
 
@@ -87,7 +109,7 @@ def _convert(key: object, path: tuple[Any, ...]) -> tuple[str, str]:
         case tree_util.DictKey(key=str(text)):
             kind = STR_KEY
         case tree_util.DictKey(key=int(number)) if not isinstance(number, bool):
-            return str(number), INT_KEY
+            return _decimal(number, path), INT_KEY
         case tree_util.GetAttrKey(name=str(text)):
             kind = ATTRIBUTE
         case tree_util.SequenceKey(idx=number) | tree_util.FlattenedIndexKey(key=number):
@@ -100,6 +122,15 @@ def _convert(key: object, path: tuple[Any, ...]) -> tuple[str, str]:
     if not text.isascii():
         _require_utf8(text, path)
     return text, kind
+
+
+def _decimal(number: int, path: tuple[Any, ...]) -> str:
+    try:
+        return str(number)
+    except ValueError as error:
+        raise UnsupportedLeafError(
+            f"An integer key beside {tree_util.keystr(path[:-1])!r} is longer than Python writes."
+        ) from error
 
 
 def _key_type(key: object) -> str:
@@ -117,8 +148,13 @@ def _require_utf8(text: str, path: tuple[Any, ...]) -> None:
 
 
 def prefix_of(name: str) -> str:
-    """Where the chunks of the leaf called `name` live (zarr adds a slash only where none is)."""
-    return name if not name or name.endswith("/") else name + "/"
+    """Where the chunks of the leaf called `name` live.
+
+    zarr adds a slash only where none is, and to tensorstore a slash alone is the root.
+    """
+    if name in ("", "/"):
+        return ""
+    return name if name.endswith("/") else name + "/"
 
 
 @dataclass(slots=True)
@@ -182,19 +218,37 @@ class KeyTree:
         self._root = None
 
     def gaps(self) -> Iterator[str]:
-        """Says which lists lack an element."""
-        stack: list[tuple[tuple[str, ...], _Node]] = [((), self._root)] if self._root else []
+        """Says which lists lack an element; linear in the tree, whatever its indices are."""
+        stack: list[tuple[_Trail | None, _Node]] = [(None, self._root)] if self._root else []
         while stack:
-            texts, node = stack.pop()
+            trail, node = stack.pop()
             if node.container == "list":
-                indices = {int(text) for text in node.children}
-                missing = sorted(set(range(max(indices) + 1)) - indices)
-                if missing:
+                indices = sorted(map(int, node.children))
+                if indices[-1] >= len(indices):
                     yield (
-                        f"List {'.'.join(texts)!r} has element {max(indices)} but lacks "
-                        f"{_shortened(missing)}. Save what is missing, or use a dict."
+                        f"List {_joined(trail)!r} has element {indices[-1]} but lacks "
+                        f"{_absent(indices)}. Save what is missing, or use a dict."
                     )
-            stack.extend(((*texts, text), child) for text, child in node.children.items())
+            stack.extend(((trail, text), child) for text, child in node.children.items())
+
+
+_Trail = tuple["_Trail | None", str]  # the way to a node, innermost key first
+
+
+def _joined(trail: _Trail | None) -> str:
+    texts = []
+    while trail is not None:
+        trail, text = trail
+        texts.append(text)
+    return ".".join(reversed(texts))
+
+
+def _absent(indices: list[int], most: int = 5) -> str:
+    """Names the first few indices that are not among ascending ones, and counts the others."""
+    gaps = (range(a + 1, b) for a, b in pairwise([-1, *indices]))
+    shown = ", ".join(map(str, islice(chain.from_iterable(gaps), most)))
+    count = indices[-1] + 1 - len(indices)
+    return shown if count <= most else f"{shown} and {count - most} more"
 
 
 def _problem_with_owner(owner: KeyPath, path: KeyPath) -> str | None:
@@ -230,8 +284,3 @@ def _mixed(node: str, name: str) -> str:
         f"Leaf {name!r}: node {node!r} has both list and dict children. Save all of them under "
         "a list, or all under a dict."
     )
-
-
-def _shortened(numbers: list[int], most: int = 5) -> str:
-    shown = ", ".join(map(str, numbers[:most]))
-    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"

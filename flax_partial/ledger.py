@@ -42,8 +42,13 @@ class Ledger:
             self._hold(leaf, _chunks_of(leaf))
 
     def claim(
-        self, leaves: Sequence[Leaf], *, replace: bool, visible: Callable[[str], int]
-    ) -> list[Leaf]:
+        self,
+        leaves: Sequence[Leaf],
+        *,
+        replace: bool,
+        visible: Callable[[str], int],
+        claimed: list[Leaf],
+    ) -> None:
         """Claims leaves for a save; all of them or none.
 
         Args:
@@ -51,14 +56,12 @@ class Ledger:
           replace: Whether to start a new generation of what is held already.
           visible: Largest generation of a leaf in the parts on disk, -1 if there is none; asked
             only to replace a leaf that this process never wrote.
-
-        Returns:
-          The leaves, each in its generation.
+          claimed: Where to put the leaves, each in its generation. They are there before they are
+            claimed, so that whoever is interrupted can release them.
 
         Raises:
           KeyConflictError: Some cannot be claimed; it names all of them.
         """
-        claimed: list[Leaf] = []
         problems: list[str] = []
         for leaf in leaves:
             chunks = _chunks_of(leaf)
@@ -67,12 +70,12 @@ class Ledger:
                 problems.append(generation)
                 continue
             placed = _in_generation(leaf, generation)
-            self._hold(placed, chunks)
             claimed.append(placed)
+            self._hold(placed, chunks)
         if problems:
             self.release(claimed)
+            claimed.clear()
             raise KeyConflictError("\n".join(problems))
-        return claimed
 
     def release(self, leaves: Sequence[Leaf]) -> None:
         """Takes back the claims of a save that failed."""
@@ -102,7 +105,7 @@ class Ledger:
         if problem:
             return problem
         generations = self._held.get(leaf.name)
-        if generations is None:
+        if not generations:  # or an interrupt came before the first was put in
             return visible(leaf.name) + 1 if replace else 0
         newest = max(generations)
         held, others = generations[newest].leaf, generations[newest].chunks
@@ -125,7 +128,7 @@ class Ledger:
 
     def _hold(self, leaf: Leaf, chunks: frozenset[int] | None) -> None:
         generations = self._held.get(leaf.name)
-        if generations is None:
+        if not generations:
             if self._tree.problem_with(leaf.path):
                 return  # only parts on disk can be at odds; finalize will say so
             self._tree.add(leaf.path)

@@ -5,7 +5,7 @@ that does not fit is told in one error, before any array data is read. Then only
 this process's devices hold are read.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,8 @@ from flax_partial.session import PathLike, read_parts
 from flax_partial.storage import CheckpointPath
 
 _VERIFIED_AT_ONCE_BYTES = 256 << 20
+_UNSUSPICIOUS_BYTES = 256 << 20  # reading this much takes longer than asking for the files' sizes
+_MOST_ZSTD = 1 << 15  # bytes that a byte of zstd stands for: its shortest block is 4, for 128 KiB
 
 
 class Checkpoint(Protocol):
@@ -46,7 +48,10 @@ class Checkpoint(Protocol):
         ...
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
-        """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf."""
+        """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf.
+
+        An `OSError` where the system refused to read it.
+        """
         ...
 
 
@@ -56,6 +61,9 @@ class _OwnCheckpoint:
         self._state = path / storage.STATE
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
+        lie = self._too_large({leaf.name: leaf for leaf, _, _ in regions}.values())
+        if lie:
+            return [CorruptCheckpointError(f"Leaf {leaf.name!r}: {lie}") for leaf, _, _ in regions]
         outcomes: dict[int, np.ndarray | Exception] = {}
         for has_runs in (True, False):
             places = [i for i, (leaf, _, _) in enumerate(regions) if bool(leaf.runs) == has_runs]
@@ -73,6 +81,20 @@ class _OwnCheckpoint:
             else outcome
             for outcome, (leaf, _, _) in zip(found, regions, strict=True)
         ]
+
+    def _too_large(self, leaves: Iterable[Leaf]) -> str | None:
+        """Says why there is no use in asking for the memory of leaves: the files hold less.
+
+        Where there is not enough tensorstore ends the process, so that a table that lies about
+        shapes, with the right digest, has to be found out before.
+        """
+        least = sum(leaf.bytes // (_MOST_ZSTD if leaf.compression else 1) for leaf in leaves)
+        if least <= _UNSUSPICIOUS_BYTES:
+            return None
+        held = storage.bytes_below(self._state)
+        if least <= held:
+            return None
+        return f"what is read would be of {least} bytes, and {self._state} holds {held}"
 
 
 def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: bool = False) -> Any:
@@ -95,6 +117,7 @@ def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: boo
       NoSessionError: There is no finalized checkpoint at `path`.
       TargetMismatchError: Target and checkpoint differ; it lists every difference.
       CorruptCheckpointError: Data on disk is damaged; it names the leaves.
+      OSError: The system refused to read it, which says nothing of the data.
     """
     with collector.paused():
         return _load(storage.resolve(path), target, partial=partial, cast=cast)
@@ -170,9 +193,15 @@ def open_checkpoint(where: CheckpointPath) -> Checkpoint:
     """
     path = where.final / storage.STATE / storage.CONTENTS
     data = storage.read(path)
+    names = storage.part_names_in(where.final / storage.STATE)
     if data is not None:
-        return _OwnCheckpoint(where.final, decode_contents(data, where=str(path)))
-    if storage.part_names_in(where.final / storage.STATE):
+        contents = decode_contents(data, where=str(path))
+        if contents.first_part not in names:
+            raise CorruptCheckpointError(
+                f"{path} is of another checkpoint, or {contents.first_part} beside it is lost."
+            )
+        return _OwnCheckpoint(where.final, contents)
+    if names:
         raise CorruptCheckpointError(
             f"{path} is missing, and {where.final} holds parts: it is damaged, or was renamed "
             f"before it was finalized. Rename it to {where.session} and finalize it."
@@ -245,6 +274,9 @@ def _read(checkpoint: Checkpoint, placements: Sequence[Placement]) -> list[Any]:
     regions = [(one.leaf, *box) for one in placements for box in one.boxes]
     outcomes = checkpoint.read(regions)
     errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    for error in errors:
+        if isinstance(error, OSError):
+            raise error
     if errors:
         raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
     data: Iterator[Any] = iter(outcomes)
@@ -255,35 +287,54 @@ def _read(checkpoint: Checkpoint, placements: Sequence[Placement]) -> list[Any]:
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
     """Builds nested dicts and lists; a list's elements may have been saved in any order."""
     root: dict[Any, Any] = {}
+    nodes = {id(root)}  # a leaf may be a dict too
     keys: dict[tuple[int, str], str | int] = {}  # (node, text) -> key: saves may differ in its type
     lists: list[tuple[dict[Any, Any], Any]] = []
     for leaf, value in zip(leaves, values, strict=True):
         node, key = root, None
         for text, kind in zip(leaf.path.texts, leaf.path.kinds, strict=True):
             if key not in node:
-                node[key] = {}
+                inner: dict[Any, Any] = {}
+                node[key] = inner
+                nodes.add(id(inner))
                 if kind == keypaths.INDEX:
                     lists.append((node, key))
             node = node[key]
+            if id(node) not in nodes:
+                raise _no_tree(leaf)
             key = keys.setdefault(
                 (id(node), text), text if kind in keypaths.TEXT_KEYS else int(text)
             )
+        if key in node:
+            raise _no_tree(leaf)
         node[key] = value
     for parent, key in reversed(lists):  # the inner ones first
         children = parent[key]
-        parent[key] = [children[i] for i in range(len(children))]
+        try:
+            parent[key] = [children[i] for i in range(len(children))]
+        except KeyError as error:
+            raise CorruptCheckpointError(
+                f"In the table of contents list {key!r} lacks element {error}"
+            ) from None
     return root[None]
+
+
+def _no_tree(leaf: Leaf) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"Leaf {leaf.name!r}: in the table of contents it is there twice, or a leaf and a subtree"
+    )
 
 
 def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tuple[str, str]]:
     """Derives the root files from the parts once more; yields those that differ, and why."""
     finalized = CheckpointPath(where.final, where.final)
     torn: list[str] = []
-    parts = read_parts(finalized, torn=torn)
-    for name in torn:
-        yield f"{storage.STATE}/{name}", "its table of contents is damaged"
+    damaged: dict[str, str] = {}
+    parts = read_parts(finalized, torn=torn, damaged=damaged)
+    yield from ((f"{storage.STATE}/{name}", why) for name, why in damaged.items())
+    yield from ((f"{storage.STATE}/{name}", "it has no table of contents") for name in torn)
     files = orbax_format.root_files(contents)
-    if not torn:
+    if not torn and not damaged:
         plan = merge(parts)
         derived = Contents(
             started_ns=plan.started_ns,
@@ -292,13 +343,14 @@ def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tup
             custom_metadata=plan.custom_metadata,
             leaves=plan.leaves,
             data_parts=plan.data_parts,
+            first_part=min(parts, default=""),
         )
         data = encode_contents(derived)
         if data != encode_contents(contents):
             yield f"{storage.STATE}/{storage.CONTENTS}", "it is not what the parts add up to"
         files |= orbax_format.database_files(derived, plan.sources, uuid=database_uuid(data))
     for name, data in files.items():
-        if storage.read(where.final / name) != data:
+        if not storage.holds(where.final / name, data):
             yield name, "it is missing, or not what the parts add up to"
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 
 class MemoryBudget:
-    """Bytes that snapshots waiting to be written hold, in this process.
+    """Bytes that snapshots waiting to be written hold, in this process, by who holds them.
 
     Under a limit, what they held is given back to the system, too: glibc keeps freed arrays of up
     to 32 MiB, and does so for each few threads. Streaming 2 GiB of layers with 64 MiB in flight
@@ -16,11 +16,11 @@ class MemoryBudget:
     """
 
     def __init__(self) -> None:
-        self._held = 0
+        self._held: dict[object, int] = {}
         self._freed = 0  # since memory was last given back
         self._changed = threading.Condition()
 
-    def acquire(self, size: int, *, limit: int | None) -> float:
+    def acquire(self, owner: object, size: int, *, limit: int | None) -> float:
         """Waits until `size` more bytes fit under `limit`; returns the seconds that it took.
 
         What is larger than the limit by itself waits until it is alone.
@@ -28,17 +28,20 @@ class MemoryBudget:
         started = time.perf_counter()
         most = sys.maxsize if limit is None else limit
         with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._held + size <= most)
-            self._held += size
+            self._changed.wait_for(lambda: not self._held or self._total() + size <= most)
+            self._held[owner] = size
         return time.perf_counter() - started
 
-    def release(self, size: int, *, limit: int | None) -> None:
-        """Gives bytes back; nothing holds the snapshot any more."""
-        if limit is not None:
-            self._give_back_to_system(size, limit)
+    def _total(self) -> int:
+        return sum(self._held.values())
+
+    def release(self, owner: object, *, limit: int | None) -> None:
+        """Gives back what an owner holds, if anything; nothing has its snapshot any more."""
+        if limit is not None and owner in self._held:
+            self._give_back_to_system(self._held[owner], limit)
         with self._changed:
-            self._held -= size
-            self._changed.notify_all()
+            if self._held.pop(owner, None) is not None:
+                self._changed.notify_all()
 
     def _give_back_to_system(self, size: int, limit: int) -> None:
         with self._changed:

@@ -89,19 +89,17 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
 def merge_metadata(dictionaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Merges dictionaries deeply; the later value wins, and lists are values."""
     merged: dict[str, Any] = {}
-    for dictionary in dictionaries:
-        _merge_into(merged, dictionary)
+    stack = [(merged, dictionary) for dictionary in dictionaries][::-1]
+    while stack:  # and no recursion, which would end before the depth that JSON is read to
+        into, dictionary = stack.pop()
+        for key, value in dictionary.items():
+            if not isinstance(value, Mapping):
+                into[key] = value
+                continue
+            if not isinstance(into.get(key), dict):
+                into[key] = {}  # a dict of our own: what was passed stays as it is
+            stack.append((into[key], value))
     return merged
-
-
-def _merge_into(merged: dict[str, Any], dictionary: Mapping[str, Any]) -> None:
-    for key, value in dictionary.items():
-        if not isinstance(value, Mapping):
-            merged[key] = value
-            continue
-        if not isinstance(merged.get(key), dict):
-            merged[key] = {}  # a dict of our own: what was passed stays as it is
-        _merge_into(merged[key], value)
 
 
 def _newest(ordered: list[tuple[str, Part]]) -> dict[str, _Held]:

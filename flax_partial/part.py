@@ -2,12 +2,15 @@
 
 Both are JSON, `{"xxh3_128":"<32 hex digits>","table":{...}}`, the digest being that of the table's
 bytes. A whole, valid `part.json` is the commit of its part: what `decode_part` accepts was saved.
-Decoding trusts nothing: it checks the digest, every type, and that boxes, chunks and digests agree.
+Decoding trusts nothing: it checks the digest, every type and size, and that boxes, chunks and
+digests agree. Each chunk has its entry, with a digest or not, so that no table can claim more
+chunks than it is long: what works on chunks takes memory and time as the table does.
 """
 
 import base64
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +22,7 @@ import xxhash
 
 from flax_partial.chunks import Shape, chunk_counts, chunk_keys, chunk_regions
 from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError
-from flax_partial.keypaths import KEY_KINDS, KeyPath, prefix_of
+from flax_partial.keypaths import INDEX, KEY_KINDS, TEXT_KEYS, KeyPath, prefix_of
 from flax_partial.options import COMPRESSIONS
 
 T = TypeVar("T")
@@ -56,9 +59,13 @@ STORABLE_DTYPES = frozenset(
 # What taking apart JSON of another shape than the expected raises.
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, RecursionError, AttributeError)
 
+_MOST_COUNT = 2**63
+_MOST_BYTES = 2**62  # of a leaf; beyond it even zarr's arithmetic ends
+
 _HEAD = b'{"xxh3_128":"'
 _MIDDLE = b'","table":'
 _TABLE_AT = len(_HEAD) + 32 + len(_MIDDLE)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 # Boxes, leaves and their paths are never changed, but not frozen either: making a frozen one takes
@@ -222,6 +229,8 @@ class Contents:
       custom_metadata: That of all parts, merged.
       leaves: Its leaves, in the order in which they were saved.
       data_parts: Names of the parts that the leaves' runs number.
+      first_part: Name of the first of its parts, which no other checkpoint has; empty where Orbax
+        wrote it.
     """
 
     started_ns: int
@@ -230,6 +239,7 @@ class Contents:
     custom_metadata: dict[str, Any]
     leaves: tuple[Leaf, ...]
     data_parts: tuple[str, ...] = ()
+    first_part: str = ""
 
 
 @lru_cache(maxsize=len(STORABLE_DTYPES))
@@ -312,6 +322,7 @@ def encode_contents(contents: Contents) -> bytes:
         "committed_ns": contents.committed_ns,
         "parts": contents.parts,
         "data_parts": contents.data_parts,
+        "first_part": contents.first_part,
     }
     return _encode(head, contents.custom_metadata, contents.leaves)
 
@@ -381,7 +392,7 @@ def _leaf_to_json(leaf: Leaf, shardings: _Shardings) -> dict[str, Any]:
         row["text"] = leaf.text
     if leaf.is_array:
         row |= {"dtype": leaf.dtype, "shape": leaf.shape, "chunk": leaf.chunk}
-        row["boxes"] = [_box_to_json(box) for box in leaf.boxes]
+        row["boxes"] = [_box_to_json(box, leaf) for box in leaf.boxes]
     if leaf.runs:
         row["runs"] = leaf.runs
     if leaf.compression:
@@ -391,14 +402,16 @@ def _leaf_to_json(leaf: Leaf, shardings: _Shardings) -> dict[str, Any]:
     return row
 
 
-def _box_to_json(box: Box) -> tuple[object, ...]:
+def _box_to_json(box: Box, leaf: Leaf) -> tuple[object, ...]:
+    """A digest for each chunk, an empty one where none was taken; and its place, in a part."""
+    digests = box.digests or ("",) * math.prod(chunk_counts(box.shape, leaf.chunk))
     if not box.places:
-        return box.start, box.shape, box.digests
+        return box.start, box.shape, digests
     places = [
         base64.b64encode(place).decode("ascii") if isinstance(place, bytes) else place
         for place in box.places
     ]
-    return box.start, box.shape, box.digests, places
+    return box.start, box.shape, digests, places
 
 
 def _checked(build: Callable[[dict[str, Any]], T], data: bytes, where: str) -> T:
@@ -421,6 +434,8 @@ def _open_envelope(data: bytes) -> dict[str, Any]:
     if digest(body) != data[len(_HEAD) : len(_HEAD) + 32].decode("ascii", "replace"):
         raise CorruptCheckpointError("its digest does not match: it is torn or damaged")
     table = json.loads(bytes(body))
+    if _SURROGATE.search(body):
+        _to_json(table)  # fails where it is a lone one, which no text or name can hold
     if table["format"] != FORMAT_VERSION:
         raise CorruptCheckpointError(
             f"it is of format {table['format']!r}, and this version of flax_partial reads "
@@ -454,6 +469,7 @@ def _contents_of(table: dict[str, Any]) -> Contents:
         custom_metadata=table["custom_metadata"],
         leaves=_leaves_of(table),
         data_parts=tuple(table["data_parts"]),
+        first_part=str(table["first_part"]),
     )
     if not all(type(name) is str and "/" not in name for name in contents.data_parts):
         raise CorruptCheckpointError("a name of a part is none")
@@ -480,6 +496,8 @@ def _leaves_of(table: dict[str, Any]) -> tuple[Leaf, ...]:
             leaves.append(_leaf_of(row, shardings))
         except _MALFORMED as error:
             raise CorruptCheckpointError(f"leaf {row.get('path')}: {error}") from error
+    if not leaves:
+        raise CorruptCheckpointError("it has no leaves")
     return tuple(leaves)
 
 
@@ -489,6 +507,7 @@ def _leaf_of(row: dict[str, Any], shardings: list[dict[str, Any]]) -> Leaf:
         raise ValueError("it has an unknown kind, or kind of key")
     if not all(type(key) is str for key in (text, kinds, *texts)):
         raise TypeError("a key, or the text, is no string")
+    _require_numbers(texts, kinds)
     sharding, compression = row.get("sharding"), row.get("compression")
     if compression not in COMPRESSIONS:
         raise ValueError(f"it has unknown compression {compression!r}")
@@ -499,6 +518,7 @@ def _leaf_of(row: dict[str, Any], shardings: list[dict[str, Any]]) -> Leaf:
     chunk = _shape(row["chunk"]) if is_array else ()
     boxes: tuple[Box, ...] = ()
     if is_array:
+        _require_array(kind, row["dtype"], shape, chunk)
         stored = None if compression else math.prod(chunk) * numpy_dtype(row["dtype"]).itemsize
         boxes = tuple([_box_of(box, shape, chunk, stored) for box in row["boxes"]])
     return Leaf(
@@ -521,6 +541,28 @@ def _run_of(value: list[Any]) -> Run:
     return part, offset, chunks
 
 
+def _require_numbers(texts: tuple[str, ...], kinds: str) -> None:
+    """Refuses indices, and integer keys, that are not spelled as Python would."""
+    if TEXT_KEYS.issuperset(kinds):
+        return
+    for text, kind in zip(texts, kinds, strict=True):
+        if kind not in TEXT_KEYS and (str(int(text)) != text or (kind == INDEX and text[0] == "-")):
+            raise ValueError(f"{text!r} is not an index, or an integer key")
+
+
+@lru_cache(maxsize=4096)  # arrays of a model have one of a few shapes
+def _require_array(kind: str, dtype: str, shape: Shape, chunk: Shape) -> None:
+    """Refuses what no array of the kind can be; memory for it is not asked for here."""
+    if any(not 0 < step <= (size or 1) for size, step in zip(shape, chunk, strict=True)):
+        raise ValueError(f"chunks of {list(chunk)} do not divide {list(shape)}")
+    if math.prod(size or 1 for size in shape) * numpy_dtype(dtype).itemsize > _MOST_BYTES:
+        raise ValueError(f"{list(shape)} is larger than any array")
+    if shape and kind in (SCALAR, NUMPY_SCALAR):
+        raise ValueError(f"it is a scalar of shape {list(shape)}")
+    if kind == PRNG_KEY and dtype != "uint32":
+        raise ValueError(f"it is a PRNG key of {dtype}")
+
+
 def _box_of(row: list[Any], whole: Shape, chunk: Shape, stored: int | None) -> Box:
     """Checks a box; of a chunk as it is stored, so many bytes, or any number where that is None."""
     start, shape, digests = _shape(row[0]), _shape(row[1]), tuple(row[2])
@@ -532,12 +574,12 @@ def _box_of(row: list[Any], whole: Shape, chunk: Shape, stored: int | None) -> B
     else:
         for at, size, end, step in zip(start, shape, whole, chunk, strict=True):
             last = at + size
-            if last > end or step < 1 or at % step or (last % step and last != end):
+            if last > end or at % step or (last % step and last != end):
                 raise ValueError("it has a box that is not in its grid")
         chunks = math.prod(chunk_counts(shape, chunk))
-    if digests and len(digests) != chunks:
+    if len(digests) != chunks:
         raise ValueError(f"it has {len(digests)} digests for {chunks} chunks")
-    return Box(start, shape, digests, tuple(places))
+    return Box(start, shape, digests if any(digests) else (), tuple(places))
 
 
 def _place_of(value: Any, stored: int | None) -> Place:
@@ -560,6 +602,6 @@ def _shape(value: list[Any]) -> Shape:
 
 
 def _integer(value: object) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value <= _MOST_COUNT:
         raise TypeError(f"{value!r} is not a count")
     return value

@@ -60,6 +60,7 @@ class SessionStatus:
       path: The checkpoint that finalize would make.
       parts: Its committed parts, oldest first.
       torn: Directories of saves that were never committed; they count for nothing.
+      damaged: Committed parts whose table of contents is damaged; finalize refuses them.
       leaves: Names of all leaves saved so far, sorted; a replaced leaf counts once.
       bytes: Array data in the committed parts, in bytes, replaced leaves included.
       processes: Indices of the processes that have committed parts, ascending.
@@ -69,6 +70,7 @@ class SessionStatus:
     path: Path
     parts: tuple[PartStatus, ...]
     torn: tuple[str, ...]
+    damaged: tuple[str, ...]
     leaves: tuple[str, ...]
     bytes: int
     processes: tuple[int, ...]

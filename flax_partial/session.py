@@ -7,16 +7,18 @@ way it holds a shared lock on the session, so that finalize and abort wait for i
 
 import atexit
 import contextlib
+import dataclasses
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from flax_partial import collector, keypaths, processes, snapshot, storage, workers
 from flax_partial.errors import CorruptCheckpointError, EmptyStateError, NoSessionError
@@ -28,6 +30,9 @@ from flax_partial.part_data import write_part
 from flax_partial.reports import SaveReport
 from flax_partial.snapshot import Described
 from flax_partial.storage import CheckpointPath
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 PathLike = str | os.PathLike[str]
 
@@ -99,13 +104,20 @@ def save_async(
     with collector.paused():
         saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS)
     handle = workers.SaveHandle()
+
+    def work() -> None:
+        handle.run(saving.run)
+
     try:
         saving.detach()
         saving.session.track(handle)
-        workers.saving.submit(lambda: handle.run(saving.run))
+        saving.hand_over()
+        workers.saving.submit(work)
     except BaseException as error:  # a KeyboardInterrupt, too: nobody must wait for this handle
-        saving.give_up()
-        handle.abandon(error)
+        if saving.take_back():
+            handle.abandon(error)
+            workers.saving.withdraw(work)
+            saving.give_up()
         raise
     return handle
 
@@ -124,24 +136,18 @@ def _prepare(
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     metadata = check_json(custom_metadata)
     described = _describe(state, options)
-    session = session_of(where, to_save=True)
+    with _sessions_lock:
+        session = _known_session(where)
+        saving = _Saving(
+            session, described, custom_metadata=metadata, options=options, started=started
+        )
+        session.begin(saving)
     try:
-        session.raise_unseen()
-        leaves = [one.leaf for one in described]
-        session.enter(leaves, durable=options.durable)
-        leaves, time_ns = session.claim(leaves, replace=replace)
+        saving.enter(replace=replace)
     except BaseException:
-        session.leave()
+        saving.give_up()
         raise
-    return _Saving(
-        session=session,
-        described=described,
-        leaves=leaves,
-        time_ns=time_ns,
-        custom_metadata=metadata,
-        options=options,
-        started=started,
-    )
+    return saving
 
 
 def _describe(state: Any, options: SaveOptions) -> list[Described]:
@@ -160,47 +166,80 @@ def _describe(state: Any, options: SaveOptions) -> list[Described]:
 
 
 class _Saving:
-    """One save on its way. It ends in `run` or `give_up`, which give back all that it holds."""
+    """One save on its way. It ends in `run` or `give_up`, which give back all that it holds.
+
+    An interrupt that comes while it ends leaves it in the session's books: `give_up_interrupted`
+    finds it there, by the thread that has left it behind.
+    """
 
     def __init__(
         self,
-        *,
         session: "Session",
         described: list[Described],
-        leaves: list[Leaf],
-        time_ns: int,
+        *,
         custom_metadata: dict[str, Any],
         options: SaveOptions,
         started: float,
     ) -> None:
         self.session = session
+        self._thread: int | None = threading.get_ident()  # None: the background's
+        self._begins = threading.Lock()  # held by whoever ends it: `run`, or what takes it back
         self._described = described
-        self._leaves = leaves
+        self._leaves: list[Leaf] = []
         self._options = options
         self._started = started
         self._part = Part(
             process=processes.index(),
-            time_ns=time_ns,
+            time_ns=0,
             custom_metadata=custom_metadata,
             leaves=(),
             bytes=sum(one.bytes for one in described),
         )
-        self._name = f"part.{time_ns:019d}.p{self._part.process}.{uuid.uuid4().hex[:12]}"
+        self._name = ""
         self._blocked_secs = 0.0  # of a save in the background; the other kind is all blocked
         self._budget_secs = 0.0
-        self._budget_bytes = 0
+        self._is_counted = False  # in the memory budget
+
+    def enter(self, *, replace: bool) -> None:
+        """Enters the session, and claims the leaves."""
+        session = self.session
+        session.raise_unseen()
+        leaves = [one.leaf for one in self._described]
+        session.enter(leaves, durable=self._options.durable)
+        time_ns = session.claim(leaves, replace=replace, claimed=self._leaves)
+        self._part = dataclasses.replace(self._part, time_ns=time_ns)
+        self._name = _name_of(self._part) + uuid.uuid4().hex[:12]
 
     def detach(self) -> None:
         """Makes what is to be written safe from the caller, within the memory budget."""
         limit = self._options.max_inflight_bytes
-        self._budget_secs = _budget.acquire(self._part.bytes, limit=limit)
-        self._budget_bytes = self._part.bytes
+        self._is_counted = True
+        self._budget_secs = _budget.acquire(self, self._part.bytes, limit=limit)
         self._described = snapshot.detach(self._described)
         self._blocked_secs = time.perf_counter() - self._started
+
+    def hand_over(self) -> None:
+        """Makes it the background's: an interrupt of this thread is none of the save any more."""
+        self._thread = None
+
+    def take_back(self) -> bool:
+        """Keeps `run` from beginning; returns whether it had not."""
+        self._thread = threading.get_ident()
+        if self._begins.acquire(blocking=False):
+            return True
+        self._thread = None
+        return False
+
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether an interrupt took its thread elsewhere: it is calling anew, or has ended."""
+        return self._thread is not None and _is_gone(self._thread) and not _is_on_the_stack(self)
 
     def run(self) -> SaveReport:
         """Writes and commits the part."""
         began = time.perf_counter()
+        if not self._begins.acquire(blocking=False):
+            raise InterruptedError("The call that was to start this save was interrupted.")
         try:
             self.session.require_not_aborted()
             self._write()
@@ -228,25 +267,49 @@ class _Saving:
         ]
         durable, checksum = self._options.durable, self._options.checksum
         leaves = write_part(directory, data, checksum=checksum, durable=durable)
-        part = replace(self._part, leaves=leaves)
+        part = dataclasses.replace(self._part, leaves=leaves)
         has_data_file = part.data_file_bytes > 0
         storage.commit_part(
             directory, encode_part(part), has_data_file=has_data_file, durable=durable
         )
 
     def give_up(self) -> None:
-        """Leaves the session as it was before this save."""
+        """Leaves the session as it was before this save; can be called again if interrupted."""
+        if self._name:
+            with contextlib.suppress(OSError):
+                storage.remove_part(self.session.where, self._name)
         self.session.release(self._leaves)
-        with contextlib.suppress(OSError):
-            storage.remove_part(self.session.where, self._name)
         self._give_back()
+
+    def give_up_unless_committed(self) -> None:
+        """Ends a save that was left behind; it has happened whole, or not at all."""
+        if self._name and storage.is_committed(self.session.where, self._name):
+            self._give_back()
+        else:
+            self.give_up()
 
     def _give_back(self) -> None:
         self._described = []
-        self.session.leave()
-        if self._budget_bytes:
-            _budget.release(self._budget_bytes, limit=self._options.max_inflight_bytes)
-            self._budget_bytes = 0
+        if self._is_counted:
+            _budget.release(self, limit=self._options.max_inflight_bytes)
+        self.session.leave(self)
+
+
+def _is_gone(thread: int) -> bool:
+    """Whether a thread has left where it was: it is this one, which calls anew, or has ended."""
+    living = {other.ident for other in threading.enumerate()} - {threading.get_ident()}
+    return thread not in living
+
+
+def _is_on_the_stack(saving: _Saving) -> bool:
+    """Whether this thread is inside of a save: then the handler of a signal is calling."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - asked after interrupts only
+    steps = {function.__code__ for function in (_Saving.enter, _Saving.detach, _Saving.run)}
+    while frame is not None:
+        if frame.f_code in steps and frame.f_locals["self"] is saving:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Session:
@@ -262,8 +325,9 @@ class Session:
         self._ledger = Ledger()
         self._anchor = -1  # a descriptor of the directory: while it is open its inode is not reused
         self._identity: tuple[int, int] | None = None
-        self._saves = 0  # on their way, from `session_of` until `leave`
+        self._saves: set[_Saving] = set()  # on their way, from `begin` until `leave`
         self._directory_lock: storage.SessionLock | None = None
+        self._exclusive: WeakSet[storage.ExclusiveLock] = WeakSet()
         self._last_time_ns = 0
         self._handles: set[workers.SaveHandle] = set()
         self._failed: list[workers.SaveHandle] = []
@@ -327,10 +391,22 @@ class Session:
             return True
         return current is None or current != self._identity
 
-    def begin(self) -> None:
-        """Counts a save that is on its way; it ends in `leave`."""
+    def begin(self, saving: _Saving) -> None:
+        """Notes a save that is on its way; it ends in `leave`."""
         with self._lock:
-            self._saves += 1
+            self._saves.add(saving)
+
+    def give_up_interrupted(self) -> None:
+        """Ends what an interrupt has left behind: nobody else would, and its lock would stay."""
+        with self._lock:
+            self._unlock_if_idle()
+            saves, locks = list(self._saves), list(self._exclusive)
+        for saving in saves:
+            if saving.is_left_behind:
+                saving.give_up_unless_committed()
+        for lock in locks:
+            if _is_gone(lock.thread):
+                lock.release()
 
     def enter(self, leaves: Sequence[Leaf], *, durable: bool) -> None:
         """Locks the directory against finalize and abort, unless a save on its way has done so.
@@ -342,7 +418,7 @@ class Session:
                 return
             self.require_not_aborted()
             if not storage.is_session(self.where):
-                Ledger().claim(leaves, replace=False, visible=lambda _: -1)
+                Ledger().claim(leaves, replace=False, visible=lambda _: -1, claimed=[])
             lock = storage.lock_for_saving(self.where)
             try:
                 if lock.identity != self._identity:
@@ -362,26 +438,37 @@ class Session:
         self._anchor = lock.duplicate()
         self._identity = lock.identity
 
-    def leave(self) -> None:
+    def leave(self, saving: _Saving) -> None:
         """Ends a save; the last of those on their way unlocks the directory."""
         with self._lock:
-            self._saves -= 1
-            if not self._saves and self._directory_lock is not None:
-                self._directory_lock.release()
-                self._directory_lock = None
+            self._saves.discard(saving)
+            self._unlock_if_idle()
 
-    def claim(self, leaves: Sequence[Leaf], *, replace: bool) -> tuple[list[Leaf], int]:
-        """Claims leaves; returns them in their generations, and the save's time in nanoseconds."""
+    def exclusively(self) -> storage.ExclusiveLock:
+        """Returns what keeps everybody else out of the session while it is entered."""
+        lock = storage.ExclusiveLock(self.where)
+        with self._lock:
+            self._exclusive.add(lock)
+        return lock
+
+    def _unlock_if_idle(self) -> None:
+        if not self._saves and self._directory_lock is not None:
+            self._directory_lock.release()
+            self._directory_lock = None
+
+    def claim(self, leaves: Sequence[Leaf], *, replace: bool, claimed: list[Leaf]) -> int:
+        """Claims leaves: into `claimed`, in their generations; returns the save's time, in ns."""
         with self._lock:
             visible = _VisibleGenerations(self.where)
-            claimed = self._ledger.claim(leaves, replace=replace, visible=visible.of)
+            self._ledger.claim(leaves, replace=replace, visible=visible.of, claimed=claimed)
             self._last_time_ns = max(time.time_ns(), self._last_time_ns + 1)
-            return claimed, self._last_time_ns
+            return self._last_time_ns
 
-    def release(self, leaves: Sequence[Leaf]) -> None:
-        """Takes back the claims of a save that failed."""
+    def release(self, leaves: list[Leaf]) -> None:
+        """Takes back the claims of a save that failed, and empties the list."""
         with self._lock:
-            self._ledger.release(leaves)
+            while leaves:
+                self._ledger.release([leaves.pop()])
 
     def close(self) -> None:
         """Forgets everything but what is in flight."""
@@ -442,22 +529,22 @@ def _tell_unseen() -> None:
             )
 
 
-def session_of(where: CheckpointPath, *, to_save: bool = False) -> Session:
-    """Returns what this process knows of a session; drops what it knows of sessions now gone.
-
-    What is asked for `to_save` is kept until `leave` is called.
-    """
+def session_of(where: CheckpointPath) -> Session:
+    """Returns what this process knows of a session; drops what it knows of sessions now gone."""
     with _sessions_lock:
-        session = _sessions.get(where.final)
-        if session is None:
-            for final, other in list(_sessions.items()):
-                if other.is_stale:
-                    other.close()
-                    del _sessions[final]
-            session = _sessions[where.final] = Session(where)
-        if to_save:
-            session.begin()
-        return session
+        return _known_session(where)
+
+
+def _known_session(where: CheckpointPath) -> Session:
+    session = _sessions.get(where.final)
+    if session is None:
+        for final, other in list(_sessions.items()):
+            if other.is_stale:
+                other.close()
+                del _sessions[final]
+        session = _sessions[where.final] = Session(where)
+    session.give_up_interrupted()
+    return session
 
 
 def forget(session: Session, *, for_good: bool = False) -> None:
@@ -475,6 +562,7 @@ def read_parts(
     process: int | None = None,
     known: Mapping[str, Part] | None = None,
     torn: list[str] | None = None,
+    damaged: dict[str, str] | None = None,
 ) -> dict[str, Part]:
     """Reads the committed parts of a session.
 
@@ -482,7 +570,8 @@ def read_parts(
       where: The session.
       process: Only the parts of this process.
       known: Parts read before, by name: a committed part never changes.
-      torn: Where to put the names of the directories that are not committed parts.
+      torn: Where to put the names of the directories that were never committed.
+      damaged: Where to put the names of those that were, and whose table is damaged, and why.
 
     Returns:
       Name of each part -> its table of contents.
@@ -491,7 +580,12 @@ def read_parts(
     for name in storage.part_names(where):
         if process is not None and f".p{process}." not in name:
             continue
-        part = (known or {}).get(name) or _read_part(where, name)
+        try:
+            part = (known or {}).get(name) or _read_part(where, name)
+        except CorruptCheckpointError as error:
+            if damaged is not None:
+                damaged[name] = str(error)
+            continue
         if part is not None:
             parts[name] = part
         elif torn is not None:
@@ -500,10 +594,17 @@ def read_parts(
 
 
 def _read_part(where: CheckpointPath, name: str) -> Part | None:
+    """Returns None where there is no table: it appears whole, or not at all."""
     path = where.state / name / storage.PART_TABLE
     data = storage.read(path)
     if data is None:
         return None
-    with contextlib.suppress(CorruptCheckpointError):
-        return decode_part(data, where=str(path))
-    return None
+    part = decode_part(data, where=str(path))
+    if not name.startswith(_name_of(part)):
+        raise CorruptCheckpointError(f"{path}: it is the table of another part")
+    return part
+
+
+def _name_of(part: Part) -> str:
+    """What the name of a part's directory begins with."""
+    return f"{storage.PART_PREFIX}{part.time_ns:019d}.p{part.process}."

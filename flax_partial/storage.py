@@ -6,18 +6,21 @@ the kernel drops the lock of a process that dies. After waiting, the inode behin
 compared with the one that was locked: the session may have been renamed away meanwhile.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
 import shutil
+import stat
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flax_partial.errors import CheckpointExistsError, NoSessionError
+from flax_partial.errors import CheckpointExistsError, CorruptCheckpointError, NoSessionError
 
 SESSION_SUFFIX = ".partial_save"
 PART_PREFIX = "part."
@@ -81,20 +84,36 @@ def _is_utf8(text: str) -> bool:
 
 
 class SessionLock:
-    """A held `flock` on a session directory, with the directory's identity."""
+    """An open session directory that can be locked, with the directory's identity.
+
+    An interrupt may come between any two steps: what it leaves unreferenced releases itself.
+    """
+
+    _descriptor = -1
 
     def __init__(self, descriptor: int) -> None:
+        self._process = os.getpid()
         self._descriptor = descriptor
         status = os.fstat(descriptor)
         self.identity = (status.st_dev, status.st_ino)
 
+    def acquire(self, kind: int) -> None:
+        """Waits for the `flock`, shared or exclusive."""
+        fcntl.flock(self._descriptor, kind)
+
     def release(self) -> None:
         """Gives the lock back; a second call does nothing."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
+        if self._descriptor >= 0:
             # Closing would do, unless a forked child still had the descriptor.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0 and self._process == os.getpid():
+            self.release()
+        elif self._descriptor >= 0:
+            os.close(self._descriptor)  # in a forked child: the lock is the parent's
 
     def duplicate(self) -> int:
         """Opens another descriptor of the directory, which holds no lock; the caller closes it."""
@@ -108,38 +127,72 @@ def lock_for_saving(where: CheckpointPath) -> SessionLock:
       CheckpointExistsError: The finalized checkpoint is there, or something that is not a session.
       OSError: The directory cannot be made.
     """
+    is_ours = False
     while True:
-        require_absent(where)
+        try:
+            require_absent(where)
+        except CheckpointExistsError:
+            if is_ours:  # made for nothing: somebody else has finalized meanwhile
+                with contextlib.suppress(OSError):
+                    os.rmdir(where.session)
+            raise
         try:
             lock = _lock(where.session, fcntl.LOCK_SH)
         except NotADirectoryError as error:
-            raise _not_a_session(where, "it is not a directory") from error
+            raise _no_directory(where, error) from error
         if lock is None:
-            _create_session(where)
-        elif os.path.lexists(where.final):
+            is_ours = _create_session(where)
+            continue
+        try:
+            if not os.path.lexists(where.final):
+                return lock
+        except BaseException:
             lock.release()
-        else:
-            return lock
-
-
-@contextmanager
-def locked_exclusively(where: CheckpointPath) -> Iterator[None]:
-    """Waits until nobody saves into the session, and keeps everybody out.
-
-    Raises:
-      NoSessionError: There is no session, or none any more.
-      CheckpointExistsError: What is at its place is not a directory.
-    """
-    try:
-        lock = _lock(where.session, fcntl.LOCK_EX)
-    except NotADirectoryError as error:
-        raise _not_a_session(where, "it is not a directory") from error
-    if lock is None:
-        raise no_session(where)
-    try:
-        yield
-    finally:
+            raise
         lock.release()
+
+
+class ExclusiveLock:
+    """Keeps everybody else out of a session while it is entered.
+
+    It can be released again and again, from any state: what an interrupt has left locked must not
+    be waited for by the next call.
+
+    Attributes:
+      thread: The thread that made it.
+    """
+
+    def __init__(self, where: CheckpointPath) -> None:
+        self._where = where
+        self._lock: SessionLock | None = None
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> None:
+        """Waits until nobody saves into the session.
+
+        Raises:
+          NoSessionError: There is no session, or none any more.
+          CheckpointExistsError: What is at its place is not a session.
+        """
+        where = self._where
+        try:
+            self._lock = _lock(where.session, fcntl.LOCK_EX)
+        except NotADirectoryError as error:
+            raise _no_directory(where, error) from error
+        if self._lock is None:
+            raise no_session(where)
+        if where.state.is_symlink():  # what is derived would be cleared and written elsewhere
+            self.release()
+            raise _not_a_session(where, f"its {STATE!r} is a symbolic link")
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Lets others in again."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
 
 def _lock(directory: Path, kind: int) -> SessionLock | None:
@@ -148,13 +201,13 @@ def _lock(directory: Path, kind: int) -> SessionLock | None:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    lock = SessionLock(descriptor)
     try:
-        fcntl.flock(descriptor, kind)
-        lock = SessionLock(descriptor)
+        lock.acquire(kind)
         if identity(directory) == lock.identity:
             return lock
     except BaseException:
-        os.close(descriptor)
+        lock.release()
         raise
     lock.release()
     return None
@@ -169,13 +222,16 @@ def identity(directory: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _create_session(where: CheckpointPath) -> None:
+def _create_session(where: CheckpointPath) -> bool:
+    """Makes the directory; returns whether nobody else had done so."""
     os.makedirs(where.session.parent, exist_ok=True)
     try:
         os.mkdir(where.session)
     except FileExistsError:
         if not where.session.is_dir() or where.session.is_symlink():
             raise _not_a_session(where, "it is not a directory") from None
+        return False
+    return True
 
 
 def prepare_session(where: CheckpointPath, *, durable: bool) -> None:
@@ -190,6 +246,8 @@ def prepare_session(where: CheckpointPath, *, durable: bool) -> None:
     foreign = _foreign_entries(where)
     if foreign:
         raise _not_a_session(where, f"it holds {foreign[0]!r}")
+    if where.state.is_symlink():
+        raise _not_a_session(where, f"its {STATE!r} is a symbolic link")
     os.makedirs(where.state, exist_ok=True)
     if durable:
         fsync_directory(where.session)
@@ -220,6 +278,13 @@ def _not_a_session(where: CheckpointPath, why: str) -> CheckpointExistsError:
         f"{where.session} is in the way: {why}, so it is not an unfinished checkpoint of "
         "flax_partial. Move it away, or use another path."
     )
+
+
+def _no_directory(where: CheckpointPath, error: NotADirectoryError) -> OSError:
+    """The error where the session, or one of the directories above it, is something else."""
+    if os.path.lexists(where.session):
+        return _not_a_session(where, "it is not a directory")
+    return NotADirectoryError(error.errno, error.strerror, error.filename)
 
 
 def no_session(where: CheckpointPath) -> NoSessionError:
@@ -254,12 +319,37 @@ def part_names_in(state: Path) -> list[str]:
 
 
 def read(path: Path) -> bytes | None:
-    """Returns a file's bytes; None where there is no such file."""
+    """Returns a file's bytes; None where there is no such file.
+
+    Raises:
+      CorruptCheckpointError: It is no file, but what may have no end: a pipe, a device.
+    """
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptCheckpointError(f"{path}: it is not a file")
+    with open(descriptor, "rb") as file:
+        return file.read()
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether there is a file with just this content."""
+    try:
+        return path.stat().st_size == len(data) and read(path) == data
+    except (CorruptCheckpointError, FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def bytes_below(directory: Path) -> int:
+    """Returns the size of all files below a directory."""
+    return sum(
+        os.lstat(os.path.join(folder, name)).st_size
+        for folder, _, names in os.walk(directory)
+        for name in names
+    )
 
 
 def create_part(where: CheckpointPath, name: str) -> Path:
@@ -267,6 +357,11 @@ def create_part(where: CheckpointPath, name: str) -> Path:
     directory = where.state / name
     os.mkdir(directory)
     return directory
+
+
+def is_committed(where: CheckpointPath, name: str) -> bool:
+    """Whether a part's table of contents is there."""
+    return (where.state / name / PART_TABLE).exists()
 
 
 def commit_part(directory: Path, table: bytes, *, has_data_file: bool, durable: bool) -> None:
@@ -326,8 +421,10 @@ def clear_root(where: CheckpointPath) -> None:
 
 
 def remove_part(where: CheckpointPath, name: str) -> None:
-    """Removes the directory of a torn part."""
-    _remove_tree(where.state / name)
+    """Removes the directory of a part that was not committed, or that is taken back."""
+    directory = where.state / name
+    (directory / PART_TABLE).unlink(missing_ok=True)  # first: without it there is no part
+    _remove_tree(directory)
 
 
 def remove_session(where: CheckpointPath) -> None:

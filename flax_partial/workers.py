@@ -4,12 +4,13 @@ Invariants: a thread lives only while there is work, so that handles nobody wait
 behind; an interpreter that exits normally finishes all work first, and says so.
 """
 
+import contextlib
 import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import TypeVar
 
 from flax_partial.reports import CheckpointMetadata, SaveReport
@@ -54,16 +55,18 @@ class _Handle(Future[T]):
     def abandon(self, error: BaseException) -> None:
         """Ends a handle whose work was never begun; whoever calls this raises the error."""
         self._was_seen = True
-        self.set_exception(error)
+        with contextlib.suppress(InvalidStateError):
+            self.set_exception(error)
 
     def run(self, work: Callable[[], T]) -> None:
         """Does the work, and becomes its outcome."""
-        try:
-            outcome = work()
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the handle raises it
-            self.set_exception(error)
-        else:
-            self.set_result(outcome)
+        with contextlib.suppress(InvalidStateError):  # it was abandoned meanwhile
+            try:
+                outcome = work()
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the handle raises it
+                self.set_exception(error)
+            else:
+                self.set_result(outcome)
 
 
 class SaveHandle(_Handle[SaveReport]):
@@ -86,41 +89,51 @@ class Workers:
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._queue: deque[Callable[[], None]] = deque()
-        self._threads = 0
-        self._unfinished = 0
+        self._threads: dict[threading.Thread, int] = {}  # by which thread each is started
+        self._busy = 0
 
     def submit(self, work: Callable[[], None]) -> None:
         """Runs `work`, which raises nothing, on a thread, after what was submitted before it."""
         _finish_before_exit()
         with self._lock:
             self._queue.append(work)
-            self._unfinished += 1
-            if self._threads == self._most:
+            for other, starter in list(self._threads.items()):
+                if other.ident is None and starter == threading.get_ident():
+                    del self._threads[other]  # an interrupt kept this thread from starting it
+            if len(self._threads) >= self._most:
                 return
-            self._threads += 1
+            thread = threading.Thread(target=self._drain, name=self._name)
+            self._threads[thread] = threading.get_ident()
         try:
-            threading.Thread(target=self._drain, name=self._name).start()
+            thread.start()
         except RuntimeError:  # the interpreter is shutting down and starts no more threads
+            self._threads.pop(thread, None)
             self._drain()
+
+    def withdraw(self, work: Callable[[], None]) -> None:
+        """Takes work that is not begun out of the queue."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._queue.remove(work)
 
     def _drain(self) -> None:
         while True:
             with self._lock:
                 if not self._queue:
-                    self._threads -= 1
+                    self._threads.pop(threading.current_thread(), None)
                     return
                 work = self._queue.popleft()
+                self._busy += 1
             try:
                 work()
             finally:
                 del work  # it holds the snapshot
                 with self._lock:
-                    self._unfinished -= 1
+                    self._busy -= 1
 
     @property
     def unfinished(self) -> int:
         """Number of pieces of work that are not done."""
-        return self._unfinished
+        return len(self._queue) + self._busy
 
 
 saving = Workers("flax_partial-save", _MOST_WRITERS)

@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+from isolated import Isolated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +56,14 @@ def _ours(known: set[threading.Thread]) -> list[threading.Thread]:
         and thread is not threading.current_thread()
         and (thread.name.startswith("flax_partial") or in_our_code(thread))
     ]
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Isolated]:
+    """A process of its own for calls that might hang, die or take memory."""
+    process = Isolated()
+    yield process
+    process.end()
 
 
 @pytest.fixture(autouse=True)

@@ -478,3 +478,20 @@ def test_saves_finalizes_and_aborts_at_once_never_make_half_a_checkpoint(tmp_pat
         if (tmp_path / "c.partial_save").exists():
             fp.abort(path)
     assert not [entry for entry in tmp_path.iterdir() if not entry.name.startswith("done")]
+
+
+def test_save_that_comes_too_late_leaves_no_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finalizes, and renames the session, just as this one looks for it."""
+    real = storage._create_session  # noqa: SLF001 - no caller can time this
+
+    def create(where: storage.CheckpointPath) -> bool:
+        is_new = real(where)
+        where.final.mkdir()
+        return is_new
+
+    monkeypatch.setattr(storage, "_create_session", create)
+    with pytest.raises(fp.CheckpointExistsError):
+        fp.save(tmp_path / "c", {"a": X})
+    assert listing(tmp_path) == ["c "]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+import damage
 import numpy as np
 import pytest
 import trees
@@ -129,33 +130,94 @@ def test_lost_data_is_named_and_the_rest_can_be_read(
 
 
 DAMAGED_TABLES = {
-    "empty": b"",
-    "cut": None,
-    "no JSON": b"\0\1\2",
-    "other JSON": b'{"a": 1}\n',
-    "zeros": bytes(1000),
+    "empty": lambda _: b"",
+    "cut": lambda data: data[:-5],
+    "no JSON": lambda _: b"\0\1\2",
+    "other JSON": lambda _: b'{"a": 1}\n',
+    "zeros": lambda data: bytes(len(data)),
+    "one bit": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
 }
 
 
 @pytest.mark.parametrize("case", DAMAGED_TABLES)
-def test_part_without_a_whole_table_was_never_saved(tmp_path: Path, case: str) -> None:
+def test_damaged_part_is_refused_and_no_older_value_comes_back(tmp_path: Path, case: str) -> None:
+    """A table appears whole or not at all: one that is damaged was committed."""
+    fp.save(tmp_path / "c", {"a": np.arange(3), "b": "old"})
+    report = fp.save(tmp_path / "c", {"b": "new"}, replace=True)
+    directory = tmp_path / "c.partial_save" / "state" / report.part
+    data = (directory / "part.json").read_bytes()
+    (directory / "part.json").write_bytes(DAMAGED_TABLES[case](data))
+    found = fp.status(tmp_path / "c")
+    assert (found.leaves, found.torn, found.damaged) == (("a", "b"), (), (report.part,))
+    with pytest.raises(fp.CorruptCheckpointError, match=report.part):
+        fp.finalize(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    (directory / "part.json").write_bytes(data)
+    fp.finalize(tmp_path / "c")
+    assert fp.load(tmp_path / "c")["b"] == "new"
+    assert fp.verify(tmp_path / "c").ok
+
+
+def test_damaged_part_that_is_moved_away_and_saved_again_is_mended(tmp_path: Path) -> None:
+    fp.save(tmp_path / "c", {"a": 1})
+    report = fp.save(tmp_path / "c", {"b": 2})
+    directory = tmp_path / "c.partial_save" / "state" / report.part
+    (directory / "part.json").write_bytes(b"damaged")
+    directory.rename(tmp_path / "away")
+    fp.save(tmp_path / "c", {"b": 2}, replace=True)
+    fp.finalize(tmp_path / "c")
+    trees.assert_same(fp.load(tmp_path / "c"), {"a": 1, "b": 2})
+
+
+def test_table_of_another_part_is_refused(tmp_path: Path) -> None:
+    """Where two tables are exchanged an older value would count as the newer."""
+    reports = [fp.save(tmp_path / "c", {"a": value}, replace=True) for value in (1, 2)]
+    one, two = (
+        tmp_path / "c.partial_save" / "state" / report.part / "part.json" for report in reports
+    )
+    data = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(data)
+    with pytest.raises(fp.CorruptCheckpointError, match="another part"):
+        fp.finalize(tmp_path / "c")
+
+
+def test_part_without_a_table_was_never_saved(tmp_path: Path) -> None:
     fp.save(tmp_path / "c", {"a": np.arange(3)})
     report = fp.save(tmp_path / "c", {"b": np.arange(3)})
-    table = tmp_path / "c.partial_save" / "state" / report.part / "part.json"
-    data = DAMAGED_TABLES[case]
-    table.write_bytes(table.read_bytes()[:-5] if data is None else data)
+    (tmp_path / "c.partial_save" / "state" / report.part / "part.json").unlink()
     found = fp.status(tmp_path / "c")
-    assert found.leaves == ("a",)
-    assert found.torn == (report.part,)
+    assert (found.leaves, found.torn, found.damaged) == (("a",), (report.part,), ())
     fp.finalize(tmp_path / "c")
     assert set(fp.load(tmp_path / "c")) == {"a"}
     assert fp.verify(tmp_path / "c").ok
 
 
-def test_data_lost_before_finalize_is_told_by_finalize_or_load(tmp_path: Path) -> None:
+def test_data_lost_before_finalize_is_told_by_finalize(tmp_path: Path) -> None:
     """The part was committed: that its data is gone must not go unnoticed."""
     report = fp.save(tmp_path / "c", {"a": np.arange(3), "b": np.arange(300_000)})
     (tmp_path / "c.partial_save" / "state" / report.part / "data").unlink()
     with pytest.raises(fp.CorruptCheckpointError, match=report.part):
         fp.finalize(tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_contents_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
+    """Text stands in them alone: no digest of an array would tell."""
+    for name in ("one", "two"):
+        fp.save(tmp_path / name, {"text": name, "same": np.arange(3)})
+        fp.finalize(tmp_path / name)
+    one, two = (tmp_path / name / "state" / "contents.json" for name in ("one", "two"))
+    one.write_bytes(two.read_bytes())
+    for call in (fp.load, fp.metadata):
+        with pytest.raises(fp.CorruptCheckpointError, match=r"contents\.json"):
+            call(tmp_path / "one")
+    assert not fp.verify(tmp_path / "one").ok
+
+
+def test_any_damage_is_told_or_does_not_matter(tmp_path: Path) -> None:
+    """A few trials of `damage.py`, which says what holds; a script for many more."""
+    trials = damage.Trials(tmp_path)
+    faults = {seed: found for seed in range(60) if (found := trials.run(seed)[1])}
+    trials.close()
+    assert not faults

@@ -26,7 +26,12 @@ from flax_partial.part import (
 )
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
-_paths = st.lists(st.tuples(_texts, st.sampled_from("dias")), max_size=4).map(
+_keys = st.one_of(
+    st.tuples(_texts, st.sampled_from("da")),
+    st.tuples(st.integers().map(str), st.just("i")),
+    st.tuples(st.integers(0).map(str), st.just("s")),
+)
+_paths = st.lists(_keys, max_size=4).map(
     lambda keys: KeyPath(tuple(text for text, _ in keys), "".join(kind for _, kind in keys))
 )
 
@@ -39,7 +44,8 @@ def leaves(draw: st.DrawFn) -> Leaf:
     counts = tuple(draw(st.lists(st.integers(1, 3), max_size=2)))
     chunk = tuple(draw(st.integers(1, 4)) for _ in counts)
     shape = tuple(a * b for a, b in zip(counts, chunk, strict=True))
-    dtype = draw(st.sampled_from(trees.DTYPES))
+    kind = draw(st.sampled_from((NUMPY_ARRAY, PRNG_KEY)))
+    dtype = "uint32" if kind == PRNG_KEY else draw(st.sampled_from(trees.DTYPES))
     size = _product(chunk) * numpy_dtype(dtype).itemsize
     places = st.one_of(
         st.tuples(st.integers(0, 2**60), st.just(size)), st.binary(min_size=size, max_size=size)
@@ -49,7 +55,7 @@ def leaves(draw: st.DrawFn) -> Leaf:
     placed = tuple(draw(places) for _ in range(count))
     return Leaf(
         path,
-        draw(st.sampled_from((NUMPY_ARRAY, PRNG_KEY))),
+        kind,
         dtype,
         shape,
         chunk,
@@ -73,7 +79,7 @@ parts = st.builds(
     process=st.integers(0, 10_000),
     time_ns=st.integers(0, 2**63),
     custom_metadata=st.dictionaries(_texts, st.integers() | _texts, max_size=2),
-    leaves=st.lists(leaves(), max_size=3).map(tuple),
+    leaves=st.lists(leaves(), min_size=1, max_size=3).map(tuple),
     bytes=st.integers(0, 2**60),
 )
 

@@ -107,8 +107,9 @@ def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) ->
             "that began it can finish it, perhaps Orbax."
         )
     torn: list[str] = []
-    parts = read_parts(where, known=known, torn=torn)
-    return Session(where, parts, status_of(where, parts, torn), merge(parts))
+    damaged: dict[str, str] = {}
+    parts = read_parts(where, known=known, torn=torn, damaged=damaged)
+    return Session(where, parts, status_of(where, parts, torn, damaged), merge(parts))
 
 
 def is_foreign(where: CheckpointPath) -> bool:

@@ -1,0 +1,220 @@
+"""Interrupts each call wherever Python lets a signal in: afterwards all goes on as before.
+
+    python tests/interrupts.py --trials 5000 --seed 0
+
+First a `KeyboardInterrupt` comes at every point of the package's code at which CPython looks for
+signals, one a call; then, as often as asked for, a real SIGINT at a random moment. Then the same
+path is saved into and finalized, which must neither wait for ever nor lose anything that was saved
+before; what was interrupted has happened whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import itertools
+import random
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import trees
+import trials
+from isolated import Isolated
+
+import flax_partial as fp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import CodeType, FrameType
+
+QUICK = fp.SaveOptions(durable=False)
+FIRST = {"first": np.arange(3), "text": "first"}
+SECOND = {"second": {"w": np.arange(40_000), "b": 2}}
+PACKAGE = str(Path(fp.__file__).parent)
+
+
+def save(path: Path) -> None:
+    fp.save(path, SECOND, options=QUICK)
+
+
+def replace(path: Path) -> None:
+    fp.save(path, SECOND, options=QUICK, replace=True)
+
+
+def save_async(path: Path) -> None:
+    fp.save_async(path, SECOND, options=QUICK).result()
+
+
+def finalize(path: Path) -> None:
+    fp.finalize(path)
+
+
+def finalize_async(path: Path) -> None:
+    fp.finalize_async(path).result()
+
+
+def abort(path: Path) -> None:
+    fp.abort(path)
+
+
+CALLS = {
+    call.__name__: call for call in (save, replace, save_async, finalize, finalize_async, abort)
+}
+
+
+# After these instructions CPython looks for signals, and after no others.
+_CHECKED = frozenset(
+    dis.opmap[name]
+    for name in ("RESUME", "CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD")
+    if name in dis.opmap
+)
+
+
+@functools.cache
+def _points(code: CodeType) -> frozenset[int]:
+    """Offsets of instructions before which a signal may raise, with the handlers it would meet.
+
+    It raises in the instruction before. Where that one has other handlers it is left out: what is
+    raised by a tracing function meets those of the instruction that follows.
+    """
+    handlers = [
+        (entry.start, entry.end, entry.target)
+        for entry in dis._parse_exception_table(code)  # type: ignore[attr-defined] # noqa: SLF001
+    ]
+
+    def handler(offset: int) -> int | None:
+        return next((t for start, end, t in handlers if start <= offset < end), None)
+
+    instructions = list(dis.get_instructions(code))
+    return frozenset(
+        after.offset
+        for before, after in itertools.pairwise(instructions)
+        if before.opcode in _CHECKED and handler(before.offset) == handler(after.offset)
+    )
+
+
+def interrupted(call: Any, path: Path, at: int) -> bool:
+    """Makes a call that is interrupted at a point; returns whether it has that many."""
+    left = at
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        code = frame.f_code
+        # What comes within __del__ Python itself swallows.
+        if not code.co_filename.startswith(PACKAGE) or code.co_name == "__del__":
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode" and frame.f_lasti in _points(frame.f_code):
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            left -= 1
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call(path)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def go_on(path: Path) -> None:
+    """Uses the path as if nothing had been; raises AssertionError where that does not work."""
+    for thread in threading.enumerate():  # what is in the background goes on
+        if thread.name.startswith("flax_partial") and thread.is_alive():
+            thread.join()
+    if path.exists():
+        assert_whole(path)
+        return
+    try:
+        fp.save(path, {"third": 3}, options=QUICK)
+        fp.save(path, SECOND, options=QUICK, replace=True)
+        fp.finalize(path)
+    except fp.CheckpointExistsError:  # by a thread that had not even begun above
+        assert_whole(path)
+    else:
+        assert_whole(path, third=3)
+
+
+def assert_whole(path: Path, **more: Any) -> None:
+    loaded = fp.load(path)
+    wanted = {**FIRST, **SECOND, **more}
+    trees.assert_same(loaded, {name: wanted[name] for name in loaded})
+    assert loaded.keys() >= more.keys()
+    assert fp.verify(path).ok
+
+
+# --- in a process apart ---------------------------------------------------------------------------
+
+
+def sweep(name: str, directory: Path, first: int, step: int) -> tuple[int, list[str]]:
+    """Interrupts a call at every `step`-th point; returns how many there were, and what failed."""
+    faults = []
+    for tried in itertools.count():
+        path = directory / f"{name}{first}.{tried}"
+        fp.save(path, FIRST, options=QUICK)
+        was_interrupted = interrupted(CALLS[name], path, first + tried * step)
+        fault = fault_of(path)
+        if fault:
+            faults.append(f"{name} at {first + tried * step}: {fault}")
+        shutil.rmtree(path, ignore_errors=True)
+        if not was_interrupted:
+            return tried, faults
+    raise AssertionError
+
+
+def signalled(directory: Path, seed: int) -> list[str]:
+    """Interrupts a call by a signal at a random moment; returns what failed afterwards."""
+    choose = random.Random(seed)  # noqa: S311 - of trials, not of secrets
+    call = choose.choice(list(CALLS.values()))
+    path = directory / f"signal{seed}"
+    fp.save(path, FIRST, options=QUICK)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, choose.uniform(1e-6, 6e-3))
+            call(path)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    fault = fault_of(path)
+    shutil.rmtree(path, ignore_errors=True)
+    return [f"{call.__name__}: {fault}"] if fault else []
+
+
+def fault_of(path: Path) -> str:
+    """What is wrong afterwards, if anything."""
+    try:
+        go_on(path)
+    except (AssertionError, OSError, ValueError, RuntimeError, fp.PartialCheckpointError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def start(directory: Path) -> Callable[[int], tuple[str, list[str]]]:
+    """Interrupts everywhere; then returns what does so at a random moment."""
+    apart = Isolated()
+    for name in CALLS:
+        outcome = apart.call(sweep, name, directory, 0, 1)
+        points, faults = outcome.value or (0, [repr(outcome.error)])
+        trials.say(f"{name}: {points} points, {points - len(faults)} held")
+        for fault in faults:
+            trials.say(f"  {fault}")
+
+    def trial(seed: int) -> tuple[str, list[str]]:
+        outcome = apart.call(signalled, directory, seed)
+        return "signal", outcome.value if outcome.error is None else [repr(outcome.error)]
+
+    return trial
+
+
+if __name__ == "__main__":
+    sys.exit(trials.run(__doc__, start, trials=5_000))

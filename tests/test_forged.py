@@ -1,0 +1,100 @@
+"""Tables of contents that are whole and wrong: read, or refused by name; nothing else happens.
+
+All of it runs in a process apart, which would be seen to hang, to die, or to ask for memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import forged
+import fuzz
+import numpy as np
+import pytest
+from things import QUICK
+
+import flax_partial as fp
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from isolated import Isolated, Outcome
+
+MOST_BYTES = 64 << 20  # what the longest of these tables, decoded, takes at most
+SAVED: dict[str, Any] = {"a": np.arange(3, dtype=np.uint8), "b": "text"}
+
+
+def read_all(path: Path) -> dict[str, str]:
+    """What each call on a finalized checkpoint comes to."""
+    report = fp.verify(path)
+    return {"verify": "ok" if report.ok else "; ".join(report.bad.values())} | {
+        call.__name__: told(call, path) for call in (fp.load, fp.metadata)
+    }
+
+
+def finalize_all(path: Path) -> dict[str, str]:
+    """What each call on a session comes to, saving into it first."""
+    outcomes = {"save": told(fp.save, path, {"z": {"z": 1}})}
+    names = ("a", "k.k.k", "list.0")
+    outcomes |= {"expecting": told(lambda path: fp.finalize(path, expect=names), path)}
+    outcomes |= {call.__name__: told(call, path) for call in (fp.status, fp.finalize)}
+    return outcomes | (read_all(path) if path.exists() else {})
+
+
+def told(call: Any, *arguments: Any) -> str:
+    try:
+        call(*arguments)
+    except fp.PartialCheckpointError as error:
+        return type(error).__name__
+    return "ok"
+
+
+def assert_harmless(outcome: Outcome, most_bytes: int = MOST_BYTES) -> dict[str, str]:
+    assert outcome.error is None, repr(outcome.error)
+    assert outcome.peak_bytes < most_bytes
+    return dict(outcome.value)
+
+
+@pytest.mark.parametrize("name", forged.NAMES)
+def test_checkpoint_with_a_forged_table_is_read_or_refused(
+    name: str, tmp_path: Path, apart: Isolated
+) -> None:
+    report = fp.save(tmp_path / "c", SAVED, options=QUICK)
+    fp.finalize(tmp_path / "c")
+    head = {"started_ns": 1, "committed_ns": 2, "parts": 1, "first_part": report.part}
+    (tmp_path / "c" / "state" / "contents.json").write_bytes(forged.table(name, head))
+    outcomes = assert_harmless(apart.call(read_all, tmp_path / "c"))
+    assert outcomes["verify"] != "ok"  # it is not what the parts add up to
+
+
+@pytest.mark.parametrize("name", forged.NAMES)
+def test_session_with_a_forged_table_is_finalized_or_refused(
+    name: str, tmp_path: Path, apart: Isolated
+) -> None:
+    report = fp.save(tmp_path / "c", SAVED, options=QUICK)
+    directory = tmp_path / "c.partial_save" / "state" / report.part
+    head = {"process": 0, "time_ns": int(report.part.split(".")[1]), "bytes": 0}
+    (directory / "part.json").write_bytes(forged.table(name, head))
+    assert_harmless(apart.call(finalize_all, tmp_path / "c"))
+
+
+def test_table_changed_at_random_is_read_or_refused(tmp_path: Path) -> None:
+    """A few trials of `fuzz.py`, which says what holds; a script for many more."""
+    trial = fuzz.start(tmp_path)
+    faults = {seed: found for seed in range(90) if (found := trial(seed)[1])}
+    assert not faults
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["d", "s"])
+def test_a_million_nested_keys_take_what_their_nodes_take(
+    kind: str, tmp_path: Path, apart: Isolated
+) -> None:
+    key = {"d": "k", "s": "0"}[kind]
+    rows = [forged.text([key] * 1_000_000, kind * 1_000_000)]
+    report = fp.save(tmp_path / "c", SAVED, options=QUICK)
+    directory = tmp_path / "c.partial_save" / "state" / report.part
+    head = {"process": 0, "time_ns": int(report.part.split(".")[1]), "bytes": 0}
+    (directory / "part.json").write_bytes(forged.table_of(rows, head))
+    outcomes = assert_harmless(apart.call(finalize_all, tmp_path / "c"), 1 << 30)
+    assert outcomes["expecting"] == "IncompleteCheckpointError"

@@ -1,0 +1,535 @@
+"""Names, trees, paths and objects that mean harm: refused by name, or stored like any other.
+
+Nothing is ever written outside of the session, and loading runs nothing that a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import forged
+import jax
+import numpy as np
+import pytest
+import trees
+from hypothesis import given
+from hypothesis import strategies as st
+from things import QUICK, X, listing
+
+import flax_partial as fp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from isolated import Isolated
+
+# --- names ----------------------------------------------------------------------------------------
+
+NAMES = (
+    *("", " ", ".", "..", "...", "../..", "../../escape", "/", "//", "/etc/passwd", "a/b", "a//b"),
+    *(
+        "\0",
+        "a\0b",
+        "\n",
+        "\r\n",
+        "\t",
+        "\x7f",
+        "\ufeff",
+        "\uffff",
+        "\u202e",
+        "e\u0301",
+        "\U0001f4a9",
+    ),
+    *("zarr.json", "c", "c/0", "c/0/0", ".zarray", ".zgroup", "d", "manifest.ocdbt", "_METADATA"),
+    *("part.json", "contents.json", "state", "data", "_sharding", "_strings.json", "part.0.p0.x"),
+    *(
+        "'",
+        '"',
+        "\\",
+        "%2e%2e",
+        "~",
+        "~0",
+        "~1",
+        "$HOME",
+        "`id`",
+        "{}",
+        "[0]",
+        "*",
+        "None",
+        "0",
+        "-1",
+    ),
+    *("__class__", "__proto__", "__reduce__", "x" * 5_000, "\u00e9" * 3_000, "a" * 300 + "/" * 300),
+)
+SIZES = {"within the table": 3, "in the data file": 400, "large": 40_000}
+
+
+def outside(directory: Path) -> list[str]:
+    """What lies beside the checkpoint and its session."""
+    return [line for line in listing(directory) if not line.startswith(("c ", "c/", "c.partial"))]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_any_name_is_stored_like_any_other(tmp_path: Path, size: str) -> None:
+    state = {name: np.arange(SIZES[size]) + at for at, name in enumerate(NAMES)}
+    del state[""]  # which is "/" but for a slash
+    state |= {"text": {name: "x" for name in NAMES if name != "/"}}
+    fp.save(tmp_path / "c", state, options=QUICK)
+    session = {path.relative_to(tmp_path).parts for path in tmp_path.rglob("*")}
+    assert all(len(parts) <= 4 for parts in session)  # no name has become a directory
+    fp.finalize(tmp_path / "c")
+    trees.assert_same(fp.load(tmp_path / "c"), state)
+    assert fp.verify(tmp_path / "c").ok
+    for name in state.keys() - {"text"}:
+        wanted = {name: state[name]}
+        trees.assert_same(fp.load(tmp_path / "c", wanted, partial=True), wanted)
+    assert not outside(tmp_path)
+
+
+_pieces = st.sampled_from((*"./\\~\0\n", "..", "c", "0", "zarr.json", "\u00e9", "a"))
+_names = st.lists(_pieces, max_size=4).map("".join)
+_hostile = st.recursive(
+    st.sampled_from((np.arange(3), np.arange(400), "text", None)),
+    lambda inner: st.dictionaries(_names, inner, min_size=1, max_size=4),
+    max_leaves=8,
+).filter(lambda tree: isinstance(tree, dict))
+
+
+def stored_names(tree: Any, *keys: str) -> Iterator[str]:
+    """What each leaf is called in the database: keys that give the same are at odds."""
+    if not isinstance(tree, dict):
+        name = ".".join(keys)
+        yield "" if name in {"", "/"} else name if name.endswith("/") else name + "/"
+        return
+    for key, inner in tree.items():
+        yield from stored_names(inner, *keys, key)
+
+
+@given(_hostile)
+def test_names_are_at_odds_or_come_back(state: Any) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "c")
+        names = list(stored_names(state))
+        if len(set(names)) < len(names):
+            with pytest.raises(fp.KeyConflictError):
+                fp.save(path, state, options=QUICK)
+            assert not listing(path.parent)
+            return
+        fp.save(path, state, options=QUICK)
+        fp.finalize(path)
+        trees.assert_same(fp.load(path), state)
+        assert fp.verify(path).ok
+        assert not outside(path.parent)
+
+
+# --- trees ----------------------------------------------------------------------------------------
+
+
+def deep(levels: int, leaf: Any) -> Any:
+    for level in range(levels):
+        leaf = {"k": leaf} if level % 2 else [leaf]
+    return leaf
+
+
+def test_tree_that_jax_cannot_flatten_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    """JAX would leave the thread without any recursion depth: every later call would fail."""
+    around: dict[str, Any] = {}
+    around["again"] = around
+    for tree in ({"deep": deep(1_000, 1)}, {"deep": deep(50_000, 1)}, around):
+        for call in (fp.save, fp.save_async):
+            with pytest.raises(fp.UnsupportedLeafError, match="nested"):
+                call(tmp_path / "c", tree)
+    assert not listing(tmp_path)
+    fp.save(tmp_path / "c", {"deep": deep(700, X)})
+    fp.finalize(tmp_path / "c")
+    with pytest.raises(fp.UnsupportedLeafError, match="nested"):
+        fp.load(tmp_path / "c", around)
+    trees.assert_same(fp.load(tmp_path / "c"), {"deep": deep(700, X)})
+
+
+def in_depth(path: Path) -> bool:
+    """Saves and loads a tree of 1,000 levels in a process that allows for it."""
+    sys.setrecursionlimit(4_000)
+    fp.save(path, {"deep": deep(1_000, X)}, custom_metadata={"deep": deep(300, 1)})
+    fp.finalize(path, expect=["deep", "deep" + ".k.0" * 500])
+    found = fp.load(path)["deep"]
+    while isinstance(found, (dict, list)):
+        found = found["k"] if isinstance(found, dict) else found[0]
+    return bool((found == X).all()) and fp.verify(path).ok
+
+
+def test_tree_of_a_thousand_levels_is_stored(tmp_path: Path, apart: Isolated) -> None:
+    outcome = apart.call(in_depth, tmp_path / "c")
+    assert outcome.error is None, repr(outcome.error)
+    assert outcome.value
+
+
+@pytest.mark.parametrize("width", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_wide_tree_is_stored(tmp_path: Path, width: int) -> None:
+    state = {"dict": {f"k{index}": index for index in range(width)}, "list": ["x"] * width}
+    fp.save(tmp_path / "c", state, options=QUICK)
+    fp.finalize(tmp_path / "c", expect=["list", f"dict.k{width - 1}"])
+    assert fp.load(tmp_path / "c") == state
+
+
+# --- objects --------------------------------------------------------------------------------------
+
+
+class Failing:
+    """Fails in whatever NumPy, JAX or a message asks of it."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    __jax_array__ = __len__ = __iter__ = __float__ = __index__ = __array__
+    dtype = shape = property(__array__)
+
+
+class FailingArray(np.ndarray):
+    """An array that fails when it is copied, or as soon as another is made of it."""
+
+    def copy(self, *_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    def __array_finalize__(self, _: Any) -> None:
+        if type(self).is_armed:
+            raise ZeroDivisionError
+
+    is_armed = False
+
+
+class FailingText(str):
+    __slots__ = ()
+
+    def encode(self, *_: Any) -> bytes:
+        raise ZeroDivisionError
+
+
+class FailingNode:
+    """A node of a tree that fails when it is flattened."""
+
+
+def _fail(_: Any) -> Any:
+    raise ZeroDivisionError
+
+
+jax.tree_util.register_pytree_node(FailingNode, _fail, lambda *_: FailingNode())
+
+
+@pytest.mark.parametrize("call", [fp.save, fp.save_async], ids=["save", "save_async"])
+@pytest.mark.parametrize("kind", ["object", "node", "array", "text", "metadata", "key"])
+def test_object_that_fails_fails_the_save_and_nothing_else(
+    tmp_path: Path, kind: str, call: Any
+) -> None:
+    fp.save(tmp_path / "c", {"first": X})
+    before = listing(tmp_path)
+    armed = np.arange(3).view(FailingArray)
+    bad: dict[str, Any] = {
+        "object": Failing(),
+        "node": FailingNode(),
+        "array": armed,
+        "text": FailingText("x"),
+        "metadata": X,
+        "key": {Failing(): X},
+    }
+    options: dict[str, Any] = {"custom_metadata": {"bad": Failing()}} if kind == "metadata" else {}
+    FailingArray.is_armed = True
+    try:
+        with contextlib.suppress(ZeroDivisionError, fp.UnsupportedLeafError):
+            call(tmp_path / "c", {"ok": X, "bad": bad[kind]}, **options)
+            assert kind == "array"  # its memory may be taken without asking it
+            fp.finalize(tmp_path / "c")
+            assert (fp.load(tmp_path / "c")["bad"] == np.arange(3)).all()
+            return
+    finally:
+        FailingArray.is_armed = False
+    assert listing(tmp_path) == before
+    fp.save(tmp_path / "c", {"ok": X, "bad": X})
+    fp.finalize(tmp_path / "c")
+    trees.assert_same(fp.load(tmp_path / "c"), {"first": X, "ok": X, "bad": X})
+
+
+# --- code -----------------------------------------------------------------------------------------
+
+_RUNS = ("compile", "exec", "import", "marshal.loads", "pickle.find_class", "ctypes.dlopen")
+_RUNS += ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "os.fork", "socket.connect")
+
+
+def events_of(path: Path) -> list[str]:
+    """What Python was asked to run while a checkpoint was read, twice."""
+    events: list[str] = []
+    is_on = False
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        if is_on and event in _RUNS:
+            events.append(f"{event} {arguments[:1]}")
+
+    def read() -> None:
+        for call in (fp.load, fp.verify, fp.metadata, fp.status):
+            with contextlib.suppress(fp.PartialCheckpointError):
+                call(path)
+
+    read()  # what is imported when first needed
+    sys.addaudithook(hear)
+    is_on = True
+    read()
+    is_on = False
+    return events
+
+
+def test_reading_runs_nothing_that_a_checkpoint_holds(tmp_path: Path, apart: Isolated) -> None:
+    for name in ("whole", *forged.ROWS):
+        path = tmp_path / name.replace(" ", "_")
+        report = fp.save(path, {"a": jax.numpy.arange(3), "b": "__import__('os')"}, options=QUICK)
+        fp.finalize(path)
+        if name != "whole":
+            head = {"started_ns": 1, "committed_ns": 2, "parts": 1, "first_part": report.part}
+            (path / "state" / "contents.json").write_bytes(forged.table(name, head))
+        outcome = apart.call(events_of, path)
+        assert outcome.error is None, repr(outcome.error)
+        assert not outcome.value, name
+
+
+def test_package_knows_nothing_that_runs_data() -> None:
+    spec = importlib.util.find_spec("flax_partial")
+    assert spec is not None
+    assert spec.origin is not None
+    for file in Path(spec.origin).parent.glob("*.py"):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}, file
+            if isinstance(node, ast.Name):
+                assert node.id not in {"eval", "exec", "compile", "__import__"}, file
+
+
+# --- places ---------------------------------------------------------------------------------------
+
+
+def works(path: Path) -> None:
+    fp.save(path, {"a": X})
+    fp.save_async(path, {"b": np.arange(40_000)}).result()
+    fp.finalize(path)
+    trees.assert_same(fp.load(path), {"a": X, "b": np.arange(40_000)})
+    assert fp.verify(path).ok
+
+
+def refuses(path: Path, error: type[Exception]) -> None:
+    """Both kinds of save are refused, and a later call does not hang or fail otherwise."""
+    for call in (fp.save, fp.save_async):
+        with pytest.raises(error):
+            call(path, {"a": X})
+    with pytest.raises((fp.NoSessionError, error)):
+        fp.finalize(path)
+
+
+def test_path_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    refuses(tmp_path / "file" / "c", NotADirectoryError)
+    refuses(tmp_path / "file" / "deeper" / "c", NotADirectoryError)
+    assert listing(tmp_path) == ["file 8"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "pipe"])
+def test_what_is_at_the_path_is_left_alone(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "c"
+    match kind:
+        case "file":
+            path.write_text("precious")
+        case "link":
+            (tmp_path / "target").mkdir()
+            path.symlink_to("target")
+        case "dangling link":
+            path.symlink_to("nowhere")
+        case "pipe":
+            os.mkfifo(path)
+    before = listing(tmp_path)
+    refuses(path, fp.CheckpointExistsError)
+    with pytest.raises(fp.NoSessionError):
+        fp.load(path)
+    assert listing(tmp_path) == before
+    assert not fp.steps(path)
+
+
+def test_parent_that_is_a_dangling_link_is_refused_or_made(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    works(tmp_path / "link" / "c")
+    assert (tmp_path / "target" / "c").is_dir()
+
+
+def test_link_in_a_circle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    refuses(tmp_path / "circle" / "c", OSError)
+
+
+@pytest.mark.parametrize("name", [" ", "a b", "\n", "\u5c42", "-rf", "c.partial_save.d", "x" * 242])
+def test_any_name_of_a_directory_will_do(tmp_path: Path, name: str) -> None:
+    works(tmp_path / name)
+
+
+def test_other_file_system_through_a_link(tmp_path: Path) -> None:
+    shared = Path("/dev/shm")  # noqa: S108 - another file system is the point
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system at /dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared) as directory:
+        (tmp_path / "link").symlink_to(directory)
+        works(tmp_path / "link" / "c")
+        works(Path(directory) / "d")
+
+
+def as_somebody_else(path: Path) -> list[str]:
+    """What saving, finalizing and reading come to for a user who may not write here."""
+    calls: list[Callable[[], Any]] = [
+        lambda: fp.save(path / "new", {"a": X}),
+        lambda: fp.abort(path / "session"),
+        lambda: fp.finalize(path / "session"),
+        lambda: fp.load(path / "closed"),
+        lambda: fp.load(path / "open"),
+    ]
+    os.seteuid(65534)
+    try:
+        return list(map(_outcome, calls))
+    finally:
+        os.seteuid(0)
+
+
+def _outcome(call: Any) -> str:
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - it is looked at outside
+        return type(error).__name__
+    return "ok"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_user_without_permission_is_told_so_and_changes_nothing(apart: Isolated) -> None:
+    """What may not be read is not called damaged."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        for checkpoint in ("open", "closed"):
+            fp.save(directory / checkpoint, {"a": np.arange(40_000)})
+            fp.finalize(directory / checkpoint)
+        (part,) = directory.glob("closed/state/part.*")
+        (part / "data").chmod(0)
+        fp.save(directory / "session", {"a": X})
+        before = listing(directory)
+        outcome = apart.call(as_somebody_else, directory)
+        assert outcome.error is None, repr(outcome.error)
+        assert outcome.value == ["PermissionError"] * 4 + ["ok"]
+        assert listing(directory) == before
+        fp.finalize(directory / "session")
+
+
+@contextlib.contextmanager
+def read_only(directory: Path) -> Iterator[None]:
+    """Nobody can write into a directory, not even root."""
+    commands = (["chattr", "+i", directory], ["chattr", "-i", directory])
+    done = subprocess.run(commands[0], check=False, capture_output=True)
+    if done.returncode:
+        pytest.skip(f"chattr: {done.stderr.decode()}")
+    try:
+        yield
+    finally:
+        subprocess.run(commands[1], check=True)
+
+
+def test_directory_that_takes_no_files_fails_and_harms_nothing(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    fp.save(runs / "session", {"a": X})
+    fp.save(runs / "done", {"a": X})
+    fp.finalize(runs / "done")
+    before = listing(tmp_path)
+    with read_only(runs):
+        for call in (fp.finalize, fp.abort):
+            with pytest.raises(OSError, match="not permitted"):
+                call(runs / "session")
+        with pytest.raises(OSError, match="not permitted"):
+            fp.save(runs / "new", {"a": X})
+        trees.assert_same(fp.load(runs / "done"), {"a": X})
+        assert fp.verify(runs / "done").ok
+    with read_only(runs / "session.partial_save" / "state"):
+        handle = fp.save_async(runs / "session", {"b": X})
+        with pytest.raises(OSError, match="not permitted"):
+            handle.result()
+    assert [line for line in listing(tmp_path) if "session" not in line] == [
+        line for line in before if "session" not in line
+    ]
+    fp.finalize(runs / "session")
+    trees.assert_same(fp.load(runs / "session"), {"a": X})
+
+
+def test_session_that_is_a_mount_point_is_kept(tmp_path: Path) -> None:
+    """It cannot be renamed: finalize says so, and everything is still there."""
+    session = tmp_path / "c.partial_save"
+    session.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", session]
+    done = subprocess.run(mount, check=False, capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mount: {done.stderr.decode()}")
+    try:
+        fp.save(tmp_path / "c", {"a": X})
+        for _ in range(2):
+            with pytest.raises(OSError, match="busy"):
+                fp.finalize(tmp_path / "c")
+        assert fp.status(tmp_path / "c").leaves == ("a",)
+    finally:
+        subprocess.run(["umount", "-l", session], check=True)
+
+
+# --- sessions and checkpoints that somebody else has made -----------------------------------------
+
+
+def test_session_whose_state_is_elsewhere_is_refused(tmp_path: Path) -> None:
+    """What finalize derives would be cleared and written there: in another checkpoint, perhaps."""
+    fp.save(tmp_path / "other", {"a": X})
+    fp.finalize(tmp_path / "other")
+    (tmp_path / "c.partial_save").mkdir()
+    (tmp_path / "c.partial_save" / "state").symlink_to(tmp_path / "other" / "state")
+    before = listing(tmp_path / "other")
+    for call in (fp.finalize, lambda path: fp.save(path, {"c": X}), fp.abort):
+        with pytest.raises(fp.CheckpointExistsError, match="symbolic link"):
+            call(tmp_path / "c")
+    assert listing(tmp_path / "other") == before
+    assert fp.verify(tmp_path / "other").ok
+
+
+@pytest.mark.parametrize("what", ["pipe", "directory", "device"])
+@pytest.mark.timeout(30)
+def test_table_that_is_no_file_is_damage(tmp_path: Path, what: str) -> None:
+    """Reading a pipe would wait for ever, and some devices never end."""
+
+    def replace(table: Path) -> None:
+        table.unlink()
+        match what:
+            case "pipe":
+                os.mkfifo(table)
+            case "directory":
+                table.mkdir()
+            case "device":
+                table.symlink_to("/dev/zero")
+
+    report = fp.save(tmp_path / "c", {"a": X})
+    fp.finalize(tmp_path / "c")
+    replace(tmp_path / "c" / "state" / report.part / "part.json")
+    replace(tmp_path / "c" / "state" / "_METADATA")
+    trees.assert_same(fp.load(tmp_path / "c"), {"a": X})  # it needs neither
+    assert {f"state/{report.part}", "state/_METADATA"} <= set(fp.verify(tmp_path / "c").bad)
+    replace(tmp_path / "c" / "state" / "contents.json")
+    with pytest.raises(fp.CorruptCheckpointError, match=r"contents\.json"):
+        fp.load(tmp_path / "c")
+    report = fp.save(tmp_path / "d", {"a": X})
+    replace(tmp_path / "d.partial_save" / "state" / report.part / "part.json")
+    assert fp.status(tmp_path / "d").damaged == (report.part,)
+    with pytest.raises(fp.CorruptCheckpointError, match=report.part):
+        fp.finalize(tmp_path / "d")

@@ -1,0 +1,34 @@
+"""Many checkpoints in one process leave nothing behind in it, nor on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import soak
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from isolated import Isolated
+
+
+def soaked(directory: Path, checkpoints: int) -> list[soak.Sample]:
+    return soak.soak(directory, checkpoints, 0)
+
+
+@pytest.mark.parametrize("checkpoints", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_nothing_grows(tmp_path: Path, checkpoints: int, apart: Isolated) -> None:
+    """A share of `soak.py`, in a process in which nothing else has been done."""
+    outcome = apart.call(soaked, tmp_path, checkpoints)
+    assert outcome.error is None, repr(outcome.error)
+    assert len(outcome.value) > 40
+    assert not soak.growth(outcome.value)
+
+
+@pytest.mark.parametrize("name", ["memory_bytes", "objects", "threads", "descriptors", "entries"])
+def test_what_grows_is_noticed(name: str) -> None:
+    start: dict[str, Any] = dict.fromkeys(soak.Sample.__annotations__, 100)
+    samples = [replace(soak.Sample(**start), **{name: 100 + step * 200_000}) for step in range(90)]
+    assert [fault.split()[0] for fault in soak.growth(samples)] == [name]
