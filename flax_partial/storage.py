@@ -312,7 +312,22 @@ def commit_checkpoint(
     for directory in sorted(directories, reverse=True):  # the inner ones first
         fsync_directory(directory)
     _rename_to_new(where.session, where.final)
-    fsync_directory(where.final.parent)
+    try:
+        fsync_directory(where.final.parent)
+    except OSError as error:
+        _take_back(where, error)
+        raise
+
+
+def _take_back(where: CheckpointPath, error: OSError) -> None:
+    """Makes a checkpoint a session again: an error of finalize means that there is none."""
+    try:
+        _rename_to_new(where.final, where.session)
+    except OSError:
+        error.add_note(
+            f"{where.final} is there nevertheless, and complete. What failed is to make its name "
+            "durable: in a power cut it may become an unfinished checkpoint again."
+        )
 
 
 def clear_root(where: CheckpointPath) -> None:

@@ -1,0 +1,47 @@
+"""Where something once went wrong: each test tries every change of the stretch in which it did.
+
+Which changes there are, and how many, is the engine's affair, and differs from run to run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import points
+import pytest
+from fileops import Kind
+from points import Point
+from promises import Then
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nursery import Nursery
+
+
+@pytest.fixture(scope="module")
+def changes(nursery: Nursery, scratch: Path) -> dict[str, int]:
+    """How many changes each step makes."""
+    counts: dict[str, int] = {}
+    step = ""
+    for event in points.changes_of(nursery, scratch):
+        if event.path.startswith("begin "):
+            step = event.path.removeprefix("begin ")
+        counts[step] = counts.get(step, 0) + (event.kind is not Kind.MARK)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("series", "step"),
+    [
+        ("EIO once", "finalize"),
+        ("EIO until mended", "finalize"),
+    ],
+)
+def test_what_fails_at_its_very_end_has_happened_or_not(
+    nursery: Nursery, scratch: Path, changes: dict[str, int], series: str, step: str
+) -> None:
+    """Not, unless the disk refuses to undo it, or what is left to do is only to tidy up."""
+    for at in range(changes[step] - 5, changes[step] + 3):
+        point = Point(series, at, Then.FINALIZE, step)
+        points.hold(nursery, scratch, point, with_orbax=False)
