@@ -361,8 +361,12 @@ def remove_directory(directory: Path) -> None:
     """Removes a directory that others may be looking at: it disappears at once, then is deleted."""
     doomed = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.deleted")
     os.rename(directory, doomed)
-    fsync_directory(directory.parent)
-    _remove_tree(doomed)
+    try:
+        fsync_directory(directory.parent)
+        _remove_tree(doomed)
+    except OSError as error:
+        error.add_note(f"{directory} is gone; what is left of it lies in {doomed}.")
+        raise
 
 
 def _remove_tree(directory: Path) -> None:

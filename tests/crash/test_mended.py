@@ -36,6 +36,7 @@ def changes(nursery: Nursery, scratch: Path) -> dict[str, int]:
     [
         ("EIO once", "finalize"),
         ("EIO until mended", "finalize"),
+        ("EIO once", "abort"),
     ],
 )
 def test_what_fails_at_its_very_end_has_happened_or_not(
