@@ -260,6 +260,7 @@ class Session:
         self._ledger = Ledger()
         self._anchor = -1  # a descriptor of the directory: while it is open its inode is not reused
         self._identity: tuple[int, int] | None = None
+        self._is_synced = False  # whether this process has made the directories durable
         self._saves = 0  # on their way, from `session_of` until `leave`
         self._directory_lock: storage.SessionLock | None = None
         self._last_time_ns = 0
@@ -336,23 +337,29 @@ class Session:
         Makes the directory if there is none, but not for leaves that are at odds with each other.
         """
         with self._lock:
-            if self._directory_lock is not None:
-                return
-            self.require_not_aborted()
-            if not storage.is_session(self.where):
-                Ledger().claim(leaves, replace=False, visible=lambda _: -1)
-            lock = storage.lock_for_saving(self.where)
-            try:
-                if lock.identity != self._identity:
-                    self._take_over(lock, durable=durable)
-            except BaseException:
-                lock.release()
-                raise
-            self._directory_lock = lock
+            if self._directory_lock is None:
+                self._enter_directory(leaves)
+            if durable and not self._is_synced:
+                storage.sync_session(self.where)
+                self._is_synced = True
 
-    def _take_over(self, lock: storage.SessionLock, *, durable: bool) -> None:
+    def _enter_directory(self, leaves: Sequence[Leaf]) -> None:
+        self.require_not_aborted()
+        if not storage.is_session(self.where):
+            Ledger().claim(leaves, replace=False, visible=lambda _: -1)
+        lock = storage.lock_for_saving(self.where)
+        try:
+            if lock.identity != self._identity:
+                self._take_over(lock)
+        except BaseException:
+            lock.release()
+            raise
+        self._directory_lock = lock
+
+    def _take_over(self, lock: storage.SessionLock) -> None:
         """Makes the ledger that of a locked directory that this process has not saved into."""
-        storage.prepare_session(self.where, durable=durable)
+        storage.prepare_session(self.where)
+        self._is_synced = False
         self._close_anchor()
         self._ledger = Ledger()
         for part in read_parts(self.where, process=processes.index()).values():

@@ -6,6 +6,7 @@ the kernel drops the lock of a process that dies. After waiting, the inode behin
 compared with the one that was locked: the session may have been renamed away meanwhile.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -170,7 +171,7 @@ def identity(directory: Path) -> tuple[int, int] | None:
 
 
 def _create_session(where: CheckpointPath) -> None:
-    os.makedirs(where.session.parent, exist_ok=True)
+    _make_directories(where.session.parent)
     try:
         os.mkdir(where.session)
     except FileExistsError:
@@ -178,11 +179,23 @@ def _create_session(where: CheckpointPath) -> None:
             raise _not_a_session(where, "it is not a directory") from None
 
 
-def prepare_session(where: CheckpointPath, *, durable: bool) -> None:
-    """Makes a locked session ready for this process's first part.
+def _make_directories(directory: Path) -> None:
+    """Makes a directory and those above it that are missing, each durable before the next.
 
-    Every process does this once, whoever created the directories: only its own fsync of them is
-    known to have happened when its first save returns.
+    Also for a save that need not be durable: later nobody knows which of them were made.
+    """
+    missing = []
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    for one in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another process has just made it
+            os.mkdir(one)
+        fsync_directory(one.parent)
+
+
+def prepare_session(where: CheckpointPath) -> None:
+    """Makes a locked session ready for this process's first part.
 
     Raises:
       CheckpointExistsError: The directory holds what is not a session's.
@@ -191,9 +204,16 @@ def prepare_session(where: CheckpointPath, *, durable: bool) -> None:
     if foreign:
         raise _not_a_session(where, f"it holds {foreign[0]!r}")
     os.makedirs(where.state, exist_ok=True)
-    if durable:
-        fsync_directory(where.session)
-        fsync_directory(where.session.parent)
+
+
+def sync_session(where: CheckpointPath) -> None:
+    """Makes a session's directories durable.
+
+    Every process does this once, before its first durable save, whoever created them: only its own
+    fsync of them is known to have happened when that save returns.
+    """
+    fsync_directory(where.session)
+    fsync_directory(where.session.parent)
 
 
 def _foreign_entries(where: CheckpointPath) -> list[str]:
