@@ -202,6 +202,7 @@ def _commit_when_whole(
         _wait_for_leaves(where, expected, timeout_secs)
     try:
         with storage.locked_exclusively(where), collector.paused():
+            session_of(where).remove_failed()
             return _commit(where, expected)
     except NoSessionError:
         storage.require_absent(where)  # somebody else has finalized it while this one waited

@@ -235,8 +235,7 @@ class _Saving:
     def give_up(self) -> None:
         """Leaves the session as it was before this save."""
         self.session.release(self._leaves)
-        with contextlib.suppress(OSError):
-            storage.remove_part(self.session.where, self._name)
+        self.session.remove(self._name)
         self._give_back()
 
     def _give_back(self) -> None:
@@ -261,6 +260,9 @@ class Session:
         self._anchor = -1  # a descriptor of the directory: while it is open its inode is not reused
         self._identity: tuple[int, int] | None = None
         self._is_synced = False  # whether this process has made the directories durable
+        # Parts that failed saves have written and could not remove: they do not count.
+        self.not_removed: frozenset[str] = frozenset()
+        self._removing = threading.Lock()  # not `_lock`: who holds that may wait for finalize
         self._saves = 0  # on their way, from `session_of` until `leave`
         self._directory_lock: storage.SessionLock | None = None
         self._last_time_ns = 0
@@ -351,6 +353,7 @@ class Session:
         try:
             if lock.identity != self._identity:
                 self._take_over(lock)
+            self.remove_failed()
         except BaseException:
             lock.release()
             raise
@@ -360,6 +363,7 @@ class Session:
         """Makes the ledger that of a locked directory that this process has not saved into."""
         storage.prepare_session(self.where)
         self._is_synced = False
+        self.not_removed = frozenset()
         self._close_anchor()
         self._ledger = Ledger()
         for part in read_parts(self.where, process=processes.index()).values():
@@ -388,9 +392,30 @@ class Session:
         with self._lock:
             self._ledger.release(leaves)
 
+    def remove(self, part: str) -> None:
+        """Removes what a failed save has written: now, or before it can be taken for saved."""
+        with self._removing:
+            self.not_removed |= {part}
+            with contextlib.suppress(OSError):
+                storage.remove_part(self.where, part)
+            if not storage.may_have_table(self.where, part):  # it counts for nothing
+                self.not_removed -= {part}
+
+    def remove_failed(self) -> None:
+        """Removes what failed saves of this process have left.
+
+        Raises:
+          OSError: It cannot be removed.
+        """
+        with self._removing:
+            for part in sorted(self.not_removed):
+                storage.remove_part(self.where, part)
+                self.not_removed -= {part}
+
     def close(self) -> None:
         """Forgets everything but what is in flight."""
         with self._lock:
+            self.not_removed = frozenset()
             self._close_anchor()
             self._ledger = Ledger()
 
@@ -481,7 +506,7 @@ def read_parts(
     known: Mapping[str, Part] | None = None,
     torn: list[str] | None = None,
 ) -> dict[str, Part]:
-    """Reads the committed parts of a session.
+    """Reads the committed parts of a session, but for those whose save failed in this process.
 
     Args:
       where: The session.
@@ -493,15 +518,21 @@ def read_parts(
       Name of each part -> its table of contents.
     """
     parts = {}
+    failed = _failed_parts(where)
     for name in storage.part_names(where):
         if process is not None and f".p{process}." not in name:
             continue
-        part = (known or {}).get(name) or _read_part(where, name)
+        part = None if name in failed else (known or {}).get(name) or _read_part(where, name)
         if part is not None:
             parts[name] = part
         elif torn is not None:
             torn.append(name)
     return parts
+
+
+def _failed_parts(where: CheckpointPath) -> frozenset[str]:
+    session = _sessions.get(where.final)
+    return frozenset() if session is None else session.not_removed
 
 
 def _read_part(where: CheckpointPath, name: str) -> Part | None:

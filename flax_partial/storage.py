@@ -361,8 +361,26 @@ def clear_root(where: CheckpointPath) -> None:
 
 
 def remove_part(where: CheckpointPath, name: str) -> None:
-    """Removes the directory of a torn part."""
-    _remove_tree(where.state / name)
+    """Removes the directory of a part that does not count.
+
+    Its table of contents goes first: one that outlived the data would make a corrupt part of it.
+    """
+    directory = where.state / name
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(directory / PART_TABLE)
+        fsync_directory(directory)
+    _remove_tree(directory)
+
+
+def may_have_table(where: CheckpointPath, name: str) -> bool:
+    """Whether a part's table of contents is there, or nobody can say."""
+    try:
+        os.lstat(where.state / name / PART_TABLE)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def remove_session(where: CheckpointPath) -> None:

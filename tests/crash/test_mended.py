@@ -37,6 +37,7 @@ def changes(nursery: Nursery, scratch: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("series", "step"),
     [
+        ("EIO until mended", "small"),
         ("EIO once", "finalize"),
         ("EIO until mended", "finalize"),
         ("EIO once", "abort"),
