@@ -84,8 +84,10 @@ class Point:
 
 def changes_of(nursery: Nursery, directory: Path) -> list[Event]:
     """Runs the work unharmed; returns all that it does, and says."""
-    base, status, events = _run(nursery, directory, Plan())
+    base, log = _new(directory)
+    status = nursery.run(Job(base, log))
     require(status == 0, f"the work fails even where nothing does: {_stderr(base)}")
+    events = read_log(log)
     shutil.rmtree(base.parent)
     return events
 
@@ -118,7 +120,14 @@ def every(counts: tuple[int, int], names: list[str], seed: int) -> list[Point]:
     ]
 
 
-def hold(nursery: Nursery, directory: Path, point: Point, *, with_orbax: bool = True) -> str:
+def hold(
+    nursery: Nursery,
+    directory: Path,
+    point: Point,
+    *,
+    durable: bool = True,
+    with_orbax: bool = True,
+) -> str:
     """Tries one crash point below `directory`.
 
     Returns:
@@ -129,7 +138,9 @@ def hold(nursery: Nursery, directory: Path, point: Point, *, with_orbax: bool = 
     """
     series = SERIES[point.series]
     plan = series.plan(point.at)
-    base, status, events = _run(nursery, directory, plan, exits=series.exits, step=point.step)
+    base, log = _new(directory)
+    job = Job(base, log, plan, point.step, durable=durable, exits=series.exits)
+    status, events = nursery.run(job), read_log(log)
     said = Said.of(events)
     where = f"{said.began or said.done[-1]}, {_place(events, plan)}"
     try:
@@ -143,14 +154,11 @@ def hold(nursery: Nursery, directory: Path, point: Point, *, with_orbax: bool = 
     return where
 
 
-def _run(
-    nursery: Nursery, directory: Path, plan: Plan, *, exits: bool = False, step: str | None = None
-) -> tuple[Path, int, list[Event]]:
+def _new(directory: Path) -> tuple[Path, Path]:
+    """Makes a place to work in; returns it, and the place of the log beside it."""
     own = Path(tempfile.mkdtemp(dir=directory))
-    base, log = own / "disk", own / "log"
-    base.mkdir()
-    status = nursery.run(Job(base, log, plan, exits=exits, step=step))
-    return base, status, read_log(log)
+    (own / "disk").mkdir()
+    return own / "disk", own / "log"
 
 
 def _stderr(base: Path) -> str:
