@@ -126,7 +126,8 @@ def _prepare(
     try:
         session.raise_unseen()
         leaves = [one.leaf for one in described]
-        session.enter(leaves, durable=options.durable)
+        with storage.full_disk_explained(where, lambda: sum(one.bytes for one in described)):
+            session.enter(leaves, durable=options.durable)
         leaves, time_ns = session.claim(leaves, replace=replace)
     except BaseException:
         session.leave()
@@ -184,6 +185,7 @@ class _Saving:
             bytes=sum(one.bytes for one in described),
         )
         self._name = f"part.{time_ns:019d}.p{self._part.process}.{uuid.uuid4().hex[:12]}"
+        self._needed_bytes = self._part.bytes  # on the disk, as far as it is known
         self._blocked_secs = 0.0  # of a save in the background; the other kind is all blocked
         self._budget_secs = 0.0
         self._budget_bytes = 0
@@ -199,12 +201,13 @@ class _Saving:
     def run(self) -> SaveReport:
         """Writes and commits the part."""
         began = time.perf_counter()
-        try:
-            self.session.require_not_aborted()
-            self._write()
-        except BaseException:
-            self.give_up()
-            raise
+        with storage.full_disk_explained(self.session.where, lambda: self._needed_bytes):
+            try:
+                self.session.require_not_aborted()
+                self._write()
+            except BaseException:
+                self.give_up()
+                raise
         self._give_back()
         ended = time.perf_counter()
         return SaveReport(
@@ -227,10 +230,10 @@ class _Saving:
         durable, checksum = self._options.durable, self._options.checksum
         leaves = write_part(directory, data, checksum=checksum, durable=durable)
         part = replace(self._part, leaves=leaves)
+        table = encode_part(part)
+        self._needed_bytes = part.data_file_bytes + len(table)
         has_data_file = part.data_file_bytes > 0
-        storage.commit_part(
-            directory, encode_part(part), has_data_file=has_data_file, durable=durable
-        )
+        storage.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
 
     def give_up(self) -> None:
         """Leaves the session as it was before this save."""

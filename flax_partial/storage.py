@@ -13,7 +13,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ STATE = "state"
 _ROOT_FILES = frozenset(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"))
 _STATE_FILES = frozenset(("_METADATA", "_sharding", "_strings.json", CONTENTS, "manifest.ocdbt"))
 _STATE_DIRECTORIES = frozenset(("array_metadatas", "d"))
+_NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT))
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 
@@ -233,6 +234,35 @@ def listed(directory: Path) -> list[str]:
         return os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+@contextmanager
+def full_disk_explained(where: CheckpointPath, needed: Callable[[], int]) -> Iterator[None]:
+    """Has the error of a full disk, or a used-up quota, say what is needed and what is free.
+
+    Args:
+      where: What is written.
+      needed: Says how many bytes, as far as that is known by then.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        text = (
+            f"{os.strerror(error.errno)}: about {needed():,} bytes are to be written, and "
+            f"{_free_bytes(where.session):,} are free. Make room and call again; the session is "
+            "as it was before"
+        )
+        raise OSError(error.errno, text, str(where.session)) from error
+
+
+def _free_bytes(directory: Path) -> int:
+    """Room on a directory's file system, which may have to be made yet."""
+    while not directory.exists():
+        directory = directory.parent
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
 
 
 def _not_a_session(where: CheckpointPath, why: str) -> CheckpointExistsError:
