@@ -13,9 +13,12 @@ import sys
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fileops import Action, Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +49,12 @@ class Job:
 class Nursery:
     """The server, as its users see it."""
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, *, under: Sequence[str] = ()) -> None:
+        """Starts it; `under` is a command that runs another one, such as strace."""
         before = os.environ.get("LD_PRELOAD")
         preload = f"{library}:{before}" if before else str(library)
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [*under, sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "LD_PRELOAD": preload, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
