@@ -5,6 +5,7 @@ the session. Killed anywhere before the rename it has changed nothing that count
 from the parts.
 """
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -209,6 +210,7 @@ def _commit_when_whole(session: Session, expected: Sequence[str], timeout_secs: 
         _wait_for_leaves(where, expected, timeout_secs)
     try:
         with session.exclusively(), collector.paused():
+            session.remove_failed()
             return _commit(where, expected)
     except NoSessionError:
         storage.require_absent(where)  # somebody else has finalized it while this one waited
@@ -256,7 +258,14 @@ def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
     for name in torn:  # nobody saves while the session is locked: these are dead
         storage.remove_part(where, name)
     storage.clear_root(where)
-    storage.commit_checkpoint(where, root_files=root_files, contents=data)
+    needed_bytes = sum(map(len, root_files.values())) + len(data)
+    with storage.full_disk_explained(where, lambda: needed_bytes):
+        try:
+            storage.commit_checkpoint(where, root_files=root_files, contents=data)
+        except BaseException:
+            with contextlib.suppress(OSError):  # it takes room, and is made anew in any case
+                storage.clear_root(where)
+            raise
     return contents
 
 

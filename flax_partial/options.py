@@ -10,9 +10,14 @@ class SaveOptions:
     """How a save is written; the defaults are the safe ones.
 
     Attributes:
-      durable: Whether data, manifest and directories are fsynced before a save returns. Without it
-        a saved part survives the death of the process, but not a power cut. `finalize` makes its
-        own files durable in any case.
+      durable: Whether data, table of contents and directories are fsynced before a save returns.
+        Without it a saved part outlives the death of the process; a power cut, or a crash of the
+        system, it outlives only if the system has written everything by then, which takes about
+        half a minute. Otherwise the part is gone, as if it had never been saved, or array data of
+        it is missing. A checkpoint that was finalized from it is durable as far as `finalize`
+        wrote it, so it is there, but may lack that array data. Other data is never returned:
+        `finalize`, `load` and `verify` say what is missing (`CorruptCheckpointError`), unless
+        `checksum` is off too.
       checksum: Whether an xxh3-128 digest of every chunk is stored. Without it damage to array data
         goes unnoticed, and replicated leaves that several processes save cannot be compared.
       compression: `"zstd"`, or None. Twice the time, for less space.

@@ -196,6 +196,7 @@ class _Saving:
             bytes=sum(one.bytes for one in described),
         )
         self._name = ""
+        self._needed_bytes = self._part.bytes  # on the disk, as far as it is known
         self._blocked_secs = 0.0  # of a save in the background; the other kind is all blocked
         self._budget_secs = 0.0
         self._is_counted = False  # in the memory budget
@@ -205,7 +206,8 @@ class _Saving:
         session = self.session
         session.raise_unseen()
         leaves = [one.leaf for one in self._described]
-        session.enter(leaves, durable=self._options.durable)
+        with storage.full_disk_explained(session.where, lambda: self._part.bytes):
+            session.enter(leaves, durable=self._options.durable)
         time_ns = session.claim(leaves, replace=replace, claimed=self._leaves)
         self._part = dataclasses.replace(self._part, time_ns=time_ns)
         self._name = _name_of(self._part) + uuid.uuid4().hex[:12]
@@ -240,12 +242,13 @@ class _Saving:
         began = time.perf_counter()
         if not self._begins.acquire(blocking=False):
             raise InterruptedError("The call that was to start this save was interrupted.")
-        try:
-            self.session.require_not_aborted()
-            self._write()
-        except BaseException:
-            self.give_up()
-            raise
+        with storage.full_disk_explained(self.session.where, lambda: self._needed_bytes):
+            try:
+                self.session.require_not_aborted()
+                self._write()
+            except BaseException:
+                self.give_up()
+                raise
         self._give_back()
         ended = time.perf_counter()
         return SaveReport(
@@ -268,16 +271,15 @@ class _Saving:
         durable, checksum = self._options.durable, self._options.checksum
         leaves = write_part(directory, data, checksum=checksum, durable=durable)
         part = dataclasses.replace(self._part, leaves=leaves)
+        table = encode_part(part)
+        self._needed_bytes = part.data_file_bytes + len(table)
         has_data_file = part.data_file_bytes > 0
-        storage.commit_part(
-            directory, encode_part(part), has_data_file=has_data_file, durable=durable
-        )
+        storage.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
 
     def give_up(self) -> None:
         """Leaves the session as it was before this save; can be called again if interrupted."""
         if self._name:
-            with contextlib.suppress(OSError):
-                storage.remove_part(self.session.where, self._name)
+            self.session.remove(self._name)
         self.session.release(self._leaves)
         self._give_back()
 
@@ -325,6 +327,10 @@ class Session:
         self._ledger = Ledger()
         self._anchor = -1  # a descriptor of the directory: while it is open its inode is not reused
         self._identity: tuple[int, int] | None = None
+        self._is_synced = False  # whether this process has made the directories durable
+        # Parts that failed saves have written and could not remove: they do not count.
+        self.not_removed: frozenset[str] = frozenset()
+        self._removing = threading.Lock()  # not `_lock`: who holds that may wait for finalize
         self._saves: set[_Saving] = set()  # on their way, from `begin` until `leave`
         self._directory_lock: storage.SessionLock | None = None
         self._exclusive: WeakSet[storage.ExclusiveLock] = WeakSet()
@@ -414,23 +420,31 @@ class Session:
         Makes the directory if there is none, but not for leaves that are at odds with each other.
         """
         with self._lock:
-            if self._directory_lock is not None:
-                return
-            self.require_not_aborted()
-            if not storage.is_session(self.where):
-                Ledger().claim(leaves, replace=False, visible=lambda _: -1, claimed=[])
-            lock = storage.lock_for_saving(self.where)
-            try:
-                if lock.identity != self._identity:
-                    self._take_over(lock, durable=durable)
-            except BaseException:
-                lock.release()
-                raise
-            self._directory_lock = lock
+            if self._directory_lock is None:
+                self._enter_directory(leaves)
+            if durable and not self._is_synced:
+                storage.sync_session(self.where)
+                self._is_synced = True
 
-    def _take_over(self, lock: storage.SessionLock, *, durable: bool) -> None:
+    def _enter_directory(self, leaves: Sequence[Leaf]) -> None:
+        self.require_not_aborted()
+        if not storage.is_session(self.where):
+            Ledger().claim(leaves, replace=False, visible=lambda _: -1, claimed=[])
+        lock = storage.lock_for_saving(self.where)
+        try:
+            if lock.identity != self._identity:
+                self._take_over(lock)
+            self.remove_failed()
+        except BaseException:
+            lock.release()
+            raise
+        self._directory_lock = lock
+
+    def _take_over(self, lock: storage.SessionLock) -> None:
         """Makes the ledger that of a locked directory that this process has not saved into."""
-        storage.prepare_session(self.where, durable=durable)
+        storage.prepare_session(self.where)
+        self._is_synced = False
+        self.not_removed = frozenset()
         self._close_anchor()
         self._ledger = Ledger()
         for part in read_parts(self.where, process=processes.index()).values():
@@ -470,9 +484,30 @@ class Session:
             while leaves:
                 self._ledger.release([leaves.pop()])
 
+    def remove(self, part: str) -> None:
+        """Removes what a failed save has written: now, or before it can be taken for saved."""
+        with self._removing:
+            self.not_removed |= {part}
+            with contextlib.suppress(OSError):
+                storage.remove_part(self.where, part)
+            if not storage.may_have_table(self.where, part):  # it counts for nothing
+                self.not_removed -= {part}
+
+    def remove_failed(self) -> None:
+        """Removes what failed saves of this process have left.
+
+        Raises:
+          OSError: It cannot be removed.
+        """
+        with self._removing:
+            for part in sorted(self.not_removed):
+                storage.remove_part(self.where, part)
+                self.not_removed -= {part}
+
     def close(self) -> None:
         """Forgets everything but what is in flight."""
         with self._lock:
+            self.not_removed = frozenset()
             self._close_anchor()
             self._ledger = Ledger()
 
@@ -564,7 +599,7 @@ def read_parts(
     torn: list[str] | None = None,
     damaged: dict[str, str] | None = None,
 ) -> dict[str, Part]:
-    """Reads the committed parts of a session.
+    """Reads the committed parts of a session, but for those whose save failed in this process.
 
     Args:
       where: The session.
@@ -577,20 +612,29 @@ def read_parts(
       Name of each part -> its table of contents.
     """
     parts = {}
+    failed = _failed_parts(where)
     for name in storage.part_names(where):
         if process is not None and f".p{process}." not in name:
             continue
-        try:
-            part = (known or {}).get(name) or _read_part(where, name)
-        except CorruptCheckpointError as error:
-            if damaged is not None:
-                damaged[name] = str(error)
-            continue
+        if name in failed:
+            part = None
+        else:
+            try:
+                part = (known or {}).get(name) or _read_part(where, name)
+            except CorruptCheckpointError as error:
+                if damaged is not None:
+                    damaged[name] = str(error)
+                continue
         if part is not None:
             parts[name] = part
         elif torn is not None:
             torn.append(name)
     return parts
+
+
+def _failed_parts(where: CheckpointPath) -> frozenset[str]:
+    session = _sessions.get(where.final)
+    return frozenset() if session is None else session.not_removed
 
 
 def _read_part(where: CheckpointPath, name: str) -> Part | None:

@@ -15,7 +15,7 @@ import shutil
 import stat
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ STATE = "state"
 _ROOT_FILES = frozenset(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"))
 _STATE_FILES = frozenset(("_METADATA", "_sharding", "_strings.json", CONTENTS, "manifest.ocdbt"))
 _STATE_DIRECTORIES = frozenset(("array_metadatas", "d"))
+_NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT))
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 
@@ -224,7 +225,7 @@ def identity(directory: Path) -> tuple[int, int] | None:
 
 def _create_session(where: CheckpointPath) -> bool:
     """Makes the directory; returns whether nobody else had done so."""
-    os.makedirs(where.session.parent, exist_ok=True)
+    _make_directories(where.session.parent)
     try:
         os.mkdir(where.session)
     except FileExistsError:
@@ -234,11 +235,23 @@ def _create_session(where: CheckpointPath) -> bool:
     return True
 
 
-def prepare_session(where: CheckpointPath, *, durable: bool) -> None:
-    """Makes a locked session ready for this process's first part.
+def _make_directories(directory: Path) -> None:
+    """Makes a directory and those above it that are missing, each durable before the next.
 
-    Every process does this once, whoever created the directories: only its own fsync of them is
-    known to have happened when its first save returns.
+    Also for a save that need not be durable: later nobody knows which of them were made.
+    """
+    missing = []
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    for one in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another process has just made it
+            os.mkdir(one)
+        fsync_directory(one.parent)
+
+
+def prepare_session(where: CheckpointPath) -> None:
+    """Makes a locked session ready for this process's first part.
 
     Raises:
       CheckpointExistsError: The directory holds what is not a session's.
@@ -249,9 +262,16 @@ def prepare_session(where: CheckpointPath, *, durable: bool) -> None:
     if where.state.is_symlink():
         raise _not_a_session(where, f"its {STATE!r} is a symbolic link")
     os.makedirs(where.state, exist_ok=True)
-    if durable:
-        fsync_directory(where.session)
-        fsync_directory(where.session.parent)
+
+
+def sync_session(where: CheckpointPath) -> None:
+    """Makes a session's directories durable.
+
+    Every process does this once, before its first durable save, whoever created them: only its own
+    fsync of them is known to have happened when that save returns.
+    """
+    fsync_directory(where.session)
+    fsync_directory(where.session.parent)
 
 
 def _foreign_entries(where: CheckpointPath) -> list[str]:
@@ -271,6 +291,35 @@ def listed(directory: Path) -> list[str]:
         return os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+@contextmanager
+def full_disk_explained(where: CheckpointPath, needed: Callable[[], int]) -> Iterator[None]:
+    """Has the error of a full disk, or a used-up quota, say what is needed and what is free.
+
+    Args:
+      where: What is written.
+      needed: Says how many bytes, as far as that is known by then.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        text = (
+            f"{os.strerror(error.errno)}: about {needed():,} bytes are to be written, and "
+            f"{_free_bytes(where.session):,} are free. Make room and call again; the session is "
+            "as it was before"
+        )
+        raise OSError(error.errno, text, str(where.session)) from error
+
+
+def _free_bytes(directory: Path) -> int:
+    """Room on a directory's file system, which may have to be made yet."""
+    while not directory.exists():
+        directory = directory.parent
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
 
 
 def _not_a_session(where: CheckpointPath, why: str) -> CheckpointExistsError:
@@ -407,7 +456,22 @@ def commit_checkpoint(
     for directory in sorted(directories, reverse=True):  # the inner ones first
         fsync_directory(directory)
     _rename_to_new(where.session, where.final)
-    fsync_directory(where.final.parent)
+    try:
+        fsync_directory(where.final.parent)
+    except OSError as error:
+        _take_back(where, error)
+        raise
+
+
+def _take_back(where: CheckpointPath, error: OSError) -> None:
+    """Makes a checkpoint a session again: an error of finalize means that there is none."""
+    try:
+        _rename_to_new(where.final, where.session)
+    except OSError:
+        error.add_note(
+            f"{where.final} is there nevertheless, and complete. What failed is to make its name "
+            "durable: in a power cut it may become an unfinished checkpoint again."
+        )
 
 
 def clear_root(where: CheckpointPath) -> None:
@@ -421,10 +485,26 @@ def clear_root(where: CheckpointPath) -> None:
 
 
 def remove_part(where: CheckpointPath, name: str) -> None:
-    """Removes the directory of a part that was not committed, or that is taken back."""
+    """Removes the directory of a part that does not count.
+
+    Its table of contents goes first: one that outlived the data would make a corrupt part of it.
+    """
     directory = where.state / name
-    (directory / PART_TABLE).unlink(missing_ok=True)  # first: without it there is no part
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(directory / PART_TABLE)
+        fsync_directory(directory)
     _remove_tree(directory)
+
+
+def may_have_table(where: CheckpointPath, name: str) -> bool:
+    """Whether a part's table of contents is there, or nobody can say."""
+    try:
+        os.lstat(where.state / name / PART_TABLE)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def remove_session(where: CheckpointPath) -> None:
@@ -443,8 +523,12 @@ def remove_directory(directory: Path) -> None:
     """Removes a directory that others may be looking at: it disappears at once, then is deleted."""
     doomed = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.deleted")
     os.rename(directory, doomed)
-    fsync_directory(directory.parent)
-    _remove_tree(doomed)
+    try:
+        fsync_directory(directory.parent)
+        _remove_tree(doomed)
+    except OSError as error:
+        error.add_note(f"{directory} is gone; what is left of it lies in {doomed}.")
+        raise
 
 
 def _remove_tree(directory: Path) -> None:

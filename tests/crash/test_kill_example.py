@@ -1,0 +1,27 @@
+"""The main example, killed again and again and started again, loses nothing and ends the same.
+
+`kill_example.py` does it as often as one likes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from kill_example import Example, Trials, Unbroken
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_goes_on_from_the_newest_complete_checkpoint(
+    tmp_path: Path,
+) -> None:
+    example = Example(tmp_path / "compiled")
+    unbroken = Unbroken.of(example, tmp_path / "unbroken")
+    assert unbroken.steps == [10, 11, 12]
+    trials = Trials(example, unbroken, tmp_path, seed=0)
+    assert list(trials.run(5))
+    assert trials.kills >= 5
+    assert trials.ends >= 1
