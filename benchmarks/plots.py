@@ -52,14 +52,17 @@ def _fill_panel(panel: Any, result: Result) -> None:
     scale = _MIB if unit == "MiB" else 1
     for name, contender in reversed(result["contenders"].items()):
         value = contender["median"][shown] or 0.0
-        color = _OURS if name.startswith("flax_partial") else _PEER
-        bar = panel.barh(name, value / scale, color=color, alpha=0.7)
-        panel.bar_label(bar, [cell(shown, value)], padding=8)
         each = [metrics[shown] / scale for metrics in contender["rounds"] if shown in metrics]
+        color = _OURS if name.startswith("flax_partial") else _PEER
+        panel.barh(name, value / scale, color=color, alpha=0.7)
         panel.plot(each, [name] * len(each), ".", color="black", markersize=3)
+        end = (max(value / scale, *each), name)
+        panel.annotate(
+            cell(shown, value), end, xytext=(5, 0), textcoords="offset points", va="center"
+        )
     panel.set_xscale("log" if unit else "linear")
     panel.set(title=result["name"], xlabel=", ".join(filter(None, (shown, unit))))
-    panel.margins(x=0.15)
+    panel.margins(x=0.2)
 
 
 def _draw_targets(results: Sequence[Result], path: Path) -> bool:

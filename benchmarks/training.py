@@ -1,8 +1,9 @@
 """A training loop with checkpoints by us, by Orbax and by a plain thread, and what they cost it.
 
 The model and the trainer are those of `examples/pipeline_lm.py`. A checkpoint is a
-callback with Lightning's hooks. Measured is a whole number of intervals: a checkpoint is taken
-after the first step of each, and the last one's writing is waited for.
+callback with Lightning's hooks. Measured is a whole interval, from one checkpoint to the next: the
+checkpoint is taken after the first step, and if the last step ends before it is written, that is
+waited for.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from benchmarks.harness import Metrics
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-INTERVALS = 2
 
 Tree = Any
 
@@ -75,7 +75,7 @@ class Training:
             ModelConfig(size.vocabulary, size.length, size.width, size.layers),
             _random_corpus(size),
             stages=size.stages,
-            batches_per_epoch=INTERVALS * size.every,
+            batches_per_epoch=size.every,
             seed=0,
             windows=size.windows,
             micro_batches=1,
@@ -92,15 +92,15 @@ class Training:
         return sum(leaf.nbytes for leaf in self.leaves)
 
     def run(self, callback: object) -> Metrics:
-        """Trains for some intervals, saving into a new directory.
+        """Trains for an interval, saving into a new directory.
 
         Returns:
-          `interval`: seconds from one checkpoint to the next, or until the last is written.
-          `drain`: seconds after the last step, of the last interval.
-          `blocked`: for how long each checkpoint held training in its hooks.
+          `interval`: seconds until all is trained and written.
+          `drain`: the part of it after the last step.
+          `blocked`: for how long the checkpoint held training in its hooks.
           `blocked/GB`: that, for each 10^9 bytes.
           `own`: that without waiting for computations, where a callback tells how long it did.
-          `cpu`: processor time of all threads, for each interval.
+          `cpu`: processor time of all threads.
           `steps/s`.
         """
         from trainer import Trainer
@@ -110,16 +110,15 @@ class Training:
         trainer.global_step = self.size.every - 1  # so that the first step is one to be saved
         trainer.fit(self.model)
         total = watch.ended - watch.began
-        blocked = watch.held / INTERVALS
-        waited = getattr(callback, "waited_secs", 0.0) / INTERVALS
+        waited = getattr(callback, "waited_secs", 0.0)
         return {
-            "interval": total / INTERVALS,
+            "interval": total,
             "drain": watch.ended - watch.trained,
-            "blocked": blocked,
-            "blocked/GB": blocked / self.bytes * 1e9,
-            "own": blocked - waited,
-            "cpu": (watch.cpu_ended - watch.cpu_began) / INTERVALS,
-            "steps/s": INTERVALS * self.size.every / total,
+            "blocked": watch.held,
+            "blocked/GB": watch.held / self.bytes * 1e9,
+            "own": watch.held - waited,
+            "cpu": watch.cpu_ended - watch.cpu_began,
+            "steps/s": self.size.every / total,
         }
 
 
@@ -127,7 +126,7 @@ def _random_corpus(size: Size) -> Corpus:
     """Returns as many random tokens as one run reads: the example's text is too short for some."""
     from lm_text import Corpus
 
-    count = INTERVALS * size.every * size.windows * size.length + 1
+    count = size.every * size.windows * size.length + 1
     tokens = np.random.default_rng(0).integers(size.vocabulary, size=count, dtype=np.int32)
     return Corpus(tokens, size.vocabulary, digest="")
 
