@@ -171,7 +171,7 @@ def status_of(*sessions: dict[str, Any], step: int = 5) -> fp.SessionStatus:
                 merged[key] = value
     part = fp.PartStatus("part", 0, 0.0, ("a",), 1, {"step": step})
     return fp.SessionStatus(
-        Path("5"), (part,), (), ("a",), 1, (0,), {"step": step, "session": merged}
+        Path("5"), (part,), (), (), ("a",), 1, (0,), {"step": step, "session": merged}
     )
 
 
