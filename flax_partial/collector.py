@@ -7,6 +7,7 @@ such a walk takes 20 to 60 ms, holds the interpreter lock for as long, and finds
 """
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,17 @@ from contextlib import contextmanager
 _lock = threading.Lock()
 _pauses = 0
 _was_enabled = False
+
+
+def _resume_in_child() -> None:
+    """A forked child has none of its parent's threads, and so none of their pauses."""
+    global _lock, _pauses
+    if _pauses and _was_enabled:
+        gc.enable()
+    _lock, _pauses = threading.Lock(), 0
+
+
+os.register_at_fork(after_in_child=_resume_in_child)
 
 
 @contextmanager

@@ -152,6 +152,15 @@ _exit_lock = threading.Lock()
 _is_registered = False
 
 
+def _renew_exit_lock() -> None:
+    """In a forked child nobody would give back what a thread of the parent held."""
+    global _exit_lock  # noqa: PLW0603 - once a process
+    _exit_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_exit_lock)
+
+
 def _finish_before_exit() -> None:
     """Has the interpreter's exit say what it waits for; the wait itself is Python's own."""
     global _is_registered  # noqa: PLW0603 - once a process

@@ -205,3 +205,92 @@ def test_forked_child_may_save_where_its_parent_did(tmp_path: Path) -> None:
     done = run(tmp_path / "c", script)
     assert done.returncode == 0, done.stderr
     trees.assert_same(fp.load(tmp_path / "c"), {"parent": "text", "child": "text"})
+
+
+def test_children_forked_in_the_middle_of_everything_save_and_finalize(tmp_path: Path) -> None:
+    """Whatever the parent's threads hold at that moment, no child waits for it."""
+    script = """
+        import faulthandler, gc, os, sys, threading, warnings
+        warnings.simplefilter("ignore")
+        import numpy as np
+        import flax_partial as fp
+
+        root = sys.argv[1]
+        options = fp.SaveOptions(durable=False, max_inflight_bytes=1 << 20)
+        stop = threading.Event()
+
+        def busy(thread):
+            count = 0
+            while not stop.is_set():
+                path = f"{root}/parent{thread}.{count}"
+                for index in range(4):
+                    fp.save_async(path, {f"{index}": np.arange(2000)}, options=options)
+                fp.finalize_async(path).result()
+                count += 1
+
+        threads = [threading.Thread(target=busy, args=(thread,)) for thread in range(3)]
+        for thread in threads:
+            thread.start()
+        failed = []
+        for number in range(12):
+            child = os.fork()
+            if child == 0:
+                faulthandler.dump_traceback_later(20, exit=True)
+                path = f"{root}/child{number}"
+                handle = fp.save_async(path, {"a": np.arange(5)}, options=options)
+                fp.save(path, {"b": np.arange(5)}, options=options)
+                fp.finalize_async(path).result(30)
+                handle.result(30)
+                os._exit(0 if gc.isenabled() else 1)
+            failed += [number] * bool(os.waitpid(child, 0)[1])
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not failed, failed
+    """
+    done = run(tmp_path, script)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("*.partial_save"))
+    for number in range(12):
+        trees.assert_same(
+            fp.load(tmp_path / f"child{number}"), {"a": np.arange(5), "b": np.arange(5)}
+        )
+
+
+def test_spawned_child_reads_and_saves_beside_its_parent(tmp_path: Path) -> None:
+    """As data loaders should be started: nothing of the parent's use is in the way."""
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent(
+            """
+            import multiprocessing, sys
+            import numpy as np
+            import flax_partial as fp
+
+            def child(path):
+                assert (fp.load(path + "/one")["a"] == np.arange(5)).all()
+                fp.save(path + "/two", {"child": np.arange(5)})
+
+            if __name__ == "__main__":
+                path = sys.argv[1]
+                fp.save(path + "/one", {"a": np.arange(5)})
+                fp.finalize(path + "/one")
+                fp.load(path + "/one")
+                handle = fp.save_async(path + "/two", {"parent": np.arange(5)})
+                process = multiprocessing.get_context("spawn").Process(target=child, args=(path,))
+                process.start()
+                process.join()
+                assert process.exitcode == 0
+                handle.result()
+                fp.finalize(path + "/two", expect=["parent", "child"])
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", tmp_path / "script.py", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(fp.load(tmp_path / "two")) == {"parent", "child"}
