@@ -5,15 +5,14 @@ is larger than a batch, as Orbax writes them by default, is a batch by itself.
 """
 
 import math
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from flax_partial.arrays import Region
 from flax_partial.chunks import Shape, chunk_regions
 from flax_partial.part import Leaf
 
 
-def batches(leaves: Iterable[Leaf], *, most_bytes: int, cut: bool = True) -> Iterator[list[Region]]:
+def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Iterator[list[Region]]:
     """Yields all data of the array leaves, in order, at most about `most_bytes` at once.
 
     Args:
@@ -26,7 +25,7 @@ def batches(leaves: Iterable[Leaf], *, most_bytes: int, cut: bool = True) -> Ite
     """
     batch: list[Region] = []
     size = 0
-    largest = most_bytes if cut else sys.maxsize
+    largest = most_bytes if cut else max((leaf.bytes for leaf in leaves), default=0)
     for region in (one for leaf in leaves if leaf.is_array for one in regions(leaf, largest)):
         added = region_bytes(region)
         if batch and size + added > most_bytes:
