@@ -120,7 +120,7 @@ def _compare(
     differences = {one.name: Difference() for one, _ in pairs}
     problems: dict[str, str] = {}
     done, total = 0, sum(one.bytes for one, _ in pairs)
-    for batch in batches((one for one, _ in pairs), most_bytes=_AT_ONCE_BYTES):
+    for batch in batches([one for one, _ in pairs], most_bytes=_AT_ONCE_BYTES):
         mirrored = [(others[leaf.name], start, shape) for leaf, start, shape in batch]
         read_a, read_b = a.read(batch), b.read(mirrored)
         for (leaf, _, _), one, other in zip(batch, read_a, read_b, strict=True):
