@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from isolated import Isolated, Outcome
 
 MOST_BYTES = 64 << 20  # what the longest of these tables, decoded, takes at most
-SAVED: dict[str, Any] = {"a": np.arange(3, dtype=np.uint8), "b": "text"}
+SAVED: dict[str, Any] = {"a": np.arange(3), "b": "text", "large": np.zeros(40_000, np.uint8)}
 
 
 def read_all(path: Path) -> dict[str, str]:
@@ -62,6 +62,7 @@ def test_checkpoint_with_a_forged_table_is_read_or_refused(
     report = fp.save(tmp_path / "c", SAVED, options=QUICK)
     fp.finalize(tmp_path / "c")
     head = {"started_ns": 1, "committed_ns": 2, "parts": 1, "first_part": report.part}
+    head["data_parts"] = [report.part]
     (tmp_path / "c" / "state" / "contents.json").write_bytes(forged.table(name, head))
     outcomes = assert_harmless(apart.call(read_all, tmp_path / "c"))
     assert outcomes["verify"] != "ok"  # it is not what the parts add up to
