@@ -44,6 +44,7 @@ ROWS: dict[str, list[Row]] = {
     "one chunk of a petabyte, with a digest": [array([_HUGE], [_HUGE], ["0" * 32])],
     "a petabyte of chunks": [array([_HUGE], [1])],
     "a petabyte of larger chunks": [array([_HUGE], [10**6])],
+    "a terabyte, compressed": [array([10**12], [10**12], compression="zstd")],
     "a petabyte, compressed": [array([_HUGE], [_HUGE], compression="zstd")],
     "more than is there": [array([4 << 30], [4 << 30])],
     "more than is there, in parts": [array([4 << 30], [1 << 30])],
