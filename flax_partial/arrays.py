@@ -140,6 +140,7 @@ class _Reader:
         return finish
 
     def _zarr(self, leaf: Leaf, start: Shape, shape: Shape) -> Callable[[], np.ndarray]:
+        np.empty(shape, leaf.numpy_dtype)  # raises where tensorstore would end the process
         store = ts.open(
             {
                 "driver": "zarr3",

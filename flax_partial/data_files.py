@@ -49,7 +49,7 @@ def read(
     """
     readings = [_Reading(state, parts, *region) for region in regions]
     tasks = [task for reading in readings for task in reading.begin()]
-    if len(tasks) == 1 or sum(reading.bytes for reading in readings) < _AT_ONCE_BYTES:
+    if len(tasks) <= 1 or sum(reading.bytes for reading in readings) < _AT_ONCE_BYTES:
         for task in tasks:
             task()
     else:

@@ -88,13 +88,14 @@ class _OwnCheckpoint:
         Where there is not enough tensorstore ends the process, so that a table that lies about
         shapes, with the right digest, has to be found out before.
         """
-        least = sum(leaf.bytes // (_MOST_ZSTD if leaf.compression else 1) for leaf in leaves)
-        if least <= _UNSUSPICIOUS_BYTES:
+        sizes = [(leaf.bytes, _MOST_ZSTD if leaf.compression else 1) for leaf in leaves]
+        total = sum(size for size, _ in sizes)
+        if total <= _UNSUSPICIOUS_BYTES:
             return None
         held = storage.bytes_below(self._state)
-        if least <= held:
+        if sum(size // most for size, most in sizes) <= held:
             return None
-        return f"what is read would be of {least} bytes, and {self._state} holds {held}"
+        return f"what is read would be of {total} bytes, and {self._state} holds {held}"
 
 
 def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: bool = False) -> Any:

@@ -60,6 +60,7 @@ STORABLE_DTYPES = frozenset(
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, RecursionError, AttributeError)
 
 _MOST_COUNT = 2**63
+MOST_AXES = 32  # of what tensorstore, and so Orbax, can open
 _MOST_BYTES = 2**62  # of a leaf; beyond it even zarr's arithmetic ends
 
 _HEAD = b'{"xxh3_128":"'
@@ -553,6 +554,8 @@ def _require_numbers(texts: tuple[str, ...], kinds: str) -> None:
 @lru_cache(maxsize=4096)  # arrays of a model have one of a few shapes
 def _require_array(kind: str, dtype: str, shape: Shape, chunk: Shape) -> None:
     """Refuses what no array of the kind can be; memory for it is not asked for here."""
+    if len(shape) > MOST_AXES:
+        raise ValueError(f"it has {len(shape)} axes")
     if any(not 0 < step <= (size or 1) for size, step in zip(shape, chunk, strict=True)):
         raise ValueError(f"chunks of {list(chunk)} do not divide {list(shape)}")
     if math.prod(size or 1 for size in shape) * numpy_dtype(dtype).itemsize > _MOST_BYTES:

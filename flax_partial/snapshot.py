@@ -28,7 +28,6 @@ from flax_partial.part import STORABLE_DTYPES, Box, Leaf
 # A copy of a small ready array costs 2-20 us; a view would make a later donation copy instead.
 _COPIED_BYTES = 64 * 1024
 _PINNED_HOST = "pinned_host"
-_MOST_AXES = 32  # of what tensorstore, and so Orbax, can open
 
 Source = np.ndarray | jax.Array
 
@@ -175,9 +174,9 @@ def _describe_array(
             f"has dtype {dtype}",
             f"Convert it to one of: {', '.join(sorted(STORABLE_DTYPES))}.",
         )
-    if value.ndim > _MOST_AXES:
+    if value.ndim > kinds.MOST_AXES:
         raise _unsupported(
-            path, f"has {value.ndim} axes, more than {_MOST_AXES}", "Reshape it to fewer."
+            path, f"has {value.ndim} axes, more than {kinds.MOST_AXES}", "Reshape it to fewer."
         )
     rows = {} if cut is None else _rows_of(path, value.shape, cut, rank)
     shape = _whole(value.shape, rows)

@@ -44,6 +44,7 @@ ROWS: dict[str, list[Row]] = {
     "one chunk of a petabyte, with a digest": [array([_HUGE], [_HUGE], ["0" * 32])],
     "a petabyte of chunks": [array([_HUGE], [1])],
     "a petabyte of larger chunks": [array([_HUGE], [10**6])],
+    "a terabyte, compressed": [array([10**12], [10**12], compression="zstd")],
     "a petabyte, compressed": [array([_HUGE], [_HUGE], compression="zstd")],
     "more than is there": [array([4 << 30], [4 << 30])],
     "more than is there, in parts": [array([4 << 30], [1 << 30])],
@@ -59,6 +60,15 @@ ROWS: dict[str, list[Row]] = {
     "chunk of another rank, no box": [array([3], [3, 3], boxes=[])],
     "chunk of nothing": [array([3], [0])],
     "chunk of nothing, no box": [array([3], [0], boxes=[])],
+    "run beyond the file": [array([3000], [3000], runs=[[0, 10**15, 1]])],
+    "run in a part that is not there": [array([3000], [3000], runs=[[9, 0, 1]])],
+    "runs of too many chunks": [array([3000], [3000], runs=[[0, 0, 10**15]])],
+    "run of no chunks": [array([3000], [3000], runs=[[0, 0, 0], [0, 0, 1]])],
+    "runs of compressed chunks": [array([3000], [3000], runs=[[0, 0, 1]], compression="zstd")],
+    "runs of no array": [text(["a"], "d", runs=[[0, 0, 1]])],
+    "one run in a thousand leaves": [
+        array([30_000], [30_000], runs=[[0, 0, 1]], path=[f"a{number}"]) for number in range(1000)
+    ],
     "the same box twice": [array([2], [1], boxes=[([0], [1], [""]), ([0], [1], [""])])],
     "10,000 nested keys": [text(["k"] * 10_000, "d" * 10_000)],
     "10,000 nested indices": [text(["0"] * 10_000, "s" * 10_000)],

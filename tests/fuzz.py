@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-QUICK = fp.SaveOptions(durable=False, chunk_bytes=1_000)
+QUICK = fp.SaveOptions(durable=False, chunk_bytes=2_000)
 MOST_BYTES = (
     300 << 20
 )  # what a table may claim before the files are asked for their sizes, and some
@@ -70,7 +70,7 @@ def state() -> dict[str, Any]:
     """One leaf of each kind."""
     return {
         "a": np.arange(3),
-        "b": [np.arange(400.0), 2.5, None, {}, (), "text"],
+        "b": [np.arange(900.0), 2.5, None, {}, (), "text"],
         "c": {"x": np.float32(1), "y": np.zeros((4, 0)), "z": fp.Slice(np.arange(6), 0, 6)},
     }
 

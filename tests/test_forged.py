@@ -5,6 +5,7 @@ All of it runs in a process apart, which would be seen to hang, to die, or to as
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import forged
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from isolated import Isolated, Outcome
 
 MOST_BYTES = 64 << 20  # what the longest of these tables, decoded, takes at most
-SAVED: dict[str, Any] = {"a": np.arange(3, dtype=np.uint8), "b": "text"}
+SAVED: dict[str, Any] = {"a": np.arange(3), "b": "text", "large": np.zeros(40_000, np.uint8)}
 
 
 def read_all(path: Path) -> dict[str, str]:
@@ -62,6 +63,7 @@ def test_checkpoint_with_a_forged_table_is_read_or_refused(
     report = fp.save(tmp_path / "c", SAVED, options=QUICK)
     fp.finalize(tmp_path / "c")
     head = {"started_ns": 1, "committed_ns": 2, "parts": 1, "first_part": report.part}
+    head["data_parts"] = [report.part]
     (tmp_path / "c" / "state" / "contents.json").write_bytes(forged.table(name, head))
     outcomes = assert_harmless(apart.call(read_all, tmp_path / "c"))
     assert outcomes["verify"] != "ok"  # it is not what the parts add up to
@@ -76,6 +78,25 @@ def test_session_with_a_forged_table_is_finalized_or_refused(
     head = {"process": 0, "time_ns": int(report.part.split(".")[1]), "bytes": 0}
     (directory / "part.json").write_bytes(forged.table(name, head))
     assert_harmless(apart.call(finalize_all, tmp_path / "c"))
+
+
+def test_compressed_chunk_that_unfolds_to_much_more_is_damage(
+    tmp_path: Path, apart: Isolated
+) -> None:
+    """256 MiB of zeros, in a few KiB, in the place of a chunk of 5,000 bytes; without digests."""
+    options = fp.SaveOptions(compression="zstd", checksum=False, durable=False, chunk_bytes=1 << 30)
+    bomb = fp.save(tmp_path / "bomb", {"a": np.zeros(256 << 20, np.uint8)}, options=options)
+    data = (tmp_path / "bomb.partial_save" / "state" / bomb.part / "data").read_bytes()
+    report = fp.save(tmp_path / "c", {"a": np.arange(5_000, dtype=np.uint8)}, options=options)
+    part = tmp_path / "c.partial_save" / "state" / report.part
+    table = json.loads((part / "part.json").read_bytes())["table"]
+    table["leaves"][0]["boxes"][0][3] = [[0, len(data)]]
+    (part / "part.json").write_bytes(forged.envelope(json.dumps(table).encode()))
+    (part / "data").write_bytes(data)
+    fp.finalize(tmp_path / "c")
+    outcomes = assert_harmless(apart.call(read_all, tmp_path / "c"))
+    assert outcomes["load"] == "CorruptCheckpointError"
+    assert "'a'" in outcomes["verify"]
 
 
 def test_table_changed_at_random_is_read_or_refused(tmp_path: Path) -> None:

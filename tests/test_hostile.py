@@ -292,6 +292,7 @@ def test_reading_runs_nothing_that_a_checkpoint_holds(tmp_path: Path, apart: Iso
         fp.finalize(path)
         if name != "whole":
             head = {"started_ns": 1, "committed_ns": 2, "parts": 1, "first_part": report.part}
+            head["data_parts"] = [report.part]
             (path / "state" / "contents.json").write_bytes(forged.table(name, head))
         outcome = apart.call(events_of, path)
         assert outcome.error is None, repr(outcome.error)

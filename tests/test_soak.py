@@ -18,7 +18,7 @@ def soaked(directory: Path, checkpoints: int) -> list[soak.Sample]:
     return soak.soak(directory, checkpoints, 0)
 
 
-@pytest.mark.parametrize("checkpoints", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("checkpoints", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_nothing_grows(tmp_path: Path, checkpoints: int, apart: Isolated) -> None:
     """A share of `soak.py`, in a process in which nothing else has been done."""
     outcome = apart.call(soaked, tmp_path, checkpoints)
