@@ -342,3 +342,21 @@ def test_rows_of_one_leaf_that_are_not_alike_are_refused_as_such(
     fp.save(tmp_path / "c", {"w": fp.Slice(rows, 1, 2)})
     fp.finalize(tmp_path / "c")
     trees.assert_same(fp.load(tmp_path / "c"), {"w": np.ones((2, 4, 4), np.float32)})
+
+
+def test_path_through_a_link_that_is_pointed_elsewhere_leads_there(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("one")
+    fp.save(link / "c", {"a": 1})
+    link.unlink()
+    link.symlink_to("two")
+    fp.save(link / "c", {"b": 2})
+    assert fp.status(tmp_path / "one" / "c").leaves == ("a",)
+    assert fp.status(tmp_path / "two" / "c").leaves == ("b",)
+    (tmp_path / "two").rename(tmp_path / "three")
+    link.unlink()
+    link.symlink_to("three")
+    fp.save(link / "c", {"d": 3})
+    assert fp.status(tmp_path / "three" / "c").leaves == ("b", "d")
