@@ -25,7 +25,7 @@
 enum kind { MARK, OPEN, WRITE, TRUNCATE, RENAME, LINK, SYMLINK, UNLINK, MKDIR, RMDIR, FSYNC };
 enum action { COUNT, KILL, TEAR, FAIL, SHORTEN };
 enum { CREATED = 1, EMPTIED = 2, FORCED = 4 };
-enum { HALF = -1 };
+enum { HALF = -1, BLOCK = 4096 };
 
 /* Followed by path, other path, data. Read by fileops.py. */
 struct record {
@@ -238,16 +238,17 @@ int creat(const char *name, mode_t mode) {
 
 int creat64(const char *name, mode_t mode) { return creat(name, mode); }
 
-static size_t cut(const struct iovec *data, int pieces, struct iovec *half) {
+/* Half of what was to be written: whole blocks, if there are any, as around the page cache. */
+static void cut(const struct iovec *data, int pieces, struct iovec *half) {
     size_t size = 0, left;
     for (int i = 0; i < pieces; i++) size += data[i].iov_len;
     left = size > 1 ? size / 2 : size;
+    if (left > BLOCK) left -= left % BLOCK;
     for (int i = 0; i < pieces; i++) {
         half[i] = data[i];
         if (half[i].iov_len > left) half[i].iov_len = left;
         left -= half[i].iov_len;
     }
-    return size;
 }
 
 static ssize_t write_at(int descriptor, const struct iovec *data, int pieces, off_t offset,

@@ -104,8 +104,10 @@ def _overlaid(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for tree in trees:
         for key, value in tree.items():
             before = result.get(key)
-            both = isinstance(value, dict) and isinstance(before, dict)
-            result[key] = _overlaid([before, value]) if both else value
+            if isinstance(value, dict) and isinstance(before, dict):
+                result[key] = _overlaid([before, value])
+            else:
+                result[key] = value
     return result
 
 

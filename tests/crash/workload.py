@@ -7,6 +7,7 @@ what it said is what the promises are about.
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,7 @@ def save_doomed(base: Path, *, durable: bool, replace: bool = False) -> None:
 def steps(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
     """All that is done, by name, in order."""
     return {
-        **{name: lambda name=name: save(base, name, durable=durable) for name in SAVES},
+        **{name: functools.partial(save, base, name, durable=durable) for name in SAVES},
         "finalize": lambda: fp.finalize(run_directory(base) / FIRST),
         "train": lambda: train(base, durable=durable),
         "doomed": lambda: save_doomed(base, durable=durable),
