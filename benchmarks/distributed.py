@@ -21,7 +21,6 @@ from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
 if TYPE_CHECKING:
     from pathlib import Path
 
-_PROCESSES = 4
 _MIB = 1 << 20
 _OURS_MPMD, _OURS_SPMD = "flax_partial, MPMD", "flax_partial, SPMD"
 _PARTIAL_SPMD, _WHOLE_SPMD = "Orbax v1.partial, SPMD", "Orbax v1, one whole save, SPMD"
@@ -34,16 +33,17 @@ _WAYS = {
 
 
 def build(*, small: bool) -> Scenario:
-    """Returns the scenario: 4 processes, 16 groups of 16 MiB in all (small: 4 of 256 KiB)."""
-    groups, size = (4, _MIB // 4) if small else (16, 16 * _MIB)
+    """Returns the scenario: 4 processes, 16 groups of 16 MiB (small: 2, with 4 of 256 KiB)."""
+    processes, groups, size = (2, 4, _MIB // 4) if small else (4, 16, 16 * _MIB)
+    run = partial(_run, processes, groups, size)
     return Scenario(
         name="distributed",
         work=(
-            f"{_PROCESSES} processes of 2 devices save {groups} groups of {size // 1024:,} KiB "
+            f"{processes} processes of 2 devices save {groups} groups of {size // 1024:,} KiB "
             "float32 between them in the background, then finalize"
         ),
         contenders=tuple(
-            Contender(name, partial(_run, way, groups, size), partial(_check, groups, size))
+            Contender(name, partial(run, way), partial(_check, groups, size))
             for name, way in _WAYS.items()
         ),
         targets=(
@@ -57,7 +57,7 @@ def build(*, small: bool) -> Scenario:
     )
 
 
-def _run(way: str, groups: int, size: int, path: Path) -> Metrics:
+def _run(processes: int, groups: int, size: int, way: str, path: Path) -> Metrics:
     """Starts the processes; the slowest counts.
 
     Returns:
@@ -66,9 +66,9 @@ def _run(way: str, groups: int, size: int, path: Path) -> Metrics:
     port = _free_port()
     running = [
         child.start(
-            "distributed_process", index, _PROCESSES, port, way, groups, size, path, devices=2
+            "distributed_process", index, processes, port, way, groups, size, path, devices=2
         )
-        for index in range(_PROCESSES)
+        for index in range(processes)
     ]
     try:
         said = [child.answer(one) for one in running]

@@ -19,8 +19,8 @@ _GIB = 1 << 30
 
 
 def build(*, small: bool) -> Scenario:
-    """Returns the scenario: 1,000 parts x 10 leaves, half and ten times that (small: a tenth)."""
-    full, few = (100, 5) if small else (1_000, 50)
+    """Returns the scenario: 1,000 parts x 10 leaves, half, ten times that (small: a twentieth)."""
+    full, few = (50, 5) if small else (1_000, 50)
     half, tenfold = full // 2, full * 10
     groups = by.make_groups(tenfold, leaves=_LEAVES, shape=(64,))
     ours_few, ours_half, ours_full, ours_tenfold = (
