@@ -195,6 +195,8 @@ def open_checkpoint(where: CheckpointPath) -> Checkpoint:
     path = where.final / storage.STATE / storage.CONTENTS
     data = storage.read(path)
     names = storage.part_names_in(where.final / storage.STATE)
+    if data is None and names:  # unless it was finalized between these two looks
+        data = storage.read(path)
     if data is not None:
         contents = decode_contents(data, where=str(path))
         if contents.first_part not in names:
