@@ -331,7 +331,10 @@ def full_disk_explained(where: CheckpointPath, needed: Callable[[], int]) -> Ite
             f"{_free_bytes(where.session):,} are free. Make room and call again; the session is "
             "as it was before"
         )
-        raise OSError(error.errno, text, str(where.session)) from error
+        explained = OSError(error.errno, text, str(where.session))
+        for note in getattr(error, "__notes__", ()):
+            explained.add_note(note)
+        raise explained from error
 
 
 def _free_bytes(directory: Path) -> int:

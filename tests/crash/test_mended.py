@@ -40,6 +40,7 @@ def changes(nursery: Nursery, scratch: Path) -> dict[str, int]:
         ("EIO until mended", "small"),
         ("EIO once", "finalize"),
         ("EIO until mended", "finalize"),
+        ("ENOSPC until mended", "finalize"),
         ("EIO once", "abort"),
     ],
 )
