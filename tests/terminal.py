@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
 
 SECS = 60.0
-SLOW_SECS = 0.05  # for which a slow command waits before it writes or reads anew
+SLOW_SECS = 0.05  # enough for a bar to be seen
 
 
 class Terminal:
@@ -72,13 +72,13 @@ class Terminal:
 
 @contextmanager
 def on_terminal(
-    *arguments: object, width: int = 100, height: int = 30, slow: bool = False
+    *arguments: object, width: int = 100, height: int = 30, slow_secs: float = 0
 ) -> Iterator[Terminal]:
-    """Runs a command on a terminal of this size."""
+    """Runs a command on a terminal of this size; a slow one waits each time it writes or reads."""
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
     name = os.ttyname(slave)
-    process = server().Process(target=_on_tty, args=(name, [*map(str, arguments)], slow))
+    process = server().Process(target=_on_tty, args=(name, [*map(str, arguments)], slow_secs))
     process.start()
     terminal = Terminal(master, process)
     try:
@@ -96,7 +96,7 @@ def on_terminal(
 _READY = "\x05"
 
 
-def _on_tty(name: str, arguments: list[str], slow: bool) -> None:  # noqa: FBT001 - of a process
+def _on_tty(name: str, arguments: list[str], slow_secs: float) -> None:
     os.login_tty(os.open(name, os.O_RDWR))
     os.write(1, _READY.encode())
     os.environ |= {"TERM": "xterm-256color"}
@@ -104,7 +104,7 @@ def _on_tty(name: str, arguments: list[str], slow: bool) -> None:  # noqa: FBT00
         os.environ.pop(variable, None)
     sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    _run(arguments, slow=slow)
+    _run(arguments, slow_secs)
 
 
 def into_closed_pipe(*arguments: object) -> tuple[int, str]:
@@ -134,21 +134,21 @@ def _on_files(names: list[str], arguments: list[str]) -> None:
     for descriptor, name in enumerate(names, start=1):
         os.dup2(os.open(name, os.O_WRONLY), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    _run(arguments, slow=False)
+    _run(arguments)
 
 
-def _run(arguments: list[str], *, slow: bool) -> None:
+def _run(arguments: list[str], slow_secs: float = 0) -> None:
     from flax_partial import loading
     from flax_partial.cli import main
 
     def slowed(function: Callable[..., object]) -> Callable[..., object]:
         def wrapper(*passed: object, **named: object) -> object:
-            time.sleep(SLOW_SECS)
+            time.sleep(slow_secs)
             return function(*passed, **named)
 
         return wrapper
 
-    if slow:
+    if slow_secs:
         os.pwrite = slowed(os.pwrite)  # type: ignore[assignment]
         loading.region_bytes = slowed(loading.region_bytes)  # type: ignore[assignment]
     sys.argv[1:] = arguments

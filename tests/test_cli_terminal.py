@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from terminal import into, into_closed_pipe, on_terminal
+from terminal import SLOW_SECS, into, into_closed_pipe, on_terminal
 from test_cli import MIXED, write
 from things import QUICK
 
@@ -48,7 +48,7 @@ def test_a_bar_shows_how_far_it_is_and_is_gone_at_the_end(
 ) -> None:
     more = {"verify": [], "export": [tmp_path / "out"], "diff": [tmp_path / "d"]}[command]
     write(tmp_path / "d", {**MIXED, "tiny": np.ones(4), "half": np.ones((2, 2))})
-    with on_terminal(command, path, *more, slow=True) as terminal:
+    with on_terminal(command, path, *more, slow_secs=SLOW_SECS) as terminal:
         terminal.end()
         assert re.search(r"ing ━+ .*/[0-9.]+ (bytes|KiB)", "\n".join(terminal.lines()))
         *_, bar, rest = terminal.shown.split("\x1b[2K")  # each clears a line
@@ -109,8 +109,9 @@ def test_watch_draws_the_newest_parts_that_fit(tmp_path: Path) -> None:
 def test_an_export_that_is_told_to_stop_leaves_nothing(
     number: signal.Signals, status: int, path: Path, tmp_path: Path
 ) -> None:
-    with on_terminal("export", path, tmp_path / "out", slow=True) as terminal:
-        terminal.wait_for("Exporting")
+    with on_terminal("export", path, tmp_path / "out", slow_secs=60) as terminal:
+        terminal.wait_for("\x1b[?25l")  # it hides the cursor: there is a file, and a bar to be
+        assert list(tmp_path.glob(".out.*.tmp"))
         os.kill(terminal.pid, number)
         assert terminal.end() == status
         assert "Traceback" not in terminal.shown

@@ -106,11 +106,15 @@ class Output:
             progress.DownloadColumn(binary_units=True),
             progress.TimeRemainingColumn(),
         )
-        with progress.Progress(
-            *columns, console=_new_console(is_stderr=True), transient=True
-        ) as shown:
-            task = shown.add_task(what, visible=False)
-            yield lambda done, total: shown.update(task, completed=done, total=total, visible=True)
+        console = _new_console(is_stderr=True)
+        try:
+            with progress.Progress(*columns, console=console, transient=True) as shown:
+                task = shown.add_task(what, visible=False)
+                yield lambda done, total: shown.update(
+                    task, completed=done, total=total, visible=True
+                )
+        finally:
+            console.show_cursor()  # whatever was interrupted: its start, too, which hides it
 
     @contextmanager
     def redrawn(self) -> Iterator[Callable[[Sequence[tuple[str, str]], Table], None]]:
