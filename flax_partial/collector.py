@@ -13,16 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _lock = threading.Lock()
-_pauses = 0
+_pausing: set[int] = set()  # threads
 _was_enabled = False
 
 
 def _resume_in_child() -> None:
     """A forked child has none of its parent's threads, and so none of their pauses."""
-    global _lock, _pauses
-    if _pauses and _was_enabled:
+    global _lock  # noqa: PLW0603 - whoever holds it is not here
+    if _pausing and _was_enabled:
         gc.enable()
-    _lock, _pauses = threading.Lock(), 0
+    _lock = threading.Lock()
+    _pausing.clear()
 
 
 os.register_at_fork(after_in_child=_resume_in_child)
@@ -30,17 +31,22 @@ os.register_at_fork(after_in_child=_resume_in_child)
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Starts no collection meanwhile, in any thread; pauses may overlap, and leave it as it was."""
-    global _pauses, _was_enabled  # noqa: PLW0603 - the collector is the process's own
-    with _lock:
-        if not _pauses:
-            _was_enabled = gc.isenabled()
-            gc.disable()
-        _pauses += 1
+    """Starts no collection meanwhile, in any thread; pauses may overlap, and leave it as it was.
+
+    The end of a pause ends all of its thread: one that an interrupt left without an end, too.
+    """
+    global _was_enabled  # noqa: PLW0603 - the collector is the process's own
+    thread = threading.get_ident()
     try:
+        with _lock:
+            if not _pausing:
+                _was_enabled = gc.isenabled()
+                _pausing.add(thread)
+                gc.disable()
+            _pausing.add(thread)
         yield
     finally:
         with _lock:
-            _pauses -= 1
-            if not _pauses and _was_enabled:
+            _pausing.discard(thread)
+            if not _pausing and _was_enabled:
                 gc.enable()

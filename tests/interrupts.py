@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import gc
 import itertools
 import random
 import shutil
@@ -135,6 +136,7 @@ def go_on(path: Path, kept: Iterable[str]) -> None:
             thread.join()
     if path.exists():
         assert_whole(path, *kept)
+        assert gc.isenabled()
         return
     try:
         fp.save(path, THIRD, options=QUICK)
@@ -144,6 +146,7 @@ def go_on(path: Path, kept: Iterable[str]) -> None:
         assert_whole(path, *kept)
     else:
         assert_whole(path, *kept, *SECOND, *THIRD)
+    assert gc.isenabled()
 
 
 def assert_whole(path: Path, *names: str) -> None:

@@ -10,13 +10,20 @@ import pytest
 from flax_partial import collector
 
 
-def test_pauses_nest_and_end() -> None:
+def test_a_pause_ends() -> None:
     assert gc.isenabled()
     with collector.paused():
         assert not gc.isenabled()
-        with collector.paused():
-            assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_a_pause_ends_one_that_an_interrupt_has_left_without_an_end() -> None:
+    left = collector.paused()
+    left.__enter__()
+    with collector.paused():
         assert not gc.isenabled()
+    assert gc.isenabled()
+    left.__exit__(None, None, None)
     assert gc.isenabled()
 
 
