@@ -470,6 +470,46 @@ def test_directory_that_takes_no_files_fails_and_harms_nothing(tmp_path: Path) -
     trees.assert_same(fp.load(runs / "session"), {"a": X})
 
 
+@contextlib.contextmanager
+def mounted_read_only(directory: Path) -> Iterator[None]:
+    """The file system itself takes no changes, as a snapshot or a dead disk."""
+    mount = ["mount", "--bind", directory, directory]
+    done = subprocess.run(mount, check=False, capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mount: {done.stderr.decode()}")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", directory], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def test_read_only_file_system_is_read_and_refuses_every_change(tmp_path: Path) -> None:
+    fp.save(tmp_path / "1", {"a": X})
+    fp.finalize(tmp_path / "1")
+    fp.save(tmp_path / "2", {"a": X})
+    changes: list[Callable[[], Any]] = [
+        lambda: fp.save(tmp_path / "2", {"b": X}),
+        lambda: fp.save_async(tmp_path / "2", {"b": X}).result(),
+        lambda: fp.save(tmp_path / "3", {"a": X}),
+        lambda: fp.finalize(tmp_path / "2"),
+        lambda: fp.abort(tmp_path / "2"),
+    ]
+    with mounted_read_only(tmp_path):
+        before = listing(tmp_path)
+        for change in changes:
+            with pytest.raises(OSError, match="Read-only file system"):
+                change()
+        assert listing(tmp_path) == before
+        trees.assert_same(fp.load(tmp_path / "1"), {"a": X})
+        assert fp.verify(tmp_path / "1").ok
+        assert fp.steps(tmp_path) == [1]
+        assert fp.status(tmp_path / "2").leaves == ("a",)
+    fp.save(tmp_path / "2", {"b": X})
+    fp.finalize(tmp_path / "2")
+    trees.assert_same(fp.load(tmp_path / "2"), {"a": X, "b": X})
+
+
 def test_session_that_is_a_mount_point_is_kept(tmp_path: Path) -> None:
     """It cannot be renamed: finalize says so, and everything is still there."""
     session = tmp_path / "c.partial_save"
