@@ -258,7 +258,7 @@ def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
     for name in torn:  # nobody saves while the session is locked: these are dead
         storage.remove_part(where, name)
     storage.clear_root(where)
-    needed_bytes = sum(map(len, root_files.values())) + len(data)
+    needed_bytes = sum(sum(map(len, pieces)) for pieces in root_files.values()) + len(data)
     with storage.full_disk_explained(where, lambda: needed_bytes):
         try:
             storage.commit_checkpoint(where, root_files=root_files, contents=data)

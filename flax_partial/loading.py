@@ -352,8 +352,8 @@ def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tup
         if data != encode_contents(contents):
             yield f"{storage.STATE}/{storage.CONTENTS}", "it is not what the parts add up to"
         files |= orbax_format.database_files(derived, plan.sources, uuid=database_uuid(data))
-    for name, data in files.items():
-        if not storage.holds(where.final / name, data):
+    for name, pieces in files.items():
+        if not storage.holds(where.final / name, pieces):
             yield name, "it is missing, or not what the parts add up to"
 
 

@@ -70,26 +70,29 @@ VALUE_TYPES: Mapping[str, str] = {
 }
 RANDOM_KEY_IMPL = "random_key_impl"
 
+Pieces = Sequence[bytes]
+"""A file's content, piece by piece: `_sharding` says one thing for many leaves, again and again."""
 
-def root_files(contents: Contents) -> dict[str, bytes]:
+
+def root_files(contents: Contents) -> dict[str, Pieces]:
     """Returns what Orbax reads beside the database: path below the checkpoint -> content."""
-    files = {
-        CHECKPOINT_METADATA: _dump(_checkpoint_metadata(contents)),
-        V1_MARKER: b"",
-        COMMIT_MARKER: b"",
+    files: dict[str, Pieces] = {
+        CHECKPOINT_METADATA: (_dump(_checkpoint_metadata(contents)),),
+        V1_MARKER: (),
+        COMMIT_MARKER: (),
     }
-    state = {
-        TREE_METADATA: _tree_metadata(contents.leaves),
-        SHARDING: _dump(_shardings(contents.leaves)),
-        f"{ARRAY_METADATAS}/process_0": _dump(_array_metadatas(contents.leaves)),
-        STRINGS: _dump(_strings(contents.leaves)),
+    state: dict[str, Pieces] = {
+        TREE_METADATA: (_tree_metadata(contents.leaves),),
+        SHARDING: _shardings(contents.leaves),
+        f"{ARRAY_METADATAS}/process_0": (_dump(_array_metadatas(contents.leaves)),),
+        STRINGS: (_dump(_strings(contents.leaves)),),
     }
     return files | {f"{ITEM}/{name}": content for name, content in state.items()}
 
 
 def database_files(
     contents: Contents, sources: Sequence[Sequence[Source]], *, uuid: bytes
-) -> dict[str, bytes]:
+) -> dict[str, Pieces]:
     """Returns the root database: path below the checkpoint -> content; nothing without arrays.
 
     Args:
@@ -104,7 +107,7 @@ def database_files(
     manifest, data = ocdbt.encode(
         entries.items(), data_file=data_file, uuid=uuid, commit_ns=contents.committed_ns
     )
-    return {f"{ITEM}/{data_file}": data, f"{ITEM}/{DATABASE}": manifest}
+    return {f"{ITEM}/{data_file}": (data,), f"{ITEM}/{DATABASE}": (manifest,)}
 
 
 def _database_entries(
@@ -194,15 +197,16 @@ def _array_metadatas(leaves: tuple[Leaf, ...]) -> dict[str, Any]:
     return {"array_metadatas": [{"array_metadata": metadata} for metadata in metadatas]}
 
 
-def _shardings(leaves: tuple[Leaf, ...]) -> dict[str, str]:
-    texts: dict[int, str] = {}  # the leaves of a table share their shardings' dictionaries
-    table = {}
+def _shardings(leaves: tuple[Leaf, ...]) -> Pieces:
+    """One object of JSON, in whose pieces equal shardings are the same piece."""
+    texts: dict[int, bytes] = {}  # the leaves of a table share their shardings' dictionaries
+    pieces = [b"{"]
     for leaf in leaves:
         if leaf.sharding is not None and VALUE_TYPES[leaf.kind] == VALUE_TYPES[JAX_ARRAY]:
-            text = texts.get(id(leaf.sharding)) or json.dumps(leaf.sharding)
+            text = texts.get(id(leaf.sharding)) or _dump(json.dumps(leaf.sharding))
             texts[id(leaf.sharding)] = text
-            table[sharding_key(leaf.name)] = text
-    return table
+            pieces += _dump(sharding_key(leaf.name)), b":", text, b","
+    return [*(pieces[:-1] if len(pieces) > 1 else pieces), b"}"]
 
 
 def sharding_key(name: str) -> str:

@@ -15,10 +15,11 @@ import shutil
 import stat
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from flax_partial.errors import CheckpointExistsError, CorruptCheckpointError, NoSessionError
 
@@ -33,6 +34,7 @@ _ROOT_FILES = frozenset(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_suc
 _STATE_FILES = frozenset(("_METADATA", "_sharding", "_strings.json", CONTENTS, "manifest.ocdbt"))
 _STATE_DIRECTORIES = frozenset(("array_metadatas", "d"))
 _NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT))
+_WRITE_BYTES = 1 << 20
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 
@@ -397,20 +399,27 @@ def read(path: Path) -> bytes | None:
       CorruptCheckpointError: It is no file, but what may have no end: a pipe, a device.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with _open(path) as file:
+            return file.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _open(path: Path) -> BinaryIO:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CorruptCheckpointError(f"{path}: it is not a file")
-    with open(descriptor, "rb") as file:
-        return file.read()
+    return open(descriptor, "rb")
 
 
-def holds(path: Path, data: bytes) -> bool:
-    """Whether there is a file with just this content."""
+def holds(path: Path, pieces: Sequence[bytes]) -> bool:
+    """Whether there is a file with just this content, given piece by piece."""
     try:
-        return path.stat().st_size == len(data) and read(path) == data
+        with _open(path) as file:
+            if os.fstat(file.fileno()).st_size != sum(map(len, pieces)):
+                return False
+            return all(file.read(len(piece)) == piece for piece in pieces)
     except (CorruptCheckpointError, FileNotFoundError, NotADirectoryError):
         return False
 
@@ -443,7 +452,7 @@ def commit_part(directory: Path, table: bytes, *, has_data_file: bool, durable: 
     its data file, would commit a corrupt part.
     """
     temporary = directory / (PART_TABLE + ".tmp")
-    _write(temporary, table, durable=durable)
+    _write(temporary, (table,), durable=durable)
     if durable and has_data_file:
         fsync_directory(directory)
     os.rename(temporary, directory / PART_TABLE)
@@ -461,21 +470,21 @@ def size_of_part_data(where: CheckpointPath, name: str) -> int:
 
 
 def commit_checkpoint(
-    where: CheckpointPath, *, root_files: dict[str, bytes], contents: bytes
+    where: CheckpointPath, *, root_files: Mapping[str, Sequence[bytes]], contents: bytes
 ) -> None:
     """Writes the root files, and renames the session. All durable.
 
     Raises:
       CheckpointExistsError: Something appeared at the final path; the session is left as it was.
     """
-    files = {**root_files, f"{STATE}/{CONTENTS}": contents}
+    files = {**root_files, f"{STATE}/{CONTENTS}": (contents,)}
     directories = {where.session, where.state}
-    for name, data in files.items():
+    for name, pieces in files.items():
         path = where.session / name
         if path.parent not in directories:
             os.makedirs(path.parent, exist_ok=True)
             directories.add(path.parent)
-        _write(path, data, durable=True)
+        _write(path, pieces, durable=True)
     for directory in sorted(directories, reverse=True):  # the inner ones first
         fsync_directory(directory)
     _rename_to_new(where.session, where.final)
@@ -561,16 +570,32 @@ def _remove_tree(directory: Path) -> None:
         return
 
 
-def _write(path: Path, data: bytes, *, durable: bool) -> None:
+def _write(path: Path, pieces: Sequence[bytes], *, durable: bool) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
+        for data in _joined(pieces):
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
         if durable:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _joined(pieces: Sequence[bytes]) -> Iterator[bytes]:
+    """Joins small pieces to some that are worth a call of the system each."""
+    if len(pieces) == 1:
+        yield pieces[0]
+        return
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece)
+        if size >= _WRITE_BYTES:
+            yield b"".join(batch)
+            batch, size = [], 0
+    yield b"".join(batch)
 
 
 @contextmanager

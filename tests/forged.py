@@ -100,6 +100,9 @@ ROWS: dict[str, list[Row]] = {
     "PRNG key of another size": [array([3], [3], kind="prng_key", dtype="uint32", text="rbg")],
     "array that JAX does not have": [array([3], [3], kind="jax.Array", dtype="int64")],
     "sharding that is not there": [array([2], [2], sharding=7)],
+    "one long sharding of a thousand leaves": [
+        array([2], [2], path=[str(i)], kind="jax.Array", sharding=0) for i in range(1000)
+    ],
     "no leaves": [],
 }
 FIELDS: dict[str, dict[str, Any]] = {
@@ -111,6 +114,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "metadata as a list": {"custom_metadata": [1]},
     "shardings that are none": {"shardings": ["x", 3]},
     "shardings as a dict": {"shardings": {"0": 1}},
+    "one long sharding of a thousand leaves": {"shardings": [{"a": "x" * (1 << 17)}]},
     "lone surrogate in a sharding": {"shardings": [{"a": "\ud800"}]},
     "negative count": {"parts": -1, "bytes": -1},
     "leaves as a number": {"leaves": 3},
@@ -125,7 +129,7 @@ BOMBS: dict[str, bytes] = {
     "number of 100,000 digits": b"9" * 100_000,
     "100,000 empty lists": b"[" + b"[]," * 100_000 + b"1]",
 }
-NAMES = (*ROWS, *FIELDS, *BOMBS)
+NAMES = tuple(dict.fromkeys((*ROWS, *FIELDS, *BOMBS)))
 
 
 def table(name: str, head: dict[str, Any]) -> bytes:
