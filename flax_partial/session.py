@@ -28,6 +28,7 @@ from flax_partial.options import SaveOptions
 from flax_partial.part import Leaf, Part, check_json, decode_part, encode_part
 from flax_partial.part_data import write_part
 from flax_partial.reports import SaveReport
+from flax_partial.reuse import Earlier
 from flax_partial.snapshot import Described
 from flax_partial.storage import CheckpointPath
 
@@ -48,6 +49,7 @@ def save(
     custom_metadata: Mapping[str, Any] | None = None,
     replace: bool = False,
     options: SaveOptions | None = None,
+    reuse: PathLike | None = None,
 ) -> SaveReport:
     """Adds a state to the unfinished checkpoint of `path`, and returns when it is durable.
 
@@ -60,6 +62,10 @@ def save(
       replace: Whether leaves that the session holds already are replaced; an error otherwise.
         Replacing some rows of a leaf that is saved in `Slice`s means saving all of them again.
       options: How to write it.
+      reuse: A finalized checkpoint. Leaves that this process saved into it, and that hold the same
+        to the byte, are not written again: both checkpoints share the files that hold them, and
+        either may be removed. Where it is not there (any more), or its files cannot be linked to,
+        everything is written.
 
     Returns:
       What was committed, and how long it took.
@@ -71,7 +77,7 @@ def save(
       EmptyStateError: `state` has no leaves.
       OSError: Writing failed. Like after every other error, the session is as it was before.
     """
-    saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS)
+    saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS, reuse=reuse)
     return saving.run()
 
 
@@ -82,6 +88,7 @@ def save_async(
     custom_metadata: Mapping[str, Any] | None = None,
     replace: bool = False,
     options: SaveOptions | None = None,
+    reuse: PathLike | None = None,
 ) -> workers.SaveHandle:
     """Like `save`, but returns as soon as the caller may donate, delete or overwrite its arrays.
 
@@ -94,6 +101,7 @@ def save_async(
       custom_metadata: As for `save`.
       replace: As for `save`.
       options: As for `save`; `max_inflight_bytes` bounds what waits to be written.
+      reuse: As for `save`.
 
     Returns:
       A handle with the interface of `concurrent.futures.Future`; its result is a `SaveReport`.
@@ -102,7 +110,7 @@ def save_async(
       CheckpointExistsError: As for `save`; so are the other errors about what is passed.
     """
     with collector.paused():
-        saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS)
+        saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS, reuse=reuse)
     handle = workers.SaveHandle()
 
     def work() -> None:
@@ -128,10 +136,13 @@ def _prepare(
     custom_metadata: Mapping[str, Any] | None,
     replace: bool,  # noqa: FBT001 - the public functions name it
     options: SaveOptions,
+    *,
+    reuse: PathLike | None,
 ) -> "_Saving":
     """Checks everything that a caller can get wrong, then enters the session and claims leaves."""
     started = time.perf_counter()
     where = storage.resolve(path)
+    earlier = None if reuse is None else storage.resolve(reuse)
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     metadata = check_json(custom_metadata)
@@ -139,7 +150,12 @@ def _prepare(
     with _sessions_lock:
         session = _known_session(where)
         saving = _Saving(
-            session, described, custom_metadata=metadata, options=options, started=started
+            session,
+            described,
+            custom_metadata=metadata,
+            options=options,
+            reuse=earlier,
+            started=started,
         )
         session.begin(saving)
     try:
@@ -179,6 +195,7 @@ class _Saving:
         *,
         custom_metadata: dict[str, Any],
         options: SaveOptions,
+        reuse: CheckpointPath | None,
         started: float,
     ) -> None:
         self.session = session
@@ -187,6 +204,8 @@ class _Saving:
         self._described = described
         self._leaves: list[Leaf] = []
         self._options = options
+        self._reuse = reuse
+        self._reused_bytes = 0
         self._started = started
         self._part = Part(
             process=processes.index(),
@@ -256,6 +275,7 @@ class _Saving:
             part=self._name,
             leaves=len(self._leaves),
             bytes=self._part.bytes,
+            reused_bytes=self._reused_bytes,
             blocked_secs=self._blocked_secs or ended - self._started,
             budget_secs=self._budget_secs,
             write_secs=ended - began,
@@ -268,13 +288,22 @@ class _Saving:
             (leaf, [snapshot.to_host(source) for source in one.sources])
             for leaf, one in zip(self._leaves, self._described, strict=True)
         ]
-        durable, checksum = self._options.durable, self._options.checksum
-        leaves = write_part(directory, data, checksum=checksum, durable=durable)
-        part = dataclasses.replace(self._part, leaves=leaves)
-        table = encode_part(part)
-        self._needed_bytes = part.data_file_bytes + len(table)
-        has_data_file = part.data_file_bytes > 0
+        durable = self._options.durable
+        written = write_part(
+            directory,
+            data,
+            earlier=self._earlier(),
+            checksum=self._options.checksum,
+            durable=durable,
+        )
+        table = encode_part(dataclasses.replace(self._part, leaves=written.leaves))
+        self._needed_bytes = written.bytes + len(table)
+        self._reused_bytes = sum(self._described[at].bytes for at in written.reused)
+        has_data_file = bool(written.bytes or written.reused)
         storage.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
+
+    def _earlier(self) -> Earlier | None:
+        return None if self._reuse is None else self.session.earlier(self._reuse)
 
     def give_up(self) -> None:
         """Leaves the session as it was before this save; can be called again if interrupted."""
@@ -335,6 +364,8 @@ class Session:
         self._directory_lock: storage.SessionLock | None = None
         self._exclusive: WeakSet[storage.ExclusiveLock] = WeakSet()
         self._last_time_ns = 0
+        self._earlier: dict[CheckpointPath, Earlier | None] = {}
+        self._looking = threading.Lock()  # who looks into an earlier checkpoint, once for all saves
         self._handles: set[workers.SaveHandle] = set()
         self._failed: list[workers.SaveHandle] = []
 
@@ -504,9 +535,17 @@ class Session:
                 storage.remove_part(self.where, part)
                 self.not_removed -= {part}
 
+    def earlier(self, checkpoint: CheckpointPath) -> Earlier | None:
+        """What this process's parts of a finalized checkpoint hold; None if there is none."""
+        with self._looking:
+            if checkpoint not in self._earlier:
+                self._earlier[checkpoint] = _read_earlier(checkpoint)
+            return self._earlier[checkpoint]
+
     def close(self) -> None:
         """Forgets everything but what is in flight."""
         with self._lock:
+            self._earlier = {}
             self.not_removed = frozenset()
             self._close_anchor()
             self._ledger = Ledger()
@@ -630,6 +669,18 @@ def read_parts(
         elif torn is not None:
             torn.append(name)
     return parts
+
+
+def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
+    """Nothing that is wrong with an earlier checkpoint keeps a save from being written."""
+    finalized = CheckpointPath(checkpoint.final, checkpoint.final)
+    try:
+        if storage.has_contents(finalized):
+            with collector.paused():
+                return Earlier(finalized.state, read_parts(finalized, process=processes.index()))
+    except (OSError, CorruptCheckpointError) as error:
+        _LOG.warning("flax_partial: cannot reuse data of %s: %s", checkpoint.final, error)
+    return None
 
 
 def _failed_parts(where: CheckpointPath) -> frozenset[str]:
