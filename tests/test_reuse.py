@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+import tempfile
+import threading
+from concurrent.futures import wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,8 +22,7 @@ from things import QUICK
 import flax_partial as fp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 BASE = np.random.default_rng(0).standard_normal((300, 1000), np.float32)  # 1.2 MB
 SMALL_CHUNKS = fp.SaveOptions(durable=False, chunk_bytes=100_000)
@@ -182,3 +186,154 @@ def test_file_that_holds_mostly_other_data_is_not_kept_alive(tmp_path: Path) -> 
     assert reused == [0, 0, BASE.nbytes, BASE.nbytes]
     sizes = [file.stat().st_size for file in tmp_path.rglob("data*")]
     assert sum(sizes) < BASE.nbytes * 4 + 20_000  # no byte that is of no use
+
+
+def test_session_that_is_not_finalized_is_not_shared_with(tmp_path: Path) -> None:
+    fp.save(tmp_path / "1", {"base": BASE}, options=QUICK)
+    for unfinished in (tmp_path / "1", tmp_path / "1.partial_save"):
+        report = fp.save(tmp_path / "2", {"base": BASE}, options=QUICK, reuse=unfinished)
+        assert report.reused_bytes == 0
+        fp.abort(tmp_path / "2")
+    (tmp_path / "1.partial_save").rename(tmp_path / "1")  # as if it were, without finalize
+    assert checkpoint(tmp_path / "2", {"base": BASE}, reuse=tmp_path / "1").reused_bytes == 0
+
+
+@pytest.mark.parametrize("before", ["nowhere", "not/even/there", "file", "orbax", "2"])
+def test_where_there_is_nothing_to_share_everything_is_written(tmp_path: Path, before: str) -> None:
+    (tmp_path / "file").write_text("")
+    ocp.save(tmp_path / "orbax", {"base": BASE})
+    report = checkpoint(tmp_path / "2", {"base": BASE}, reuse=tmp_path / before)
+    assert report.reused_bytes == 0
+    assert_whole(tmp_path / "2", {"base": BASE})
+
+
+@pytest.mark.parametrize("before", ["", 7])
+def test_what_is_no_path_is_refused_before_anything_is_written(tmp_path: Path, before: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        fp.save(tmp_path / "1", {"base": BASE}, reuse=before)
+    assert not list(tmp_path.iterdir())
+
+
+def _cut_short(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(BASE.nbytes // 2)
+
+
+def _replace_by_link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        pytest.param("data", _cut_short, id="cut short"),
+        pytest.param("data", lambda path: path.unlink(), id="lost"),
+        pytest.param("data", _replace_by_link, id="a link to elsewhere"),
+        pytest.param("part.json", lambda path: path.write_text("{}"), id="table damaged"),
+        pytest.param("part.json", lambda path: path.unlink(), id="table lost"),
+    ],
+)
+def test_damage_that_can_be_seen_without_reading_is_not_shared(
+    tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    checkpoint(tmp_path / "1", {"base": BASE})
+    (path,) = (tmp_path / "1").glob(f"state/part.*/{file}")
+    damage(path)
+    assert checkpoint(tmp_path / "2", {"base": BASE}, reuse=tmp_path / "1").reused_bytes == 0
+    assert_whole(tmp_path / "2", {"base": BASE})
+
+
+def test_damage_to_shared_data_is_found_by_verify_in_both_and_ends_with_other_data(
+    tmp_path: Path,
+) -> None:
+    checkpoint(tmp_path / "1", {"base": BASE})
+    (path,) = (tmp_path / "1").glob("state/part.*/data")
+    with path.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    checkpoint(tmp_path / "2", {"base": BASE}, reuse=tmp_path / "1")
+    for name in ("1", "2"):
+        assert list(fp.verify(tmp_path / name).bad) == ["base"]
+        with pytest.raises(fp.CorruptCheckpointError):
+            fp.load(tmp_path / name)
+    checkpoint(tmp_path / "3", {"base": BASE})  # written anew
+    assert_whole(tmp_path / "3", {"base": BASE})
+
+
+def test_earlier_checkpoint_that_goes_while_a_session_is_saved_is_done_without(
+    tmp_path: Path,
+) -> None:
+    layers = {str(i): BASE + i for i in range(3)}
+    for name, value in layers.items():
+        fp.save(tmp_path / "1", {name: value}, options=QUICK)
+    fp.finalize(tmp_path / "1")
+    reused = []
+    for name, value in layers.items():
+        report = fp.save(tmp_path / "2", {name: value}, options=QUICK, reuse=tmp_path / "1")
+        reused.append(report.reused_bytes)
+        shutil.rmtree(tmp_path / "1", ignore_errors=True)  # after the first
+    fp.finalize(tmp_path / "2")
+    assert reused == [BASE.nbytes, 0, 0]
+    assert_whole(tmp_path / "2", layers)
+
+
+def test_earlier_checkpoints_are_removed_while_saves_share_their_files(tmp_path: Path) -> None:
+    """Each save finds its file, or writes; whatever the moment at which it goes."""
+    layers = {f"layer{i}": BASE[: 30 + i] for i in range(20)}
+    for name, value in layers.items():
+        fp.save(tmp_path / "0", {name: value}, options=QUICK)
+    fp.finalize(tmp_path / "0")
+    for step in range(1, 13):
+        before, path = tmp_path / str(step - 1), tmp_path / str(step)
+        removal = threading.Timer(step / 1000, shutil.rmtree, [before], {"ignore_errors": True})
+        removal.start()
+        handles = [
+            fp.save_async(path, {name: value}, options=QUICK, reuse=before)
+            for name, value in layers.items()
+        ]
+        wait(handles)
+        fp.finalize(path)
+        removal.join()
+        shutil.rmtree(before, ignore_errors=True)
+        assert_whole(path, layers)
+
+
+def test_other_file_system_is_written_to(tmp_path: Path, other_file_system: Path) -> None:
+    checkpoint(other_file_system / "1", {"base": BASE})
+    report = checkpoint(tmp_path / "2", {"base": BASE}, reuse=other_file_system / "1")
+    assert report.reused_bytes == 0
+    assert_whole(tmp_path / "2", {"base": BASE})
+
+
+@pytest.fixture
+def other_file_system(tmp_path: Path) -> Iterator[Path]:
+    memory = Path("/dev/shm")  # noqa: S108 - a directory of our own below it
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one file system only")
+    directory = Path(tempfile.mkdtemp(dir=memory))
+    yield directory
+    shutil.rmtree(directory)
+
+
+def test_random_runs_hold_what_was_saved_whatever_they_share(tmp_path: Path) -> None:
+    """Leaves change, move between groups, and are saved again; old checkpoints go at random."""
+    draw = random.Random(0)  # noqa: S311 - of changes, not of secrets
+    values = {f"leaf{i}": BASE[: draw.randint(1, 60)].copy() for i in range(8)}
+    shared = 0
+    for step in range(15):
+        for value in draw.sample(list(values.values()), draw.randint(0, 3)):
+            value[draw.randrange(len(value)), draw.randrange(1000)] += 1
+        names = draw.sample(list(values), len(values))
+        while names:
+            group = [names.pop() for _ in range(min(len(names), draw.randint(1, 4)))]
+            before = tmp_path / str(step - draw.choice((1, 1, 2)))
+            tree = {name: values[name] for name in group}
+            how = {"options": draw.choice((QUICK, QUICK, ZSTD)), "reuse": before}
+            shared += fp.save(tmp_path / str(step), tree, **how).reused_bytes
+        fp.finalize(tmp_path / str(step))
+        for old in fp.steps(tmp_path)[:-1]:
+            if draw.random() < 0.4:
+                shutil.rmtree(tmp_path / str(old))
+        assert_whole(tmp_path / str(step), values)
+    assert shared > 3 * sum(value.nbytes for value in values.values())
