@@ -203,6 +203,7 @@ class Part:
       custom_metadata: What was passed with it.
       leaves: What it holds.
       bytes: Array data in it, in bytes.
+      durable: Whether its data files were on the disk when it was committed.
     """
 
     process: int
@@ -210,6 +211,7 @@ class Part:
     custom_metadata: dict[str, Any]
     leaves: tuple[Leaf, ...]
     bytes: int
+    durable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +328,12 @@ def flat(array: np.ndarray) -> np.ndarray:
 
 def encode_part(part: Part) -> bytes:
     """Returns the bytes of a `part.json`."""
-    head = {"process": part.process, "time_ns": part.time_ns, "bytes": part.bytes}
+    head = {
+        "process": part.process,
+        "time_ns": part.time_ns,
+        "bytes": part.bytes,
+        "durable": part.durable,
+    }
     return _encode(head, part.custom_metadata, part.leaves)
 
 
@@ -468,6 +475,7 @@ def _part_of(table: dict[str, Any]) -> Part:
         process=_integer(table["process"]),
         time_ns=_integer(table["time_ns"]),
         bytes=_integer(table["bytes"]),
+        durable=table.get("durable") is True,
         custom_metadata=table["custom_metadata"],
         leaves=_leaves_of(table),
     )

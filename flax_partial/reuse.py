@@ -43,11 +43,13 @@ class Shared:
     Attributes:
       path: The file.
       bytes: How large it is at least.
+      durable: Whether it is on the disk for certain.
       leaves: Position of each leaf in the save -> the leaf with digests and places.
     """
 
     path: Path
     bytes: int
+    durable: bool
     leaves: dict[int, Leaf]
 
 
@@ -74,9 +76,11 @@ class Earlier:
         self._state = state
         self._held: dict[str, _Held] = {}
         self._bytes: dict[str, int] = {}
+        self._durable: set[str] = set()  # files
         for name, part in sorted(parts.items()):  # a later part has the newer value
             sizes = data_file_bytes(part.leaves)
             self._bytes |= {data_part(name, file): size for file, size in sizes.items()}
+            self._durable |= {data_part(name, file) for file in sizes if part.durable}
             for leaf in part.leaves:
                 self._add(data_part(name, leaf.file), leaf)
 
@@ -109,7 +113,7 @@ class Earlier:
                 continue
             if 2 * used >= self._bytes[file]:
                 path = self._state / data_path(file)
-                shared.append(Shared(path, self._bytes[file], kept))
+                shared.append(Shared(path, self._bytes[file], file in self._durable, kept))
             else:
                 apart |= kept.keys()
         return Plan(tuple(shared), frozenset(apart))

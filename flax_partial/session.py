@@ -213,6 +213,7 @@ class _Saving:
             custom_metadata=custom_metadata,
             leaves=(),
             bytes=sum(one.bytes for one in described),
+            durable=options.durable,
         )
         self._name = ""
         self._needed_bytes = self._part.bytes  # on the disk, as far as it is known

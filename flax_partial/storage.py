@@ -449,14 +449,14 @@ def is_committed(where: CheckpointPath, name: str) -> bool:
     return (where.state / name / PART_TABLE).exists()
 
 
-def share(source: Path, target: Path, *, least_bytes: int, durable: bool) -> bool:
-    """Gives a file that never changes a second name, and makes its data durable.
+def share(source: Path, target: Path, *, least_bytes: int, sync: bool) -> bool:
+    """Gives a file that never changes a second name.
 
     Args:
       source: The file.
       target: Its new name; nothing is there.
       least_bytes: How large it has to be.
-      durable: Whether its data has to be on the disk at the return.
+      sync: Whether its data has to be put on the disk.
 
     Returns:
       Whether that was done. Where it cannot be (the file is gone or cut short, the file system is
@@ -469,7 +469,7 @@ def share(source: Path, target: Path, *, least_bytes: int, durable: bool) -> boo
     try:
         status = os.lstat(target)
         if stat.S_ISREG(status.st_mode) and status.st_size >= least_bytes:
-            if durable:  # it may come from a save that was not
+            if sync:
                 _fsync(target, os.O_RDONLY)
             return True
     except OSError:
