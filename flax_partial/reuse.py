@@ -42,7 +42,7 @@ class Shared:
 
     Attributes:
       path: The file.
-      bytes: How large it is at least.
+      bytes: How large it is.
       durable: Whether it is on the disk for certain.
       leaves: Position of each leaf in the save -> the leaf with digests and places.
     """
@@ -71,18 +71,22 @@ class Plan:
 class Earlier:
     """What the data files of an earlier checkpoint hold."""
 
-    def __init__(self, state: Path, parts: Mapping[str, Part]) -> None:
-        """Takes the directory of its parts, and these by name: any of them."""
+    def __init__(self, state: Path, parts: Mapping[str, Part], sizes: Mapping[str, int]) -> None:
+        """Takes the directory of its parts; any of these, by name; and their data files' sizes.
+
+        A table tells how much of a file its own part uses, not how large it is: it may be shared.
+        """
         self._state = state
         self._held: dict[str, _Held] = {}
-        self._bytes: dict[str, int] = {}
+        self._bytes = sizes
         self._durable: set[str] = set()  # files
         for name, part in sorted(parts.items()):  # a later part has the newer value
-            sizes = data_file_bytes(part.leaves)
-            self._bytes |= {data_part(name, file): size for file, size in sizes.items()}
-            self._durable |= {data_part(name, file) for file in sizes if part.durable}
+            used = {data_part(name, n): size for n, size in data_file_bytes(part.leaves).items()}
+            whole = {file for file, size in used.items() if size <= sizes.get(file, 0)}
+            self._durable |= whole if part.durable else set()
             for leaf in part.leaves:
-                self._add(data_part(name, leaf.file), leaf)
+                if data_part(name, leaf.file) in whole:
+                    self._add(data_part(name, leaf.file), leaf)
 
     def _add(self, file: str, leaf: Leaf) -> None:
         held = self._held.get(leaf.name)

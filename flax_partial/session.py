@@ -25,7 +25,16 @@ from flax_partial.errors import CorruptCheckpointError, EmptyStateError, NoSessi
 from flax_partial.ledger import Ledger
 from flax_partial.memory_budget import MemoryBudget
 from flax_partial.options import SaveOptions
-from flax_partial.part import Leaf, Part, check_json, decode_part, encode_part
+from flax_partial.part import (
+    Leaf,
+    Part,
+    check_json,
+    data_file_bytes,
+    data_part,
+    data_path,
+    decode_part,
+    encode_part,
+)
 from flax_partial.part_data import write_part
 from flax_partial.reports import SaveReport
 from flax_partial.reuse import Earlier
@@ -678,10 +687,19 @@ def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
     try:
         if storage.has_contents(finalized):
             with collector.paused():
-                return Earlier(finalized.state, read_parts(finalized, process=processes.index()))
+                parts = read_parts(finalized, process=processes.index())
+                return Earlier(finalized.state, parts, _data_sizes(finalized, parts))
     except (OSError, CorruptCheckpointError) as error:
         _LOG.warning("flax_partial: cannot reuse data of %s: %s", checkpoint.final, error)
     return None
+
+
+def _data_sizes(where: CheckpointPath, parts: Mapping[str, Part]) -> dict[str, int]:
+    """Size of each data file of some parts, in bytes, by the name that `data_part` gives it."""
+    files = (
+        data_part(name, n) for name, part in parts.items() for n in data_file_bytes(part.leaves)
+    )
+    return {file: storage.size_of_data(where, data_path(file)) for file in files}
 
 
 def _failed_parts(where: CheckpointPath) -> frozenset[str]:

@@ -188,6 +188,24 @@ def test_file_that_holds_mostly_other_data_is_not_kept_alive(tmp_path: Path) -> 
     assert sum(sizes) < BASE.nbytes * 4 + 20_000  # no byte that is of no use
 
 
+def test_file_of_which_less_and_less_is_in_use_is_let_go(tmp_path: Path) -> None:
+    """However much of it the checkpoint before still used: its true size counts."""
+    rows = {"a": 120, "b": 90, "c": 90}
+    changes: dict[str, list[str]] = {"1": [], "2": ["c"], "3": ["b", "c"], "4": []}
+    values = {name: BASE[:count].copy() for name, count in rows.items()}
+    for step, changed in changes.items():
+        for name in changed:
+            values[name] += 1
+        before = tmp_path / str(int(step) - 1)
+        report = checkpoint(tmp_path / step, values, reuse=before)
+        shutil.rmtree(before, ignore_errors=True)
+        assert_whole(tmp_path / step, values)
+        used = sum(file.stat().st_size for file in tmp_path.rglob("data*"))
+        assert used <= 2 * sum(value.nbytes for value in values.values())
+        wanted = {"1": "", "2": "ab", "3": "", "4": "abc"}[step]
+        assert report.reused_bytes == sum(values[name].nbytes for name in wanted)
+
+
 def test_session_that_is_not_finalized_is_not_shared_with(tmp_path: Path) -> None:
     fp.save(tmp_path / "1", {"base": BASE}, options=QUICK)
     for unfinished in (tmp_path / "1", tmp_path / "1.partial_save"):
