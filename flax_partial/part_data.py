@@ -93,8 +93,8 @@ def _link(directory: Path, shared: Sequence[Shared], *, durable: bool) -> dict[i
     done: dict[int, Leaf] = {}
     for file, one in enumerate(shared, start=1):
         target = directory.parent / data_path(data_part(directory.name, file))
-        sync = durable and not one.durable
-        if storage.share(one.path, target, least_bytes=one.bytes, sync=sync):
+        sync = durable and not one.file.durable
+        if storage.share(one.file.path, target, size=one.file.bytes, sync=sync):
             done |= {at: leaf.with_boxes(leaf.boxes, file=file) for at, leaf in one.leaves.items()}
     return done
 

@@ -13,17 +13,32 @@ from pathlib import Path
 import numpy as np
 
 from flax_partial.chunks import chunk_numbers
-from flax_partial.part import Box, Leaf, Part, data_file_bytes, data_part, data_path, digests_of
+from flax_partial.part import Box, Leaf, Part, data_file_bytes, data_part, digests_of
 
 # A link has to be made durable, in a time in which a disk writes more than this.
 _LEAST_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A chunk in a data file: the file, as `data_part` calls it, its digest, offset and length."""
+class DataFile:
+    """A data file of a committed part.
 
-    file: str
+    Attributes:
+      path: Where it is.
+      bytes: How large it is. A part's table tells only how much of it that part uses.
+      durable: Whether it is on the disk for certain.
+    """
+
+    path: Path
+    bytes: int
+    durable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A chunk in a data file: the file, the chunk's digest, its offset and length."""
+
+    file: DataFile
     digest: str
     place: tuple[int, int]
 
@@ -41,15 +56,11 @@ class Shared:
     """A data file to link, and what of a save it holds.
 
     Attributes:
-      path: The file.
-      bytes: How large it is.
-      durable: Whether it is on the disk for certain.
+      file: The file.
       leaves: Position of each leaf in the save -> the leaf with digests and places.
     """
 
-    path: Path
-    bytes: int
-    durable: bool
+    file: DataFile
     leaves: dict[int, Leaf]
 
 
@@ -68,30 +79,40 @@ class Plan:
     apart: frozenset[int] = frozenset()
 
 
+def plan_of(found: Mapping[DataFile, dict[int, Leaf]]) -> Plan:
+    """Decides which files are worth a link, given what of a save each of them holds."""
+    shared, apart = [], set[int]()
+    for file, kept in found.items():
+        used = sum(map(_stored_bytes, kept.values()))
+        if used >= _LEAST_BYTES and 2 * used >= file.bytes:
+            shared.append(Shared(file, kept))
+        elif used >= _LEAST_BYTES:
+            apart |= kept.keys()
+    return Plan(tuple(shared), frozenset(apart))
+
+
+def form_of(leaf: Leaf) -> tuple[object, ...]:
+    """What has to agree for chunks of equal digests to be stored as the same bytes."""
+    return leaf.dtype, leaf.shape, leaf.chunk, leaf.compression
+
+
 class Earlier:
     """What the data files of an earlier checkpoint hold."""
 
-    def __init__(self, state: Path, parts: Mapping[str, Part], sizes: Mapping[str, int]) -> None:
-        """Takes the directory of its parts; any of these, by name; and their data files' sizes.
-
-        A table tells how much of a file its own part uses, not how large it is: it may be shared.
-        """
-        self._state = state
+    def __init__(self, parts: Mapping[str, Part], files: Mapping[str, DataFile]) -> None:
+        """Takes any of its parts, by name, and their data files as `data_part` calls them."""
         self._held: dict[str, _Held] = {}
-        self._bytes = sizes
-        self._durable: set[str] = set()  # files
         for name, part in sorted(parts.items()):  # a later part has the newer value
-            used = {data_part(name, n): size for n, size in data_file_bytes(part.leaves).items()}
-            whole = {file for file, size in used.items() if size <= sizes.get(file, 0)}
-            self._durable |= whole if part.durable else set()
+            used = data_file_bytes(part.leaves)
             for leaf in part.leaves:
-                if data_part(name, leaf.file) in whole:
-                    self._add(data_part(name, leaf.file), leaf)
+                file = files.get(data_part(name, leaf.file))
+                if file is not None and used.get(leaf.file, 0) <= file.bytes:
+                    self._add(file, leaf)
 
-    def _add(self, file: str, leaf: Leaf) -> None:
+    def _add(self, file: DataFile, leaf: Leaf) -> None:
         held = self._held.get(leaf.name)
-        if held is None or held.form != _form(leaf):
-            held = self._held[leaf.name] = _Held(_form(leaf), {})
+        if held is None or held.form != form_of(leaf):
+            held = self._held[leaf.name] = _Held(form_of(leaf), {})
         for box in leaf.boxes:
             numbers = chunk_numbers(box.start, box.shape, leaf.chunk, leaf.shape)
             for number, digest, place in zip(numbers, box.digests, box.places, strict=False):
@@ -105,38 +126,23 @@ class Earlier:
           leaves: What is to be saved.
           data: The data of each of their boxes, C order.
         """
-        found: dict[str, dict[int, Leaf]] = {}
+        found: dict[DataFile, dict[int, Leaf]] = {}
         for position, (leaf, arrays) in enumerate(zip(leaves, data, strict=True)):
             chunks = self._find(leaf)
             if chunks and _is_same(chunks, leaf, arrays):
                 found.setdefault(chunks[0].file, {})[position] = _placed(leaf, chunks)
-        shared, apart = [], set[int]()
-        for file, kept in found.items():
-            used = sum(map(_stored_bytes, kept.values()))
-            if used < _LEAST_BYTES:
-                continue
-            if 2 * used >= self._bytes[file]:
-                path = self._state / data_path(file)
-                shared.append(Shared(path, self._bytes[file], file in self._durable, kept))
-            else:
-                apart |= kept.keys()
-        return Plan(tuple(shared), frozenset(apart))
+        return plan_of(found)
 
     def _find(self, leaf: Leaf) -> list[_Chunk] | None:
         """The chunks of a leaf's boxes, in order, if they all lie in one file."""
         held = self._held.get(leaf.name)
-        if held is None or held.form != _form(leaf):
+        if held is None or held.form != form_of(leaf):
             return None
         chunks = [held.chunks.get(number) for number in _numbers(leaf)]
         known = [chunk for chunk in chunks if chunk is not None]
         if not known or len(known) < len(chunks) or len({chunk.file for chunk in known}) > 1:
             return None
         return known
-
-
-def _form(leaf: Leaf) -> tuple[object, ...]:
-    """What has to agree for chunks of equal digests to be stored as the same bytes."""
-    return leaf.dtype, leaf.shape, leaf.chunk, leaf.compression
 
 
 def _numbers(leaf: Leaf) -> Iterator[int]:

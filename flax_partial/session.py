@@ -37,7 +37,7 @@ from flax_partial.part import (
 )
 from flax_partial.part_data import write_part
 from flax_partial.reports import SaveReport
-from flax_partial.reuse import Earlier
+from flax_partial.reuse import DataFile, Earlier
 from flax_partial.snapshot import Described
 from flax_partial.storage import CheckpointPath
 
@@ -688,18 +688,21 @@ def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
         if storage.has_contents(finalized):
             with collector.paused():
                 parts = read_parts(finalized, process=processes.index())
-                return Earlier(finalized.state, parts, _data_sizes(finalized, parts))
+                return Earlier(parts, _data_files(finalized, parts))
     except (OSError, CorruptCheckpointError) as error:
         _LOG.warning("flax_partial: cannot reuse data of %s: %s", checkpoint.final, error)
     return None
 
 
-def _data_sizes(where: CheckpointPath, parts: Mapping[str, Part]) -> dict[str, int]:
-    """Size of each data file of some parts, in bytes, by the name that `data_part` gives it."""
-    files = (
-        data_part(name, n) for name, part in parts.items() for n in data_file_bytes(part.leaves)
-    )
-    return {file: storage.size_of_data(where, data_path(file)) for file in files}
+def _data_files(where: CheckpointPath, parts: Mapping[str, Part]) -> dict[str, DataFile]:
+    """The data files of some parts, each by the name that `data_part` gives it."""
+    found = {}
+    for name, part in parts.items():
+        for number in data_file_bytes(part.leaves):
+            file = data_part(name, number)
+            size = storage.size_of_data(where, data_path(file))
+            found[file] = DataFile(where.state / data_path(file), size, part.durable)
+    return found
 
 
 def _failed_parts(where: CheckpointPath) -> frozenset[str]:

@@ -449,17 +449,17 @@ def is_committed(where: CheckpointPath, name: str) -> bool:
     return (where.state / name / PART_TABLE).exists()
 
 
-def share(source: Path, target: Path, *, least_bytes: int, sync: bool) -> bool:
+def share(source: Path, target: Path, *, size: int, sync: bool) -> bool:
     """Gives a file that never changes a second name.
 
     Args:
       source: The file.
       target: Its new name; nothing is there.
-      least_bytes: How large it has to be.
+      size: How large it has to be, in bytes.
       sync: Whether its data has to be put on the disk.
 
     Returns:
-      Whether that was done. Where it cannot be (the file is gone or cut short, the file system is
+      Whether that was done. Where it cannot be (the file is gone or another one, the file system is
       another or makes no more links of it, the system does not allow it), nothing is at `target`.
     """
     try:
@@ -468,7 +468,7 @@ def share(source: Path, target: Path, *, least_bytes: int, sync: bool) -> bool:
         return False
     try:
         status = os.lstat(target)
-        if stat.S_ISREG(status.st_mode) and status.st_size >= least_bytes:
+        if stat.S_ISREG(status.st_mode) and status.st_size == size:
             if sync:
                 _fsync(target, os.O_RDONLY)
             return True
