@@ -56,13 +56,20 @@ class Written:
 
 
 def write_part(
-    directory: Path, boxes: HostBoxes, *, earlier: Earlier | None, checksum: bool, durable: bool
+    directory: Path,
+    boxes: HostBoxes,
+    *,
+    first_file: int,
+    earlier: Earlier | None,
+    checksum: bool,
+    durable: bool,
 ) -> Written:
-    """Fills a part's new directory.
+    """Fills a part's directory, in which there may be linked files.
 
     Args:
       directory: The part's directory.
       boxes: Each leaf with the data of each of its boxes, in the order of `leaf.boxes`, C order.
+      first_file: Number of the first file that is not there yet, from 1.
       earlier: What may be shared; it may also be gone by now.
       checksum: Whether to take a digest of every chunk. Without, everything is written.
       durable: Whether the data is on disk at the return; the names of its files may not be yet.
@@ -73,10 +80,10 @@ def write_part(
     plan = Plan()
     if earlier is not None and checksum:
         plan = earlier.plan([leaf for leaf, _ in boxes], [data for _, data in boxes])
-    done = _link(directory, plan.shared, durable=durable)
+    done = link_files(directory, plan.shared, first_file=first_file, durable=durable)
     reused = frozenset(done)
     new = [at for at in range(len(boxes)) if at not in reused and at not in plan.apart]
-    for file, positions in ((0, new), (len(plan.shared) + 1, sorted(plan.apart))):
+    for file, positions in ((0, new), (first_file + len(plan.shared), sorted(plan.apart))):
         chosen = [boxes[at] for at in positions]
         leaves = _write_file(directory, chosen, file=file, checksum=checksum, durable=durable)
         done |= zip(positions, leaves, strict=True)
@@ -88,10 +95,22 @@ def write_part(
     )
 
 
-def _link(directory: Path, shared: Sequence[Shared], *, durable: bool) -> dict[int, Leaf]:
-    """Gives files a second name; returns the leaves in those for which that was possible."""
+def link_files(
+    directory: Path, shared: Sequence[Shared], *, first_file: int, durable: bool
+) -> dict[int, Leaf]:
+    """Gives files a second name in a part's directory.
+
+    Args:
+      directory: The part's directory.
+      shared: The files.
+      first_file: Number of the first of them in the part, from 1.
+      durable: Whether their data is to be on the disk at the return; their names may not be yet.
+
+    Returns:
+      Position of each leaf that need not be written any more -> the leaf, in its file.
+    """
     done: dict[int, Leaf] = {}
-    for file, one in enumerate(shared, start=1):
+    for file, one in enumerate(shared, start=first_file):
         target = directory.parent / data_path(data_part(directory.name, file))
         sync = durable and not one.file.durable
         if storage.share(one.file.path, target, size=one.file.bytes, sync=sync):

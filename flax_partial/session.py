@@ -35,9 +35,10 @@ from flax_partial.part import (
     decode_part,
     encode_part,
 )
-from flax_partial.part_data import write_part
+from flax_partial.part_data import link_files, write_part
 from flax_partial.reports import SaveReport
 from flax_partial.reuse import DataFile, Earlier
+from flax_partial.saved_arrays import SavedArrays
 from flax_partial.snapshot import Described
 from flax_partial.storage import CheckpointPath
 
@@ -49,6 +50,7 @@ PathLike = str | os.PathLike[str]
 _DEFAULTS = SaveOptions()
 _LOG = logging.getLogger("flax_partial")
 _budget = MemoryBudget()
+_saved_arrays = SavedArrays()
 
 
 def save(
@@ -214,6 +216,9 @@ class _Saving:
         self._leaves: list[Leaf] = []
         self._options = options
         self._reuse = reuse
+        self._arrays = [one.array for one in described] if reuse is not None else []
+        self._linked: dict[int, Leaf] = {}  # leaves that need not be copied, by position
+        self._directory: Path | None = None
         self._reused_bytes = 0
         self._started = started
         self._part = Part(
@@ -240,12 +245,33 @@ class _Saving:
         time_ns = session.claim(leaves, replace=replace, claimed=self._leaves)
         self._part = dataclasses.replace(self._part, time_ns=time_ns)
         self._name = _name_of(self._part) + uuid.uuid4().hex[:12]
+        if self._reuse is not None and self._options.checksum:
+            with storage.full_disk_explained(session.where, lambda: self._part.bytes):
+                self._share_known(self._reuse)
+
+    def _share_known(self, earlier: CheckpointPath) -> None:
+        """Shares what holds arrays that still live: before the return, after which they may not.
+
+        The disk is not waited for: no more is linked than needs no fsync.
+        """
+        durable = self._options.durable
+        shared = _saved_arrays.shared_with(
+            earlier.final, self._arrays, self._leaves, durable=durable
+        )
+        if not shared or not storage.has_contents(_finalized(earlier)):
+            return
+        self._directory = storage.create_part(self.session.where, self._name)
+        self._linked = link_files(self._directory, shared, first_file=1, durable=False)
+        for at, leaf in self._linked.items():
+            self._reused_bytes += self._described[at].bytes
+            self._described[at] = Described(leaf)
 
     def detach(self) -> None:
         """Makes what is to be written safe from the caller, within the memory budget."""
         limit = self._options.max_inflight_bytes
         self._is_counted = True
-        self._budget_secs = _budget.acquire(self, self._part.bytes, limit=limit)
+        copied_bytes = sum(one.bytes for one in self._described)
+        self._budget_secs = _budget.acquire(self, copied_bytes, limit=limit)
         self._described = snapshot.detach(self._described)
         self._blocked_secs = time.perf_counter() - self._started
 
@@ -293,24 +319,40 @@ class _Saving:
         )
 
     def _write(self) -> None:
-        directory = storage.create_part(self.session.where, self._name)
+        directory = self._directory or storage.create_part(self.session.where, self._name)
+        left = [at for at in range(len(self._leaves)) if at not in self._linked]
         data = [
-            (leaf, [snapshot.to_host(source) for source in one.sources])
-            for leaf, one in zip(self._leaves, self._described, strict=True)
+            (self._leaves[at], [snapshot.to_host(source) for source in self._described[at].sources])
+            for at in left
         ]
         durable = self._options.durable
         written = write_part(
             directory,
             data,
+            first_file=1 + max((leaf.file for leaf in self._linked.values()), default=0),
             earlier=self._earlier(),
             checksum=self._options.checksum,
             durable=durable,
         )
-        table = encode_part(dataclasses.replace(self._part, leaves=written.leaves))
+        done = self._linked | dict(zip(left, written.leaves, strict=True))
+        leaves = tuple(done[at] for at in range(len(self._leaves)))
+        table = encode_part(dataclasses.replace(self._part, leaves=leaves))
         self._needed_bytes = written.bytes + len(table)
-        self._reused_bytes = sum(self._described[at].bytes for at in written.reused)
-        has_data_file = bool(written.bytes or written.reused)
+        self._reused_bytes += sum(self._described[left[at]].bytes for at in written.reused)
+        has_data_file = bool(written.bytes or written.reused or self._linked)
         storage.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
+        self._remember(leaves)
+
+    def _remember(self, leaves: tuple[Leaf, ...]) -> None:
+        """Has the next save know those of its arrays that live on."""
+        if not any(self._arrays) or not self._options.checksum:
+            return
+        where, name = self.session.where, self._name
+        files = _data_files(where, {name: dataclasses.replace(self._part, leaves=leaves)})
+        for array, leaf in zip(self._arrays, leaves, strict=True):
+            file = files.get(data_part(name, leaf.file))
+            if array is not None and file is not None:
+                _saved_arrays.remember(array, checkpoint=where.final, file=file, leaf=leaf)
 
     def _earlier(self) -> Earlier | None:
         return None if self._reuse is None else self.session.earlier(self._reuse)
@@ -683,7 +725,7 @@ def read_parts(
 
 def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
     """Nothing that is wrong with an earlier checkpoint keeps a save from being written."""
-    finalized = CheckpointPath(checkpoint.final, checkpoint.final)
+    finalized = _finalized(checkpoint)
     try:
         if storage.has_contents(finalized):
             with collector.paused():
@@ -694,14 +736,20 @@ def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
     return None
 
 
+def _finalized(checkpoint: CheckpointPath) -> CheckpointPath:
+    """A checkpoint whose parts are at its final place."""
+    return CheckpointPath(checkpoint.final, checkpoint.final)
+
+
 def _data_files(where: CheckpointPath, parts: Mapping[str, Part]) -> dict[str, DataFile]:
-    """The data files of some parts, each by the name that `data_part` gives it."""
+    """The data files of some parts, as they are once finalized, each called as by `data_part`."""
     found = {}
     for name, part in parts.items():
         for number in data_file_bytes(part.leaves):
             file = data_part(name, number)
             size = storage.size_of_data(where, data_path(file))
-            found[file] = DataFile(where.state / data_path(file), size, part.durable)
+            place = _finalized(where).state / data_path(file)
+            found[file] = DataFile(place, size, part.durable)
     return found
 
 

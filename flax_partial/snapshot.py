@@ -9,6 +9,7 @@ assembled.
 """
 
 import operator
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,11 +66,13 @@ class Described:
       leaf: What it is, with the boxes that this process has to write, without digests.
       sources: The data of each box: host arrays, or arrays on a single device.
       is_ours: Whether the sources were made here, so that nobody else can change them.
+      array: The whole array, where as long as it lives nothing can change what it holds.
     """
 
     leaf: Leaf
     sources: Sequence[Source] = ()
     is_ours: bool = False
+    array: "weakref.ref[jax.Array] | None" = None
 
     @property
     def bytes(self) -> int:
@@ -205,7 +208,17 @@ def _describe_array(
         text=text,
         boxes=tuple(Box(_moved(start, rows), source.shape) for start, source in placed),
     )
-    return Described(leaf, tuple(source for _, source in placed))
+    array = weakref.ref(value) if cut is None and kind == kinds.JAX_ARRAY else None
+    sources = tuple(source for _, source in placed)
+    return Described(leaf, sources, array=array if _is_on_accelerator(value) else None)
+
+
+def _is_on_accelerator(value: Source) -> bool:
+    """Whether memory is the array's alone: on a CPU it may be that of a NumPy array, and change."""
+    if isinstance(value, np.ndarray):
+        return False
+    devices: set[Any] = value.sharding.device_set
+    return all(device.platform != "cpu" for device in devices)
 
 
 def _jax_kind(path: KeyPath, value: jax.Array) -> tuple[str, str, jax.Array]:
