@@ -140,9 +140,8 @@ class Earlier:
             return None
         chunks = [held.chunks.get(number) for number in _numbers(leaf)]
         known = [chunk for chunk in chunks if chunk is not None]
-        if not known or len(known) < len(chunks) or len({chunk.file for chunk in known}) > 1:
-            return None
-        return known
+        is_whole = known and len(known) == len(chunks)
+        return known if is_whole and all(one.file is known[0].file for one in known) else None
 
 
 def _numbers(leaf: Leaf) -> Iterator[int]:
