@@ -50,7 +50,7 @@ def build(*, small: bool) -> Scenario:
             Target.within(Figure(_REUSING, "written"), of=written, at_most=0.06),
             Target.faster(_REUSING, than=_WRITING, at_least=2),
             Target.faster(_REUSING, than=by.WHOLE, at_least=5),
-            Target.faster(_REUSING_TMPFS, than=_WRITING_TMPFS, at_least=3),
+            Target.faster(_REUSING_TMPFS, than=_WRITING_TMPFS),
             Target.faster(_REUSING, than=_WRITING, metric="save"),
             Target.faster(_REUSING, than=_WRITING, metric="finalize"),
         ),
