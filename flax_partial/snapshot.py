@@ -208,16 +208,16 @@ def _describe_array(
         text=text,
         boxes=tuple(Box(_moved(start, rows), source.shape) for start, source in placed),
     )
-    array = weakref.ref(value) if cut is None and kind == kinds.JAX_ARRAY else None
-    sources = tuple(source for _, source in placed)
-    return Described(leaf, sources, array=array if _is_on_accelerator(value) else None)
+    array = None
+    if cut is None and kind == kinds.JAX_ARRAY and _is_on_accelerator(value.sharding):
+        array = weakref.ref(value)
+    return Described(leaf, tuple(source for _, source in placed), array=array)
 
 
-def _is_on_accelerator(value: Source) -> bool:
-    """Whether memory is the array's alone: on a CPU it may be that of a NumPy array, and change."""
-    if isinstance(value, np.ndarray):
-        return False
-    devices: set[Any] = value.sharding.device_set
+@lru_cache(maxsize=1024)
+def _is_on_accelerator(sharding: Sharding) -> bool:
+    """Whether memory is an array's alone: on a CPU it may be that of a NumPy array, and change."""
+    devices: set[Any] = sharding.device_set
     return all(device.platform != "cpu" for device in devices)
 
 

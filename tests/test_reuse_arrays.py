@@ -42,7 +42,7 @@ def copied_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return to_host(source)
 
     monkeypatch.setattr(snapshot, "to_host", counting)
-    monkeypatch.setattr(snapshot, "_is_on_accelerator", lambda value: isinstance(value, jax.Array))
+    monkeypatch.setattr(snapshot, "_is_on_accelerator", lambda _: True)
     return copied
 
 
