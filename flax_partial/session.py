@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+import numpy as np
+
 from flax_partial import collector, keypaths, processes, snapshot, storage, workers
 from flax_partial.errors import CorruptCheckpointError, EmptyStateError, NoSessionError
 from flax_partial.ledger import Ledger
@@ -321,10 +323,7 @@ class _Saving:
     def _write(self) -> None:
         directory = self._directory or storage.create_part(self.session.where, self._name)
         left = [at for at in range(len(self._leaves)) if at not in self._linked]
-        data = [
-            (self._leaves[at], [snapshot.to_host(source) for source in self._described[at].sources])
-            for at in left
-        ]
+        data = self._host_data(left)
         durable = self._options.durable
         written = write_part(
             directory,
@@ -334,25 +333,32 @@ class _Saving:
             checksum=self._options.checksum,
             durable=durable,
         )
-        done = self._linked | dict(zip(left, written.leaves, strict=True))
-        leaves = tuple(done[at] for at in range(len(self._leaves)))
-        table = encode_part(dataclasses.replace(self._part, leaves=leaves))
-        self._needed_bytes = written.bytes + len(table)
         self._reused_bytes += sum(self._described[left[at]].bytes for at in written.reused)
+        done = self._linked | dict(zip(left, written.leaves, strict=True))
+        part = dataclasses.replace(self._part, leaves=tuple(done[at] for at in sorted(done)))
+        table = encode_part(part)
+        self._needed_bytes = written.bytes + len(table)
         has_data_file = bool(written.bytes or written.reused or self._linked)
         storage.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
-        self._remember(leaves)
+        self._remember(part)
 
-    def _remember(self, leaves: tuple[Leaf, ...]) -> None:
+    def _host_data(self, positions: Sequence[int]) -> list[tuple[Leaf, list[np.ndarray]]]:
+        """Waits until some of the leaves are computed, and brings them into the host's memory."""
+        return [
+            (self._leaves[at], [snapshot.to_host(source) for source in self._described[at].sources])
+            for at in positions
+        ]
+
+    def _remember(self, part: Part) -> None:
         """Has the next save know those of its arrays that live on."""
         if not any(self._arrays) or not self._options.checksum:
             return
-        where, name = self.session.where, self._name
-        files = _data_files(where, {name: dataclasses.replace(self._part, leaves=leaves)})
-        for array, leaf in zip(self._arrays, leaves, strict=True):
-            file = files.get(data_part(name, leaf.file))
+        files = _data_files(self.session.where, {self._name: part})
+        for array, leaf in zip(self._arrays, part.leaves, strict=True):
+            file = files.get(data_part(self._name, leaf.file))
             if array is not None and file is not None:
-                _saved_arrays.remember(array, checkpoint=where.final, file=file, leaf=leaf)
+                final = self.session.where.final
+                _saved_arrays.remember(array, checkpoint=final, file=file, leaf=leaf)
 
     def _earlier(self) -> Earlier | None:
         return None if self._reuse is None else self.session.earlier(self._reuse)
