@@ -353,7 +353,10 @@ class _Saving:
         """Has the next save know those of its arrays that live on."""
         if not any(self._arrays) or not self._options.checksum:
             return
-        files = _data_files(self.session.where, {self._name: part})
+        try:
+            files = _data_files(self.session.where, {self._name: part})
+        except OSError:  # no reason to fail a save that is committed
+            return
         for array, leaf in zip(self._arrays, part.leaves, strict=True):
             file = files.get(data_part(self._name, leaf.file))
             if array is not None and file is not None:

@@ -382,8 +382,14 @@ def is_session(where: CheckpointPath) -> bool:
 
 
 def has_contents(where: CheckpointPath) -> bool:
-    """Whether a table of contents is there: finalize writes it, whatever a directory's name is."""
-    return (where.state / CONTENTS).is_file()
+    """Whether a table of contents is there: finalize writes it, whatever a directory's name is.
+
+    What the system does not let anybody see is not there.
+    """
+    try:
+        return (where.state / CONTENTS).is_file()
+    except OSError:
+        return False
 
 
 def part_names(where: CheckpointPath) -> list[str]:
