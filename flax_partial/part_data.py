@@ -84,6 +84,8 @@ def write_part(
     reused = frozenset(done)
     new = [at for at in range(len(boxes)) if at not in reused and at not in plan.apart]
     for file, positions in ((0, new), (first_file + len(plan.shared), sorted(plan.apart))):
+        if not positions:
+            continue
         chosen = [boxes[at] for at in positions]
         leaves = _write_file(directory, chosen, file=file, checksum=checksum, durable=durable)
         done |= zip(positions, leaves, strict=True)

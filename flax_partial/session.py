@@ -14,11 +14,11 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import numpy as np
 
@@ -159,7 +159,9 @@ def _prepare(
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     metadata = check_json(custom_metadata)
-    described = _describe(state, options)
+    flat = _flatten(state)
+    described = _describe(flat, options)
+    arrays = [] if earlier is None else [snapshot.lasting(value) for _, value in flat]
     with _sessions_lock:
         session = _known_session(where)
         saving = _Saving(
@@ -168,6 +170,7 @@ def _prepare(
             custom_metadata=metadata,
             options=options,
             reuse=earlier,
+            arrays=arrays,
             started=started,
         )
         session.begin(saving)
@@ -179,10 +182,14 @@ def _prepare(
     return saving
 
 
-def _describe(state: Any, options: SaveOptions) -> list[Described]:
+def _flatten(state: Any) -> list[tuple[Any, Any]]:
     flat, _ = keypaths.flatten(state, is_leaf=snapshot.is_leaf)
     if not flat or (len(flat) == 1 and not flat[0][0] and snapshot.is_leaf(flat[0][1])):
         raise EmptyStateError(f"state {state!r} has no leaves: there is nothing to save.")
+    return flat
+
+
+def _describe(flat: Sequence[tuple[Any, Any]], options: SaveOptions) -> list[Described]:
     return [
         snapshot.describe(
             keypaths.from_jax(path),
@@ -209,6 +216,7 @@ class _Saving:
         custom_metadata: dict[str, Any],
         options: SaveOptions,
         reuse: CheckpointPath | None,
+        arrays: "Sequence[weakref.ref[Any] | None]",
         started: float,
     ) -> None:
         self.session = session
@@ -218,7 +226,7 @@ class _Saving:
         self._leaves: list[Leaf] = []
         self._options = options
         self._reuse = reuse
-        self._arrays = [one.array for one in described] if reuse is not None else []
+        self._arrays = arrays  # of its leaves, those that may be remembered; none without `reuse`
         self._linked: dict[int, Leaf] = {}  # leaves that need not be copied, by position
         self._directory: Path | None = None
         self._reused_bytes = 0
@@ -423,7 +431,7 @@ class Session:
         self._removing = threading.Lock()  # not `_lock`: who holds that may wait for finalize
         self._saves: set[_Saving] = set()  # on their way, from `begin` until `leave`
         self._directory_lock: storage.SessionLock | None = None
-        self._exclusive: WeakSet[storage.ExclusiveLock] = WeakSet()
+        self._exclusive: weakref.WeakSet[storage.ExclusiveLock] = weakref.WeakSet()
         self._last_time_ns = 0
         self._earlier: dict[CheckpointPath, Earlier | None] = {}
         self._looking = threading.Lock()  # who looks into an earlier checkpoint, once for all saves

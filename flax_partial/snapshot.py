@@ -66,13 +66,11 @@ class Described:
       leaf: What it is, with the boxes that this process has to write, without digests.
       sources: The data of each box: host arrays, or arrays on a single device.
       is_ours: Whether the sources were made here, so that nobody else can change them.
-      array: The whole array, where as long as it lives nothing can change what it holds.
     """
 
     leaf: Leaf
     sources: Sequence[Source] = ()
     is_ours: bool = False
-    array: "weakref.ref[jax.Array] | None" = None
 
     @property
     def bytes(self) -> int:
@@ -208,17 +206,7 @@ def _describe_array(
         text=text,
         boxes=tuple(Box(_moved(start, rows), source.shape) for start, source in placed),
     )
-    array = None
-    if cut is None and kind == kinds.JAX_ARRAY and _is_on_accelerator(value.sharding):
-        array = weakref.ref(value)
-    return Described(leaf, tuple(source for _, source in placed), array=array)
-
-
-@lru_cache(maxsize=1024)
-def _is_on_accelerator(sharding: Sharding) -> bool:
-    """Whether memory is an array's alone: on a CPU it may be that of a NumPy array, and change."""
-    devices: set[Any] = sharding.device_set
-    return all(device.platform != "cpu" for device in devices)
+    return Described(leaf, tuple(source for _, source in placed))
 
 
 def _jax_kind(path: KeyPath, value: jax.Array) -> tuple[str, str, jax.Array]:
@@ -355,6 +343,20 @@ def _device_number(device: Any, *, is_local: bool) -> int:
     if is_local and jax.process_count() > 1:
         return int(device.local_hardware_id)
     return int(device.id)
+
+
+def lasting(value: object) -> "weakref.ref[jax.Array] | None":
+    """Refers to an array that nothing can change as long as it lives; None for any other leaf."""
+    if isinstance(value, jax.Array) and _is_on_accelerator(value.sharding):
+        return weakref.ref(value)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _is_on_accelerator(sharding: Sharding) -> bool:
+    """Whether memory is an array's alone: on a CPU it may be that of a NumPy array, and change."""
+    devices: set[Any] = sharding.device_set
+    return all(device.platform != "cpu" for device in devices)
 
 
 def detach(described: Sequence[Described]) -> list[Described]:
