@@ -208,7 +208,8 @@ class PendingCheckpoint:
         if self.error is not None:
             raise self.error
         if metrics:  # not in the background: at the interpreter's exit, no thread can be started
-            fp.save(self.path, options=participant.options, **self._message({"metrics": metrics}))
+            message = self._message({"metrics": metrics})
+            fp.save(self.path, **self._how(participant), **message)
 
     def _commit(self, names: Mapping[int, Sequence[str]]) -> None:
         """Finalizes what all processes have saved, given the names of their leaves."""
@@ -279,12 +280,16 @@ class PendingCheckpoint:
     def _metadata(self, more: Mapping[str, Any]) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.epoch, **more}
 
+    def _how(self, participant: Participant) -> dict[str, Any]:
+        """How a callback's groups are saved."""
+        reuse = self.before if participant.reuse_unchanged else None
+        return {"options": participant.options, "reuse": reuse}
+
     def _submit(
         self, participant: Participant, what: Callable[[], Mapping[str, Any]]
     ) -> fp.SaveHandle | None:
-        reuse = self.before if participant.reuse_unchanged else None
         try:
-            handle = fp.save_async(self.path, options=participant.options, reuse=reuse, **what())
+            handle = fp.save_async(self.path, **self._how(participant), **what())
         except Exception as error:  # noqa: BLE001 - whatever it is, the callback decides what follows
             self.fail(error, [participant])
             return None

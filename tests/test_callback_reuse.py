@@ -132,6 +132,7 @@ def test_metrics_and_several_callbacks_change_nothing_of_that(tmp_path: Path) ->
     total = sum(array.nbytes for array in arrays.values())
     assert [report.reused_bytes for report in hook.reports] == [0, total, total]
     assert fp.metadata(tmp_path / "3").custom_metadata["metrics"] == {"loss": 1 / 3}
+    assert inodes(tmp_path / "3") <= inodes(tmp_path / "1")  # that copy is not written again either
     shutil.rmtree(tmp_path / "1")
     shutil.rmtree(tmp_path / "2")
     assert fp.verify(tmp_path / "3").ok
