@@ -188,6 +188,22 @@ def test_file_that_holds_mostly_other_data_is_not_kept_alive(tmp_path: Path) -> 
     assert sum(sizes) < BASE.nbytes * 4 + 20_000  # no byte that is of no use
 
 
+@pytest.mark.parametrize(
+    ("state", "files"),
+    [
+        pytest.param({"bias": BASE[0, :100], "step": 1, "text": "x"}, [], id="in the table"),
+        pytest.param({"bias": BASE[0], "scale": BASE[:15]}, ["data"], id="in a small file"),
+    ],
+)
+def test_what_is_too_small_for_a_link_is_written_again(
+    tmp_path: Path, state: Any, files: list[str]
+) -> None:
+    checkpoint(tmp_path / "1", state)
+    assert checkpoint(tmp_path / "2", state, reuse=tmp_path / "1").reused_bytes == 0
+    assert list(data_files(tmp_path / "2")) == files
+    assert_whole(tmp_path / "2", state)
+
+
 def test_file_of_which_less_and_less_is_in_use_is_let_go(tmp_path: Path) -> None:
     """However much of it the checkpoint before still used: its true size counts."""
     rows = {"a": 120, "b": 90, "c": 90}
