@@ -23,6 +23,7 @@ SCENARIOS = (
     "train_loop",
     "memory",
     "load",
+    "reuse",
     "distributed",
     "import_time",
 )

@@ -25,7 +25,10 @@ Result = dict[str, Any]
 _MIB = 1 << 20
 _LOG_WIDTH = 120
 
-UNITS = {"memory": "MiB", "growth": "MiB", "beside the state": "MiB", "steps/s": "", "GB/s": ""}
+UNITS = {
+    **dict.fromkeys(("memory", "growth", "beside the state", "written"), "MiB"),
+    **dict.fromkeys(("steps/s", "GB/s"), ""),
+}
 """The unit in which a metric is told, else seconds; what is told in MiB is measured in bytes."""
 
 

@@ -161,7 +161,7 @@ class FinalizeHook:
             self._held = checkpoint.held
         self._wait_for(callback.directory)
         try:
-            run_directory.check_is_newer(callback.directory, step)
+            checkpoint.before = run_directory.check_is_newer(callback.directory, step)
         except (fp.CheckpointExistsError, OSError) as error:
             checkpoint.fail(error, [callback])
         return checkpoint

@@ -93,6 +93,7 @@ class PartialCheckpointCallback:
         save_top_k: int | None = None,
         finalizer: FinalizeHook | None = None,
         options: fp.SaveOptions | None = None,
+        reuse_unchanged: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
         progress: bool = False,
     ) -> None:
@@ -117,6 +118,9 @@ class PartialCheckpointCallback:
           finalizer: Shared by all callbacks that save into one directory; by default, one of its
             own.
           options: How parts are written.
+          reuse_unchanged: Whether leaves that are to the byte what they were in the checkpoint
+            before (frozen layers, the base of an adapter) are not written again: both checkpoints
+            share the files that hold them, and either may be removed.
           on_save_error: Whether a failed save is raised at the next hook, or logged and counted.
           progress: Show a bar while waiting for checkpoints at the end of training.
 
@@ -129,6 +133,7 @@ class PartialCheckpointCallback:
         self.directory = Path(directory)
         self.retention = Retention(keep_last, monitor, mode, save_top_k)
         self.options = options
+        self.reuse_unchanged = reuse_unchanged
         self.finalizer = finalizer or FinalizeHook()
         self.failed_saves = 0
         self._schedule = Schedule(every_n_epochs, every_n_train_steps)

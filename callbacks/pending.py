@@ -32,6 +32,7 @@ class Participant(Protocol):
     directory: Path
     retention: Retention
     options: fp.SaveOptions | None
+    reuse_unchanged: bool
 
     @property
     def state_key(self) -> str:
@@ -56,6 +57,7 @@ class PendingCheckpoint:
       epoch: Its epoch, the first being 0.
       run: Name of the run: what another run of these processes agreed on, or did not, is past.
       names: Names of the leaves saved into it.
+      before: The checkpoint before it, whose data it may share; None if there is none.
       held: For how long it has held training so far.
       error: Why it will not be; None while it may.
     """
@@ -66,6 +68,7 @@ class PendingCheckpoint:
         self.epoch = epoch
         self.run = run
         self.names: set[str] = set()
+        self.before: Path | None = None
         self.held = HeldTime()
         self.error: BaseException | None = None
         self._lock = threading.Lock()
@@ -173,6 +176,7 @@ class PendingCheckpoint:
             epoch=self.epoch,
             saves=saves,
             bytes=fp.metadata(self.path).bytes,
+            reused_bytes=sum(save.reused_bytes for save in saves.values()),
             metrics=metrics,
             blocked_secs=self.held.secs,
             write_secs=sum(save.write_secs for save in saves.values()),
@@ -204,7 +208,8 @@ class PendingCheckpoint:
         if self.error is not None:
             raise self.error
         if metrics:  # not in the background: at the interpreter's exit, no thread can be started
-            fp.save(self.path, options=participant.options, **self._message({"metrics": metrics}))
+            message = self._message({"metrics": metrics})
+            fp.save(self.path, **self._how(participant), **message)
 
     def _commit(self, names: Mapping[int, Sequence[str]]) -> None:
         """Finalizes what all processes have saved, given the names of their leaves."""
@@ -275,11 +280,16 @@ class PendingCheckpoint:
     def _metadata(self, more: Mapping[str, Any]) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.epoch, **more}
 
+    def _how(self, participant: Participant) -> dict[str, Any]:
+        """How a callback's groups are saved."""
+        reuse = self.before if participant.reuse_unchanged else None
+        return {"options": participant.options, "reuse": reuse}
+
     def _submit(
         self, participant: Participant, what: Callable[[], Mapping[str, Any]]
     ) -> fp.SaveHandle | None:
         try:
-            handle = fp.save_async(self.path, options=participant.options, **what())
+            handle = fp.save_async(self.path, **self._how(participant), **what())
         except Exception as error:  # noqa: BLE001 - whatever it is, the callback decides what follows
             self.fail(error, [participant])
             return None

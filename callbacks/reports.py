@@ -22,6 +22,7 @@ class CheckpointReport:
       epoch: Its epoch, the first being 0.
       saves: Group to the report of the save that wrote it, in the order in which they were saved.
       bytes: Array data, in bytes.
+      reused_bytes: Array data that this process did not write: the checkpoint before holds it.
       metrics: The trainer's metrics that are stored with it.
       blocked_secs: Seconds for which hooks and streaming calls held training, from the first save
         of this checkpoint to that of the next.
@@ -35,6 +36,7 @@ class CheckpointReport:
     epoch: int
     saves: Mapping[str, fp.SaveReport]
     bytes: int
+    reused_bytes: int
     metrics: Mapping[str, float]
     blocked_secs: float
     write_secs: float

@@ -67,18 +67,24 @@ def _recover(directory: Path, live: Container[Path]) -> str:
     return uuid.uuid4().hex
 
 
-def check_is_newer(directory: Path, step: int) -> None:
+def check_is_newer(directory: Path, step: int) -> Path | None:
     """Refuses a step that is not newer than all checkpoints in the directory.
+
+    Returns:
+      The newest of these; None if there is none.
 
     Raises:
       CheckpointExistsError: Some checkpoint is of this step, or a later one.
     """
     newest = max(fp.steps(directory), default=-1)
+    if newest < 0:
+        return None
     if newest >= step:
         raise fp.CheckpointExistsError(
             f"{directory} holds step {newest} already, and training is only at step {step}: the "
             "steps of two runs would mix. Restore the newest checkpoint, or use another directory."
         )
+    return directory / str(newest)
 
 
 def drop_unless_complete(path: Path, step: int, why: str) -> None:

@@ -47,6 +47,8 @@ def paused() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _pausing.discard(thread)
-            if not _pausing and _was_enabled:
+            # In this order: the next pause takes it for stopped by somebody else otherwise, where
+            # an interrupt comes in between.
+            if _pausing <= {thread} and _was_enabled:
                 gc.enable()
+            _pausing.discard(thread)

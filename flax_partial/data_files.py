@@ -25,7 +25,7 @@ from flax_partial.chunks import (
     covering_box,
     slices,
 )
-from flax_partial.part import DATA_FILE, Leaf, digest, flat
+from flax_partial.part import Leaf, data_path, digest, flat
 
 _ALIGNED_BYTES = 64  # what JAX's CPU devices ask of memory to take it over
 _MAPPED_BYTES = 4 << 20  # from here on NumPy asks for huge pages
@@ -42,7 +42,7 @@ def read(
 
     Args:
       state: Directory of the parts.
-      parts: Their names, as the leaves' runs number them.
+      parts: Their data files, as the leaves' runs number them.
       regions: Each a leaf, the box's start and its shape.
 
     Returns:
@@ -193,7 +193,7 @@ def _segments(
             ):
                 position += 1
             at = offset + (numbers[first] - begin) * leaf.chunk_bytes
-            yield _Segment(state / parts[part] / DATA_FILE, at, first, position - first)
+            yield _Segment(state / data_path(parts[part]), at, first, position - first)
         begin = end
 
 

@@ -20,7 +20,7 @@ from flax_partial.errors import (
 from flax_partial.keypaths import KeyPath
 from flax_partial.loading import database_uuid, described, metadata
 from flax_partial.merge import MergePlan, merge, merge_metadata
-from flax_partial.part import Contents, Leaf, Part, encode_contents
+from flax_partial.part import Contents, Leaf, Part, data_path, encode_contents
 from flax_partial.processes import DEFAULT_TIMEOUT_SECS, agree, count, index
 from flax_partial.reports import CheckpointMetadata, PartStatus, SessionStatus
 from flax_partial.session import PathLike, Session, forget, read_parts, session_of
@@ -311,7 +311,7 @@ def _lost(where: CheckpointPath, plan: MergePlan) -> list[str]:
             if isinstance(place, bytes):
                 continue
             if part not in sizes:
-                sizes[part] = storage.size_of_part_data(where, part)
+                sizes[part] = storage.size_of_data(where, data_path(part))
             if sum(place) > sizes[part]:
                 lost.append(f"{leaf.name}, in {part}")
                 break

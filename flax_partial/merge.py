@@ -17,10 +17,10 @@ from typing import Any
 
 from flax_partial.chunks import chunk_counts
 from flax_partial.keypaths import KeyTree
-from flax_partial.part import Box, Leaf, Part, Place, Run
+from flax_partial.part import Box, Leaf, Part, Place, Run, data_part
 
 Source = tuple[str, Place]
-"""Where a chunk of the checkpoint is: the name of the part that saved it, and its place there."""
+"""Where a chunk of the checkpoint is: the data file, as `data_part` calls it, and its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class MergePlan:
     Attributes:
       leaves: The merged leaves, each one whole box.
       sources: For each leaf, in the same order, where each of its chunks is, in C order.
-      data_parts: Names of the parts that the leaves' runs number.
+      data_parts: The data files that the leaves' runs number, each called as by `data_part`.
       custom_metadata: That of all parts, merged.
       started_ns: When the first part was saved, in nanoseconds since the epoch.
       conflicts: Why the parts do not fit together; nothing but another save can mend these.
@@ -143,7 +143,7 @@ def _whole(held: _Held, conflicts: list[str]) -> tuple[Leaf, tuple[Source, ...],
     if not leaf.is_array:
         return leaf, (), None
     if len(held.by) == 1 and len(leaf.boxes) == 1 and leaf.boxes[0].shape == leaf.shape:
-        (box,), part = leaf.boxes, held.by[0][0]
+        (box,), part = leaf.boxes, data_part(held.by[0][0], leaf.file)
         whole = Box(box.start, box.shape, box.digests)
         return leaf.with_boxes((whole,)), tuple((part, place) for place in box.places), None
     chunks: dict[str, tuple[str, Source]] = {}
@@ -178,7 +178,7 @@ def _joined(
 
 
 def _runs(leaf: Leaf, sources: Iterable[Source], numbers: dict[str, int]) -> tuple[Run, ...]:
-    """Joins chunks that follow one another in a data file; numbers the parts as they come."""
+    """Joins chunks that follow one another in a data file; numbers the files as they come."""
     if leaf.compression is not None:
         return ()
     runs: list[Run] = []
@@ -198,6 +198,7 @@ def _runs(leaf: Leaf, sources: Iterable[Source], numbers: dict[str, int]) -> tup
 
 def _collect(part: str, leaf: Leaf, chunks: dict[str, tuple[str, Source]]) -> str | None:
     """Adds a part's chunks of a leaf to those known, each once; says what clashes."""
+    part = data_part(part, leaf.file)
     for box in leaf.boxes:
         digests = box.digests or ("",) * len(box.places)
         for key, digest, place in zip(leaf.keys_of(box), digests, box.places, strict=True):

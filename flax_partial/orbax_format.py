@@ -25,7 +25,6 @@ from flax_partial.keypaths import INDEX
 from flax_partial.merge import Source
 from flax_partial.part import (
     ARRAY_KINDS,
-    DATA_FILE,
     DICT,
     JAX_ARRAY,
     LIST,
@@ -39,6 +38,7 @@ from flax_partial.part import (
     TUPLE,
     Contents,
     Leaf,
+    data_path,
 )
 
 CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
@@ -122,7 +122,7 @@ def _database_entries(
             if isinstance(place, bytes):
                 yield key.encode(), place
             else:
-                yield key.encode(), ocdbt.Reference(f"{part}/{DATA_FILE}", *place)
+                yield key.encode(), ocdbt.Reference(data_path(part), *place)
 
 
 def _text(value: object) -> str:

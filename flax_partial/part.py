@@ -11,7 +11,7 @@ import base64
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -32,10 +32,10 @@ DATA_FILE = "data"  # of a part: the chunks that its table does not hold itself
 INLINE_BYTES = 1024  # a chunk of at most so many bytes stands in the table
 
 Run = tuple[int, int, int]
-"""Chunks that follow one another in a data file: number of the part, offset, number of chunks."""
+"""Chunks that follow one another in a data file: number of the file, offset, number of chunks."""
 
 Place = bytes | tuple[int, int]
-"""Where a chunk is: the bytes themselves, or their offset and length in the part's data file."""
+"""Where a chunk is: the bytes themselves, or their offset and length in the leaf's data file."""
 
 JAX_ARRAY, NUMPY_ARRAY, NUMPY_SCALAR = "jax.Array", "np.ndarray", "np.generic"
 SCALAR, STRING, NONE, PRNG_KEY = "scalar", "string", "None", "prng_key"
@@ -66,6 +66,7 @@ _MOST_BYTES = 2**62  # of a leaf; beyond it even zarr's arithmetic ends
 _HEAD = b'{"xxh3_128":"'
 _MIDDLE = b'","table":'
 _TABLE_AT = len(_HEAD) + 32 + len(_MIDDLE)
+_DATA_PART = re.compile(r"[^/]+(/data\.[1-9][0-9]{0,8})?")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -107,6 +108,8 @@ class Leaf:
       boxes: What is held of it.
       runs: In a checkpoint's contents, where its chunks are, in C order; empty where some stand in
         the database or are compressed.
+      file: In a part, which of its data files holds them: 0 for the one written with it, `data`; n
+        for `data.n`, which an earlier part shares with it.
     """
 
     path: KeyPath
@@ -120,6 +123,7 @@ class Leaf:
     text: str = ""
     boxes: tuple[Box, ...] = ()
     runs: tuple[Run, ...] = ()
+    file: int = 0
 
     @property
     def name(self) -> str:
@@ -158,8 +162,10 @@ class Leaf:
             return f"{self.kind} {self.text!r}" if self.text else self.kind
         return f"{self.kind} {self.dtype}{list(self.shape)} in chunks of {list(self.chunk)}"
 
-    def with_boxes(self, boxes: tuple[Box, ...], runs: tuple[Run, ...] = ()) -> "Leaf":
-        """The same leaf with other boxes."""
+    def with_boxes(
+        self, boxes: tuple[Box, ...], runs: tuple[Run, ...] = (), file: int = 0
+    ) -> "Leaf":
+        """The same leaf with other boxes, which lie elsewhere."""
         return Leaf(
             path=self.path,
             kind=self.kind,
@@ -172,6 +178,7 @@ class Leaf:
             text=self.text,
             boxes=boxes,
             runs=runs,
+            file=file,
         )
 
     @property
@@ -196,6 +203,7 @@ class Part:
       custom_metadata: What was passed with it.
       leaves: What it holds.
       bytes: Array data in it, in bytes.
+      durable: Whether its data files were on the disk when it was committed.
     """
 
     process: int
@@ -203,20 +211,7 @@ class Part:
     custom_metadata: dict[str, Any]
     leaves: tuple[Leaf, ...]
     bytes: int
-
-    @property
-    def data_file_bytes(self) -> int:
-        """How large its data file is at least; 0 where it has none."""
-        return max(
-            (
-                sum(place)
-                for leaf in self.leaves
-                for box in leaf.boxes
-                for place in box.places
-                if isinstance(place, tuple)
-            ),
-            default=0,
-        )
+    durable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +224,7 @@ class Contents:
       parts: Number of parts it was merged from.
       custom_metadata: That of all parts, merged.
       leaves: Its leaves, in the order in which they were saved.
-      data_parts: Names of the parts that the leaves' runs number.
+      data_parts: The data files that the leaves' runs number, each called as by `data_part`.
       first_part: Name of the first of its parts, which no other checkpoint has; empty where Orbax
         wrote it.
     """
@@ -241,6 +236,27 @@ class Contents:
     leaves: tuple[Leaf, ...]
     data_parts: tuple[str, ...] = ()
     first_part: str = ""
+
+
+def data_file_bytes(leaves: Iterable[Leaf]) -> dict[int, int]:
+    """How large each data file of a part with these leaves is at least, by its number."""
+    sizes: dict[int, int] = {}
+    for leaf in leaves:
+        for box in leaf.boxes:
+            for place in box.places:
+                if isinstance(place, tuple):
+                    sizes[leaf.file] = max(sizes.get(leaf.file, 0), sum(place))
+    return sizes
+
+
+def data_part(part: str, file: int) -> str:
+    """What a data file is called among all of a checkpoint: by its part, and its number if any."""
+    return f"{part}/{DATA_FILE}.{file}" if file else part
+
+
+def data_path(name: str) -> str:
+    """Path below `state/` of the data file that `data_part` calls so."""
+    return name if "/" in name else f"{name}/{DATA_FILE}"
 
 
 @lru_cache(maxsize=len(STORABLE_DTYPES))
@@ -312,7 +328,12 @@ def flat(array: np.ndarray) -> np.ndarray:
 
 def encode_part(part: Part) -> bytes:
     """Returns the bytes of a `part.json`."""
-    head = {"process": part.process, "time_ns": part.time_ns, "bytes": part.bytes}
+    head = {
+        "process": part.process,
+        "time_ns": part.time_ns,
+        "bytes": part.bytes,
+        "durable": part.durable,
+    }
     return _encode(head, part.custom_metadata, part.leaves)
 
 
@@ -396,6 +417,8 @@ def _leaf_to_json(leaf: Leaf, shardings: _Shardings) -> dict[str, Any]:
         row["boxes"] = [_box_to_json(box, leaf) for box in leaf.boxes]
     if leaf.runs:
         row["runs"] = leaf.runs
+    if leaf.file:
+        row["file"] = leaf.file
     if leaf.compression:
         row["compression"] = leaf.compression
     if leaf.sharding is not None:
@@ -452,6 +475,7 @@ def _part_of(table: dict[str, Any]) -> Part:
         process=_integer(table["process"]),
         time_ns=_integer(table["time_ns"]),
         bytes=_integer(table["bytes"]),
+        durable=table.get("durable") is True,
         custom_metadata=table["custom_metadata"],
         leaves=_leaves_of(table),
     )
@@ -472,7 +496,7 @@ def _contents_of(table: dict[str, Any]) -> Contents:
         data_parts=tuple(table["data_parts"]),
         first_part=str(table["first_part"]),
     )
-    if not all(type(name) is str and "/" not in name for name in contents.data_parts):
+    if not all(type(name) is str and _DATA_PART.fullmatch(name) for name in contents.data_parts):
         raise CorruptCheckpointError("a name of a part is none")
     for leaf in contents.leaves:
         if leaf.is_array and [box.shape for box in leaf.boxes] != [leaf.shape]:
@@ -534,6 +558,7 @@ def _leaf_of(row: dict[str, Any], shardings: list[dict[str, Any]]) -> Leaf:
         text=text,
         boxes=boxes,
         runs=tuple([_run_of(run) for run in row.get("runs", ())]),
+        file=_integer(row.get("file", 0)),
     )
 
 

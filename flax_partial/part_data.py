@@ -1,22 +1,37 @@
-"""Boxes of leaves in host memory -> a part's data: what lies in its file, what in its table.
+"""Boxes of leaves in host memory -> a part's data: what lies in its files, what in its table.
 
 Each box is cut into its chunks, as zarr stores them. They go into the part's data file; small ones
 stand in the table of contents itself, so that a save of small leaves writes one file. Where chunks
 of a box follow one another in memory they are appended as one run, and nothing is copied.
+
+What an earlier checkpoint holds already is not written: that one's data file gets a second name in
+the part, `data.1` and so on. Either checkpoint may go, and the other one still has it.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
 
-from flax_partial import workers
+from flax_partial import storage, workers
 from flax_partial.arrays import encoded_chunks
 from flax_partial.chunks import Shape, chunk_regions, count_leading
 from flax_partial.direct_io import NewFile
-from flax_partial.part import DATA_FILE, INLINE_BYTES, Box, Leaf, Place, digests_of, flat
+from flax_partial.part import (
+    INLINE_BYTES,
+    Box,
+    Leaf,
+    Place,
+    data_file_bytes,
+    data_part,
+    data_path,
+    digests_of,
+    flat,
+)
+from flax_partial.reuse import Earlier, Plan, Shared
 
 # From here on digests are taken while the disk writes: 1 GiB takes 0.1 s to digest, 0.6 to write.
 _BESIDE_BYTES = 4 << 20
@@ -25,35 +40,103 @@ HostBoxes = Sequence[tuple[Leaf, Sequence[np.ndarray]]]
 Digests = tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What became of a save's data.
+
+    Attributes:
+      leaves: The leaves with digests and places, in the order of the save.
+      reused: Positions of those that were not written.
+      bytes: How much was written into data files, in bytes.
+    """
+
+    leaves: tuple[Leaf, ...]
+    reused: frozenset[int]
+    bytes: int
+
+
 def write_part(
-    directory: Path, boxes: HostBoxes, *, checksum: bool, durable: bool
-) -> tuple[Leaf, ...]:
-    """Writes boxes of leaves into a part's new directory.
+    directory: Path,
+    boxes: HostBoxes,
+    *,
+    first_file: int,
+    earlier: Earlier | None,
+    checksum: bool,
+    durable: bool,
+) -> Written:
+    """Fills a part's directory, in which there may be linked files.
 
     Args:
       directory: The part's directory.
       boxes: Each leaf with the data of each of its boxes, in the order of `leaf.boxes`, C order.
-      checksum: Whether to take a digest of every chunk.
-      durable: Whether the data is on disk at the return; the name of its file may not be yet.
-
-    Returns:
-      The leaves, their boxes with digests and places.
+      first_file: Number of the first file that is not there yet, from 1.
+      earlier: What may be shared; it may also be gone by now.
+      checksum: Whether to take a digest of every chunk. Without, everything is written.
+      durable: Whether the data is on disk at the return; the names of its files may not be yet.
 
     Raises:
       OSError: Writing failed; the directory may hold part of the data, and no table of contents.
     """
+    plan = Plan()
+    if earlier is not None and checksum:
+        plan = earlier.plan([leaf for leaf, _ in boxes], [data for _, data in boxes])
+    done = link_files(directory, plan.shared, first_file=first_file, durable=durable)
+    reused = frozenset(done)
+    new = [at for at in range(len(boxes)) if at not in reused and at not in plan.apart]
+    for file, positions in ((0, new), (first_file + len(plan.shared), sorted(plan.apart))):
+        if not positions:
+            continue
+        chosen = [boxes[at] for at in positions]
+        leaves = _write_file(directory, chosen, file=file, checksum=checksum, durable=durable)
+        done |= zip(positions, leaves, strict=True)
+    written = [leaf for at, leaf in done.items() if at not in reused]
+    return Written(
+        leaves=tuple(done[at] for at in range(len(boxes))),
+        reused=reused,
+        bytes=sum(data_file_bytes(written).values()),
+    )
+
+
+def link_files(
+    directory: Path, shared: Sequence[Shared], *, first_file: int, durable: bool
+) -> dict[int, Leaf]:
+    """Gives files a second name in a part's directory.
+
+    Args:
+      directory: The part's directory.
+      shared: The files.
+      first_file: Number of the first of them in the part, from 1.
+      durable: Whether their data is to be on the disk at the return; their names may not be yet.
+
+    Returns:
+      Position of each leaf that need not be written any more -> the leaf, in its file.
+    """
+    done: dict[int, Leaf] = {}
+    for file, one in enumerate(shared, start=first_file):
+        target = directory.parent / data_path(data_part(directory.name, file))
+        sync = durable and not one.file.durable
+        if storage.share(one.file.path, target, size=one.file.bytes, sync=sync):
+            done |= {at: leaf.with_boxes(leaf.boxes, file=file) for at, leaf in one.leaves.items()}
+    return done
+
+
+def _write_file(
+    directory: Path, boxes: HostBoxes, *, file: int, checksum: bool, durable: bool
+) -> tuple[Leaf, ...]:
+    """Writes boxes of leaves into the data file of that number."""
     size = sum(array.nbytes for leaf, data in boxes if not _is_inline(leaf) for array in data)
     digests = None
     if checksum and size >= _BESIDE_BYTES:
         digests = workers.in_background(lambda: _digests(boxes))
-    path = directory / DATA_FILE
+    path = directory.parent / data_path(data_part(directory.name, file))
     opened = NewFile(path, expected_bytes=size, durable=durable) if size else nullcontext()
-    with opened as file:
-        places = [[tuple(_places(leaf, array, file)) for array in data] for leaf, data in boxes]
-        if file is not None:
-            file.finish()
+    with opened as new:
+        places = [[tuple(_places(leaf, array, new)) for array in data] for leaf, data in boxes]
+        if new is not None:
+            new.finish()
     found = digests.result() if digests else _digests(boxes) if checksum else _no_digests(boxes)
-    return tuple(map(_with_chunks, (leaf for leaf, _ in boxes), found, places))
+    leaves = [leaf for leaf, _ in boxes]
+    return tuple(map(_with_chunks, leaves, found, places, repeat(file)))
 
 
 def _is_inline(leaf: Leaf) -> bool:
@@ -69,13 +152,14 @@ def _no_digests(boxes: HostBoxes) -> list[list[Digests]]:
 
 
 def _with_chunks(
-    leaf: Leaf, digests: Sequence[Digests], places: Sequence[tuple[Place, ...]]
+    leaf: Leaf, digests: Sequence[Digests], places: Sequence[tuple[Place, ...]], file: int
 ) -> Leaf:
     if not places:
         return leaf
     boxes = zip(leaf.boxes, digests, places, strict=True)
     return leaf.with_boxes(
-        tuple([Box(box.start, box.shape, found, placed) for box, found, placed in boxes])
+        tuple([Box(box.start, box.shape, found, placed) for box, found, placed in boxes]),
+        file=file,
     )
 
 

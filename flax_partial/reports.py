@@ -15,6 +15,8 @@ class SaveReport:
       part: Name of the part's directory below `state/`.
       leaves: Number of leaves in it.
       bytes: Array data in it, in bytes.
+      reused_bytes: The share of `bytes` that was not written, since an earlier checkpoint's files
+        hold it.
       blocked_secs: Seconds for which the caller of `save` or `save_async` was held.
       budget_secs: The share of `blocked_secs` spent waiting for `max_inflight_bytes`.
       write_secs: Seconds from the start of writing until the part was committed.
@@ -25,6 +27,7 @@ class SaveReport:
     part: str
     leaves: int
     bytes: int
+    reused_bytes: int
     blocked_secs: float
     budget_secs: float
     write_secs: float

@@ -14,20 +14,33 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+
+import numpy as np
 
 from flax_partial import collector, keypaths, processes, snapshot, storage, workers
 from flax_partial.errors import CorruptCheckpointError, EmptyStateError, NoSessionError
 from flax_partial.ledger import Ledger
 from flax_partial.memory_budget import MemoryBudget
 from flax_partial.options import SaveOptions
-from flax_partial.part import Leaf, Part, check_json, decode_part, encode_part
-from flax_partial.part_data import write_part
+from flax_partial.part import (
+    Leaf,
+    Part,
+    check_json,
+    data_file_bytes,
+    data_part,
+    data_path,
+    decode_part,
+    encode_part,
+)
+from flax_partial.part_data import link_files, write_part
 from flax_partial.reports import SaveReport
+from flax_partial.reuse import DataFile, Earlier
+from flax_partial.saved_arrays import SavedArrays
 from flax_partial.snapshot import Described
 from flax_partial.storage import CheckpointPath
 
@@ -39,6 +52,7 @@ PathLike = str | os.PathLike[str]
 _DEFAULTS = SaveOptions()
 _LOG = logging.getLogger("flax_partial")
 _budget = MemoryBudget()
+_saved_arrays = SavedArrays()
 
 
 def save(
@@ -48,6 +62,7 @@ def save(
     custom_metadata: Mapping[str, Any] | None = None,
     replace: bool = False,
     options: SaveOptions | None = None,
+    reuse: PathLike | None = None,
 ) -> SaveReport:
     """Adds a state to the unfinished checkpoint of `path`, and returns when it is durable.
 
@@ -60,6 +75,10 @@ def save(
       replace: Whether leaves that the session holds already are replaced; an error otherwise.
         Replacing some rows of a leaf that is saved in `Slice`s means saving all of them again.
       options: How to write it.
+      reuse: A finalized checkpoint. Leaves that this process saved into it, and that hold the same
+        to the byte, are not written again: both checkpoints share the files that hold them, and
+        either may be removed. Where it is not there (any more), or its files cannot be linked to,
+        everything is written.
 
     Returns:
       What was committed, and how long it took.
@@ -71,7 +90,7 @@ def save(
       EmptyStateError: `state` has no leaves.
       OSError: Writing failed. Like after every other error, the session is as it was before.
     """
-    saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS)
+    saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS, reuse=reuse)
     return saving.run()
 
 
@@ -82,6 +101,7 @@ def save_async(
     custom_metadata: Mapping[str, Any] | None = None,
     replace: bool = False,
     options: SaveOptions | None = None,
+    reuse: PathLike | None = None,
 ) -> workers.SaveHandle:
     """Like `save`, but returns as soon as the caller may donate, delete or overwrite its arrays.
 
@@ -94,6 +114,7 @@ def save_async(
       custom_metadata: As for `save`.
       replace: As for `save`.
       options: As for `save`; `max_inflight_bytes` bounds what waits to be written.
+      reuse: As for `save`.
 
     Returns:
       A handle with the interface of `concurrent.futures.Future`; its result is a `SaveReport`.
@@ -102,7 +123,7 @@ def save_async(
       CheckpointExistsError: As for `save`; so are the other errors about what is passed.
     """
     with collector.paused():
-        saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS)
+        saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS, reuse=reuse)
     handle = workers.SaveHandle()
 
     def work() -> None:
@@ -128,18 +149,29 @@ def _prepare(
     custom_metadata: Mapping[str, Any] | None,
     replace: bool,  # noqa: FBT001 - the public functions name it
     options: SaveOptions,
+    *,
+    reuse: PathLike | None,
 ) -> "_Saving":
     """Checks everything that a caller can get wrong, then enters the session and claims leaves."""
     started = time.perf_counter()
     where = storage.resolve(path)
+    earlier = None if reuse is None else storage.resolve(reuse)
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     metadata = check_json(custom_metadata)
-    described = _describe(state, options)
+    flat = _flatten(state)
+    described = _describe(flat, options)
+    arrays = [] if earlier is None else [snapshot.lasting(value) for _, value in flat]
     with _sessions_lock:
         session = _known_session(where)
         saving = _Saving(
-            session, described, custom_metadata=metadata, options=options, started=started
+            session,
+            described,
+            custom_metadata=metadata,
+            options=options,
+            reuse=earlier,
+            arrays=arrays,
+            started=started,
         )
         session.begin(saving)
     try:
@@ -150,10 +182,14 @@ def _prepare(
     return saving
 
 
-def _describe(state: Any, options: SaveOptions) -> list[Described]:
+def _flatten(state: Any) -> list[tuple[Any, Any]]:
     flat, _ = keypaths.flatten(state, is_leaf=snapshot.is_leaf)
     if not flat or (len(flat) == 1 and not flat[0][0] and snapshot.is_leaf(flat[0][1])):
         raise EmptyStateError(f"state {state!r} has no leaves: there is nothing to save.")
+    return flat
+
+
+def _describe(flat: Sequence[tuple[Any, Any]], options: SaveOptions) -> list[Described]:
     return [
         snapshot.describe(
             keypaths.from_jax(path),
@@ -179,6 +215,8 @@ class _Saving:
         *,
         custom_metadata: dict[str, Any],
         options: SaveOptions,
+        reuse: CheckpointPath | None,
+        arrays: "Sequence[weakref.ref[Any] | None]",
         started: float,
     ) -> None:
         self.session = session
@@ -187,6 +225,11 @@ class _Saving:
         self._described = described
         self._leaves: list[Leaf] = []
         self._options = options
+        self._reuse = reuse
+        self._arrays = arrays  # of its leaves, those that may be remembered; none without `reuse`
+        self._linked: dict[int, Leaf] = {}  # leaves that need not be copied, by position
+        self._directory: Path | None = None
+        self._reused_bytes = 0
         self._started = started
         self._part = Part(
             process=processes.index(),
@@ -194,6 +237,7 @@ class _Saving:
             custom_metadata=custom_metadata,
             leaves=(),
             bytes=sum(one.bytes for one in described),
+            durable=options.durable,
         )
         self._name = ""
         self._needed_bytes = self._part.bytes  # on the disk, as far as it is known
@@ -211,12 +255,33 @@ class _Saving:
         time_ns = session.claim(leaves, replace=replace, claimed=self._leaves)
         self._part = dataclasses.replace(self._part, time_ns=time_ns)
         self._name = _name_of(self._part) + uuid.uuid4().hex[:12]
+        if self._reuse is not None and self._options.checksum:
+            with storage.full_disk_explained(session.where, lambda: self._part.bytes):
+                self._share_known(self._reuse)
+
+    def _share_known(self, earlier: CheckpointPath) -> None:
+        """Shares what holds arrays that still live: before the return, after which they may not.
+
+        The disk is not waited for: no more is linked than needs no fsync.
+        """
+        durable = self._options.durable
+        shared = _saved_arrays.shared_with(
+            earlier.final, self._arrays, self._leaves, durable=durable
+        )
+        if not shared or not storage.has_contents(_finalized(earlier)):
+            return
+        self._directory = storage.create_part(self.session.where, self._name)
+        self._linked = link_files(self._directory, shared, first_file=1, durable=False)
+        for at, leaf in self._linked.items():
+            self._reused_bytes += self._described[at].bytes
+            self._described[at] = Described(leaf)
 
     def detach(self) -> None:
         """Makes what is to be written safe from the caller, within the memory budget."""
         limit = self._options.max_inflight_bytes
         self._is_counted = True
-        self._budget_secs = _budget.acquire(self, self._part.bytes, limit=limit)
+        copied_bytes = sum(one.bytes for one in self._described)
+        self._budget_secs = _budget.acquire(self, copied_bytes, limit=limit)
         self._described = snapshot.detach(self._described)
         self._blocked_secs = time.perf_counter() - self._started
 
@@ -256,6 +321,7 @@ class _Saving:
             part=self._name,
             leaves=len(self._leaves),
             bytes=self._part.bytes,
+            reused_bytes=self._reused_bytes,
             blocked_secs=self._blocked_secs or ended - self._started,
             budget_secs=self._budget_secs,
             write_secs=ended - began,
@@ -263,18 +329,50 @@ class _Saving:
         )
 
     def _write(self) -> None:
-        directory = storage.create_part(self.session.where, self._name)
-        data = [
-            (leaf, [snapshot.to_host(source) for source in one.sources])
-            for leaf, one in zip(self._leaves, self._described, strict=True)
-        ]
-        durable, checksum = self._options.durable, self._options.checksum
-        leaves = write_part(directory, data, checksum=checksum, durable=durable)
-        part = dataclasses.replace(self._part, leaves=leaves)
+        directory = self._directory or storage.create_part(self.session.where, self._name)
+        left = [at for at in range(len(self._leaves)) if at not in self._linked]
+        data = self._host_data(left)
+        durable = self._options.durable
+        written = write_part(
+            directory,
+            data,
+            first_file=1 + max((leaf.file for leaf in self._linked.values()), default=0),
+            earlier=self._earlier(),
+            checksum=self._options.checksum,
+            durable=durable,
+        )
+        self._reused_bytes += sum(self._described[left[at]].bytes for at in written.reused)
+        done = self._linked | dict(zip(left, written.leaves, strict=True))
+        part = dataclasses.replace(self._part, leaves=tuple(done[at] for at in sorted(done)))
         table = encode_part(part)
-        self._needed_bytes = part.data_file_bytes + len(table)
-        has_data_file = part.data_file_bytes > 0
+        self._needed_bytes = written.bytes + len(table)
+        has_data_file = bool(written.bytes or written.reused or self._linked)
         storage.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
+        self._remember(part)
+
+    def _host_data(self, positions: Sequence[int]) -> list[tuple[Leaf, list[np.ndarray]]]:
+        """Waits until some of the leaves are computed, and brings them into the host's memory."""
+        return [
+            (self._leaves[at], [snapshot.to_host(source) for source in self._described[at].sources])
+            for at in positions
+        ]
+
+    def _remember(self, part: Part) -> None:
+        """Has the next save know those of its arrays that live on."""
+        if not any(self._arrays) or not self._options.checksum:
+            return
+        try:
+            files = _data_files(self.session.where, {self._name: part})
+        except OSError:  # no reason to fail a save that is committed
+            return
+        for array, leaf in zip(self._arrays, part.leaves, strict=True):
+            file = files.get(data_part(self._name, leaf.file))
+            if array is not None and file is not None:
+                final = self.session.where.final
+                _saved_arrays.remember(array, checkpoint=final, file=file, leaf=leaf)
+
+    def _earlier(self) -> Earlier | None:
+        return None if self._reuse is None else self.session.earlier(self._reuse)
 
     def give_up(self) -> None:
         """Leaves the session as it was before this save; can be called again if interrupted."""
@@ -333,8 +431,10 @@ class Session:
         self._removing = threading.Lock()  # not `_lock`: who holds that may wait for finalize
         self._saves: set[_Saving] = set()  # on their way, from `begin` until `leave`
         self._directory_lock: storage.SessionLock | None = None
-        self._exclusive: WeakSet[storage.ExclusiveLock] = WeakSet()
+        self._exclusive: weakref.WeakSet[storage.ExclusiveLock] = weakref.WeakSet()
         self._last_time_ns = 0
+        self._earlier: dict[CheckpointPath, Earlier | None] = {}
+        self._looking = threading.Lock()  # who looks into an earlier checkpoint, once for all saves
         self._handles: set[workers.SaveHandle] = set()
         self._failed: list[workers.SaveHandle] = []
 
@@ -504,9 +604,17 @@ class Session:
                 storage.remove_part(self.where, part)
                 self.not_removed -= {part}
 
+    def earlier(self, checkpoint: CheckpointPath) -> Earlier | None:
+        """What this process's parts of a finalized checkpoint hold; None if there is none."""
+        with self._looking:
+            if checkpoint not in self._earlier:
+                self._earlier[checkpoint] = _read_earlier(checkpoint)
+            return self._earlier[checkpoint]
+
     def close(self) -> None:
         """Forgets everything but what is in flight."""
         with self._lock:
+            self._earlier = {}
             self.not_removed = frozenset()
             self._close_anchor()
             self._ledger = Ledger()
@@ -630,6 +738,36 @@ def read_parts(
         elif torn is not None:
             torn.append(name)
     return parts
+
+
+def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
+    """Nothing that is wrong with an earlier checkpoint keeps a save from being written."""
+    finalized = _finalized(checkpoint)
+    try:
+        if storage.has_contents(finalized):
+            with collector.paused():
+                parts = read_parts(finalized, process=processes.index())
+                return Earlier(parts, _data_files(finalized, parts))
+    except (OSError, CorruptCheckpointError) as error:
+        _LOG.warning("flax_partial: cannot reuse data of %s: %s", checkpoint.final, error)
+    return None
+
+
+def _finalized(checkpoint: CheckpointPath) -> CheckpointPath:
+    """A checkpoint whose parts are at its final place."""
+    return CheckpointPath(checkpoint.final, checkpoint.final)
+
+
+def _data_files(where: CheckpointPath, parts: Mapping[str, Part]) -> dict[str, DataFile]:
+    """The data files of some parts, as they are once finalized, each called as by `data_part`."""
+    found = {}
+    for name, part in parts.items():
+        for number in data_file_bytes(part.leaves):
+            file = data_part(name, number)
+            size = storage.size_of_data(where, data_path(file))
+            place = _finalized(where).state / data_path(file)
+            found[file] = DataFile(place, size, part.durable)
+    return found
 
 
 def _failed_parts(where: CheckpointPath) -> frozenset[str]:

@@ -9,6 +9,7 @@ assembled.
 """
 
 import operator
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -342,6 +343,20 @@ def _device_number(device: Any, *, is_local: bool) -> int:
     if is_local and jax.process_count() > 1:
         return int(device.local_hardware_id)
     return int(device.id)
+
+
+def lasting(value: object) -> "weakref.ref[jax.Array] | None":
+    """Refers to an array that nothing can change as long as it lives; None for any other leaf."""
+    if isinstance(value, jax.Array) and _is_on_accelerator(value.sharding):
+        return weakref.ref(value)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _is_on_accelerator(sharding: Sharding) -> bool:
+    """Whether memory is an array's alone: on a CPU it may be that of a NumPy array, and change."""
+    devices: set[Any] = sharding.device_set
+    return all(device.platform != "cpu" for device in devices)
 
 
 def detach(described: Sequence[Described]) -> list[Described]:

@@ -26,7 +26,6 @@ from flax_partial.errors import CheckpointExistsError, CorruptCheckpointError, N
 SESSION_SUFFIX = ".partial_save"
 PART_PREFIX = "part."
 PART_TABLE = "part.json"
-DATA_FILE = "data"  # of a part
 CONTENTS = "contents.json"
 STATE = "state"
 
@@ -382,6 +381,17 @@ def is_session(where: CheckpointPath) -> bool:
     return where.session.is_dir()
 
 
+def has_contents(where: CheckpointPath) -> bool:
+    """Whether a table of contents is there: finalize writes it, whatever a directory's name is.
+
+    What the system does not let anybody see is not there.
+    """
+    try:
+        return (where.state / CONTENTS).is_file()
+    except OSError:
+        return False
+
+
 def part_names(where: CheckpointPath) -> list[str]:
     """Names of a session's part directories, torn ones included, oldest first."""
     return part_names_in(where.state)
@@ -445,6 +455,35 @@ def is_committed(where: CheckpointPath, name: str) -> bool:
     return (where.state / name / PART_TABLE).exists()
 
 
+def share(source: Path, target: Path, *, size: int, sync: bool) -> bool:
+    """Gives a file that never changes a second name.
+
+    Args:
+      source: The file.
+      target: Its new name; nothing is there.
+      size: How large it has to be, in bytes.
+      sync: Whether its data has to be put on the disk.
+
+    Returns:
+      Whether that was done. Where it cannot be (the file is gone or another one, the file system is
+      another or makes no more links of it, the system does not allow it), nothing is at `target`.
+    """
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        return False
+    try:
+        status = os.lstat(target)
+        if stat.S_ISREG(status.st_mode) and status.st_size == size:
+            if sync:
+                _fsync(target, os.O_RDONLY)
+            return True
+    except OSError:
+        pass
+    os.unlink(target)
+    return False
+
+
 def commit_part(directory: Path, table: bytes, *, has_data_file: bool, durable: bool) -> None:
     """Commits a part whose data is durable: its table of contents appears, whole or not at all.
 
@@ -461,10 +500,10 @@ def commit_part(directory: Path, table: bytes, *, has_data_file: bool, durable: 
         fsync_directory(directory.parent)
 
 
-def size_of_part_data(where: CheckpointPath, name: str) -> int:
-    """Size of a part's data file, in bytes; 0 where there is none."""
+def size_of_data(where: CheckpointPath, path: str) -> int:
+    """Size of a data file, given its path below `state/`, in bytes; 0 where there is none."""
     try:
-        return os.stat(where.state / name / DATA_FILE).st_size
+        return os.stat(where.state / path).st_size
     except (FileNotFoundError, NotADirectoryError):
         return 0
 

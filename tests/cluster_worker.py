@@ -156,6 +156,20 @@ def save_global(path: str, shape: Sequence[int], *, is_stale: bool = False, **op
     return fp.save(path, arrays, options=QUICK, **options).part
 
 
+def frozen_value() -> np.ndarray:
+    return np.random.default_rng(6).random((512, 512), np.float32)
+
+
+def save_frozen(path: str, shape: Sequence[int], **options: Any) -> int:
+    """Saves an array that never changes, and one that does; returns how much was not written."""
+    frozen, sharding = frozen_value(), NamedSharding(global_mesh(shape), PartitionSpec("x", "y"))
+    array = jax.make_array_from_callback(frozen.shape, sharding, frozen.__getitem__)
+    state = {"frozen": array, "changes": np.random.default_rng().random(20_000)}
+    if jax.process_index():
+        del state["changes"]
+    return fp.save(path, state, options=QUICK, **options).reused_bytes
+
+
 def save_global_async(path: str, shape: Sequence[int]) -> None:
     """Saves in the background, and donates what was handed over at once."""
     donate = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)

@@ -69,6 +69,11 @@ ROWS: dict[str, list[Row]] = {
     "one run in a thousand leaves": [
         array([30_000], [30_000], runs=[[0, 0, 1]], path=[f"a{number}"]) for number in range(1000)
     ],
+    "data file that is not there": [array([3000], [3000], file=7)],
+    "data file beyond any count": [array([3000], [3000], file=10**19)],
+    "negative data file": [array([3000], [3000], file=-1)],
+    "data file as text": [array([3000], [3000], file="../../data")],
+    "data file of no array": [text(["a"], "d", file=3)],
     "the same box twice": [array([2], [1], boxes=[([0], [1], [""]), ([0], [1], [""])])],
     "10,000 nested keys": [text(["k"] * 10_000, "d" * 10_000)],
     "10,000 nested indices": [text(["0"] * 10_000, "s" * 10_000)],
@@ -117,6 +122,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "one long sharding of a thousand leaves": {"shardings": [{"a": "x" * (1 << 17)}]},
     "lone surrogate in a sharding": {"shardings": [{"a": "\ud800"}]},
     "negative count": {"parts": -1, "bytes": -1},
+    "data files elsewhere": {"data_parts": ["part/../../../x"]},
+    "data file of an odd name": {"data_parts": ["part/data.01"]},
     "leaves as a number": {"leaves": 3},
     "leaves that are no rows": {"leaves": [3, "x", [1]]},
 }

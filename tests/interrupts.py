@@ -53,6 +53,10 @@ def save_async(path: Path) -> None:
     fp.save_async(path, SECOND, options=QUICK).result()
 
 
+def share(path: Path) -> None:
+    fp.save(path, SECOND, options=QUICK, reuse=_earlier(path.parent))
+
+
 def finalize(path: Path) -> None:
     fp.finalize(path)
 
@@ -66,8 +70,21 @@ def abort(path: Path) -> None:
 
 
 CALLS = {
-    call.__name__: call for call in (save, replace, save_async, finalize, finalize_async, abort)
+    call.__name__: call
+    for call in (save, replace, save_async, share, finalize, finalize_async, abort)
 }
+
+
+def _earlier(directory: Path) -> Path:
+    """A checkpoint beside the others, which `share` shares data with."""
+    return directory / "earlier"
+
+
+def make_earlier(directory: Path) -> None:
+    """Makes that checkpoint, if it is not there."""
+    if not _earlier(directory).exists():
+        fp.save(_earlier(directory), SECOND, options=QUICK)
+        fp.finalize(_earlier(directory))
 
 
 # After these instructions CPython looks for signals, and after no others.
@@ -163,6 +180,7 @@ def assert_whole(path: Path, *names: str) -> None:
 def sweep(name: str, directory: Path, first: int, step: int) -> tuple[int, list[str]]:
     """Interrupts a call at every `step`-th point; returns how many there were, and what failed."""
     faults = []
+    make_earlier(directory)
     for tried in itertools.count():
         path = directory / f"{name}{first}.{tried}"
         fp.save(path, FIRST, options=QUICK)
@@ -181,6 +199,7 @@ def signalled(directory: Path, seed: int) -> list[str]:
     choose = random.Random(seed)  # noqa: S311 - of trials, not of secrets
     call = choose.choice(list(CALLS.values()))
     path = directory / f"signal{seed}"
+    make_earlier(directory)
     fp.save(path, FIRST, options=QUICK)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):

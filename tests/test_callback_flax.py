@@ -199,3 +199,45 @@ def test_train_state_is_saved_with_its_own_fields(tmp_path: Path, place: str) ->
     assert_equal(restored.params, state.params)
     assert_equal(restored.opt_state, state.opt_state)
     assert restored.step == 1
+
+
+class Adapted(nnx.Module):
+    """Two layers whose kernels are frozen: their adapters are what is trained."""
+
+    def __init__(self, seed: int) -> None:
+        rngs = nnx.Rngs(seed)
+        self.layers = nnx.List([nnx.LoRALinear(150, 150, lora_rank=2, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@nnx.jit
+def tune(model: Adapted, optimizer: nnx.Optimizer[Adapted]) -> None:
+    def loss(model: Adapted) -> jax.Array:
+        return jnp.square(model(jnp.ones((3, 150)))).mean()
+
+    gradient = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))
+    optimizer.update(model, gradient(model))
+
+
+def test_frozen_kernels_beside_their_adapters_are_written_once(tmp_path: Path) -> None:
+    model = Adapted(seed=0)
+    kernel_bytes = sum(layer.kernel[...].nbytes for layer in model.layers)
+    trainer = trainer_with(optimizer=nnx.Optimizer(model, ADAM, wrt=nnx.LoRAParam))
+    callback = PartialCheckpointCallback(
+        tmp_path, every_n_train_steps=1, reuse_unchanged=True, keep_last=1
+    )
+    callback.on_fit_start(trainer, model)
+    for trainer.global_step in (1, 2, 3):
+        tune(model, trainer.optimizer)
+        callback.on_train_batch_end(trainer, model, None, None, 0)
+    callback.on_train_end(trainer, model)
+    assert [report.reused_bytes for report in callback.reports] == [0, kernel_bytes, kernel_bytes]
+    other = Adapted(seed=1)
+    optimizer = nnx.Optimizer(other, ADAM, wrt=nnx.LoRAParam)
+    assert callback.restore({"params": other, "opt_state": optimizer}) is not None
+    x = jnp.ones((1, 150))
+    np.testing.assert_array_equal(other(x), model(x))

@@ -269,6 +269,24 @@ def test_global_arrays_are_replaced_by_all_processes_together(
     worker.load_global(str(path), (4, 2))
 
 
+def test_each_process_shares_with_an_earlier_checkpoint_what_it_saved_itself(
+    four: Cluster, two: Cluster, tmp_path: Path
+) -> None:
+    frozen, (first, second, third) = worker.frozen_value(), (tmp_path / name for name in "123")
+    assert four.call("save_frozen", str(first), (4, 2)) == [0, 0, 0, 0]
+    four.call("finalize", str(first))
+    reused = four.call("save_frozen", str(second), (4, 2), reuse=str(first))
+    assert reused == [frozen.nbytes // 4] * 4
+    four.call("finalize", str(second))
+    # Of other boxes each finds some in its own file and some in another's: it writes them.
+    assert two.call("save_frozen", str(third), (2, 2), reuse=str(second)) == [0, 0]
+    two.call("finalize", str(third))
+    shutil.rmtree(first)
+    for path in (second, third):
+        assert fp.verify(path).ok
+        assert np.array_equal(fp.load(path)["frozen"], frozen)
+
+
 def test_keys_spread_over_processes_come_back(two: Cluster, four: Cluster, tmp_path: Path) -> None:
     path = tmp_path / "c"
     four.call("save_keys", str(path))

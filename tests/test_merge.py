@@ -46,6 +46,10 @@ def parts(*leaves: Leaf) -> dict[str, Part]:
 
 FITTING = {
     "one after another": ([rows(0, 2), rows(2, 4)], ["x0", "x1", "x2", "x3"]),
+    "from files that are shared": (
+        [rows(0, 2, file=3), rows(2, 4), rows(0, 1, file=1)],
+        ["x0", "x1", "x2", "x3"],
+    ),
     "in any order": ([rows(3, 4), rows(0, 1), rows(1, 3)], ["x0", "x1", "x2", "x3"]),
     "replicas agree": ([rows(0, 4), rows(0, 4)], ["x0", "x1", "x2", "x3"]),
     "replicas of rows": ([rows(0, 3), rows(1, 4)], ["x0", "x1", "x2", "x3"]),
@@ -71,8 +75,11 @@ def test_parts_that_fit_make_one_whole_leaf(case: str) -> None:
     assert leaf.boxes == (Box((0, 0), (ROWS, 2), tuple(digests)),)
     (sources,) = plan.sources
     assert len(sources) == ROWS  # each chunk once
-    for digest, (part, place) in zip(digests, sources, strict=True):
-        (box,) = leaves[int(part[-1])].boxes
+    for digest, (name, place) in zip(digests, sources, strict=True):
+        part = name.split("/")[0]
+        held = leaves[int(part[-1])]
+        assert name == (f"{part}/data.{held.file}" if held.file else part)
+        (box,) = held.boxes
         assert box.digests[box.places.index(place)] == digest
 
 

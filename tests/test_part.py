@@ -64,6 +64,7 @@ def leaves(draw: st.DrawFn) -> Leaf:
         sharding=draw(st.sampled_from((None, {"sharding_type": "SingleDeviceSharding"}))),
         text=draw(_texts),
         boxes=(Box((0,) * len(shape), shape, digests, placed),),
+        file=draw(st.integers(0, 3)),
     )
 
 
@@ -81,6 +82,7 @@ parts = st.builds(
     custom_metadata=st.dictionaries(_texts, st.integers() | _texts, max_size=2),
     leaves=st.lists(leaves(), min_size=1, max_size=3).map(tuple),
     bytes=st.integers(0, 2**60),
+    durable=st.booleans(),
 )
 
 

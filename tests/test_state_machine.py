@@ -53,7 +53,7 @@ def value_of(number: int) -> Any:
         np.full(3, number),
         number,
         f"text {number}",
-        np.arange(number, number + 20_000),
+        np.arange(20_000) + number % 2,  # what one checkpoint may share with the other
         None,
         {},
         np.float32(number),
@@ -206,6 +206,7 @@ class Checkpoints(RuleBasedStateMachine):
         metadata = {"saves": {f"{save.number}": save.number}, "last": save.number}
         arguments = (call, self.path(name), save.tree())
         options = {"replace": replace, "custom_metadata": metadata, "options": QUICK}
+        options["reuse"] = self.path({"one": "two", "two": "one"}[name])
         model = self.sessions.get(name, Model())
         if name in self.done:
             with pytest.raises(fp.CheckpointExistsError):

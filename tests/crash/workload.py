@@ -8,6 +8,7 @@ what it said is what the promises are about.
 from __future__ import annotations
 
 import functools
+import shutil
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +128,40 @@ def _mixed(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
     }
 
 
-WORKS = {"everything": steps, "mixed": _mixed}
+REUSED: dict[str, dict[str, Any]] = {
+    name: {"base": _LARGE, "adapter": _LARGE[i : i + 50_000], "step": i}
+    for i, name in enumerate((FIRST, SECOND, THIRD))
+}
+"""What three checkpoints hold that share what did not change, by their names."""
+
+
+def save_reusing(base: Path, name: str, *, durable: bool) -> None:
+    """Saves one of `REUSED`; the second shares data with the first, which the third looks for."""
+    path = run_directory(base) / name
+    options = fp.SaveOptions(durable=durable)
+    fp.save(path, REUSED[name], options=options, reuse=run_directory(base) / FIRST)
+
+
+def remove_first(base: Path) -> None:
+    """Removes the first checkpoint, as retention does."""
+    gone = run_directory(base) / FIRST
+    shutil.rmtree(gone.rename(gone.with_name(f".removed-{FIRST}")))
+
+
+def _reusing(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
+    """A checkpoint that need not be durable, one that shares its data, one that comes too late."""
+    path = run_directory(base)
+    return {
+        "save 1": lambda: save_reusing(base, FIRST, durable=False),
+        "finalize 1": lambda: fp.finalize(path / FIRST),
+        "save 2": lambda: save_reusing(base, SECOND, durable=durable),
+        "finalize 2": lambda: fp.finalize(path / SECOND),
+        "remove 1": lambda: remove_first(base),
+        "save 9": lambda: save_reusing(base, THIRD, durable=durable),
+    }
+
+
+WORKS = {"everything": steps, "mixed": _mixed, "reusing": _reusing}
 
 
 def run(job: Job) -> None:
