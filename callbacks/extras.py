@@ -1,0 +1,27 @@
+"""Loops that are no dependency: what is missing is named, with how to install it."""
+
+from __future__ import annotations
+
+import importlib
+
+
+def need(package: str, *, extra: str) -> None:
+    """Imports an optional package, for the module that adapts to it.
+
+    Args:
+      package: What is imported.
+      extra: The extra of flax-partial that installs it.
+
+    Raises:
+      ModuleNotFoundError: It is not installed; says how to.
+    """
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package.partition(".")[0]:
+            raise  # it is there, and lacks something itself
+        raise ModuleNotFoundError(
+            f"flax_partial.callbacks.{extra} needs the package {error.name!r}, which is not "
+            f"installed. Install it with: pip install 'flax-partial[{extra}]'",
+            name=error.name,
+        ) from error

@@ -1,0 +1,123 @@
+"""A plain `for` loop, as a context manager: restore, tell of each step, done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from flax_partial.callbacks.loop import Loop
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from flax_partial.callbacks import grouping
+    from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
+
+StateT = TypeVar("StateT")
+
+
+class checkpointing:  # noqa: N801 - it is read as the verb of a `with` statement
+    """Checkpoints a loop that is nobody's but yours.
+
+    with checkpointing("runs/lm", every_n_train_steps=100) as ckpt:
+        state = ckpt.restore(state)
+        for step in range(ckpt.steps_done, 1000):
+            state, loss = train(state, batches[step])
+            ckpt.step(state, metrics={"loss": loss})
+
+    Where the block is left, its checkpoints are finalized: left well, the last step is saved too,
+    unless `every_n_epochs=None`; left by an exception, Ctrl-C included, saves in flight finish, and
+    the next run goes on from the newest checkpoint that is whole. The exception goes on.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], **options: Any) -> None:
+        """Prepares it; nothing is written before the block is entered.
+
+        Args:
+          directory: A run's directory, which holds a checkpoint a step.
+          options: What else `PartialCheckpointCallback` takes. A loop that never calls `end_epoch`
+            is one epoch as a whole.
+
+        Raises:
+          TypeError: There is no such option.
+          ValueError: An option has a value that makes no sense, alone or with another.
+        """
+        self._loop = Loop(directory, lambda: self._state, options)
+        self._state: Any = None
+        self._has_epochs = False
+
+    @property
+    def callback(self) -> PartialCheckpointCallback:
+        """The callback that saves, with its `reports`, `directory` and all else."""
+        return self._loop.checkpoints
+
+    @property
+    def steps_done(self) -> int:
+        """Steps done so far, those before the restored checkpoint included."""
+        return self._loop.trainer.global_step
+
+    def __enter__(self) -> Self:
+        """Finalizes or drops what an ended run has left, and removes what is not to be kept."""
+        self._loop.start(0)
+        return self
+
+    def restore(self, state: StateT) -> StateT:
+        """The newest checkpoint's state, or `state` as it is where there is none yet.
+
+        Args:
+          state: What to load, in shape: it decides structure, dtypes and shardings. NNX objects in
+            it are updated in place.
+
+        Raises:
+          TargetMismatchError: The checkpoint does not fit; nothing was updated.
+        """
+        restored = self._loop.restore(state)
+        return state if restored is None else restored
+
+    def step(self, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
+        """Tells that a step is done, and saves `state` if it is to be saved.
+
+        Returns once the state may be donated to the next step; it need not be computed yet. What
+        failed in the background since the call before is raised here.
+
+        Args:
+          state: The state after the step: a tree of arrays, in which NNX objects may stand.
+          metrics: What `monitor` may rank by; the numbers of it are stored with the checkpoint.
+        """
+        self._state = state
+        self._loop.step(self.steps_done + 1, metrics)
+
+    def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Tells that an epoch is done, the first being 0, and saves if it is to be saved.
+
+        Args:
+          epoch: Which one.
+          metrics: Those of the whole epoch, as of `step`; by default those of its last step.
+        """
+        self._has_epochs = True
+        self._loop.end_epoch(epoch, metrics)
+
+    def layer_ready(self, name: grouping.Name, tree: Any) -> None:
+        """Saves a layer's new parameters before the step is done; free if it is not saved."""
+        self.callback.on_layer_ready(self._loop.trainer, name, tree)
+
+    def optimizer_state_ready(self, name: grouping.Name, tree: Any) -> None:
+        """Saves a layer's new optimizer state, likewise."""
+        self.callback.on_optimizer_state_ready(self._loop.trainer, name, tree)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Waits until every checkpoint is finalized, or left to the next run."""
+        try:
+            if error is None and not self._has_epochs:
+                self._loop.end_epoch(0, None)
+        except BaseException as failure:
+            self._loop.fail(failure)
+            raise
+        self._loop.close(error)
+        self._state = None
