@@ -98,10 +98,12 @@ class Loop:
     def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None) -> None:
         """An epoch has ended, the first being 0; without metrics, those of its last step count."""
         self.trainer.current_epoch = epoch
+        self.trainer.is_last_batch = True
         if metrics is not None:
             self.trainer.callback_metrics = dict(metrics)
         self.checkpoints.on_train_epoch_end(self.trainer, None)
         self.trainer.current_epoch = epoch + 1
+        self.trainer.is_last_batch = False
 
     def end(self) -> None:
         """The loop has ended well: waits until every checkpoint is finalized."""
