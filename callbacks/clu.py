@@ -1,4 +1,7 @@
-"""CLU: a periodic action that checkpoints, for loops that call `action(step)` after each step."""
+"""CLU: a periodic action that checkpoints, for loops that call `action(step)` after each step.
+
+CLU's module of them imports TensorFlow, which CLU does not ask for: the extra `clu` does.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 from flax_partial.callbacks import extras
 from flax_partial.callbacks.loop import Loop
 
-extras.need("clu", extra="clu")
+extras.need("clu.periodic_actions", extra="clu")
 
-from clu.periodic_actions import PeriodicAction  # noqa: E402 - after it was looked for
+from clu.periodic_actions import PeriodicAction
 
 if TYPE_CHECKING:
     import os

@@ -9,17 +9,15 @@ def need(package: str, *, extra: str) -> None:
     """Imports an optional package, for the module that adapts to it.
 
     Args:
-      package: What is imported.
+      package: The package or module that is imported.
       extra: The extra of flax-partial that installs it.
 
     Raises:
-      ModuleNotFoundError: It is not installed; says how to.
+      ModuleNotFoundError: It, or what it imports itself, is not installed; says how to.
     """
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != package.partition(".")[0]:
-            raise  # it is there, and lacks something itself
         raise ModuleNotFoundError(
             f"flax_partial.callbacks.{extra} needs the package {error.name!r}, which is not "
             f"installed. Install it with: pip install 'flax-partial[{extra}]'",

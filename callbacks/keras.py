@@ -14,7 +14,7 @@ from flax_partial.callbacks.loop import Loop
 
 extras.need("keras", extra="keras")
 
-import keras  # noqa: E402 - after it was looked for
+import keras
 
 if TYPE_CHECKING:
     import os

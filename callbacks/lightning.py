@@ -19,7 +19,7 @@ from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 extras.need("lightning", extra="lightning")
 
-from lightning.pytorch.callbacks import Callback  # noqa: E402 - after it was looked for
+from lightning.pytorch.callbacks import Callback
 
 if TYPE_CHECKING:
     import os
@@ -86,7 +86,7 @@ def _state_of(module: Any) -> dict[str, Any]:
     state = getattr(module, "state", None)
     if not isinstance(state, dict):
         raise TypeError(
-            f"{type(module).__name__}.state is {type(state).__name__}; it must be a dict that holds "
+            f"{type(module).__name__}.state is {type(state).__name__}; it must be a dict of "
             'what is saved, such as {"params": ..., "opt_state": ...}, from before fit starts.'
         )
     return state

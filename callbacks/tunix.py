@@ -13,7 +13,7 @@ from flax_partial.callbacks.loop import Loop
 
 extras.need("tunix", extra="tunix")
 
-from tunix.sft.hooks import TrainingHooks  # noqa: E402 - after it was looked for
+from tunix.sft.hooks import TrainingHooks
 
 if TYPE_CHECKING:
     import os

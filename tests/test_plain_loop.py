@@ -71,7 +71,9 @@ def test_every_nth_step_and_the_last_are_saved_with_their_metrics(tmp_path: Path
     assert_equal(state, uninterrupted())
 
 
-@pytest.mark.parametrize("stop", [ValueError("wrong"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
+@pytest.mark.parametrize(
+    "stop", [ValueError("wrong"), KeyboardInterrupt(), SystemExit(3)], ids=repr
+)
 @pytest.mark.parametrize("at", [0, 2, 6, 8])
 def test_stopped_by_an_exception_and_run_again_ends_bit_identical(
     tmp_path: Path, stop: BaseException, at: int

@@ -60,7 +60,7 @@ class Stop(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         self.left, self.stop = after, stop
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
         self.left -= 1
         if self.left == 0 and self.stop is None:
             os.kill(os.getpid(), signal.SIGKILL)

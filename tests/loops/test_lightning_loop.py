@@ -71,7 +71,7 @@ class Lit(lightning.LightningModule):  # type: ignore[misc]
         self.state, loss = train(self.state, jnp.float32(batch.item() + self.current_epoch))
         self.log("loss", torch.tensor(float(loss)))
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, *_: Any) -> None:
         self.log("val_loss", torch.tensor(float(self.state["params"]["head"][0])))
 
 
