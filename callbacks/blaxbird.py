@@ -5,19 +5,16 @@ blaxbird asks nothing of a hook but to be called, so nothing of blaxbird is impo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from flax_partial.callbacks.loop import Loop
+from flax_partial.callbacks.loop import Loop, LoopCheckpoint
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
-    from types import TracebackType
-
-    from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 
-class BlaxbirdCheckpoint:
+class BlaxbirdCheckpoint(LoopCheckpoint):
     """Checkpoints the model and optimizer that blaxbird trains.
 
     with BlaxbirdCheckpoint("runs/lm", every_n_train_steps=100) as checkpoints:
@@ -46,11 +43,6 @@ class BlaxbirdCheckpoint:
         self._state: Any = None
         self._steps_before = 0
 
-    @property
-    def callback(self) -> PartialCheckpointCallback:
-        """The callback that saves, with its `reports`, `restore` and all else."""
-        return self._loop.checkpoints
-
     def restore(self, optimizer: Any) -> int:
         """Restores the optimizer, and the model in it, from the newest checkpoint, in place.
 
@@ -60,7 +52,6 @@ class BlaxbirdCheckpoint:
         Raises:
           TargetMismatchError: The checkpoint does not fit; nothing was updated.
         """
-        self._start()
         self._loop.restore(_state_of(optimizer.model, optimizer))
         self._steps_before = self._loop.trainer.global_step
         return self._steps_before
@@ -76,27 +67,8 @@ class BlaxbirdCheckpoint:
           optimizer: Its NNX optimizer.
           metrics: What `monitor` may rank by, such as "val/loss".
         """
-        self._start()
         self._state = _state_of(model, optimizer)
         self._loop.step(self._steps_before + step, metrics)
-
-    def _start(self) -> None:
-        if not self._loop.is_running:
-            self._loop.start(0)
-
-    def __enter__(self) -> Self:
-        """Finalizes or drops what an ended run has left, and removes what is not to be kept."""
-        self._start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Waits until every checkpoint is finalized, or left to the next run."""
-        self._loop.close(error)
 
 
 def _state_of(model: Any, optimizer: Any) -> dict[str, Any]:

@@ -5,10 +5,10 @@ CLU's module of them imports TensorFlow, which CLU does not ask for: the extra `
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from flax_partial.callbacks import extras
-from flax_partial.callbacks.loop import Loop
+from flax_partial.callbacks.loop import Loop, LoopCheckpoint
 
 extras.need("clu.periodic_actions", extra="clu")
 
@@ -17,12 +17,9 @@ from clu.periodic_actions import PeriodicAction
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Mapping
-    from types import TracebackType
-
-    from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 
-class CluCheckpoint(PeriodicAction):
+class CluCheckpoint(LoopCheckpoint, PeriodicAction):
     """Checkpoints a loop at the steps and times that a periodic action triggers at.
 
     with CluCheckpoint("runs/lm", every_steps=100) as checkpoints:
@@ -70,18 +67,12 @@ class CluCheckpoint(PeriodicAction):
         self._state: Any = None
         self._metrics: Mapping[str, Any] | None = None
 
-    @property
-    def callback(self) -> PartialCheckpointCallback:
-        """The callback that saves, with its `reports`, `restore` and all else."""
-        return self._loop.checkpoints
-
     def restore(self, state: Any) -> tuple[Any, int]:
         """The newest checkpoint's state, or `state` where there is none, and the step to do next.
 
         Raises:
           TargetMismatchError: The checkpoint does not fit `state`; nothing was updated.
         """
-        self._start()
         restored = self._loop.restore(state)
         return (state if restored is None else restored), self._loop.trainer.global_step + 1
 
@@ -101,7 +92,6 @@ class CluCheckpoint(PeriodicAction):
           state: What to save, unless `take_state` says it.
           metrics: What `monitor` may rank by; the numbers of it are stored with the checkpoint.
         """
-        self._start()
         self._state, self._metrics = state, metrics
         try:
             return bool(super().__call__(step, t))
@@ -110,21 +100,3 @@ class CluCheckpoint(PeriodicAction):
 
     def _apply(self, step: int, t: float) -> None:
         self._loop.step(step, self._metrics)
-
-    def _start(self) -> None:
-        if not self._loop.is_running:
-            self._loop.start(0)
-
-    def __enter__(self) -> Self:
-        """Finalizes or drops what an ended run has left, and removes what is not to be kept."""
-        self._start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Waits until every checkpoint is finalized, or left to the next run."""
-        self._loop.close(error)

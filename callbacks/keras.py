@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
 from flax_partial.callbacks import extras
-from flax_partial.callbacks.loop import Loop
+from flax_partial.callbacks.loop import Loop, LoopCheckpoint
 
 extras.need("keras", extra="keras")
 
@@ -19,18 +19,19 @@ import keras
 if TYPE_CHECKING:
     import os
 
-    from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 _METRICS = "metrics_variables"  # sums that Keras starts anew with each epoch, of its own accord
 _EPOCHS = "epochs_done"
 
 
-class KerasCheckpoint(keras.callbacks.Callback):
+class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
     """Checkpoints the model that `fit` trains, and goes on from the newest checkpoint.
 
     Keras goes on at the beginning of an epoch, never within one: where the newest checkpoint was
     made in mid-epoch, that epoch is trained anew, on weights that have seen some of it already. So
     results are those of a run that was never stopped if checkpoints are made at epochs' ends.
+
+    Keras tells no callback that `fit` raised: `with checkpoints:` around it does.
     """
 
     def __init__(
@@ -58,11 +59,6 @@ class KerasCheckpoint(keras.callbacks.Callback):
         self._loop = Loop(directory, self._state, options)
         self._resumes = resume
         self._step_of_epoch = 0
-
-    @property
-    def callback(self) -> PartialCheckpointCallback:
-        """The callback that saves, with its `reports`, `restore` and all else."""
-        return self._loop.checkpoints
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Recovers what an ended run has left, and restores the newest checkpoint.
@@ -95,10 +91,6 @@ class KerasCheckpoint(keras.callbacks.Callback):
         """Waits until every checkpoint is finalized."""
         self._set_initial_epoch(None)
         self._loop.close(None)
-
-    def close(self) -> None:
-        """For where `fit` raised, of which Keras tells no callback: finishes what is in flight."""
-        self._loop.close(InterruptedError("fit did not end"))
 
     def _state(self) -> dict[str, Any]:
         # Asking for `model` makes Keras gather its variables, which is for saved steps only.

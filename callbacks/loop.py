@@ -7,13 +7,14 @@ followed by a `Loop`, which an adapter tells what the loop has done.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
+    from types import TracebackType
 
 
 class LoopTrainer:
@@ -79,6 +80,7 @@ class Loop:
 
     def restore(self, target: Any) -> Any:
         """Goes on at the newest checkpoint, and returns its state; None where there is none."""
+        self._start_if_new()
         restored = self.checkpoints.restore(target)
         if restored is None:
             return None
@@ -90,6 +92,7 @@ class Loop:
         self, step: int, metrics: Mapping[str, Any] | None, *, is_last_batch: bool = False
     ) -> None:
         """A step has ended, and with it so many steps are done."""
+        self._start_if_new()
         self.trainer.global_step = step
         self.trainer.is_last_batch = is_last_batch
         self.trainer.callback_metrics = dict(metrics or {})
@@ -127,3 +130,36 @@ class Loop:
         except BaseException as failure:
             self.fail(failure)
             raise
+
+    def _start_if_new(self) -> None:
+        if not self.is_running:
+            self.start(0)
+
+
+class LoopCheckpoint:
+    """What every adapter is: the owner of a callback, and a context manager around its loop.
+
+    Where the block ends well, it waits until every checkpoint is finalized. Where it ends by an
+    exception, Ctrl-C included, saves in flight finish, the rest is left to the next run, and the
+    exception goes on.
+    """
+
+    _loop: Loop
+
+    @property
+    def callback(self) -> PartialCheckpointCallback:
+        """The callback that saves, with its `reports`, `directory` and all else."""
+        return self._loop.checkpoints
+
+    def __enter__(self) -> Self:
+        """Begins the block; nothing is written before the loop says something."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Ends the block, and the loop where it has not ended yet."""
+        self._loop.close(error)

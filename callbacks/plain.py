@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from flax_partial.callbacks.loop import Loop
+from flax_partial.callbacks.loop import Loop, LoopCheckpoint
 
 if TYPE_CHECKING:
     import os
@@ -12,12 +12,11 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from flax_partial.callbacks import grouping
-    from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 StateT = TypeVar("StateT")
 
 
-class checkpointing:  # noqa: N801 - it is read as the verb of a `with` statement
+class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a `with` statement
     """Checkpoints a loop that is nobody's but yours.
 
     with checkpointing("runs/lm", every_n_train_steps=100) as ckpt:
@@ -48,19 +47,9 @@ class checkpointing:  # noqa: N801 - it is read as the verb of a `with` statemen
         self._has_epochs = False
 
     @property
-    def callback(self) -> PartialCheckpointCallback:
-        """The callback that saves, with its `reports`, `directory` and all else."""
-        return self._loop.checkpoints
-
-    @property
     def steps_done(self) -> int:
         """Steps done so far, those before the restored checkpoint included."""
         return self._loop.trainer.global_step
-
-    def __enter__(self) -> Self:
-        """Finalizes or drops what an ended run has left, and removes what is not to be kept."""
-        self._loop.start(0)
-        return self
 
     def restore(self, state: StateT) -> StateT:
         """The newest checkpoint's state, or `state` as it is where there is none yet.

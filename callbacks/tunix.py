@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flax_partial.callbacks import extras
-from flax_partial.callbacks.loop import Loop
+from flax_partial.callbacks.loop import Loop, LoopCheckpoint
 
 extras.need("tunix", extra="tunix")
 
@@ -18,15 +18,13 @@ from tunix.sft.hooks import TrainingHooks
 if TYPE_CHECKING:
     import os
 
-    from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
-
-class TunixCheckpoint(TrainingHooks):
+class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
     """Checkpoints the model that a `PeftTrainer` trains, and goes on from the newest checkpoint.
 
     The last step is saved as well, as the end of an epoch, unless `every_n_epochs=None`. The loss
     that is stored with a checkpoint is the newest that tunix has reported, mostly that of the step
-    before.
+    before. tunix tells no hook that `train` raised: `with hooks:` around it does.
     """
 
     def __init__(
@@ -48,11 +46,6 @@ class TunixCheckpoint(TrainingHooks):
         self._resumes = resume
         self._state: Any = None
         self._metrics: dict[str, Any] = {}
-
-    @property
-    def callback(self) -> PartialCheckpointCallback:
-        """The callback that saves, with its `reports`, `restore` and all else."""
-        return self._loop.checkpoints
 
     def on_train_start(self, train_ctx: Any) -> None:
         """Recovers what an ended run has left, and restores the newest checkpoint.
@@ -91,10 +84,6 @@ class TunixCheckpoint(TrainingHooks):
     def on_eval_step_end(self, train_ctx: Any, eval_loss: float) -> None:
         """Stores the loss with the checkpoints to come."""
         self._metrics = self._metrics | {"eval_loss": eval_loss}
-
-    def close(self) -> None:
-        """For where `train` raised, of which tunix tells no hook: finishes what is in flight."""
-        self._loop.close(InterruptedError("train did not end"))
 
     def _take_note(self, train_ctx: Any) -> None:
         if self._loop.is_running and train_ctx.train_steps > self._loop.trainer.global_step:

@@ -7,6 +7,18 @@ import sys
 
 import pytest
 
+_ABSENT = """
+import sys
+
+class Absent:
+    def find_spec(name, *_):
+        if name == "{package}":
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Absent)
+import flax_partial.callbacks.{module}
+"""
+
 PACKAGES = {"lightning": "lightning", "keras": "keras", "clu": "clu", "tunix": "tunix"}
 
 
@@ -25,8 +37,7 @@ def test_the_callbacks_import_none_of_the_loops_they_adapt_to() -> None:
 
 @pytest.mark.parametrize(("module", "package"), PACKAGES.items())
 def test_a_missing_package_is_named_with_how_to_install_it(module: str, package: str) -> None:
-    absent = f"import sys; sys.modules[{package!r}] = None"  # as if it were not installed
-    done = _python(f"{absent}; import flax_partial.callbacks.{module}")
+    done = _python(_ABSENT.format(package=package, module=module))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"ModuleNotFoundError: flax_partial.callbacks.{module} needs the package {package!r}, "

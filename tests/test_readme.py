@@ -72,8 +72,11 @@ def run_blocks(document: Path) -> None:
             subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], check=True)
 
 
-def run_apart(document: Path, tmp_path: Path) -> None:
-    """Runs a document's blocks in a process of their own, in an empty directory."""
+@pytest.mark.parametrize(
+    "document", sorted(set(DOCUMENTS) - set(OF_LOOPS)), ids=lambda path: path.name
+)
+@pytest.mark.timeout(600)
+def test_blocks_run(document: Path, tmp_path: Path) -> None:
     for folder in ("examples", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     code = "import pathlib, sys, test_readme; test_readme.run_blocks(pathlib.Path(sys.argv[1]))"
@@ -88,14 +91,6 @@ def run_apart(document: Path, tmp_path: Path) -> None:
         timeout=570,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    "document", sorted(set(DOCUMENTS) - set(OF_LOOPS)), ids=lambda path: path.name
-)
-@pytest.mark.timeout(600)
-def test_blocks_run(document: Path, tmp_path: Path) -> None:
-    run_apart(document, tmp_path)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

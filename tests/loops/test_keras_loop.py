@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -24,6 +22,7 @@ from flax_partial.callbacks.keras import KerasCheckpoint  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -54,18 +53,16 @@ def new_model() -> Any:
 
 
 class Stop(keras.callbacks.Callback):  # type: ignore[misc]
-    """Raises, or kills the process, after so many batches."""
+    """Raises after so many batches."""
 
-    def __init__(self, after: int, stop: BaseException | None = None) -> None:
+    def __init__(self, after: int, stop: BaseException) -> None:
         super().__init__()
         self.left, self.stop = after, stop
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
         self.left -= 1
-        if self.left == 0 and self.stop is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif self.left == 0:
-            raise self.stop or ValueError
+        if self.left == 0:
+            raise self.stop
 
 
 def fit(model: Any, *callbacks: Any, epochs: int = EPOCHS, **options: Any) -> Any:
@@ -116,38 +113,14 @@ def test_stopped_and_fitted_again_ends_bit_identical(
     tmp_path: Path, after: int, stop: BaseException
 ) -> None:
     callback = KerasCheckpoint(tmp_path)
-    with pytest.raises(type(stop)):
+    with pytest.raises(type(stop)), callback:
         fit(new_model(), callback, Stop(after, stop))
-    callback.close()
     assert fp.steps(tmp_path) == [4, 8][: after // BATCHES]
     model = new_model()
     history = fit(model, KerasCheckpoint(tmp_path))
     assert history.epoch == list(range(after // BATCHES, EPOCHS))
     assert_equal(variables(model), uninterrupted())
     assert_equal(saved(tmp_path), uninterrupted())
-
-
-_KILLED = """
-import sys
-from pathlib import Path
-import test_keras_loop as loop
-
-loop.fit(loop.new_model(), loop.KerasCheckpoint(Path(sys.argv[1])), loop.Stop(7))
-"""
-
-
-def test_killed_and_fitted_again_ends_bit_identical(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, tmp_path],
-        check=False,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        timeout=100,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    model = new_model()
-    assert fit(model, KerasCheckpoint(tmp_path)).epoch == [1, 2]
-    assert_equal(variables(model), uninterrupted())
 
 
 def test_works_beside_kerass_own_orbax_checkpoint(tmp_path: Path) -> None:
@@ -161,9 +134,8 @@ def test_works_beside_kerass_own_orbax_checkpoint(tmp_path: Path) -> None:
 
 def test_a_checkpoint_within_an_epoch_restarts_that_epoch(tmp_path: Path) -> None:
     callback = KerasCheckpoint(tmp_path, every_n_train_steps=3)
-    with pytest.raises(ValueError, match="wrong"):
+    with pytest.raises(ValueError, match="wrong"), callback:
         fit(new_model(), callback, Stop(7, ValueError("wrong")))
-    callback.close()
     assert fp.steps(tmp_path) == [3, 4, 6]
     model = new_model()
     assert fit(model, KerasCheckpoint(tmp_path)).epoch == [1, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jax
 import pytest
 import test_readme
 
@@ -13,10 +14,14 @@ if TYPE_CHECKING:
 MAX_LINES = 15
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("document", test_readme.OF_LOOPS, ids=lambda path: path.stem)
-def test_blocks_run(document: Path, tmp_path: Path) -> None:
+def test_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which has imported the package: most of them take seconds."""
     pytest.importorskip(document.stem, reason=f"pip install 'flax-partial[{document.stem}]'")
-    test_readme.run_apart(document, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        test_readme.run_blocks(document)
     assert list(tmp_path.glob("runs/lm/*/_CHECKPOINT_METADATA"))
 
 

@@ -95,9 +95,8 @@ def test_stopped_and_trained_again_ends_bit_identical(
     tmp_path: Path, rounds: int | None, stop_at: int
 ) -> None:
     checkpoints = TunixCheckpoint(tmp_path, every_n_train_steps=2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), checkpoints:
         train(checkpoints, rounds=rounds, stop_at=stop_at)
-    checkpoints.close()
     steps = fp.steps(tmp_path)
     assert steps == list(range(2, stop_at // (rounds or 1) + 1, 2))
     seed = 1 if steps else 0  # what is restored is all there is of the model
