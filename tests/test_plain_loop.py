@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import signal
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_model import assert_equal, new_state, run_until_killed, train
 
 import flax_partial as fp
 from flax_partial.callbacks import checkpointing
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 STEPS = 10
-
-
-def new_state() -> dict[str, Any]:
-    params = {"embed": jnp.ones((4, 3)), "head": jnp.full((3,), 2.0)}
-    return {"params": params, "opt_state": jax.tree.map(jnp.zeros_like, params)}
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def train(state: dict[str, Any], batch: jax.Array) -> tuple[dict[str, Any], jax.Array]:
-    momentum = jax.tree.map(
-        lambda m, p: jnp.float32(0.9) * m + jnp.sin(p + batch), state["opt_state"], state["params"]
-    )
-    params = jax.tree.map(lambda p, m: p - jnp.float32(0.1) * m, state["params"], momentum)
-    return {"params": params, "opt_state": momentum}, jnp.sum(params["head"])
 
 
 def batch_of(step: int) -> jax.Array:
@@ -49,10 +34,6 @@ def run(directory: Path, *, stop: BaseException | None = None, at: int = STEPS) 
             state, loss = train(state, batch_of(step))
             ckpt.step(state, metrics={"loss": loss})
     return jax.tree.map(np.asarray, state)
-
-
-def assert_equal(got: Any, want: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def uninterrupted() -> Any:
@@ -106,14 +87,7 @@ loop.run(Path(sys.argv[1]))
 
 
 def test_killed_and_run_again_ends_bit_identical(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, tmp_path],
-        check=False,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        timeout=100,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    run_until_killed(_KILLED, __file__, tmp_path)
     assert set(fp.steps(tmp_path)) <= {3, 6}
     assert_equal(run(tmp_path), uninterrupted())
 

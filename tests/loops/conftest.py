@@ -9,13 +9,18 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import jax
 import pytest
 
 os.environ["KERAS_BACKEND"] = "jax"  # before TensorFlow, which CLU imports, imports Keras
 
 with warnings.catch_warnings(action="ignore"):
     import flax.nnx  # noqa: F401 - 0.12.0, which blaxbird needs, warns of what it does itself
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CHOSEN = [name for name in os.environ.get("LOOPS", "").split(":") if name]
 if CHOSEN:
@@ -24,6 +29,13 @@ if CHOSEN:
         for path in Path(__file__).parent.glob("test_*_loop.py")
         if path.name.removeprefix("test_").removesuffix("_loop.py") not in CHOSEN
     ]
+
+
+@pytest.fixture(autouse=True)
+def _as_others_need_it() -> Iterator[None]:
+    """Optax and Keras mix dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

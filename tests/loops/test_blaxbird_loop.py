@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from small_model import assert_equal
+from small_net import Net, loss_of
 
 import flax_partial as fp
 
@@ -27,29 +28,8 @@ if TYPE_CHECKING:
 STEPS = 10
 
 
-@pytest.fixture(autouse=True)
-def _as_optax_needs_it() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-class Net(nnx.Module):
-    def __init__(self, seed: int) -> None:
-        rngs = nnx.Rngs(seed)
-        self.blocks = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(2)])
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for block in self.blocks:
-            x = jnp.tanh(block(x))
-        return x
-
-
 def new_optimizer(seed: int = 0) -> Any:
     return nnx.ModelAndOptimizer(Net(seed), optax.adam(0.1), wrt=nnx.Param)
-
-
-def loss_of(model: Net, batch: jax.Array) -> jax.Array:
-    return jnp.square(model(batch) - 0.5).mean()
 
 
 def batches(start: int) -> Iterator[jax.Array]:

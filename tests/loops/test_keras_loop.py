@@ -15,13 +15,11 @@ from small_model import assert_equal
 
 import flax_partial as fp
 
-os.environ["KERAS_BACKEND"] = "jax"
 keras = pytest.importorskip("keras", reason="pip install 'flax-partial[keras]'")
 
 from flax_partial.callbacks.keras import KerasCheckpoint  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -29,13 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 BATCHES, EPOCHS = 4, 3
 INPUTS = np.linspace(-1, 1, 2 * BATCHES * 3, dtype=np.float32).reshape(2 * BATCHES, 3)
 TARGETS = np.sin(INPUTS.sum(axis=1, keepdims=True))
-
-
-@pytest.fixture(autouse=True)
-def _as_keras_needs_it() -> Iterator[None]:
-    """Keras mixes dtypes and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def new_model() -> Any:
@@ -146,6 +137,11 @@ def test_the_next_fit_of_a_model_that_was_resumed_trains_as_it_is_told(tmp_path:
     fit(new_model(), KerasCheckpoint(tmp_path), epochs=2)
     model = new_model()
     assert fit(model, KerasCheckpoint(tmp_path)).epoch == [2]
+    assert fit(model, epochs=2).epoch == [0, 1]
+    model = new_model()
+    checkpoints = KerasCheckpoint(tmp_path)
+    with pytest.raises(ValueError, match="wrong"), checkpoints:
+        fit(model, checkpoints, Stop(1, ValueError("wrong")), epochs=4)
     assert fit(model, epochs=2).epoch == [0, 1]
 
 

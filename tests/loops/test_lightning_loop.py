@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import pytest
-from small_model import assert_equal, new_state, train
+from small_model import assert_equal, new_state, run_until_killed, train
 
 import flax_partial as fp
 
@@ -18,6 +15,9 @@ lightning = pytest.importorskip("lightning", reason="pip install 'flax-partial[l
 torch = pytest.importorskip("torch", reason="pip install 'flax-partial[lightning]'")
 
 from flax_partial.callbacks.lightning import LightningCheckpoint  # noqa: E402
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -106,8 +106,11 @@ def fit(directory: Path, module: Any, *callbacks: Any, **options: Any) -> Any:
 
 
 def uninterrupted(steps: int = BATCHES * EPOCHS) -> Any:
-    state = new_state()
-    for step in range(steps):
+    return trained(new_state(), range(steps))
+
+
+def trained(state: Any, steps: range) -> Any:
+    for step in steps:
         epoch, batch = divmod(step, BATCHES)
         number = torch.tensor(batch / 7, dtype=torch.float32).item()
         state, _ = train(state, jnp.float32(number + epoch))
@@ -177,14 +180,7 @@ loop.fit(directory, Killed(), checkpoints)
 
 
 def test_killed_goes_on(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, tmp_path],
-        check=False,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        timeout=100,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    run_until_killed(_KILLED, __file__, tmp_path)
     module = Lit()
     fit(tmp_path, module, LightningCheckpoint(tmp_path / "run", every_n_train_steps=3))
     assert len(module.seen) < BATCHES * EPOCHS - 2
@@ -242,6 +238,7 @@ def test_going_on_by_a_ckpt_path_leaves_it_to_lightning(tmp_path: Path) -> None:
     trainer.fit(module, Resumable(), ckpt_path=tmp_path / "theirs" / "step=10.ckpt")
     assert [epoch for epoch, _ in module.seen] == [2] * BATCHES
     assert fp.steps(tmp_path / "ours") == [5, 10, 15]
+    assert_equal(module.state, trained(new_state(), range(10, 15)))
 
 
 def test_steps_of_pytorchs_optimizers_are_counted_by_lightning_alone(tmp_path: Path) -> None:

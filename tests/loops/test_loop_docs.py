@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import jax
 import pytest
 import test_readme
 
@@ -20,8 +19,7 @@ def test_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """In this process, which has imported the package: most of them take seconds."""
     pytest.importorskip(document.stem, reason=f"pip install 'flax-partial[{document.stem}]'")
     monkeypatch.chdir(tmp_path)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        test_readme.run_blocks(document)
+    test_readme.run_blocks(document)
     assert list(tmp_path.glob("runs/lm/*/_CHECKPOINT_METADATA"))
 
 

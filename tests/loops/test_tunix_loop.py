@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from small_model import assert_equal
+from small_net import Net, loss_of
 
 import flax_partial as fp
 
@@ -26,27 +27,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 STEPS = 7
-
-
-@pytest.fixture(autouse=True)
-def _as_optax_needs_it() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-class Net(nnx.Module):
-    def __init__(self, seed: int) -> None:
-        rngs = nnx.Rngs(seed)
-        self.blocks = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(2)])
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for block in self.blocks:
-            x = jnp.tanh(block(x))
-        return x
-
-
-def loss_of(model: Net, x: jax.Array) -> jax.Array:
-    return jnp.square(model(x) - 0.5).mean()
 
 
 def examples(count: int, stop_at: int | None) -> Iterator[dict[str, jax.Array]]:

@@ -1,8 +1,13 @@
-"""A model of a few numbers, trained in JAX: what each loop of these tests trains."""
+"""A model of a few numbers, trained in JAX: what the tests of loops train."""
 
 from __future__ import annotations
 
 import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,3 +33,22 @@ def train(state: dict[str, Any], batch: jax.Array) -> tuple[dict[str, Any], jax.
 def assert_equal(got: Any, want: Any) -> None:
     """Bit-identical, and of the same structure."""
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def run_until_killed(code: str, beside: str, directory: Path) -> None:
+    """Runs a program, in the folder of the test file `beside`, that kills itself.
+
+    Args:
+      code: The program, whose argument is `directory`.
+      beside: The `__file__` of a test, which the program may import.
+      directory: Where it trains.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, directory],
+        check=False,
+        cwd=Path(beside).parent,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        timeout=100,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
