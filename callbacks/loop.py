@@ -65,6 +65,7 @@ class Loop:
         self.checkpoints = PartialCheckpointCallback(directory, **options)
         self.trainer = LoopTrainer(take_state)
         self.is_running = False
+        self._has_epochs = False
 
     def start(self, step: int) -> None:
         """The loop begins, with so many steps done: what an ended run left is recovered."""
@@ -100,6 +101,7 @@ class Loop:
 
     def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None) -> None:
         """An epoch has ended, the first being 0; without metrics, those of its last step count."""
+        self._has_epochs = True
         self.trainer.current_epoch = epoch
         self.trainer.is_last_batch = True
         if metrics is not None:
@@ -119,13 +121,18 @@ class Loop:
         self.checkpoints.on_exception(self.trainer, None, error)
 
     def close(self, error: BaseException | None) -> None:
-        """Ends or fails, as `error` tells; where ending fails, nothing is left running either."""
+        """Ends or fails, as `error` tells; where ending fails, nothing is left running either.
+
+        A loop that has told of no epoch is one as a whole, which ends here.
+        """
         if not self.is_running:
             return
         if error is not None:
             self.fail(error)
             return
         try:
+            if not self._has_epochs:
+                self.end_epoch(0, None)
             self.end()
         except BaseException as failure:
             self.fail(failure)

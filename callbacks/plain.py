@@ -9,7 +9,6 @@ from flax_partial.callbacks.loop import Loop, LoopCheckpoint
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
-    from types import TracebackType
 
     from flax_partial.callbacks import grouping
 
@@ -44,7 +43,6 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
         """
         self._loop = Loop(directory, lambda: self._state, options)
         self._state: Any = None
-        self._has_epochs = False
 
     @property
     def steps_done(self) -> int:
@@ -84,7 +82,6 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
           epoch: Which one.
           metrics: Those of the whole epoch, as of `step`; by default those of its last step.
         """
-        self._has_epochs = True
         self._loop.end_epoch(epoch, metrics)
 
     def layer_ready(self, name: grouping.Name, tree: Any) -> None:
@@ -94,19 +91,3 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
     def optimizer_state_ready(self, name: grouping.Name, tree: Any) -> None:
         """Saves a layer's new optimizer state, likewise."""
         self.callback.on_optimizer_state_ready(self._loop.trainer, name, tree)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Waits until every checkpoint is finalized, or left to the next run."""
-        try:
-            if error is None and not self._has_epochs:
-                self._loop.end_epoch(0, None)
-        except BaseException as failure:
-            self._loop.fail(failure)
-            raise
-        self._loop.close(error)
-        self._state = None

@@ -75,7 +75,6 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
     def on_train_end(self, train_ctx: Any) -> None:
         """Saves the last step, and waits until every checkpoint is finalized."""
         self._take_note(train_ctx)
-        self._loop.end_epoch(0, self._metrics)
         self._loop.close(None)
 
     def on_eval_step_start(self, train_ctx: Any) -> None:
