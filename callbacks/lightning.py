@@ -12,6 +12,7 @@ it move. So its batches are counted as steps here, in Lightning's own counter.
 from __future__ import annotations
 
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 from flax_partial.callbacks import extras
@@ -23,6 +24,8 @@ from lightning.pytorch.callbacks import Callback
 
 if TYPE_CHECKING:
     import os
+
+logger = logging.getLogger(__name__)
 
 _PROGRESS = "lightning"
 
@@ -74,6 +77,17 @@ class LightningCheckpoint(PartialCheckpointCallback, Callback):
             progress.increment_ready()
             progress.increment_completed()
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        """Finalizes; says so where an epoch has gone by without any step that counts."""
+        if trainer.global_step == 0:
+            logger.warning(
+                "Lightning has counted no step in epoch %d, so nothing is saved: %s has optimizers "
+                "of PyTorch's, whose steps are what counts, and calls none of them.",
+                trainer.current_epoch,
+                type(module).__name__,
+            )
+        super().on_train_epoch_end(trainer, module)
 
     def _resume(self, trainer: Any, module: Any, state: dict[str, Any]) -> None:
         restored = self.restore({**state, _PROGRESS: ""})

@@ -78,8 +78,9 @@ class Lit(lightning.LightningModule):  # type: ignore[misc]
 class Counting(Lit):
     """One with an optimizer of PyTorch's, whose steps Lightning counts."""
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(self, every: int = 2) -> None:
+        super().__init__()
+        self.every = every
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def configure_optimizers(self) -> Any:
@@ -87,7 +88,7 @@ class Counting(Lit):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         super().training_step(batch, batch_idx)
-        if batch_idx % 2 == 0:  # the rest is accumulated
+        if (batch_idx + 1) % self.every == 0:  # the rest is accumulated
             self.optimizers().step()
 
 
@@ -243,9 +244,31 @@ def test_going_on_by_a_ckpt_path_leaves_it_to_lightning(tmp_path: Path) -> None:
 
 def test_steps_of_pytorchs_optimizers_are_counted_by_lightning_alone(tmp_path: Path) -> None:
     trainer = fit(tmp_path, Counting(), LightningCheckpoint(tmp_path / "run"))
-    assert trainer.global_step == 3 * EPOCHS
-    assert fp.steps(tmp_path / "run") == [3, 6, 9]
+    assert trainer.global_step == 2 * EPOCHS
+    assert fp.steps(tmp_path / "run") == [2, 4, 6]
     assert_equal(saved(tmp_path / "run"), uninterrupted())
+
+
+def test_an_optimizer_of_pytorchs_that_never_steps_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(tmp_path, Counting(every=BATCHES + 1), LightningCheckpoint(tmp_path / "run"))
+    assert not fp.steps(tmp_path / "run")
+    said = [record.getMessage() for record in caplog.records if "no step" in record.getMessage()]
+    assert len(said) == EPOCHS
+    assert "Counting has optimizers" in said[0]
+
+
+def test_layers_are_streamed_from_within_the_training_step(tmp_path: Path) -> None:
+    class Streaming(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            callback.on_layer_ready(self.trainer, "head", self.state["params"]["head"])
+
+    callback = LightningCheckpoint(tmp_path / "run", every_n_train_steps=4, every_n_epochs=None)
+    fit(tmp_path, Streaming(), callback)
+    assert [report.groups[0] for report in callback.reports] == ["params.head"] * 3
+    assert_equal(saved(tmp_path / "run"), uninterrupted(12))
 
 
 def test_two_callbacks_count_a_step_once(tmp_path: Path) -> None:
