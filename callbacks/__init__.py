@@ -4,10 +4,14 @@ from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
 
 hook = FinalizeHook()
 callbacks = [PartialCheckpointCallback("runs/lm", keep_last=3, finalizer=hook)]
+
+A plain `for` loop has `checkpointing`. Other loops have a module each, which needs their package:
+`flax_partial.callbacks.lightning`, `.keras`, `.clu`, `.tunix`, and `.blaxbird`.
 """
 
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
+from flax_partial.callbacks.plain import checkpointing
 from flax_partial.callbacks.reports import CheckpointReport
 
-__all__ = ["CheckpointReport", "FinalizeHook", "PartialCheckpointCallback"]
+__all__ = ["CheckpointReport", "FinalizeHook", "PartialCheckpointCallback", "checkpointing"]

@@ -77,7 +77,7 @@ def _pure(nnx: Any, node: Any) -> Any:
     if not _is_nnx(node):
         return node
     if isinstance(node, nnx.Variable):
-        return node.get_value()
+        return node.get_value() if hasattr(node, "get_value") else node.value  # Flax 0.12.0
     return nnx.to_pure_dict(node if isinstance(node, nnx.State) else nnx.state(node))
 
 
@@ -85,7 +85,10 @@ def _update(nnx: Any, node: Any, new: Any) -> Any:
     if not _is_nnx(node):
         return new
     if isinstance(node, nnx.Variable):
-        node.set_value(new)
+        if hasattr(node, "set_value"):
+            node.set_value(new)
+        else:
+            node.value = new  # Flax 0.12.0
     elif isinstance(node, nnx.State):
         nnx.replace_by_pure_dict(node, new)
     else:

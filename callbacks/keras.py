@@ -1,0 +1,108 @@
+"""Keras 3 on its JAX backend: a `keras.callbacks.Callback` for `model.fit`.
+
+What is saved is Keras's own tree of a model, `model.get_state_tree()`: trainable, non-trainable
+(seeds of dropout are among these), optimizer and metric variables, each by its path.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import flax_partial as fp
+from flax_partial.callbacks import extras
+from flax_partial.callbacks.loop import Loop, LoopCheckpoint
+
+extras.need("keras", extra="keras")
+
+import keras
+
+if TYPE_CHECKING:
+    import os
+
+
+_METRICS = "metrics_variables"  # sums that Keras starts anew with each epoch, of its own accord
+_EPOCHS = "epochs_done"
+
+
+class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
+    """Checkpoints the model that `fit` trains, and goes on from the newest checkpoint.
+
+    Keras goes on at the beginning of an epoch, never within one: where the newest checkpoint was
+    made in mid-epoch, that epoch is trained anew, on weights that have seen some of it already. So
+    results are those of a run that was never stopped if checkpoints are made at epochs' ends.
+
+    Keras tells no callback that `fit` raised: `with checkpoints:` around it does.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, resume: bool = True, **options: Any
+    ) -> None:
+        """Prepares a callback; nothing is written before training begins.
+
+        Args:
+          directory: A run's directory, which holds a checkpoint a step.
+          resume: Whether `fit` goes on from the newest checkpoint, where it has a later step than
+            the model.
+          options: What else `PartialCheckpointCallback` takes, but for `state_fn`.
+
+        Raises:
+          RuntimeError: Keras runs on another backend than JAX.
+          TypeError: There is no such option.
+          ValueError: An option has a value that makes no sense, alone or with another.
+        """
+        super().__init__()
+        if keras.backend.backend() != "jax":
+            raise RuntimeError(
+                f"Keras runs on {keras.backend.backend()!r}. Set KERAS_BACKEND=jax before keras is "
+                "imported: what is checkpointed here are arrays of JAX."
+            )
+        self._loop = Loop(directory, self._state, options)
+        self._resumes = resume
+        self._step_of_epoch = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Recovers what an ended run has left, and restores the newest checkpoint.
+
+        Raises:
+          TargetMismatchError: The checkpoint does not fit the model; nothing was updated.
+        """
+        step = int(self.model.optimizer.iterations)
+        self._loop.start(step)
+        newest = fp.latest(self.callback.directory)
+        if self._resumes and newest is not None and int(newest.name) > step:
+            self._resume()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Takes note of the step that the epoch follows."""
+        self._set_initial_epoch(None)  # which would be that of the next `fit`, too
+        self._loop.trainer.current_epoch = epoch
+        self._step_of_epoch = self._loop.trainer.global_step
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Saves the step if it is to be saved."""
+        is_last = batch + 1 == self.params.get("steps")
+        self._loop.step(self._step_of_epoch + batch + 1, logs, is_last_batch=is_last)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Saves if that is due, and finalizes with the metrics of the epoch, validation's too."""
+        self._loop.end_epoch(epoch, logs)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Waits until every checkpoint is finalized."""
+        self._set_initial_epoch(None)
+        self._loop.close(None)
+
+    def _state(self) -> dict[str, Any]:
+        # Asking for `model` makes Keras gather its variables, which is for saved steps only.
+        tree = self.model.get_state_tree()
+        trainer = self._loop.trainer
+        epochs_done = trainer.current_epoch + trainer.is_last_batch
+        return {root: tree[root] for root in tree if root != _METRICS} | {_EPOCHS: epochs_done}
+
+    def _resume(self) -> None:
+        tree = self._loop.restore(self._state())
+        self._set_initial_epoch(tree.pop(_EPOCHS))
+        self.model.set_state_tree(tree)
+
+    def _set_initial_epoch(self, epoch: int | None) -> None:
+        self.model._initial_epoch = epoch  # noqa: SLF001 - as Keras's own BackupAndRestore does

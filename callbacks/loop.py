@@ -1,0 +1,172 @@
+"""What the adapters share: a stand-in for the trainer, and the callback's hooks in their order.
+
+The callback reads five things of a trainer: `global_step`, `current_epoch`, `callback_metrics`,
+`is_last_batch` and `state`. A loop that has none of them, or has them under other names, is
+followed by a `Loop`, which an adapter tells what the loop has done.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+
+class LoopTrainer:
+    """What the callback reads of a trainer.
+
+    Attributes:
+      global_step: Steps done, those of earlier runs included.
+      current_epoch: The epoch under way, the first being 0.
+      callback_metrics: Newest value of each metric, possibly still being computed.
+      is_last_batch: Whether the step ends its epoch.
+    """
+
+    def __init__(self, take_state: Callable[[], Any]) -> None:
+        self.global_step = 0
+        self.current_epoch = 0
+        self.callback_metrics: dict[str, Any] = {}
+        self.is_last_batch = False
+        self._take_state = take_state
+
+    @property
+    def state(self) -> Any:
+        """The tree to save, asked for in steps that are saved only."""
+        return self._take_state()
+
+
+class Loop:
+    """A callback whose hooks are called as the loop goes on.
+
+    Attributes:
+      checkpoints: The callback.
+      trainer: What it reads.
+      is_running: Whether the loop has started, and not ended.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        take_state: Callable[[], Any],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Prepares a callback; nothing is written before the loop starts.
+
+        Args:
+          directory: A run's directory, which holds a checkpoint a step.
+          take_state: Returns the tree to save, in which NNX objects may stand.
+          options: What else `PartialCheckpointCallback` takes.
+        """
+        self.checkpoints = PartialCheckpointCallback(directory, **options)
+        self.trainer = LoopTrainer(take_state)
+        self.is_running = False
+        self._has_epochs = False
+
+    def start(self, step: int) -> None:
+        """The loop begins, with so many steps done: what an ended run left is recovered."""
+        self.trainer.global_step = step
+        self.checkpoints.setup(self.trainer, None, "fit")
+        self.checkpoints.on_fit_start(self.trainer, None)
+        self.is_running = True
+
+    def go_on_at(self, step: int) -> None:
+        """The loop goes on where a checkpoint was made."""
+        self.trainer.global_step = step
+        self.checkpoints.on_train_start(self.trainer, None)
+
+    def restore(self, target: Any) -> Any:
+        """Goes on at the newest checkpoint, and returns its state; None where there is none."""
+        self._start_if_new()
+        restored = self.checkpoints.restore(target)
+        if restored is None:
+            return None
+        state, step = restored
+        self.go_on_at(step)
+        return state
+
+    def step(
+        self, step: int, metrics: Mapping[str, Any] | None, *, is_last_batch: bool = False
+    ) -> None:
+        """A step has ended, and with it so many steps are done."""
+        self._start_if_new()
+        self.trainer.global_step = step
+        self.trainer.is_last_batch = is_last_batch
+        self.trainer.callback_metrics = dict(metrics or {})
+        self.checkpoints.on_train_batch_end(self.trainer, None, None, None, step)
+
+    def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None) -> None:
+        """An epoch has ended, the first being 0; without metrics, those of its last step count."""
+        self._has_epochs = True
+        self.trainer.current_epoch = epoch
+        self.trainer.is_last_batch = True
+        if metrics is not None:
+            self.trainer.callback_metrics = dict(metrics)
+        self.checkpoints.on_train_epoch_end(self.trainer, None)
+        self.trainer.current_epoch = epoch + 1
+        self.trainer.is_last_batch = False
+
+    def end(self) -> None:
+        """The loop has ended well: waits until every checkpoint is finalized."""
+        self.is_running = False
+        self.checkpoints.on_train_end(self.trainer, None)
+
+    def fail(self, error: BaseException) -> None:
+        """The loop has ended otherwise: lets saves in flight finish, and leaves the rest."""
+        self.is_running = False
+        self.checkpoints.on_exception(self.trainer, None, error)
+
+    def close(self, error: BaseException | None) -> None:
+        """Ends or fails, as `error` tells; where ending fails, nothing is left running either.
+
+        A loop that has told of no epoch is one as a whole, which ends here.
+        """
+        if not self.is_running:
+            return
+        if error is not None:
+            self.fail(error)
+            return
+        try:
+            if not self._has_epochs:
+                self.end_epoch(0, None)
+            self.end()
+        except BaseException as failure:
+            self.fail(failure)
+            raise
+
+    def _start_if_new(self) -> None:
+        if not self.is_running:
+            self.start(0)
+
+
+class LoopCheckpoint:
+    """What every adapter is: the owner of a callback, and a context manager around its loop.
+
+    Where the block ends well, it waits until every checkpoint is finalized. Where it ends by an
+    exception, Ctrl-C included, saves in flight finish, the rest is left to the next run, and the
+    exception goes on.
+    """
+
+    _loop: Loop
+
+    @property
+    def callback(self) -> PartialCheckpointCallback:
+        """The callback that saves, with its `reports`, `directory` and all else."""
+        return self._loop.checkpoints
+
+    def __enter__(self) -> Self:
+        """Begins the block; nothing is written before the loop says something."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Ends the block, and the loop where it has not ended yet."""
+        self._loop.close(error)

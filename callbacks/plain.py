@@ -1,0 +1,93 @@
+"""A plain `for` loop, as a context manager: restore, tell of each step, done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flax_partial.callbacks.loop import Loop, LoopCheckpoint
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from flax_partial.callbacks import grouping
+
+StateT = TypeVar("StateT")
+
+
+class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a `with` statement
+    """Checkpoints a loop that is nobody's but yours.
+
+    with checkpointing("runs/lm", every_n_train_steps=100) as ckpt:
+        state = ckpt.restore(state)
+        for step in range(ckpt.steps_done, 1000):
+            state, loss = train(state, batches[step])
+            ckpt.step(state, metrics={"loss": loss})
+
+    Where the block is left, its checkpoints are finalized: left well, the last step is saved too,
+    unless `every_n_epochs=None`; left by an exception, Ctrl-C included, saves in flight finish, and
+    the next run goes on from the newest checkpoint that is whole. The exception goes on.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], **options: Any) -> None:
+        """Prepares it; nothing is written before the block is entered.
+
+        Args:
+          directory: A run's directory, which holds a checkpoint a step.
+          options: What else `PartialCheckpointCallback` takes. A loop that never calls `end_epoch`
+            is one epoch as a whole.
+
+        Raises:
+          TypeError: There is no such option.
+          ValueError: An option has a value that makes no sense, alone or with another.
+        """
+        self._loop = Loop(directory, lambda: self._state, options)
+        self._state: Any = None
+
+    @property
+    def steps_done(self) -> int:
+        """Steps done so far, those before the restored checkpoint included."""
+        return self._loop.trainer.global_step
+
+    def restore(self, state: StateT) -> StateT:
+        """The newest checkpoint's state, or `state` as it is where there is none yet.
+
+        Args:
+          state: What to load, in shape: it decides structure, dtypes and shardings. NNX objects in
+            it are updated in place.
+
+        Raises:
+          TargetMismatchError: The checkpoint does not fit; nothing was updated.
+        """
+        restored = self._loop.restore(state)
+        return state if restored is None else restored
+
+    def step(self, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
+        """Tells that a step is done, and saves `state` if it is to be saved.
+
+        Returns once the state may be donated to the next step; it need not be computed yet. What
+        failed in the background since the call before is raised here.
+
+        Args:
+          state: The state after the step: a tree of arrays, in which NNX objects may stand.
+          metrics: What `monitor` may rank by; the numbers of it are stored with the checkpoint.
+        """
+        self._state = state
+        self._loop.step(self.steps_done + 1, metrics)
+
+    def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Tells that an epoch is done, the first being 0, and saves if it is to be saved.
+
+        Args:
+          epoch: Which one.
+          metrics: Those of the whole epoch, as of `step`; by default those of its last step.
+        """
+        self._loop.end_epoch(epoch, metrics)
+
+    def layer_ready(self, name: grouping.Name, tree: Any) -> None:
+        """Saves a layer's new parameters before the step is done; free if it is not saved."""
+        self.callback.on_layer_ready(self._loop.trainer, name, tree)
+
+    def optimizer_state_ready(self, name: grouping.Name, tree: Any) -> None:
+        """Saves a layer's new optimizer state, likewise."""
+        self.callback.on_optimizer_state_ready(self._loop.trainer, name, tree)

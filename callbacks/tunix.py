@@ -1,0 +1,89 @@
+"""tunix: `TrainingHooks` for its `PeftTrainer`.
+
+tunix reports a step's end one step late, and the first one's not at all: its loss is fetched while
+the next step runs. So steps are taken note of by `train_steps`, at each hook between two steps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flax_partial.callbacks import extras
+from flax_partial.callbacks.loop import Loop, LoopCheckpoint
+
+extras.need("tunix", extra="tunix")
+
+from tunix.sft.hooks import TrainingHooks
+
+if TYPE_CHECKING:
+    import os
+
+
+class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
+    """Checkpoints the model that a `PeftTrainer` trains, and goes on from the newest checkpoint.
+
+    The last step is saved as well, as the end of an epoch, unless `every_n_epochs=None`. The loss
+    that is stored with a checkpoint is the newest that tunix has reported, mostly that of the step
+    before. tunix tells no hook that `train` raised: `with hooks:` around it does.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, resume: bool = True, **options: Any
+    ) -> None:
+        """Prepares hooks; nothing is written before training begins.
+
+        Args:
+          directory: A run's directory, which holds a checkpoint a step.
+          resume: Whether `train` goes on from the newest checkpoint. A trainer that has trained
+            already, or that tunix has restored, goes on by itself.
+          options: What else `PartialCheckpointCallback` takes, but for `state_fn`.
+
+        Raises:
+          TypeError: There is no such option.
+          ValueError: An option has a value that makes no sense, alone or with another.
+        """
+        self._loop = Loop(directory, lambda: self._state, options)
+        self._resumes = resume
+        self._state: Any = None
+        self._metrics: dict[str, Any] = {}
+
+    def on_train_start(self, train_ctx: Any) -> None:
+        """Recovers what an ended run has left, and restores the newest checkpoint.
+
+        tunix then skips the examples that were trained on, as it does for its own checkpoints.
+
+        Raises:
+          TargetMismatchError: The checkpoint does not fit the model; nothing was updated.
+        """
+        self._state = {"params": train_ctx.model, "opt_state": train_ctx.optimizer}
+        self._loop.start(train_ctx.train_steps)
+        if self._resumes and train_ctx.train_steps == 0 and self._loop.restore(self._state):
+            steps = self._loop.trainer.global_step
+            rounds = train_ctx.config.gradient_accumulation_steps or 1
+            train_ctx._train_steps = steps  # noqa: SLF001 - tunix has no other way
+            train_ctx._iter_steps = steps * rounds  # noqa: SLF001
+
+    def on_train_step_start(self, train_ctx: Any) -> None:
+        """Saves the step before, if it is to be saved and was not."""
+        self._take_note(train_ctx)
+
+    def on_train_step_end(self, train_ctx: Any, train_step: int, train_loss: float) -> None:
+        """Saves the step that has just ended, if it is to be saved."""
+        self._metrics = self._metrics | {"loss": train_loss}
+        self._take_note(train_ctx)
+
+    def on_train_end(self, train_ctx: Any) -> None:
+        """Saves the last step, and waits until every checkpoint is finalized."""
+        self._take_note(train_ctx)
+        self._loop.close(None)
+
+    def on_eval_step_start(self, train_ctx: Any) -> None:
+        """Nothing to do."""
+
+    def on_eval_step_end(self, train_ctx: Any, eval_loss: float) -> None:
+        """Stores the loss with the checkpoints to come."""
+        self._metrics = self._metrics | {"eval_loss": eval_loss}
+
+    def _take_note(self, train_ctx: Any) -> None:
+        if self._loop.is_running and train_ctx.train_steps > self._loop.trainer.global_step:
+            self._loop.step(train_ctx.train_steps, self._metrics)

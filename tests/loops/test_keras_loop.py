@@ -1,0 +1,167 @@
+"""Keras's own `fit`, on its JAX backend, stops and goes on with the results of one that did not."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import pytest
+from small_model import assert_equal
+
+import flax_partial as fp
+
+keras = pytest.importorskip("keras", reason="pip install 'flax-partial[keras]'")
+
+from flax_partial.callbacks.keras import KerasCheckpoint  # noqa: E402
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+BATCHES, EPOCHS = 4, 3
+INPUTS = np.linspace(-1, 1, 2 * BATCHES * 3, dtype=np.float32).reshape(2 * BATCHES, 3)
+TARGETS = np.sin(INPUTS.sum(axis=1, keepdims=True))
+
+
+def new_model() -> Any:
+    keras.backend.clear_session()  # names count from the start, as in a process of its own
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.layers.Dense(4, "relu"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dropout(0.5),
+        keras.layers.Dense(1),
+    ]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    model.compile(optimizer=keras.optimizers.Adam(0.01), loss="mse")
+    return model
+
+
+class Stop(keras.callbacks.Callback):  # type: ignore[misc]
+    """Raises after so many batches."""
+
+    def __init__(self, after: int, stop: BaseException) -> None:
+        super().__init__()
+        self.left, self.stop = after, stop
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+        self.left -= 1
+        if self.left == 0:
+            raise self.stop
+
+
+def fit(model: Any, *callbacks: Any, epochs: int = EPOCHS, **options: Any) -> Any:
+    return model.fit(
+        INPUTS, TARGETS, batch_size=2, epochs=epochs, shuffle=False, verbose=0,
+        callbacks=list(callbacks), validation_data=(INPUTS, TARGETS), **options,
+    )  # fmt: skip
+
+
+def variables(model: Any) -> Any:
+    return jax.tree.map(
+        np.asarray, {k: v for k, v in model.get_state_tree().items() if k != "metrics_variables"}
+    )
+
+
+@functools.cache
+def uninterrupted() -> Any:
+    model = new_model()
+    fit(model)
+    return variables(model)
+
+
+def saved(directory: Path) -> Any:
+    newest = fp.latest(directory)
+    assert newest is not None
+    tree = fp.load(newest)
+    assert tree.pop("epochs_done") == EPOCHS
+    return tree
+
+
+def test_epochs_are_saved_with_the_metrics_of_validation(tmp_path: Path) -> None:
+    callback = KerasCheckpoint(tmp_path, monitor="val_loss", save_top_k=1, keep_last=3)
+    model = new_model()
+    fit(model, callback)
+    assert fp.steps(tmp_path) == [4, 8, 12]
+    for step in (4, 12):
+        metrics = fp.metadata(tmp_path / str(step)).custom_metadata["metrics"]
+        assert set(metrics) == {"loss", "val_loss"}
+    assert callback.callback.restore(which="best") is not None
+    assert_equal(saved(tmp_path), variables(model))
+    assert_equal(saved(tmp_path), uninterrupted())
+
+
+@pytest.mark.parametrize(
+    ("after", "stop"), [(2, ValueError("wrong")), (6, KeyboardInterrupt())], ids=repr
+)
+def test_stopped_and_fitted_again_ends_bit_identical(
+    tmp_path: Path, after: int, stop: BaseException
+) -> None:
+    callback = KerasCheckpoint(tmp_path)
+    with pytest.raises(type(stop)), callback:
+        fit(new_model(), callback, Stop(after, stop))
+    assert fp.steps(tmp_path) == [4, 8][: after // BATCHES]
+    model = new_model()
+    history = fit(model, KerasCheckpoint(tmp_path))
+    assert history.epoch == list(range(after // BATCHES, EPOCHS))
+    assert_equal(variables(model), uninterrupted())
+    assert_equal(saved(tmp_path), uninterrupted())
+
+
+def test_works_beside_kerass_own_orbax_checkpoint(tmp_path: Path) -> None:
+    theirs = keras.callbacks.OrbaxCheckpoint(str(tmp_path / "theirs"), max_to_keep=None)
+    model = new_model()
+    fit(model, theirs, KerasCheckpoint(tmp_path / "ours"))
+    assert fp.steps(tmp_path / "ours") == [4, 8, 12]
+    assert len([path for path in (tmp_path / "theirs").iterdir() if path.name.isdecimal()]) == 3
+    assert_equal(saved(tmp_path / "ours"), uninterrupted())
+
+
+def test_a_checkpoint_within_an_epoch_restarts_that_epoch(tmp_path: Path) -> None:
+    callback = KerasCheckpoint(tmp_path, every_n_train_steps=3)
+    with pytest.raises(ValueError, match="wrong"), callback:
+        fit(new_model(), callback, Stop(7, ValueError("wrong")))
+    assert fp.steps(tmp_path) == [3, 4, 6]
+    model = new_model()
+    assert fit(model, KerasCheckpoint(tmp_path)).epoch == [1, 2]
+    assert int(model.optimizer.iterations) == 6 + 2 * BATCHES
+
+
+def test_the_next_fit_of_a_model_that_was_resumed_trains_as_it_is_told(tmp_path: Path) -> None:
+    fit(new_model(), KerasCheckpoint(tmp_path), epochs=2)
+    model = new_model()
+    assert fit(model, KerasCheckpoint(tmp_path)).epoch == [2]
+    assert fit(model, epochs=2).epoch == [0, 1]
+    model = new_model()
+    checkpoints = KerasCheckpoint(tmp_path)
+    with pytest.raises(ValueError, match="wrong"), checkpoints:
+        fit(model, checkpoints, Stop(1, ValueError("wrong")), epochs=4)
+    assert fit(model, epochs=2).epoch == [0, 1]
+
+
+def test_steps_executed_several_at_once_are_counted(tmp_path: Path) -> None:
+    model = new_model()
+    model.compile(optimizer="sgd", loss="mse", steps_per_execution=2)
+    fit(model, KerasCheckpoint(tmp_path, every_n_train_steps=2), epochs=1)
+    assert fp.steps(tmp_path) == [2, 4]
+    assert int(model.optimizer.iterations) == BATCHES
+
+
+def test_another_backend_is_refused(tmp_path: Path) -> None:
+    code = "from flax_partial.callbacks.keras import KerasCheckpoint as K; K('run')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"KERAS_BACKEND": "numpy"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "Set KERAS_BACKEND=jax" in done.stderr
