@@ -137,9 +137,10 @@ def abort(path: PathLike) -> None:
     """
     where = storage.resolve(path)
     session = session_of(where)
-    forget(session, for_good=True)
-    session.is_aborted = True
-    session.wait()
+    try:
+        session.end_saves()
+    finally:
+        forget(session, for_good=True)
     with session.exclusively():
         storage.remove_session(where)
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 _DEFAULTS = SaveOptions()
+_POLL_SECS = 1e-3
 _LOG = logging.getLogger("flax_partial")
 _budget = MemoryBudget()
 _saved_arrays = SavedArrays()
@@ -248,6 +249,7 @@ class _Saving:
     def enter(self, *, replace: bool) -> None:
         """Enters the session, and claims the leaves."""
         session = self.session
+        session.require_not_aborted()
         session.raise_unseen()
         leaves = [one.leaf for one in self._described]
         with storage.full_disk_explained(session.where, lambda: self._part.bytes):
@@ -420,7 +422,7 @@ class Session:
 
     def __init__(self, where: CheckpointPath) -> None:
         self.where = where
-        self.is_aborted = False
+        self._aborting: int | None = None  # the thread that does so
         self._lock = threading.Lock()
         self._ledger = Ledger()
         self._anchor = -1  # a descriptor of the directory: while it is open its inode is not reused
@@ -462,6 +464,30 @@ class Session:
             raise NoSessionError(
                 f"The session of {self.where.final} was aborted before this part was written."
             )
+
+    def end_saves(self) -> None:
+        """Has saves that do not write yet fail, and waits for those that do.
+
+        None of them may be under way when the session is forgotten: what takes its place reads
+        from the disk which leaves are claimed.
+        """
+        self._aborting = threading.get_ident()
+        self.wait()
+        with self._lock:
+            saves = list(self._saves)
+        for saving in saves:
+            while saving in self._saves and not saving.is_left_behind:
+                time.sleep(_POLL_SECS)
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether it is being dropped, or was."""
+        return self._aborting is not None
+
+    @property
+    def is_left_aborted(self) -> bool:
+        """Whether an interrupt has kept who aborts it from forgetting it."""
+        return self._aborting is not None and _is_gone(self._aborting)
 
     def wait(self) -> None:
         """Waits for the saves in flight that this process had when it was called."""
@@ -680,6 +706,9 @@ def session_of(where: CheckpointPath) -> Session:
 
 def _known_session(where: CheckpointPath) -> Session:
     session = _sessions.get(where.final)
+    if session is not None and session.is_left_aborted:
+        session.close()
+        session = None
     if session is None:
         for final, other in list(_sessions.items()):
             if other.is_stale:

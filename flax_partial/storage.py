@@ -583,11 +583,15 @@ def remove_session(where: CheckpointPath) -> None:
 
     Raises:
       CheckpointExistsError: The directory holds what is not a session's; nothing is removed.
+      NoSessionError: It is gone.
     """
     foreign = _foreign_entries(where)
     if foreign:
         raise _not_a_session(where, f"it holds {foreign[0]!r}")
-    remove_directory(where.session)
+    try:
+        remove_directory(where.session)
+    except FileNotFoundError:  # made for nothing by a save that came too late, which removed it
+        raise no_session(where) from None
 
 
 def remove_directory(directory: Path) -> None:
