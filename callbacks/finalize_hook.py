@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from concurrent import futures
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 import flax_partial as fp
-from flax_partial.callbacks import progress, run_directory
+from flax_partial.callbacks import progress, run_directory, timeline
 from flax_partial.callbacks.metrics import check_score, finite_numbers
 from flax_partial.callbacks.pending import Participant, PendingCheckpoint
+from flax_partial.callbacks.recorder import Recorder
 from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+_LAST_HOOKS = ("on_train_end", "teardown")  # after which nobody may come by to write what is noted
 
 
 @dataclass
@@ -68,6 +72,7 @@ class FinalizeHook:
         self._joined: dict[str, Participant] = {}
         self._entries: dict[Path, _Entry] = {}
         self._runs: dict[Path, str] = {}
+        self._recorders: dict[Path, Recorder] = {}
         self._held = HeldTime()
         self._finished: list[tuple[CheckpointReport, HeldTime]] = []
         self._worker: futures.ThreadPoolExecutor | None = None
@@ -89,6 +94,14 @@ class FinalizeHook:
             worker, self._worker = self._worker, None
         if worker is not None:
             worker.shutdown()
+        for recorder in tuple(self._recorders.values()):
+            recorder.flush()
+
+    def recorder(self, directory: Path) -> Recorder:
+        """Records the timeline of a run's directory."""
+        return self._recorders.get(directory) or self._recorders.setdefault(
+            directory, Recorder(directory)
+        )
 
     def leave(self) -> None:
         """Lets saves in flight finish, and leaves what is not finalized to the next run.
@@ -131,6 +144,7 @@ class FinalizeHook:
         with self._lock:
             live = set(self._entries)
         self._runs[directory] = run_directory.recover(directory, live=live)
+        self.recorder(directory).begin(self._runs[directory])
 
     def advance(self, directory: Path, step: int) -> None:
         """Takes note that training is at `step`: what earlier ones left open stays incomplete."""
@@ -156,7 +170,8 @@ class FinalizeHook:
                 return entry.checkpoint
             self.advance(callback.directory, step)
             run = self._runs.get(callback.directory, "")
-            checkpoint = PendingCheckpoint(path, step=step, epoch=epoch, run=run)
+            record = self.recorder(callback.directory)
+            checkpoint = PendingCheckpoint(path, step=step, epoch=epoch, run=run, record=record)
             self._entries[path] = _Entry(checkpoint, {})
             self._held = checkpoint.held
         self._wait_for(callback.directory)
@@ -202,10 +217,15 @@ class FinalizeHook:
                 if entry.awaited == set():
                     self._finish(entry, trainer.callback_metrics)
 
-    def held(self, secs: float) -> None:
-        """Takes note of time that training spent in a callback."""
+    def held(self, directory: Path, secs: float, hook: str) -> None:
+        """Takes note of time that training spent, until now, in a hook of a callback."""
         with self._lock:
-            self._held.secs += secs
+            held = self._held
+            held.secs += secs
+        recorder = self.recorder(directory)
+        recorder.held(held.step, secs, hook)
+        if hook in _LAST_HOOKS:
+            recorder.flush()
 
     def _due(
         self,
@@ -259,15 +279,23 @@ class FinalizeHook:
             )
         except Exception as error:  # noqa: BLE001 - the callbacks decide what follows
             checkpoint.fail(error, callbacks)
+            self._given_up(checkpoint)
             if jax.process_count() > 1 and not isinstance(error, fp.IncompleteCheckpointError):
                 why = f"a save failed ({error})."
                 run_directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
             return
         if report is None:
+            self._given_up(checkpoint)
             why = f"a save failed ({checkpoint.error})."
             run_directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
             return
         self._finished.append((report, checkpoint.held))
+        self.recorder(report.path.parent).ended(
+            report.step,
+            timeline.FINALIZED,
+            began_at=report.finalized_at - report.finalize_secs,
+            ended_at=report.finalized_at,
+        )
         logger.info("Finalized %s: %d groups.", report.path, len(report.groups))
         for callback in callbacks:
             check_score(report.path, report.metrics, callback.retention.monitor)
@@ -276,8 +304,15 @@ class FinalizeHook:
     def _drop(self, entry: _Entry) -> None:
         checkpoint = entry.checkpoint
         checkpoint.wait()
+        self._given_up(checkpoint)
         run_directory.drop_unless_complete(
             checkpoint.path, checkpoint.step, "its step never ended."
+        )
+
+    def _given_up(self, checkpoint: PendingCheckpoint) -> None:
+        now = time.time()
+        self.recorder(checkpoint.path.parent).ended(
+            checkpoint.step, timeline.GIVEN_UP, began_at=now, ended_at=now
         )
 
 

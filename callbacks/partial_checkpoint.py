@@ -38,6 +38,7 @@ def _held(
     method: Callable[Concatenate[PartialCheckpointCallback, P], None],
 ) -> Callable[Concatenate[PartialCheckpointCallback, P], None]:
     """Counts the time a hook takes, and raises in it what has failed since the hook before."""
+    name = method.__name__.removeprefix("_")
 
     @functools.wraps(method)
     def hook(self: PartialCheckpointCallback, /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -45,7 +46,7 @@ def _held(
         try:
             method(self, *args, **kwargs)
         finally:
-            self.finalizer.held(time.perf_counter() - begun)
+            self.finalizer.held(self.directory, time.perf_counter() - begun, name)
         self._raise_failure()
 
     return hook
@@ -197,6 +198,7 @@ class PartialCheckpointCallback:
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """Takes note of the step that the batch follows."""
         self._step_before = trainer.global_step
+        self.finalizer.recorder(self.directory).step_began()
 
     @_held
     def on_train_batch_end(
@@ -208,6 +210,7 @@ class PartialCheckpointCallback:
         if self.is_due(trainer, step, epoch_ends=trainer.is_last_batch):
             self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
         self._step_before = step
+        self.finalizer.recorder(self.directory).step_ended(step)
 
     @_held
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:

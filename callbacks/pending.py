@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import numpy as np
+from jax.profiler import TraceAnnotation
 
 import flax_partial as fp
-from flax_partial.callbacks import completeness, grouping, rows, stacking
+from flax_partial.callbacks import completeness, grouping, recorder, rows, stacking
 from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
 if TYPE_CHECKING:
@@ -62,15 +63,18 @@ class PendingCheckpoint:
       error: Why it will not be; None while it may.
     """
 
-    def __init__(self, path: Path, *, step: int, epoch: int, run: str) -> None:
+    def __init__(
+        self, path: Path, *, step: int, epoch: int, run: str, record: recorder.Recorder
+    ) -> None:
         self.path = path
         self.step = step
         self.epoch = epoch
         self.run = run
         self.names: set[str] = set()
         self.before: Path | None = None
-        self.held = HeldTime()
+        self.held = HeldTime(step)
         self.error: BaseException | None = None
+        self._record = record
         self._lock = threading.Lock()
         self._groups: dict[str, list[str]] = {}
         self._pieces: Counter[str] = Counter()
@@ -169,6 +173,7 @@ class PendingCheckpoint:
                 return None
             raise
         finalize_secs = time.perf_counter() - begun[0]
+        finalized_at = time.time()
         saves = {group: handle.result() for group, handle in self._saves.items()}
         return CheckpointReport(
             path=self.path,
@@ -181,6 +186,7 @@ class PendingCheckpoint:
             blocked_secs=self.held.secs,
             write_secs=sum(save.write_secs for save in saves.values()),
             finalize_secs=finalize_secs,
+            finalized_at=finalized_at,
         )
 
     def give_up(self) -> None:
@@ -263,8 +269,16 @@ class PendingCheckpoint:
         def what() -> dict[str, Any]:
             return {"state": grouping.subtree(stacking.cut(leaves)), "custom_metadata": metadata}
 
-        handle = self._submit(participant, what)
+        where = recorder.where_is(leaves)
+
+        def record(handle: Future[fp.SaveReport]) -> None:
+            if handle.exception() is None:
+                self._record.saved(self.step, group, where, handle.result())
+
+        with TraceAnnotation("flax_partial.save_async", group=group):
+            handle = self._submit(participant, what)
         if handle is not None:
+            handle.add_done_callback(record)
             self._saves[group] = handle
             self._carrier = self._carrier or _carrier(leaves)
 

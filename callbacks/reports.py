@@ -29,6 +29,7 @@ class CheckpointReport:
       write_secs: Seconds spent writing groups, summed: they are written side by side, so less time
         than this went by.
       finalize_secs: Seconds that finalize took, in the background.
+      finalized_at: When that was done, in seconds since the epoch.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class CheckpointReport:
     blocked_secs: float
     write_secs: float
     finalize_secs: float
+    finalized_at: float
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -50,6 +52,12 @@ class CheckpointReport:
 
 @dataclass
 class HeldTime:
-    """Time that a checkpoint has held training so far, in seconds; it outlives the checkpoint."""
+    """Time that a checkpoint has held training so far; it outlives the checkpoint.
 
+    Attributes:
+      step: The checkpoint's; None stands for the time before the first.
+      secs: How long, in seconds.
+    """
+
+    step: int | None = None
     secs: float = 0.0

@@ -96,7 +96,7 @@ def run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         failed = run_processes(options.stages, arguments)
         if failed is None:
             show_result(options.directory)
-            return 0
+            return pipeline_lm.draw_timeline(options)
         stage, status = failed
         if status >= 0:
             print(f"Stage {stage} failed with exit status {status}.", file=sys.stderr)

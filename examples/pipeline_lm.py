@@ -7,6 +7,7 @@ other stages still compute; the checkpoint is finalized in the background.
 
     python examples/pipeline_lm.py                  train, or go on where the last run stopped
     python examples/pipeline_lm.py --stages 2       go on with two stages instead of four
+    python examples/pipeline_lm.py --timeline t.png    train, then draw what was saved when
 
 Kill it at any moment and run it again: it ends with the very bits that it would have ended with.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +58,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="checkpoint after each so many steps too, not only after each epoch",
     )
+    add(
+        "--timeline",
+        type=_drawable,
+        metavar="FILE",
+        help="draw there what the newest checkpoint did when: .png, .svg, or .json for Perfetto",
+    )
     add("--no-checkpoint", action="store_true", help="neither resume nor save anything")
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of model, dropout and shuffling")
     size = parser.add_argument_group("size of the model and of an epoch")
@@ -65,6 +73,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--steps-per-epoch", type=_at_least(1), default=48, metavar="N", help="batches of an epoch"
     )
     return parser
+
+
+def _drawable(text: str) -> Path:
+    if Path(text).suffix not in (".png", ".svg", ".json"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .svg or .json")
+    return Path(text)
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -90,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             with lm_directory.claim(options.directory, identity(options, corpus)):
                 train(options, corpus)
+            return draw_timeline(options)
     except UsageError as error:
         parser.error(str(error))
     except lm_directory.DirectoryError as error:
@@ -106,6 +121,8 @@ def check_options(options: argparse.Namespace) -> Corpus:
     Raises:
         UsageError: They ask for what cannot be built.
     """
+    if options.no_checkpoint and options.timeline is not None:
+        raise UsageError("argument --timeline: --no-checkpoint leaves nothing to draw")
     if options.stages > options.layers:
         raise UsageError(
             f"argument --stages: {options.stages} is not between 1 and the number of layers, "
@@ -171,6 +188,15 @@ def train(options: argparse.Namespace, corpus: Corpus) -> None:
     callbacks = [screen] if checkpoints is None else [screen, checkpoints]
     Trainer(max_epochs=options.epochs, callbacks=callbacks).fit(module)
     screen.show_result(module)
+
+
+def draw_timeline(options: argparse.Namespace) -> int:
+    """Draws the newest checkpoint's timeline, or says how; returns the status of the program."""
+    if options.timeline is None:
+        print(f"When each layer was saved: flax-partial timeline {options.directory}")
+        return 0
+    command = [sys.executable, "-m", "flax_partial", "timeline", options.directory]
+    return subprocess.run([*command, "--out", options.timeline], check=False).returncode  # noqa: S603
 
 
 def how_to_continue(options: argparse.Namespace) -> str:

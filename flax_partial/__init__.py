@@ -24,6 +24,7 @@ from flax_partial.reports import (
     LeafMetadata,
     PartStatus,
     SaveReport,
+    SaveTimes,
     SessionStatus,
     VerifyReport,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "SaveHandle",
     "SaveOptions",
     "SaveReport",
+    "SaveTimes",
     "SessionStatus",
     "Slice",
     "TargetMismatchError",

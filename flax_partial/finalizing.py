@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
+from jax.profiler import TraceAnnotation
+
 from flax_partial import collector, orbax_format, storage, workers
 from flax_partial.errors import (
     CorruptCheckpointError,
@@ -212,7 +214,8 @@ def _commit_when_whole(session: Session, expected: Sequence[str], timeout_secs: 
     try:
         with session.exclusively(), collector.paused():
             session.remove_failed()
-            return _commit(where, expected)
+            with TraceAnnotation("flax_partial.finalize", checkpoint=where.final.name):
+                return _commit(where, expected)
     except NoSessionError:
         storage.require_absent(where)  # somebody else has finalized it while this one waited
         raise

@@ -7,6 +7,39 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class SaveTimes:
+    """When one save did what, in seconds since the epoch.
+
+    What lies between two of them is what the save did then, or waited for. `begun_at` is at or
+    after `taken_at`; without it, each is at or after the one before. All come from one reading of
+    the system's clock, which may be set while the save is under way.
+
+    Attributes:
+      called_at: `save` or `save_async` was called.
+      entered_at: It had entered the session: whoever finalized or aborted that was waited for.
+      admitted_at: Its bytes fitted into `max_inflight_bytes`.
+      taken_at: Its arrays were safe from the caller: copied, viewed, or their transfer issued. Here
+        `save_async` returns.
+      begun_at: A thread was free to write it; of a `save` it is the caller's own.
+      ready_at: Its arrays were seen to be computed, and transferred where that was issued. JAX does
+        not tell: threads that write look at it whenever they come by.
+      copied_at: All of its data was in the host's memory.
+      written_at: All of its data was in the part's file and, where durable, on the disk.
+      committed_at: The part was committed.
+    """
+
+    called_at: float
+    entered_at: float
+    admitted_at: float
+    taken_at: float
+    begun_at: float
+    ready_at: float
+    copied_at: float
+    written_at: float
+    committed_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class SaveReport:
     """One committed part.
 
@@ -21,6 +54,7 @@ class SaveReport:
       budget_secs: The share of `blocked_secs` spent waiting for `max_inflight_bytes`.
       write_secs: Seconds from the start of writing until the part was committed.
       committed_at: When it was committed, in seconds since the epoch.
+      times: When it did what, and so what it waited for.
     """
 
     path: Path
@@ -32,6 +66,7 @@ class SaveReport:
     budget_secs: float
     write_secs: float
     committed_at: float
+    times: SaveTimes
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,14 @@ import threading
 import time
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jax.profiler import TraceAnnotation
 
 from flax_partial import collector, keypaths, processes, snapshot, storage, workers
 from flax_partial.errors import CorruptCheckpointError, EmptyStateError, NoSessionError
@@ -38,7 +40,7 @@ from flax_partial.part import (
     encode_part,
 )
 from flax_partial.part_data import link_files, write_part
-from flax_partial.reports import SaveReport
+from flax_partial.reports import SaveReport, SaveTimes
 from flax_partial.reuse import DataFile, Earlier
 from flax_partial.saved_arrays import SavedArrays
 from flax_partial.snapshot import Described
@@ -232,6 +234,7 @@ class _Saving:
         self._directory: Path | None = None
         self._reused_bytes = 0
         self._started = started
+        self._instants = {"called_at": started}  # those of `SaveTimes`, on the monotonic clock
         self._part = Part(
             process=processes.index(),
             time_ns=0,
@@ -260,6 +263,7 @@ class _Saving:
         if self._reuse is not None and self._options.checksum:
             with storage.full_disk_explained(session.where, lambda: self._part.bytes):
                 self._share_known(self._reuse)
+        self._reach("entered_at")
 
     def _share_known(self, earlier: CheckpointPath) -> None:
         """Shares what holds arrays that still live: before the return, after which they may not.
@@ -284,7 +288,12 @@ class _Saving:
         self._is_counted = True
         copied_bytes = sum(one.bytes for one in self._described)
         self._budget_secs = _budget.acquire(self, copied_bytes, limit=limit)
-        self._described = snapshot.detach(self._described)
+        self._reach("admitted_at")
+        with TraceAnnotation("flax_partial.snapshot"):
+            self._described = snapshot.detach(self._described)
+        self._reach("taken_at")
+        if not self.note_if_computed():
+            _uncomputed.append(self)
         self._blocked_secs = time.perf_counter() - self._started
 
     def hand_over(self) -> None:
@@ -306,18 +315,21 @@ class _Saving:
 
     def run(self) -> SaveReport:
         """Writes and commits the part."""
-        began = time.perf_counter()
+        began = self._reach("begun_at")
         if not self._begins.acquire(blocking=False):
             raise InterruptedError("The call that was to start this save was interrupted.")
         with storage.full_disk_explained(self.session.where, lambda: self._needed_bytes):
             try:
                 self.session.require_not_aborted()
-                self._write()
+                with TraceAnnotation("flax_partial.save", first=self._leaves[0].name):
+                    self._write()
             except BaseException:
                 self.give_up()
                 raise
         self._give_back()
+        _note_computed()
         ended = time.perf_counter()
+        times = self._times(ended)
         return SaveReport(
             path=self.session.where.final,
             part=self._name,
@@ -327,37 +339,71 @@ class _Saving:
             blocked_secs=self._blocked_secs or ended - self._started,
             budget_secs=self._budget_secs,
             write_secs=ended - began,
-            committed_at=time.time(),
+            committed_at=times.committed_at,
+            times=times,
         )
+
+    def note_if_computed(self) -> bool:
+        """Notes when the arrays were computed, if they are; returns whether."""
+        is_computed = snapshot.is_computed(self._described)
+        if is_computed:
+            self._instants.setdefault("ready_at", time.perf_counter())
+        return is_computed
+
+    def _reach(self, name: str) -> float:
+        """Notes that the save is at one of the instants of its report; returns the time."""
+        now = self._instants[name] = time.perf_counter()
+        return now
+
+    def _times(self, now: float) -> SaveTimes:
+        """The instants on the system's clock, which is read once: it may be set at any time."""
+        at, epoch = self._instants, time.time() - now
+        for name in ("admitted_at", "taken_at"):  # a `save` waits for neither
+            at.setdefault(name, at["entered_at"])
+        return SaveTimes(**{name: epoch + instant for name, instant in at.items()})
 
     def _write(self) -> None:
         directory = self._directory or storage.create_part(self.session.where, self._name)
         left = [at for at in range(len(self._leaves)) if at not in self._linked]
         data = self._host_data(left)
         durable = self._options.durable
-        written = write_part(
-            directory,
-            data,
-            first_file=1 + max((leaf.file for leaf in self._linked.values()), default=0),
-            earlier=self._earlier(),
-            checksum=self._options.checksum,
-            durable=durable,
-        )
+        with TraceAnnotation("flax_partial.write"):
+            written = write_part(
+                directory,
+                data,
+                first_file=1 + max((leaf.file for leaf in self._linked.values()), default=0),
+                earlier=self._earlier(),
+                checksum=self._options.checksum,
+                durable=durable,
+            )
+        self._reach("written_at")
         self._reused_bytes += sum(self._described[left[at]].bytes for at in written.reused)
         done = self._linked | dict(zip(left, written.leaves, strict=True))
         part = dataclasses.replace(self._part, leaves=tuple(done[at] for at in sorted(done)))
         table = encode_part(part)
         self._needed_bytes = written.bytes + len(table)
         has_data_file = bool(written.bytes or written.reused or self._linked)
-        storage.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
+        with TraceAnnotation("flax_partial.commit"):
+            storage.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
+        self._reach("committed_at")
         self._remember(part)
 
     def _host_data(self, positions: Sequence[int]) -> list[tuple[Leaf, list[np.ndarray]]]:
         """Waits until some of the leaves are computed, and brings them into the host's memory."""
-        return [
-            (self._leaves[at], [snapshot.to_host(source) for source in self._described[at].sources])
-            for at in positions
-        ]
+        with TraceAnnotation("flax_partial.wait"):
+            snapshot.wait_until_computed(self._described)
+        self._instants.setdefault("ready_at", time.perf_counter())
+        _note_computed()
+        with TraceAnnotation("flax_partial.copy"):
+            data = [
+                (
+                    self._leaves[at],
+                    [snapshot.to_host(source) for source in self._described[at].sources],
+                )
+                for at in positions
+            ]
+        self._reach("copied_at")
+        return data
 
     def _remember(self, part: Part) -> None:
         """Has the next save know those of its arrays that live on."""
@@ -395,6 +441,25 @@ class _Saving:
         if self._is_counted:
             _budget.release(self, limit=self._options.max_inflight_bytes)
         self.session.leave(self)
+
+
+# Saves in the background, in the order of their calls; bounded, should nobody look any more.
+_uncomputed: deque[_Saving] = deque(maxlen=4096)
+_noting = threading.Lock()
+
+
+def _note_computed() -> None:
+    """Looks at the saves that wait for a thread to write them: which are computed by now.
+
+    Nothing in JAX tells when that is. The threads that write look whenever they come by; what was
+    handed over later is computed later, as a rule, so that one that is not yet ends the look.
+    """
+    if _noting.acquire(blocking=False):
+        try:
+            while _uncomputed and _uncomputed[0].note_if_computed():
+                _uncomputed.popleft()
+        finally:
+            _noting.release()
 
 
 def _is_gone(thread: int) -> bool:
@@ -675,9 +740,10 @@ _sessions_lock = threading.Lock()
 
 def _forget_all() -> None:
     """A forked child has none of its parent's threads: nothing of this is in flight there."""
-    global _sessions_lock, _budget
-    _sessions_lock, _budget = threading.Lock(), MemoryBudget()
+    global _sessions_lock, _budget, _noting
+    _sessions_lock, _budget, _noting = threading.Lock(), MemoryBudget(), threading.Lock()
     _sessions.clear()
+    _uncomputed.clear()
 
 
 os.register_at_fork(after_in_child=_forget_all)

@@ -82,7 +82,20 @@ CLI_BELOW: dict[str, set[str]] = {
     "ending": {"figures", "parsing", "places"},
     "diffing": {"changes", "parsing", "places", "selection"},
     "exporting": {"figures", "parsing", "places", "safetensors", "selection"},
-    "main": {"listing", "showing", "status", "verifying", "ending", "diffing", "exporting"},
+    "lanes": set(),
+    "chrome_trace": {"lanes"},
+    "picture": {"errors", "figures", "lanes"},
+    "timeline": {"chrome_trace", "parsing", "picture", "places"},
+    "main": {
+        "listing",
+        "showing",
+        "status",
+        "verifying",
+        "ending",
+        "diffing",
+        "exporting",
+        "timeline",
+    },
 }
 
 # What only some modules of the package (and of the callbacks) may import: one seam for each.

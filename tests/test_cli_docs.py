@@ -9,10 +9,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from stub_trainer import Loop
 from test_cli import Shell, shell
 from test_readme import ROOT, blocks_of
 
 import flax_partial as fp
+from flax_partial.callbacks import PartialCheckpointCallback
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +23,7 @@ __all__ = ["shell"]  # a fixture
 
 DOCUMENT = ROOT / "docs" / "cli.md"
 # Maps of names of the user's own.
-_FREE = {"custom_metadata", "metrics", "sharding", "bad", "widened"}
+_FREE = {"custom_metadata", "metrics", "sharding", "bad", "widened", "blocked_secs"}
 
 
 def plain(text: str, home: Path) -> list[str]:
@@ -77,10 +79,12 @@ def test_fields_of_json_are_those_that_the_document_lists(shell: Shell) -> None:
         "verify": [[f"{run}/100"]],
         "diff": [[f"{run}/100", f"{run}/200"], [f"{run}/100", "other"]],
         "export": [[f"{run}/100", "out"]],
+        "timeline": [["trained"]],
         "finalize": [[f"{run}/400"]],
         "abort": [[f"{run}/500", "--yes"]],
     }
     assert set(commands) == set(rows)
+    Loop(PartialCheckpointCallback("trained")).fit()
     fp.save("other", {"note": "other"})
     fp.finalize("other")
     fp.save(f"{run}/500", {"note": "dropped"})

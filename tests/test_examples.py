@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -100,13 +101,31 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
 def unbroken(example: Example, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run that nothing stopped: its directory and what it said."""
     directory = tmp_path_factory.mktemp("unbroken") / "run"
-    return directory, example.complete("--directory", directory, *EVERY_4)
+    trace = directory.with_name("timeline.json")
+    return directory, example.complete("--directory", directory, *EVERY_4, "--timeline", trace)
 
 
 @pytest.fixture
 def copy(unbroken: tuple[Path, str], tmp_path: Path) -> Path:
     """A copy of the unbroken run's directory, to go on in."""
     return shutil.copytree(unbroken[0], tmp_path / "copy")
+
+
+def test_timeline_has_a_lane_for_each_stage_and_the_order_of_streaming(
+    unbroken: tuple[Path, str],
+) -> None:
+    directory, output = unbroken
+    trace = directory.with_name("timeline.json")
+    assert f"wrote {trace}" in output
+    events = json.loads(trace.read_text())["traceEvents"]
+    named = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert {f"cpu:{stage}" for stage in range(4)} <= named
+    began = {
+        e["name"].removeprefix("params."): e["ts"]
+        for e in events
+        if e["name"].startswith("params.") and e["args"]["checkpoint"] == 12
+    }
+    assert sorted(began, key=began.__getitem__) == list(reversed(LAYERS))
 
 
 def test_trains_streams_and_shows_what_it_cost(unbroken: tuple[Path, str]) -> None:

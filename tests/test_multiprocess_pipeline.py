@@ -13,6 +13,8 @@ import pytest
 from test_examples import assert_same_bits
 
 import flax_partial as fp
+from flax_partial.callbacks import timeline
+from flax_partial.cli import lanes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,6 +73,11 @@ def test_killed_stage_ends_with_the_bits_of_one_process_that_was_not(
     assert fp.steps(directory) == [3, 6]
     newest = directory / "6"
     assert fp.verify(newest).ok
+    killed, resumed = timeline.read(directory)
+    assert not [end for end in killed.processes[2].ends if end.step == 6]
+    assert [track.lanes[0].title for track in lanes.chart_of(resumed, 6).tracks] == [
+        f"process {stage}" for stage in range(4)
+    ]
     assert fp.metadata(newest).leaves.keys() == fp.metadata(alone / "6").leaves.keys()
     assert_same_bits(newest, alone / "6")
 

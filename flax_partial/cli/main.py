@@ -11,7 +11,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from flax_partial.cli import diffing, ending, exporting, listing, showing, status, verifying
+from flax_partial.cli import (
+    diffing,
+    ending,
+    exporting,
+    listing,
+    showing,
+    status,
+    timeline,
+    verifying,
+)
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.cli.tables import printable
@@ -32,6 +41,7 @@ _COMMANDS: tuple[ModuleType, ...] = (
     ending,
     diffing,
     exporting,
+    timeline,
 )
 
 

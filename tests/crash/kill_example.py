@@ -262,7 +262,7 @@ class Trials:
         _require(_DIGEST.findall(ended.output) == unbroken.digests, f"other bits: {ended}")
         _require(fp.steps(directory) == unbroken.steps, f"other steps: {fp.steps(directory)}")
         _require(bits_of(_newest(directory)) == unbroken.bits, "other bits in the checkpoint")
-        names = {path.name for path in directory.iterdir()} - {"run.json"}
+        names = {path.name for path in directory.iterdir()} - {"run.json", "timeline"}
         _require(names == set(map(str, unbroken.steps)), f"it left {sorted(names)}")
 
 
