@@ -2,12 +2,14 @@
 
 A checkpoint is *open* while callbacks may add to it, and *closed* once the last of them is done.
 Then, or at the end of its epoch, it becomes the worker's: one thread, which waits for the saves in
-flight, finalizes, and removes the checkpoints that are no longer to be kept. One that lacks
-anything is never finalized.
+flight, and finalizes. Another one removes the checkpoints that are no longer to be kept: the next
+checkpoint does not wait for that. One that lacks anything is never finalized.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import threading
 from collections import Counter
@@ -19,6 +21,7 @@ import jax
 
 import flax_partial as fp
 from flax_partial.callbacks import progress, run_directory
+from flax_partial.callbacks.background import Worker
 from flax_partial.callbacks.metrics import check_score, finite_numbers
 from flax_partial.callbacks.pending import Participant, PendingCheckpoint
 from flax_partial.callbacks.reports import CheckpointReport, HeldTime
@@ -26,6 +29,8 @@ from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
+
+    from flax_partial.callbacks.schedule import Retention
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +75,9 @@ class FinalizeHook:
         self._runs: dict[Path, str] = {}
         self._held = HeldTime()
         self._finished: list[tuple[CheckpointReport, HeldTime]] = []
-        self._worker: futures.ThreadPoolExecutor | None = None
+        self._worker = Worker("flax_partial_finalize")
+        self._remover = Worker("flax_partial_remove")
+        self._resumed: dict[Path, int] = {}
         self._jobs: dict[Path, futures.Future[None]] = {}
 
     @property
@@ -86,9 +93,8 @@ class FinalizeHook:
         progress.wait(tuple(self._jobs.values()), shown=show_progress)
         with self._lock:
             self._jobs.clear()
-            worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.shutdown()
+        self._worker.finish()
+        self._remover.finish()
 
     def leave(self) -> None:
         """Lets saves in flight finish, and leaves what is not finalized to the next run.
@@ -131,6 +137,15 @@ class FinalizeHook:
         with self._lock:
             live = set(self._entries)
         self._runs[directory] = run_directory.recover(directory, live=live)
+        self._tidy(run_directory.sweep, directory)
+
+    def resumed(self, directory: Path, step: int) -> None:
+        """Takes note that training goes on from a step: it stays until a newer one is finalized."""
+        self._resumed[directory] = step
+
+    def prune(self, callback: Participant) -> None:
+        """Removes what a callback does not want to keep, in the background."""
+        self._tidy(self._prune, callback.directory, callback.retention)
 
     def advance(self, directory: Path, step: int) -> None:
         """Takes note that training is at `step`: what earlier ones left open stays incomplete."""
@@ -245,11 +260,7 @@ class FinalizeHook:
             path = entry.checkpoint.path
             del self._entries[path]
             self._jobs = {path: job for path, job in self._jobs.items() if not job.done()}
-            if self._worker is None:
-                self._worker = futures.ThreadPoolExecutor(
-                    1, thread_name_prefix="flax_partial_finalize"
-                )
-            self._jobs[path] = self._worker.submit(_run, work, entry, *arguments)
+            self._jobs[path] = self._worker.submit(functools.partial(work, entry, *arguments))
 
     def _finalize(self, entry: _Entry, metrics: Mapping[str, Any]) -> None:
         checkpoint, callbacks = entry.checkpoint, list(entry.callbacks.values())
@@ -269,9 +280,19 @@ class FinalizeHook:
             return
         self._finished.append((report, checkpoint.held))
         logger.info("Finalized %s: %d groups.", report.path, len(report.groups))
+        self._resumed.pop(report.path.parent, None)
         for callback in callbacks:
             check_score(report.path, report.metrics, callback.retention.monitor)
-            run_directory.prune(report.path.parent, callback.retention)
+            self.prune(callback)
+
+    def _tidy(self, work: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the interpreter is ending: the next run does it
+            self._remover.submit(functools.partial(work, *arguments))
+
+    def _prune(self, directory: Path, retention: Retention) -> None:
+        resumed = self._resumed.get(directory)
+        protected = () if resumed is None else (resumed,)
+        run_directory.prune(directory, retention, protected=protected)
 
     def _drop(self, entry: _Entry) -> None:
         checkpoint = entry.checkpoint
@@ -279,14 +300,6 @@ class FinalizeHook:
         run_directory.drop_unless_complete(
             checkpoint.path, checkpoint.step, "its step never ended."
         )
-
-
-def _run(work: Callable[..., None], *arguments: Any) -> None:
-    """Runs the worker's job: housekeeping that fails is said, and stops nothing."""
-    try:
-        work(*arguments)
-    except Exception:
-        logger.exception("Could not tidy up after a checkpoint.")
 
 
 def _check_agree(one: Participant, other: Participant) -> None:

@@ -17,6 +17,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
+import flax_partial as fp
 from flax_partial.callbacks import grouping, run_directory, stacking, state
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.schedule import Retention, Schedule
@@ -24,8 +25,8 @@ from flax_partial.callbacks.schedule import Retention, Schedule
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
+    from datetime import timedelta
 
-    import flax_partial as fp
     from flax_partial.callbacks.pending import PendingCheckpoint
     from flax_partial.callbacks.reports import CheckpointReport
 
@@ -91,6 +92,8 @@ class PartialCheckpointCallback:
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         save_top_k: int | None = None,
+        keep_every_n_steps: int | None = None,
+        keep_time_interval: timedelta | None = None,
         finalizer: FinalizeHook | None = None,
         options: fp.SaveOptions | None = None,
         reuse_unchanged: bool = False,
@@ -111,10 +114,14 @@ class PartialCheckpointCallback:
           state_fn: From trainer and module to the tree to save, in which NNX objects may stand; by
             default, an NNX module with `trainer.optimizer`, a Flax `TrainState`, or
             `trainer.state`.
-          keep_last: Keep so many of the newest checkpoints; by default, all.
+          keep_last: Keep so many of the newest checkpoints. Without this and the other three that
+            say what to keep, all are kept; with any of them, the newest and what any one keeps.
           monitor: The one of the trainer's `callback_metrics` that scores a checkpoint.
           mode: Whether the best score is the smallest or the largest.
-          save_top_k: Keep so many of the best checkpoints, beside the newest.
+          save_top_k: Keep so many of the best checkpoints.
+          keep_every_n_steps: Keep the first checkpoint at or after each n-th step.
+          keep_time_interval: Keep the oldest checkpoint, and after it always the first that is
+            finalized so much later than the one kept before.
           finalizer: Shared by all callbacks that save into one directory; by default, one of its
             own.
           options: How parts are written.
@@ -131,7 +138,9 @@ class PartialCheckpointCallback:
         if on_save_error not in ("raise", "warn"):
             raise ValueError(f"on_save_error is {on_save_error!r}; it must be 'raise' or 'warn'.")
         self.directory = Path(directory)
-        self.retention = Retention(keep_last, monitor, mode, save_top_k)
+        self.retention = Retention(
+            keep_last, monitor, mode, save_top_k, keep_every_n_steps, keep_time_interval
+        )
         self.options = options
         self.reuse_unchanged = reuse_unchanged
         self.finalizer = finalizer or FinalizeHook()
@@ -188,7 +197,7 @@ class PartialCheckpointCallback:
         self.finalizer.join(self)
         self._step_before = trainer.global_step
         self.recover()
-        run_directory.prune(self.directory, self.retention)
+        self.finalizer.prune(self)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Takes note of the step that training, restored by now, starts from."""
@@ -255,38 +264,75 @@ class PartialCheckpointCallback:
         """What each checkpoint of its hook holds and cost."""
         return self.finalizer.reports
 
+    @property
+    def last_model_path(self) -> str:
+        """The newest finalized checkpoint of the directory; "" while there is none."""
+        return self._path_of(run_directory.choose(self.directory, self.retention, "latest"))
+
+    @property
+    def best_model_path(self) -> str:
+        """The best checkpoint that is there, by `monitor`; without one, the newest; "" if none.
+
+        Like `last_model_path` it is looked up on disk: after a restart it is the same.
+        """
+        if self.retention.monitor is None:
+            return self.last_model_path
+        return self._path_of(run_directory.choose(self.directory, self.retention, "best"))
+
+    @property
+    def best_model_score(self) -> float | None:
+        """The score that `best_model_path` was stored with; None without a score or a `monitor`."""
+        steps = fp.steps(self.directory)
+        known = run_directory.scores(self.directory, steps, self.retention.monitor)
+        best = self.retention.ranked(known, known)[:1]
+        return known[best[0]] if best else None
+
+    def _path_of(self, step: int | None) -> str:
+        return "" if step is None else str(self.directory / str(step))
+
     def recover(self) -> None:
         """Finalizes or drops what an ended run has left unfinished, as `on_fit_start` does."""
         self.finalizer.recover(self.directory)
         self._has_recovered = True
 
     def restore(
-        self, target: Any = None, *, which: Literal["latest", "best"] = "latest"
+        self, target: Any = None, *, which: Literal["latest", "best"] | int = "latest"
     ) -> tuple[Any, int] | None:
-        """Loads the newest or best checkpoint, once what an ended run left is recovered.
+        """Loads the newest or best checkpoint, or that of a step; recovers first.
+
+        The checkpoint stays, whatever is to be kept, until training has finalized a newer one.
 
         Args:
           target: What to load: a tree of arrays or `jax.ShapeDtypeStruct`, which decides structure,
             dtypes and shardings and may lack leaves that the checkpoint has; an NNX module, or a
             tree in which NNX objects stand (`{"params": model, "opt_state": optimizer}`), which
-            are updated in place; None for everything, as nested dicts and lists.
-          which: "latest", or "best" by `monitor` and `mode`.
+            are updated in place; None for everything, as nested dicts and lists. What it lacks is
+            not read: `{"params": params}` loads the parameters only, and so does an NNX module.
+          which: "latest", "best" by `monitor` and `mode`, or a step.
 
         Returns:
           The state and its step; None if there is no checkpoint yet.
 
         Raises:
           ValueError: `which` is "best" and there is no `monitor`.
+          NoSessionError: There is no checkpoint of the step that `which` is.
           TargetMismatchError: The checkpoint does not fit `target`; nothing was updated.
         """
         self.recover()
-        step = run_directory.choose(self.directory, self.retention, which)
-        if step is None:
-            logger.info("There is no checkpoint in %s to restore.", self.directory)
-            return None
-        restored = state.load(self.directory / str(step), target)
-        self._last_saved = step
-        return restored, step
+        while True:
+            step = run_directory.choose(self.directory, self.retention, which)
+            if step is None:
+                logger.info("There is no checkpoint in %s to restore.", self.directory)
+                return None
+            self.finalizer.resumed(self.directory, step)
+            try:
+                restored = state.load(self.directory / str(step), target)
+            except fp.NoSessionError:
+                if step in fp.steps(self.directory):
+                    raise
+                continue  # another process has just removed it
+            self._last_saved = step
+            return restored, step
 
     # What the hook calls.
 

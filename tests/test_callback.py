@@ -436,7 +436,9 @@ def test_what_is_not_kept_is_removed_when_the_next_run_starts(tmp_path: Path) ->
     callback = PartialCheckpointCallback(tmp_path, keep_last=1)
     assert callback.restore(new_state(0)) is not None
     assert names_in(tmp_path) == ["2", "4", "6"]
-    callback.on_fit_start(StubTrainer(), None)
+    trainer = StubTrainer()
+    callback.on_fit_start(trainer, None)
+    callback.on_train_end(trainer, None)
     assert names_in(tmp_path) == ["6"]
 
 
