@@ -24,6 +24,7 @@ from flax_partial.callbacks import progress, run_directory
 from flax_partial.callbacks.background import Worker
 from flax_partial.callbacks.metrics import check_score, finite_numbers
 from flax_partial.callbacks.pending import Participant, PendingCheckpoint
+from flax_partial.callbacks.preemption import Preemption
 from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ class FinalizeHook:
     Under `jax.distributed` every process has its own callbacks and hook, whose loops save at the
     same steps; each saves what its own trainer has. A checkpoint is finalized when all processes
     have saved their part of it. Where a save fails in one of them, it is given up in all.
+
+    Attributes:
+      preemption: Whether its callbacks are to save for the last time.
+      rescued_step: The step that they save on an exception; None before one.
     """
 
     def __init__(self, *, timeout_secs: float = 90.0) -> None:
@@ -78,6 +83,8 @@ class FinalizeHook:
         self._worker = Worker("flax_partial_finalize")
         self._remover = Worker("flax_partial_remove")
         self._resumed: dict[Path, int] = {}
+        self.preemption = Preemption()
+        self.rescued_step: int | None = None
         self._jobs: dict[Path, futures.Future[None]] = {}
 
     @property
@@ -109,6 +116,15 @@ class FinalizeHook:
             logger.warning("Left %s unfinished, for the next run.", entry.checkpoint.path)
             entry.checkpoint.give_up()
         self.wait()
+
+    @property
+    def awaits_callbacks(self) -> bool:
+        """Whether callbacks that are joined have yet to add to what others have saved."""
+        with self._lock:
+            return any(
+                entry.awaited and entry.awaited <= self._joined.keys()
+                for entry in self._entries.values()
+            )
 
     def unique_key(self, key: str) -> str:
         """Makes a state key differ from those of the callbacks made before."""

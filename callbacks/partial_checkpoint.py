@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 import flax_partial as fp
 from flax_partial.callbacks import grouping, run_directory, stacking, state
 from flax_partial.callbacks.finalize_hook import FinalizeHook
+from flax_partial.callbacks.finished import Finished
 from flax_partial.callbacks.schedule import Retention, Schedule
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ class PartialCheckpointCallback:
         save_top_k: int | None = None,
         keep_every_n_steps: int | None = None,
         keep_time_interval: timedelta | None = None,
+        save_on_preemption: bool = True,
+        save_on_exception: bool = False,
         finalizer: FinalizeHook | None = None,
         options: fp.SaveOptions | None = None,
         reuse_unchanged: bool = False,
@@ -122,6 +125,13 @@ class PartialCheckpointCallback:
           keep_every_n_steps: Keep the first checkpoint at or after each n-th step.
           keep_time_interval: Keep the oldest checkpoint, and after it always the first that is
             finalized so much later than the one kept before.
+          save_on_preemption: When the process gets SIGTERM, save the step under way once it is
+            finished, finalize, and stop: by `trainer.should_stop = True`, or, where the trainer has
+            no such attribute, `SystemExit(143)`. A handler that was there before is called then,
+            in place of that exit. Listens from `on_fit_start` to the end of training.
+          save_on_exception: When training fails, save the last step that was finished. Its arrays
+            are held until the next one is; those that the step under way was given to write over
+            (donated) cannot be saved, and that is said.
           finalizer: Shared by all callbacks that save into one directory; by default, one of its
             own.
           options: How parts are written.
@@ -150,6 +160,9 @@ class PartialCheckpointCallback:
         self._stacked = stacking.check(stacked or {})
         self._state_fn = state_fn
         self._on_save_error = on_save_error
+        self._save_on_preemption = save_on_preemption
+        self._save_on_exception = save_on_exception
+        self._finished: Finished | None = None
         self._progress = progress
         self._state_key = self.finalizer.unique_key(
             f"{type(self).__qualname__}({every_n_epochs=}, {every_n_train_steps=}, {monitor=})"
@@ -198,6 +211,8 @@ class PartialCheckpointCallback:
         self._step_before = trainer.global_step
         self.recover()
         self.finalizer.prune(self)
+        if self._save_on_preemption:
+            self.finalizer.preemption.watch(self.state_key)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Takes note of the step that training, restored by now, starts from."""
@@ -214,27 +229,48 @@ class PartialCheckpointCallback:
         """Saves what was not streamed of a step that is to be saved."""
         step = trainer.global_step
         self.finalizer.advance(self.directory, step)
+        self._reach(step, "on_train_batch_end")
         if self.is_due(trainer, step, epoch_ends=trainer.is_last_batch):
             self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
+        if self._save_on_exception:
+            self._finished = Finished.of(trainer, module, self._state_fn)
         self._step_before = step
+        self._stop_after_last(trainer, step)
 
     @_held
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Finalizes; saves first if the epoch ended with a batch that did not look its last."""
         step = trainer.global_step
+        self._reach(step, "on_train_epoch_end")
         if self.is_due(trainer, step, epoch_ends=True):
             self._save(trainer, module, step, epoch_ends=True)
         self.finalizer.epoch_ended(trainer)
+        self._stop_after_last(trainer, step)
 
     @_held
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Waits until every checkpoint is finalized."""
-        self._end()
+        step = trainer.global_step
+        self._reach(step, "on_train_end")
+        if self._is_last(step) and step not in (0, self._last_saved):
+            self._save(trainer, module, step, epoch_ends=False)
+        try:
+            self._stop_after_last(trainer, step)
+        finally:
+            self._end()
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
-        """Lets saves in flight finish, and leaves what is not finalized to the next run."""
-        self.finalizer.leave()
+        """Lets saves in flight finish, and leaves what is not finalized to the next run.
+
+        With `save_on_exception` it saves the last finished step before, if that can be had.
+        """
+        self.finalizer.preemption.unwatch(self.state_key)
+        if self._save_on_exception:
+            self._rescue(trainer)
         self.finalizer.part(self)
+        if not (self._save_on_exception and self.finalizer.awaits_callbacks):
+            self.finalizer.leave()
+        self._finished = None
         while self._failures:
             logger.error("A checkpoint had failed, too.", exc_info=self._failures.popleft())
 
@@ -342,6 +378,7 @@ class PartialCheckpointCallback:
         is_due = schedule.is_step_due(step) or (
             epoch_ends and schedule.is_epoch_due(trainer.current_epoch)
         )
+        is_due = is_due or self._is_last(step) or self._is_rescued(step)
         return is_due and step not in (0, self._last_saved)
 
     def failed(self, error: BaseException) -> None:
@@ -368,7 +405,8 @@ class PartialCheckpointCallback:
         checkpoint = self._open(trainer, step)
         groups = {}
         try:
-            groups = self._rest(trainer, module, checkpoint)
+            tree = state.take(trainer, module, self._state_fn)
+            groups = self._rest(trainer, tree, checkpoint)
         except Exception as error:  # noqa: BLE001 - state_fn or group_by, or values they cannot take
             checkpoint.fail(error, [self])
         self.finalizer.close(self, checkpoint, groups, trainer=trainer, epoch_ends=epoch_ends)
@@ -379,9 +417,8 @@ class PartialCheckpointCallback:
             self.recover()
         return self.finalizer.open(self, step=step, epoch=trainer.current_epoch)
 
-    def _rest(self, trainer: Any, module: Any, checkpoint: PendingCheckpoint) -> dict[str, Any]:
+    def _rest(self, trainer: Any, tree: Any, checkpoint: PendingCheckpoint) -> dict[str, Any]:
         """The groups of the state that were not streamed."""
-        tree = state.take(trainer, module, self._state_fn)
         if tree is None and self._state_fn is None and not checkpoint.names:
             raise TypeError(
                 f"Found no state to save in {type(trainer).__name__}: its module is no NNX module, "
@@ -402,9 +439,44 @@ class PartialCheckpointCallback:
             self._step_before = int(trainer.global_step)
         return self._step_before
 
+    def _reach(self, step: int, hook: str) -> None:
+        if self._save_on_preemption:
+            self.finalizer.preemption.reach(step, hook)
+
+    def _is_last(self, step: int) -> bool:
+        return self._save_on_preemption and self.finalizer.preemption.is_due(step)
+
+    def _stop_after_last(self, trainer: Any, step: int) -> None:
+        """Finalizes, and tells training to stop, once all callbacks have saved the last step."""
+        preemption = self.finalizer.preemption
+        if self._save_on_preemption and preemption.is_last(self.state_key, step):
+            self.finalizer.epoch_ended(trainer)
+            self.finalizer.wait(show_progress=self._progress)
+            preemption.stop(trainer)
+
+    def _is_rescued(self, step: int) -> bool:
+        return self._finished is not None and self.finalizer.rescued_step == step
+
+    def _rescue(self, trainer: Any) -> None:
+        """Saves the last finished step, and finalizes what is complete; an error is on its way."""
+        finished = self._finished
+        try:
+            if finished is not None and finished.step not in (0, self._last_saved):
+                finished.check_is_there()
+                self.finalizer.rescued_step = finished.step
+                checkpoint = self.finalizer.open(self, step=finished.step, epoch=finished.epoch)
+                groups = self._rest(trainer, finished.tree, checkpoint)
+                self.finalizer.close(self, checkpoint, groups, trainer=trainer, epoch_ends=False)
+                self._last_saved = finished.step
+            self.finalizer.epoch_ended(trainer)
+        except Exception:
+            logger.exception("The last finished step could not be saved.")
+
     def _end(self) -> None:
         self.finalizer.wait(show_progress=self._progress)
         self.finalizer.part(self)
+        self.finalizer.preemption.unwatch(self.state_key)
+        self._finished = None
 
     def _raise_failure(self) -> None:
         if self._failures:
