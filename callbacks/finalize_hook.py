@@ -155,6 +155,11 @@ class FinalizeHook:
         self._runs[directory] = run_directory.recover(directory, live=live)
         self._tidy(run_directory.sweep, directory)
 
+    def name_of(self, callback: Participant) -> str:
+        """Under which name all processes know a callback in this run, and no other run does."""
+        run = self._runs.get(callback.directory, "")
+        return f"{callback.directory.absolute()} {callback.state_key} {run}"
+
     def resumed(self, directory: Path, step: int) -> None:
         """Takes note that training goes on from a step: it stays until a newer one is finalized."""
         self._resumed[directory] = step

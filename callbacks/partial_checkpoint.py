@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
 import flax_partial as fp
 from flax_partial.callbacks import grouping, run_directory, stacking, state
+from flax_partial.callbacks.clock import Clock
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.finished import Finished
 from flax_partial.callbacks.schedule import Retention, Schedule
@@ -86,6 +87,7 @@ class PartialCheckpointCallback:
         *,
         every_n_epochs: int | None = 1,
         every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
         group_by: grouping.GroupBy | None = None,
         stacked: stacking.Stacked | None = None,
         state_fn: state.StateFn | None = None,
@@ -109,6 +111,9 @@ class PartialCheckpointCallback:
           directory: A run's directory, which holds a checkpoint a step.
           every_n_epochs: Save at the end of each n-th epoch; None for no epoch.
           every_n_train_steps: Save after each n-th step as well; None for none.
+          train_time_interval: Save as well once so much time has gone by since the last save. Of
+            several processes the first one's clock counts, and all save the same step; there it
+            counts from `on_fit_start`.
           group_by: From a leaf's key path to the group it is saved with, for what is not streamed;
             by default, layer by layer.
           stacked: From the name of a leaf or subtree ("params.layers") to the axis along which its
@@ -155,7 +160,8 @@ class PartialCheckpointCallback:
         self.reuse_unchanged = reuse_unchanged
         self.finalizer = finalizer or FinalizeHook()
         self.failed_saves = 0
-        self._schedule = Schedule(every_n_epochs, every_n_train_steps)
+        self._schedule = Schedule(every_n_epochs, every_n_train_steps, train_time_interval)
+        self._clock = Clock(train_time_interval) if train_time_interval is not None else None
         self._group_by = group_by
         self._stacked = stacking.check(stacked or {})
         self._state_fn = state_fn
@@ -211,6 +217,8 @@ class PartialCheckpointCallback:
         self._step_before = trainer.global_step
         self.recover()
         self.finalizer.prune(self)
+        if self._clock is not None:
+            self._clock.start(self.finalizer.name_of(self), trainer.global_step)
         if self._save_on_preemption:
             self.finalizer.preemption.watch(self.state_key)
 
@@ -264,7 +272,7 @@ class PartialCheckpointCallback:
 
         With `save_on_exception` it saves the last finished step before, if that can be had.
         """
-        self.finalizer.preemption.unwatch(self.state_key)
+        self._stop_listening()
         if self._save_on_exception:
             self._rescue(trainer)
         self.finalizer.part(self)
@@ -375,8 +383,11 @@ class PartialCheckpointCallback:
     def is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
         """Whether to save `step`, which may end its epoch, and is not saved yet; never step 0."""
         schedule = self._schedule
-        is_due = schedule.is_step_due(step) or (
-            epoch_ends and schedule.is_epoch_due(trainer.current_epoch)
+        is_time = self._clock is not None and self._clock.is_due(step)  # asked about every step
+        is_due = (
+            is_time
+            or schedule.is_step_due(step)
+            or (epoch_ends and schedule.is_epoch_due(trainer.current_epoch))
         )
         is_due = is_due or self._is_last(step) or self._is_rescued(step)
         return is_due and step not in (0, self._last_saved)
@@ -411,6 +422,8 @@ class PartialCheckpointCallback:
             checkpoint.fail(error, [self])
         self.finalizer.close(self, checkpoint, groups, trainer=trainer, epoch_ends=epoch_ends)
         self._last_saved = step
+        if self._clock is not None:
+            self._clock.saved()
 
     def _open(self, trainer: Any, step: int) -> PendingCheckpoint:
         if not self._has_recovered:
@@ -475,8 +488,13 @@ class PartialCheckpointCallback:
     def _end(self) -> None:
         self.finalizer.wait(show_progress=self._progress)
         self.finalizer.part(self)
-        self.finalizer.preemption.unwatch(self.state_key)
+        self._stop_listening()
         self._finished = None
+
+    def _stop_listening(self) -> None:
+        self.finalizer.preemption.unwatch(self.state_key)
+        if self._clock is not None:
+            self._clock.stop()
 
     def _raise_failure(self) -> None:
         if self._failures:

@@ -18,23 +18,29 @@ class Schedule:
     Attributes:
       every_n_epochs: Save at the end of each n-th epoch; None for no epoch.
       every_n_train_steps: Save at each n-th step, too; None for no step.
+      train_time_interval: Save when so much time has gone by since the last save, too.
     """
 
     every_n_epochs: int | None
     every_n_train_steps: int | None
+    train_time_interval: timedelta | None = None
 
     def __post_init__(self) -> None:
         """Checks the values.
 
         Raises:
-          ValueError: A period is below 1, or nothing would ever be saved.
+          ValueError: A period is below 1, an interval not positive, or nothing would ever be
+            saved.
+          TypeError: The interval is no `timedelta`.
         """
         _check_count("every_n_epochs", self.every_n_epochs)
         _check_count("every_n_train_steps", self.every_n_train_steps)
-        if self.every_n_epochs is None and self.every_n_train_steps is None:
+        _check_interval("train_time_interval", self.train_time_interval)
+        periods = (self.every_n_epochs, self.every_n_train_steps, self.train_time_interval)
+        if all(period is None for period in periods):
             raise ValueError(
-                "every_n_epochs and every_n_train_steps are both None: nothing would be saved. "
-                "Give one of them."
+                "every_n_epochs, every_n_train_steps and train_time_interval are all None: nothing "
+                "would be saved. Give one of them."
             )
 
     def is_step_due(self, step: int) -> bool:
@@ -75,6 +81,7 @@ class Retention:
         Raises:
           ValueError: A count is below 1, an interval not positive, `mode` is unknown, or there is
             no metric to rank by.
+          TypeError: An interval is no `timedelta`.
         """
         _check_count("keep_every_n_steps", self.keep_every_n_steps)
         _check_interval("keep_time_interval", self.keep_time_interval)

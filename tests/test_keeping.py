@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stub_trainer import Loop, StubTrainer, new_state
+from stub_trainer import EVERYTHING, Loop, StubTrainer, new_state
 from test_callback import assert_is_step, names_in
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
+from flax_partial.callbacks.clock import Clock
 from flax_partial.callbacks.schedule import Retention
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ def run(directory: Path, epochs: int = 5, **options: Any) -> PartialCheckpointCa
         ({"keep_every_n_steps": 0}, ValueError, "keep_every_n_steps is 0"),
         ({"keep_time_interval": timedelta(0)}, ValueError, "keep_time_interval is 0:00:00"),
         ({"keep_time_interval": 3600}, TypeError, "must be a datetime.timedelta"),
+        ({"train_time_interval": timedelta(-1)}, ValueError, "train_time_interval is -1 day"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -176,3 +180,40 @@ def test_checkpoint_that_is_being_loaded_is_removed_later(tmp_path: Path) -> Non
     assert names_in(tmp_path) == ["8"]
     np.testing.assert_array_equal(loaded[0]["seen"], 2)
     assert_is_step(tmp_path / "8", 8)
+
+
+# Saving by the clock.
+
+
+@pytest.mark.parametrize("streamed", [frozenset(), EVERYTHING], ids=["", "streamed"])
+def test_saves_when_the_time_has_gone_by(tmp_path: Path, streamed: Any) -> None:
+    began = time.monotonic()
+    callback = PartialCheckpointCallback(
+        tmp_path, every_n_epochs=None, train_time_interval=timedelta(seconds=0.2)
+    )
+    at = {"ready": lambda _: time.sleep(0.05)}
+    Loop(callback, batches=20, streamed=streamed, at=at).fit()
+    secs = time.monotonic() - began
+    steps = fp.steps(tmp_path)
+    assert 2 <= len(steps) <= secs / 0.2
+    assert min(b - a for a, b in itertools.pairwise(steps)) >= 1
+    for step in steps:
+        assert_is_step(tmp_path / str(step), step)
+
+
+def test_clock_counts_from_the_last_save_whatever_its_reason(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(
+        tmp_path, every_n_train_steps=2, train_time_interval=timedelta(seconds=30)
+    )
+    Loop(callback, batches=5).fit()
+    assert fp.steps(tmp_path) == [2, 4, 5]
+
+
+def test_clock_answers_the_same_however_often_it_is_asked() -> None:
+    clock = Clock(timedelta(seconds=0.05))
+    clock.start("run", 7)
+    assert [clock.is_due(8) for _ in range(2)] == [False, False]
+    time.sleep(0.06)
+    assert [clock.is_due(8), clock.is_due(9), clock.is_due(9)] == [False, True, True]
+    clock.saved()
+    assert [clock.is_due(9), clock.is_due(10)] == [True, False]
