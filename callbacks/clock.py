@@ -37,7 +37,8 @@ class Clock:
         self._since = time.monotonic()
         self._asked = 0  # the last step that it was asked about
         self._due: int | None = None  # the last step that it was time at
-        self._agreed: int | None = None  # the step that all have agreed on, until it is reached
+        # Steps that all have agreed on: this process may be so far behind that there are several.
+        self._agreed: list[int] = []
         self._is_holding = False
         self._is_over = False
         self._thread: threading.Thread | None = None
@@ -52,7 +53,7 @@ class Clock:
         self.stop()
         with self._changed:
             self._since, self._asked = time.monotonic(), step
-            self._due = self._agreed = None
+            self._due, self._agreed = None, []
             self._is_over = False
         if jax.process_count() > 1:
             self._thread = threading.Thread(
@@ -88,10 +89,10 @@ class Clock:
     def _is_time(self, step: int) -> bool:
         if jax.process_count() == 1:
             return self._left_secs() <= 0
-        if self._agreed is None or step < self._agreed:
-            return False
-        self._agreed = None
-        return True
+        ahead = [agreed for agreed in self._agreed if agreed > step]
+        is_time = len(ahead) < len(self._agreed)
+        self._agreed = ahead
+        return is_time
 
     def _left_secs(self) -> float:
         return self._since + self._interval_secs - time.monotonic()
@@ -123,18 +124,20 @@ class Clock:
             return not self._is_over
 
     def _agree_on_step(self, name: str) -> None:
-        agreed: int | None = None
+        agreed: list[int] = []
         try:
-            agreed = fp.agree(
+            step = fp.agree(
                 f"step {name}",
                 ready=self._hold,
                 act=lambda said: max(said.values()) + 1,
                 timeout_secs=_ANSWER_SECS,
             )
+            agreed = [step]
         finally:
             with self._changed:
                 self._is_holding = False
-                self._agreed, self._since = agreed, time.monotonic()
+                self._agreed += agreed
+                self._since = time.monotonic()
                 self._changed.notify_all()
 
     def _hold(self) -> int:
