@@ -22,7 +22,7 @@ import jax
 import flax_partial as fp
 from flax_partial.callbacks import progress, run_directory
 from flax_partial.callbacks.background import Worker
-from flax_partial.callbacks.metrics import check_score, finite_numbers
+from flax_partial.callbacks.metrics import check_score, finite_numbers, log
 from flax_partial.callbacks.pending import Participant, PendingCheckpoint
 from flax_partial.callbacks.preemption import Preemption
 from flax_partial.callbacks.reports import CheckpointReport, HeldTime
@@ -83,6 +83,7 @@ class FinalizeHook:
         self._worker = Worker("flax_partial_finalize")
         self._remover = Worker("flax_partial_remove")
         self._resumed: dict[Path, int] = {}
+        self._told: Counter[str] = Counter()
         self.preemption = Preemption()
         self.rescued_step: int | None = None
         self._jobs: dict[Path, futures.Future[None]] = {}
@@ -93,6 +94,14 @@ class FinalizeHook:
         return tuple(
             replace(report, blocked_secs=held.secs) for report, held in tuple(self._finished)
         )
+
+    def new_reports(self, reader: str) -> tuple[CheckpointReport, ...]:
+        """Those that this reader has not been given before; costs nothing if there are none."""
+        with self._lock:
+            first, self._told[reader] = self._told[reader], len(self._finished)
+            if first == len(self._finished):
+                return ()
+            return self.reports[first:]
 
     def wait(self, *, show_progress: bool = False) -> None:
         """Finishes what is closed, drops what is open, and waits until nothing is under way."""
@@ -300,7 +309,7 @@ class FinalizeHook:
             run_directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
             return
         self._finished.append((report, checkpoint.held))
-        logger.info("Finalized %s: %d groups.", report.path, len(report.groups))
+        log(report)
         self._resumed.pop(report.path.parent, None)
         for callback in callbacks:
             check_score(report.path, report.metrics, callback.retention.monitor)

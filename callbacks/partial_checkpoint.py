@@ -22,6 +22,7 @@ from flax_partial.callbacks import grouping, run_directory, stacking, state
 from flax_partial.callbacks.clock import Clock
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.finished import Finished
+from flax_partial.callbacks.metrics import send
 from flax_partial.callbacks.schedule import Retention, Schedule
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import timedelta
 
+    from flax_partial.callbacks.metrics import OnMetrics
     from flax_partial.callbacks.pending import PendingCheckpoint
     from flax_partial.callbacks.reports import CheckpointReport
 
@@ -50,6 +52,22 @@ def _held(
         finally:
             self.finalizer.held(time.perf_counter() - begun)
         self._raise_failure()
+
+    return hook
+
+
+def _hook(
+    method: Callable[Concatenate[PartialCheckpointCallback, Any, P], None],
+) -> Callable[Concatenate[PartialCheckpointCallback, Any, P], None]:
+    """A hook of the training thread: `_held`, and then tells what has been finalized meanwhile."""
+    held = _held(method)
+
+    @functools.wraps(method)
+    def hook(
+        self: PartialCheckpointCallback, trainer: Any, /, *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        held(self, trainer, *args, **kwargs)
+        self._tell_costs(trainer)
 
     return hook
 
@@ -103,6 +121,7 @@ class PartialCheckpointCallback:
         options: fp.SaveOptions | None = None,
         reuse_unchanged: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
+        on_metrics: OnMetrics | None = None,
         progress: bool = False,
     ) -> None:
         """Prepares a callback; nothing is written before training begins.
@@ -144,6 +163,9 @@ class PartialCheckpointCallback:
             before (frozen layers, the base of an adapter) are not written again: both checkpoints
             share the files that hold them, and either may be removed.
           on_save_error: Whether a failed save is raised at the next hook, or logged and counted.
+          on_metrics: Called in a hook once a checkpoint is finalized, with `checkpoint/blocked_secs`,
+            `.../write_secs`, `.../bytes` and `.../finalize_secs` of it, and its step; by default, `log_metrics` of the trainer's `loggers` or `logger`, if it has any. What it
+            raises is raised by that hook, and harms no checkpoint.
           progress: Show a bar while waiting for checkpoints at the end of training.
 
         Raises:
@@ -166,6 +188,7 @@ class PartialCheckpointCallback:
         self._stacked = stacking.check(stacked or {})
         self._state_fn = state_fn
         self._on_save_error = on_save_error
+        self._on_metrics = on_metrics
         self._save_on_preemption = save_on_preemption
         self._save_on_exception = save_on_exception
         self._finished: Finished | None = None
@@ -210,7 +233,7 @@ class PartialCheckpointCallback:
         """Joins the callbacks that share its hook."""
         self.finalizer.join(self)
 
-    @_held
+    @_hook
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         """Finalizes or drops what an ended run has left, and removes what is not to be kept."""
         self.finalizer.join(self)
@@ -230,7 +253,7 @@ class PartialCheckpointCallback:
         """Takes note of the step that the batch follows."""
         self._step_before = trainer.global_step
 
-    @_held
+    @_hook
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -245,7 +268,7 @@ class PartialCheckpointCallback:
         self._step_before = step
         self._stop_after_last(trainer, step)
 
-    @_held
+    @_hook
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Finalizes; saves first if the epoch ended with a batch that did not look its last."""
         step = trainer.global_step
@@ -255,7 +278,7 @@ class PartialCheckpointCallback:
         self.finalizer.epoch_ended(trainer)
         self._stop_after_last(trainer, step)
 
-    @_held
+    @_hook
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Waits until every checkpoint is finalized."""
         step = trainer.global_step
@@ -281,8 +304,12 @@ class PartialCheckpointCallback:
         self._finished = None
         while self._failures:
             logger.error("A checkpoint had failed, too.", exc_info=self._failures.popleft())
+        try:
+            self._tell_costs(trainer)
+        except Exception:
+            logger.exception("What checkpoints cost could not be told.")
 
-    @_held
+    @_hook
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """Waits until every checkpoint is finalized."""
         self._end()
@@ -495,6 +522,12 @@ class PartialCheckpointCallback:
         self.finalizer.preemption.unwatch(self.state_key)
         if self._clock is not None:
             self._clock.stop()
+
+    def _tell_costs(self, trainer: Any) -> None:
+        """Of each finalized checkpoint once: to the function of each callback, or the trainer."""
+        reader = "the trainer" if self._on_metrics is None else self.state_key
+        for report in self.finalizer.new_reports(reader):
+            send(report, trainer, self._on_metrics)
 
     def _raise_failure(self) -> None:
         if self._failures:
