@@ -13,7 +13,6 @@ import functools
 import logging
 import threading
 from collections import Counter
-from concurrent import futures
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from concurrent import futures
     from pathlib import Path
 
     from flax_partial.callbacks.schedule import Retention
@@ -84,6 +84,8 @@ class FinalizeHook:
         self._remover = Worker("flax_partial_remove")
         self._resumed: dict[Path, int] = {}
         self._told: Counter[str] = Counter()
+        self._writing: dict[Path, PendingCheckpoint] = {}
+        self._bar = progress.Bar("Writing checkpoints")
         self.preemption = Preemption()
         self.rescued_step: int | None = None
         self._jobs: dict[Path, futures.Future[None]] = {}
@@ -106,11 +108,30 @@ class FinalizeHook:
     def wait(self, *, show_progress: bool = False) -> None:
         """Finishes what is closed, drops what is open, and waits until nothing is under way."""
         self._settle(self._entries.values())
-        progress.wait(tuple(self._jobs.values()), shown=show_progress)
+        bar = self._bar if show_progress else None
+        progress.wait(tuple(self._jobs.values()), bar, self._written)
         with self._lock:
             self._jobs.clear()
+            self._writing.clear()
         self._worker.finish()
         self._remover.finish()
+
+    def show_progress(self) -> None:
+        """Draws how much is written of what is under way; takes the bar away when all is."""
+        with self._lock:
+            done, total = self._written()
+            is_under_way = done < total or not all(job.done() for job in self._jobs.values())
+        if is_under_way:
+            self._bar.update(done, total, while_waiting=False)
+        else:
+            self._bar.close()
+
+    def _written(self) -> tuple[int, int]:
+        with self._lock:
+            pending = [entry.checkpoint for entry in self._entries.values()]
+            pending += [self._writing[path] for path, job in self._jobs.items() if not job.done()]
+        amounts = [checkpoint.written() for checkpoint in pending]
+        return sum(done for done, _ in amounts), sum(total for _, total in amounts)
 
     def leave(self) -> None:
         """Lets saves in flight finish, and leaves what is not finalized to the next run.
@@ -204,7 +225,7 @@ class FinalizeHook:
             checkpoint = PendingCheckpoint(path, step=step, epoch=epoch, run=run)
             self._entries[path] = _Entry(checkpoint, {})
             self._held = checkpoint.held
-        self._wait_for(callback.directory)
+        self._wait_for(callback.directory, bar=self._bar if callback.shows_progress else None)
         try:
             checkpoint.before = run_directory.check_is_newer(callback.directory, step)
         except (fp.CheckpointExistsError, OSError) as error:
@@ -268,10 +289,10 @@ class FinalizeHook:
         }
         return {**others, callback.state_key: callback}
 
-    def _wait_for(self, directory: Path) -> None:
+    def _wait_for(self, directory: Path, *, bar: progress.Bar | None = None) -> None:
         with self._lock:
             jobs = [job for path, job in self._jobs.items() if path.parent == directory]
-        futures.wait(jobs)
+        progress.wait(jobs, bar, self._written)
 
     def _settle(self, entries: Iterable[_Entry]) -> None:
         """Finalizes those that are closed, drops those that are open."""
@@ -290,6 +311,8 @@ class FinalizeHook:
             path = entry.checkpoint.path
             del self._entries[path]
             self._jobs = {path: job for path, job in self._jobs.items() if not job.done()}
+            self._writing = {path: self._writing[path] for path in self._jobs}
+            self._writing[path] = entry.checkpoint
             self._jobs[path] = self._worker.submit(functools.partial(work, entry, *arguments))
 
     def _finalize(self, entry: _Entry, metrics: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from flax_partial.callbacks.clock import Clock
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.finished import Finished
 from flax_partial.callbacks.metrics import send
+from flax_partial.callbacks.progress import Bar
 from flax_partial.callbacks.schedule import Retention, Schedule
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def _hook(
         self: PartialCheckpointCallback, trainer: Any, /, *args: P.args, **kwargs: P.kwargs
     ) -> None:
         held(self, trainer, *args, **kwargs)
+        if self.shows_progress:
+            self.finalizer.show_progress()
         self._tell_costs(trainer)
 
     return hook
@@ -163,10 +166,12 @@ class PartialCheckpointCallback:
             before (frozen layers, the base of an adapter) are not written again: both checkpoints
             share the files that hold them, and either may be removed.
           on_save_error: Whether a failed save is raised at the next hook, or logged and counted.
-          on_metrics: Called in a hook once a checkpoint is finalized, with `checkpoint/blocked_secs`,
-            `.../write_secs`, `.../bytes` and `.../finalize_secs` of it, and its step; by default, `log_metrics` of the trainer's `loggers` or `logger`, if it has any. What it
+          on_metrics: Called in a hook, once a checkpoint is finalized, with its step and, before
+            that, `checkpoint/blocked_secs`, `.../write_secs`, `.../bytes`, `.../finalize_secs`; by
+            default, `log_metrics` of the trainer's `loggers` or `logger`, if it has any. What it
             raises is raised by that hook, and harms no checkpoint.
-          progress: Show a bar while waiting for checkpoints at the end of training.
+          progress: Show a bar of bytes while training waits for checkpoints, or for one to be
+            loaded, for longer than a second; below a bar of tqdm's, also while training goes on.
 
         Raises:
           ValueError: An option has a value that makes no sense, alone or with another.
@@ -192,7 +197,7 @@ class PartialCheckpointCallback:
         self._save_on_preemption = save_on_preemption
         self._save_on_exception = save_on_exception
         self._finished: Finished | None = None
-        self._progress = progress
+        self.shows_progress = progress
         self._state_key = self.finalizer.unique_key(
             f"{type(self).__qualname__}({every_n_epochs=}, {every_n_train_steps=}, {monitor=})"
         )
@@ -397,13 +402,22 @@ class PartialCheckpointCallback:
                 return None
             self.finalizer.resumed(self.directory, step)
             try:
-                restored = state.load(self.directory / str(step), target)
+                restored = self._load(self.directory / str(step), target)
             except fp.NoSessionError:
                 if step in fp.steps(self.directory):
                     raise
                 continue  # another process has just removed it
             self._last_saved = step
             return restored, step
+
+    def _load(self, path: Path, target: Any) -> Any:
+        if not self.shows_progress:
+            return state.load(path, target)
+        bar = Bar("Loading a checkpoint")
+        try:
+            return state.load(path, target, progress=bar.update)
+        finally:
+            bar.close()
 
     # What the hook calls.
 
@@ -491,7 +505,7 @@ class PartialCheckpointCallback:
         preemption = self.finalizer.preemption
         if self._save_on_preemption and preemption.is_last(self.state_key, step):
             self.finalizer.epoch_ended(trainer)
-            self.finalizer.wait(show_progress=self._progress)
+            self.finalizer.wait(show_progress=self.shows_progress)
             preemption.stop(trainer)
 
     def _is_rescued(self, step: int) -> bool:
@@ -513,7 +527,7 @@ class PartialCheckpointCallback:
             logger.exception("The last finished step could not be saved.")
 
     def _end(self) -> None:
-        self.finalizer.wait(show_progress=self._progress)
+        self.finalizer.wait(show_progress=self.shows_progress)
         self.finalizer.part(self)
         self._stop_listening()
         self._finished = None
