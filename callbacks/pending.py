@@ -357,10 +357,11 @@ def _is_whole(leaf: Any) -> bool:
 def _bytes_of(leaf: Any) -> int:
     """What this process writes of a leaf."""
     if isinstance(leaf, rows.Row):
-        return _bytes_of(leaf.value) // math.prod(leaf.value.shape[axis] for axis in leaf.axes)
+        count: int = math.prod(leaf.value.shape[axis] for axis in leaf.axes)
+        return _bytes_of(leaf.value) // count
     if isinstance(leaf, fp.Slice):
         return _bytes_of(leaf.value)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         shards = leaf.addressable_shards
-        return sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+        return sum(_bytes_of(shard.data) for shard in shards if shard.replica_id == 0)
     return int(getattr(leaf, "nbytes", 0))

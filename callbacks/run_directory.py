@@ -204,6 +204,8 @@ def _look(path: Path, _inode: int, _mtime_ns: int) -> _Known:
 
 
 def _scores(known: Mapping[int, _Known], monitor: str | None) -> dict[int, float]:
+    if monitor is None:
+        return {}
     return {
         step: float(entry.metrics[monitor])
         for step, entry in known.items()

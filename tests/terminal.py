@@ -116,7 +116,8 @@ def running_on_terminal(
         # The slave stays open until the command has it: else reading would fail meanwhile.
         terminal.wait_for(_READY)
         os.close(slave)
-        terminal.shown, terminal.pieces = "", []
+        terminal.shown = terminal.shown.partition(_READY)[2]  # it may have gone on meanwhile
+        terminal.pieces = [terminal.shown]
         yield terminal
     finally:
         process.kill()
