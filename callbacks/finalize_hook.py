@@ -2,17 +2,18 @@
 
 A checkpoint is *open* while callbacks may add to it, and *closed* once the last of them is done.
 Then, or at the end of its epoch, it becomes the worker's: one thread, which waits for the saves in
-flight, finalizes, and removes the checkpoints that are no longer to be kept. One that lacks
-anything is never finalized.
+flight, and finalizes. Another one removes the checkpoints that are no longer to be kept: the next
+checkpoint does not wait for that. One that lacks anything is never finalized.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import threading
 import time
 from collections import Counter
-from concurrent import futures
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,19 @@ import jax
 
 import flax_partial as fp
 from flax_partial.callbacks import progress, run_directory, timeline
-from flax_partial.callbacks.metrics import check_score, finite_numbers
+from flax_partial.callbacks.background import Worker
+from flax_partial.callbacks.metrics import check_score, finite_numbers, log
 from flax_partial.callbacks.pending import Participant, PendingCheckpoint
+from flax_partial.callbacks.preemption import Preemption
 from flax_partial.callbacks.recorder import Recorder
 from flax_partial.callbacks.reports import CheckpointReport, HeldTime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from concurrent import futures
     from pathlib import Path
+
+    from flax_partial.callbacks.schedule import Retention
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +63,10 @@ class FinalizeHook:
     Under `jax.distributed` every process has its own callbacks and hook, whose loops save at the
     same steps; each saves what its own trainer has. A checkpoint is finalized when all processes
     have saved their part of it. Where a save fails in one of them, it is given up in all.
+
+    Attributes:
+      preemption: Whether its callbacks are to save for the last time.
+      rescued_step: The step that they save on an exception; None before one.
     """
 
     def __init__(self, *, timeout_secs: float = 90.0) -> None:
@@ -75,7 +85,14 @@ class FinalizeHook:
         self._recorders: dict[Path, Recorder] = {}
         self._held = HeldTime()
         self._finished: list[tuple[CheckpointReport, HeldTime]] = []
-        self._worker: futures.ThreadPoolExecutor | None = None
+        self._worker = Worker("flax_partial_finalize")
+        self._remover = Worker("flax_partial_remove")
+        self._resumed: dict[Path, int] = {}
+        self._told: Counter[str] = Counter()
+        self._writing: dict[Path, PendingCheckpoint] = {}
+        self._bar = progress.Bar("Writing checkpoints")
+        self.preemption = Preemption()
+        self.rescued_step: int | None = None
         self._jobs: dict[Path, futures.Future[None]] = {}
 
     @property
@@ -85,15 +102,24 @@ class FinalizeHook:
             replace(report, blocked_secs=held.secs) for report, held in tuple(self._finished)
         )
 
+    def new_reports(self, reader: str) -> tuple[CheckpointReport, ...]:
+        """Those that this reader has not been given before; costs nothing if there are none."""
+        with self._lock:
+            first, self._told[reader] = self._told[reader], len(self._finished)
+            if first == len(self._finished):
+                return ()
+            return self.reports[first:]
+
     def wait(self, *, show_progress: bool = False) -> None:
         """Finishes what is closed, drops what is open, and waits until nothing is under way."""
         self._settle(self._entries.values())
-        progress.wait(tuple(self._jobs.values()), shown=show_progress)
+        bar = self._bar if show_progress else None
+        progress.wait(tuple(self._jobs.values()), bar, self._written)
         with self._lock:
             self._jobs.clear()
-            worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.shutdown()
+            self._writing.clear()
+        self._worker.finish()
+        self._remover.finish()
         for recorder in tuple(self._recorders.values()):
             recorder.flush()
 
@@ -102,6 +128,23 @@ class FinalizeHook:
         return self._recorders.get(directory) or self._recorders.setdefault(
             directory, Recorder(directory)
         )
+
+    def show_progress(self) -> None:
+        """Draws how much is written of what is under way; takes the bar away when all is."""
+        with self._lock:
+            done, total = self._written()
+            is_under_way = done < total or not all(job.done() for job in self._jobs.values())
+        if is_under_way:
+            self._bar.update(done, total, while_waiting=False)
+        else:
+            self._bar.close()
+
+    def _written(self) -> tuple[int, int]:
+        with self._lock:
+            pending = [entry.checkpoint for entry in self._entries.values()]
+            pending += [self._writing[path] for path, job in self._jobs.items() if not job.done()]
+        amounts = [checkpoint.written() for checkpoint in pending]
+        return sum(done for done, _ in amounts), sum(total for _, total in amounts)
 
     def leave(self) -> None:
         """Lets saves in flight finish, and leaves what is not finalized to the next run.
@@ -116,6 +159,15 @@ class FinalizeHook:
             logger.warning("Left %s unfinished, for the next run.", entry.checkpoint.path)
             entry.checkpoint.give_up()
         self.wait()
+
+    @property
+    def awaits_callbacks(self) -> bool:
+        """Whether callbacks that are joined have yet to add to what others have saved."""
+        with self._lock:
+            return any(
+                entry.awaited and entry.awaited <= self._joined.keys()
+                for entry in self._entries.values()
+            )
 
     def unique_key(self, key: str) -> str:
         """Makes a state key differ from those of the callbacks made before."""
@@ -145,6 +197,20 @@ class FinalizeHook:
             live = set(self._entries)
         self._runs[directory] = run_directory.recover(directory, live=live)
         self.recorder(directory).begin(self._runs[directory])
+        self._tidy(run_directory.sweep, directory)
+
+    def name_of(self, callback: Participant) -> str:
+        """Under which name all processes know a callback in this run, and no other run does."""
+        run = self._runs.get(callback.directory, "")
+        return f"{callback.directory.absolute()} {callback.state_key} {run}"
+
+    def resumed(self, directory: Path, step: int) -> None:
+        """Takes note that training goes on from a step: it stays until a newer one is finalized."""
+        self._resumed[directory] = step
+
+    def prune(self, callback: Participant) -> None:
+        """Removes what a callback does not want to keep, in the background."""
+        self._tidy(self._prune, callback.directory, callback.retention)
 
     def advance(self, directory: Path, step: int) -> None:
         """Takes note that training is at `step`: what earlier ones left open stays incomplete."""
@@ -174,7 +240,7 @@ class FinalizeHook:
             checkpoint = PendingCheckpoint(path, step=step, epoch=epoch, run=run, record=record)
             self._entries[path] = _Entry(checkpoint, {})
             self._held = checkpoint.held
-        self._wait_for(callback.directory)
+        self._wait_for(callback.directory, bar=self._bar if callback.shows_progress else None)
         try:
             checkpoint.before = run_directory.check_is_newer(callback.directory, step)
         except (fp.CheckpointExistsError, OSError) as error:
@@ -243,10 +309,10 @@ class FinalizeHook:
         }
         return {**others, callback.state_key: callback}
 
-    def _wait_for(self, directory: Path) -> None:
+    def _wait_for(self, directory: Path, *, bar: progress.Bar | None = None) -> None:
         with self._lock:
             jobs = [job for path, job in self._jobs.items() if path.parent == directory]
-        futures.wait(jobs)
+        progress.wait(jobs, bar, self._written)
 
     def _settle(self, entries: Iterable[_Entry]) -> None:
         """Finalizes those that are closed, drops those that are open."""
@@ -265,11 +331,9 @@ class FinalizeHook:
             path = entry.checkpoint.path
             del self._entries[path]
             self._jobs = {path: job for path, job in self._jobs.items() if not job.done()}
-            if self._worker is None:
-                self._worker = futures.ThreadPoolExecutor(
-                    1, thread_name_prefix="flax_partial_finalize"
-                )
-            self._jobs[path] = self._worker.submit(_run, work, entry, *arguments)
+            self._writing = {path: self._writing[path] for path in self._jobs}
+            self._writing[path] = entry.checkpoint
+            self._jobs[path] = self._worker.submit(functools.partial(work, entry, *arguments))
 
     def _finalize(self, entry: _Entry, metrics: Mapping[str, Any]) -> None:
         checkpoint, callbacks = entry.checkpoint, list(entry.callbacks.values())
@@ -296,10 +360,20 @@ class FinalizeHook:
             began_at=report.finalized_at - report.finalize_secs,
             ended_at=report.finalized_at,
         )
-        logger.info("Finalized %s: %d groups.", report.path, len(report.groups))
+        log(report)
+        self._resumed.pop(report.path.parent, None)
         for callback in callbacks:
             check_score(report.path, report.metrics, callback.retention.monitor)
-            run_directory.prune(report.path.parent, callback.retention)
+            self.prune(callback)
+
+    def _tidy(self, work: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the interpreter is ending: the next run does it
+            self._remover.submit(functools.partial(work, *arguments))
+
+    def _prune(self, directory: Path, retention: Retention) -> None:
+        resumed = self._resumed.get(directory)
+        protected = () if resumed is None else (resumed,)
+        run_directory.prune(directory, retention, protected=protected)
 
     def _drop(self, entry: _Entry) -> None:
         checkpoint = entry.checkpoint
@@ -314,14 +388,6 @@ class FinalizeHook:
         self.recorder(checkpoint.path.parent).ended(
             checkpoint.step, timeline.GIVEN_UP, began_at=now, ended_at=now
         )
-
-
-def _run(work: Callable[..., None], *arguments: Any) -> None:
-    """Runs the worker's job: housekeeping that fails is said, and stops nothing."""
-    try:
-        work(*arguments)
-    except Exception:
-        logger.exception("Could not tidy up after a checkpoint.")
 
 
 def _check_agree(one: Participant, other: Participant) -> None:

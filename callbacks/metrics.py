@@ -1,4 +1,4 @@
-"""The trainer's metrics, as they are stored with a checkpoint and score it."""
+"""The trainer's metrics, stored with a checkpoint; and what a checkpoint cost, told as metrics."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    from flax_partial.callbacks.reports import CheckpointReport
+
+    OnMetrics = Callable[[Mapping[str, float], int], object]
 
 logger = logging.getLogger(__name__)
 
@@ -36,3 +40,43 @@ def check_score(path: Path, numbers: Mapping[str, float], monitor: str | None) -
             monitor,
             ", ".join(numbers),
         )
+
+
+def costs(report: CheckpointReport) -> dict[str, float]:
+    """What a checkpoint cost, under the names that loggers show."""
+    return {
+        "checkpoint/blocked_secs": report.blocked_secs,
+        "checkpoint/write_secs": report.write_secs,
+        "checkpoint/bytes": report.bytes,
+        "checkpoint/finalize_secs": report.finalize_secs,
+    }
+
+
+def send(report: CheckpointReport, trainer: Any, on_metrics: OnMetrics | None) -> None:
+    """Tells what a checkpoint cost: a function, or else the trainer's loggers, as Lightning's are.
+
+    Raises:
+      Exception: Whatever the function or the logger raised.
+    """
+    if on_metrics is not None:
+        on_metrics(costs(report), report.step)
+        return
+    for one in getattr(trainer, "loggers", None) or [getattr(trainer, "logger", None)]:
+        if hasattr(one, "log_metrics"):
+            one.log_metrics(costs(report), report.step)
+
+
+def log(report: CheckpointReport) -> None:
+    """Writes the one line of a checkpoint."""
+    from rich.filesize import decimal
+
+    logger.info(
+        "Finalized %s: %s in %d groups; held training for %.3f s, written in %.3f s, finalized in "
+        "%.3f s.",
+        report.path,
+        decimal(report.bytes),
+        len(report.groups),
+        report.blocked_secs,
+        report.write_secs,
+        report.finalize_secs,
+    )

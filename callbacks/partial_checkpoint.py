@@ -17,15 +17,21 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
+import flax_partial as fp
 from flax_partial.callbacks import grouping, run_directory, stacking, state
+from flax_partial.callbacks.clock import Clock
 from flax_partial.callbacks.finalize_hook import FinalizeHook
+from flax_partial.callbacks.finished import Finished
+from flax_partial.callbacks.metrics import send
+from flax_partial.callbacks.progress import Bar
 from flax_partial.callbacks.schedule import Retention, Schedule
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
+    from datetime import timedelta
 
-    import flax_partial as fp
+    from flax_partial.callbacks.metrics import OnMetrics
     from flax_partial.callbacks.pending import PendingCheckpoint
     from flax_partial.callbacks.reports import CheckpointReport
 
@@ -48,6 +54,24 @@ def _held(
         finally:
             self.finalizer.held(self.directory, time.perf_counter() - begun, name)
         self._raise_failure()
+
+    return hook
+
+
+def _hook(
+    method: Callable[Concatenate[PartialCheckpointCallback, Any, P], None],
+) -> Callable[Concatenate[PartialCheckpointCallback, Any, P], None]:
+    """A hook of the training thread: `_held`, and then tells what has been finalized meanwhile."""
+    held = _held(method)
+
+    @functools.wraps(method)
+    def hook(
+        self: PartialCheckpointCallback, trainer: Any, /, *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        held(self, trainer, *args, **kwargs)
+        if self.shows_progress:
+            self.finalizer.show_progress()
+        self._tell_costs(trainer)
 
     return hook
 
@@ -85,6 +109,7 @@ class PartialCheckpointCallback:
         *,
         every_n_epochs: int | None = 1,
         every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
         group_by: grouping.GroupBy | None = None,
         stacked: stacking.Stacked | None = None,
         state_fn: state.StateFn | None = None,
@@ -92,10 +117,15 @@ class PartialCheckpointCallback:
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         save_top_k: int | None = None,
+        keep_every_n_steps: int | None = None,
+        keep_time_interval: timedelta | None = None,
+        save_on_preemption: bool = True,
+        save_on_exception: bool = False,
         finalizer: FinalizeHook | None = None,
         options: fp.SaveOptions | None = None,
         reuse_unchanged: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
+        on_metrics: OnMetrics | None = None,
         progress: bool = False,
     ) -> None:
         """Prepares a callback; nothing is written before training begins.
@@ -104,6 +134,9 @@ class PartialCheckpointCallback:
           directory: A run's directory, which holds a checkpoint a step.
           every_n_epochs: Save at the end of each n-th epoch; None for no epoch.
           every_n_train_steps: Save after each n-th step as well; None for none.
+          train_time_interval: Save as well once so much time has gone by since the last save. Of
+            several processes the first one's clock counts, and all save the same step; there it
+            counts from `on_fit_start`.
           group_by: From a leaf's key path to the group it is saved with, for what is not streamed;
             by default, layer by layer.
           stacked: From the name of a leaf or subtree ("params.layers") to the axis along which its
@@ -112,10 +145,21 @@ class PartialCheckpointCallback:
           state_fn: From trainer and module to the tree to save, in which NNX objects may stand; by
             default, an NNX module with `trainer.optimizer`, a Flax `TrainState`, or
             `trainer.state`.
-          keep_last: Keep so many of the newest checkpoints; by default, all.
+          keep_last: Keep so many of the newest checkpoints. Without this and the other three that
+            say what to keep, all are kept; with any of them, the newest and what any one keeps.
           monitor: The one of the trainer's `callback_metrics` that scores a checkpoint.
           mode: Whether the best score is the smallest or the largest.
-          save_top_k: Keep so many of the best checkpoints, beside the newest.
+          save_top_k: Keep so many of the best checkpoints.
+          keep_every_n_steps: Keep the first checkpoint at or after each n-th step.
+          keep_time_interval: Keep the oldest checkpoint, and after it always the first that is
+            finalized so much later than the one kept before.
+          save_on_preemption: When the process gets SIGTERM, save the step under way once it is
+            finished, finalize, and stop: by `trainer.should_stop = True`, or, where the trainer has
+            no such attribute, `SystemExit(143)`. A handler that was there before is called then,
+            in place of that exit. Listens from `on_fit_start` to the end of training.
+          save_on_exception: When training fails, save the last step that was finished. Its arrays
+            are held until the next one is; those that the step under way was given to write over
+            (donated) cannot be saved, and that is said.
           finalizer: Shared by all callbacks that save into one directory; by default, one of its
             own.
           options: How parts are written.
@@ -123,7 +167,12 @@ class PartialCheckpointCallback:
             before (frozen layers, the base of an adapter) are not written again: both checkpoints
             share the files that hold them, and either may be removed.
           on_save_error: Whether a failed save is raised at the next hook, or logged and counted.
-          progress: Show a bar while waiting for checkpoints at the end of training.
+          on_metrics: Called in a hook, once a checkpoint is finalized, with its step and, before
+            that, `checkpoint/blocked_secs`, `.../write_secs`, `.../bytes`, `.../finalize_secs`; by
+            default, `log_metrics` of the trainer's `loggers` or `logger`, if it has any. What it
+            raises is raised by that hook, and harms no checkpoint.
+          progress: Show a bar of bytes while training waits for checkpoints, or for one to be
+            loaded, for longer than a second; below a bar of tqdm's, also while training goes on.
 
         Raises:
           ValueError: An option has a value that makes no sense, alone or with another.
@@ -132,17 +181,24 @@ class PartialCheckpointCallback:
         if on_save_error not in ("raise", "warn"):
             raise ValueError(f"on_save_error is {on_save_error!r}; it must be 'raise' or 'warn'.")
         self.directory = Path(directory)
-        self.retention = Retention(keep_last, monitor, mode, save_top_k)
+        self.retention = Retention(
+            keep_last, monitor, mode, save_top_k, keep_every_n_steps, keep_time_interval
+        )
         self.options = options
         self.reuse_unchanged = reuse_unchanged
         self.finalizer = finalizer or FinalizeHook()
         self.failed_saves = 0
-        self._schedule = Schedule(every_n_epochs, every_n_train_steps)
+        self._schedule = Schedule(every_n_epochs, every_n_train_steps, train_time_interval)
+        self._clock = Clock(train_time_interval) if train_time_interval is not None else None
         self._group_by = group_by
         self._stacked = stacking.check(stacked or {})
         self._state_fn = state_fn
         self._on_save_error = on_save_error
-        self._progress = progress
+        self._on_metrics = on_metrics
+        self._save_on_preemption = save_on_preemption
+        self._save_on_exception = save_on_exception
+        self._finished: Finished | None = None
+        self.shows_progress = progress
         self._state_key = self.finalizer.unique_key(
             f"{type(self).__qualname__}({every_n_epochs=}, {every_n_train_steps=}, {monitor=})"
         )
@@ -183,13 +239,17 @@ class PartialCheckpointCallback:
         """Joins the callbacks that share its hook."""
         self.finalizer.join(self)
 
-    @_held
+    @_hook
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         """Finalizes or drops what an ended run has left, and removes what is not to be kept."""
         self.finalizer.join(self)
         self._step_before = trainer.global_step
         self.recover()
-        run_directory.prune(self.directory, self.retention)
+        self.finalizer.prune(self)
+        if self._clock is not None:
+            self._clock.start(self.finalizer.name_of(self), trainer.global_step)
+        if self._save_on_preemption:
+            self.finalizer.preemption.watch(self.state_key)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Takes note of the step that training, restored by now, starts from."""
@@ -200,39 +260,64 @@ class PartialCheckpointCallback:
         self._step_before = trainer.global_step
         self.finalizer.recorder(self.directory).step_began()
 
-    @_held
+    @_hook
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves what was not streamed of a step that is to be saved."""
         step = trainer.global_step
         self.finalizer.advance(self.directory, step)
+        self._reach(step, "on_train_batch_end")
         if self.is_due(trainer, step, epoch_ends=trainer.is_last_batch):
             self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
+        if self._save_on_exception:
+            self._finished = Finished.of(trainer, module, self._state_fn)
         self._step_before = step
         self.finalizer.recorder(self.directory).step_ended(step)
+        self._stop_after_last(trainer, step)
 
-    @_held
+    @_hook
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Finalizes; saves first if the epoch ended with a batch that did not look its last."""
         step = trainer.global_step
+        self._reach(step, "on_train_epoch_end")
         if self.is_due(trainer, step, epoch_ends=True):
             self._save(trainer, module, step, epoch_ends=True)
         self.finalizer.epoch_ended(trainer)
+        self._stop_after_last(trainer, step)
 
-    @_held
+    @_hook
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Waits until every checkpoint is finalized."""
-        self._end()
+        step = trainer.global_step
+        self._reach(step, "on_train_end")
+        if self._is_last(step) and step not in (0, self._last_saved):
+            self._save(trainer, module, step, epoch_ends=False)
+        try:
+            self._stop_after_last(trainer, step)
+        finally:
+            self._end()
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
-        """Lets saves in flight finish, and leaves what is not finalized to the next run."""
-        self.finalizer.leave()
+        """Lets saves in flight finish, and leaves what is not finalized to the next run.
+
+        With `save_on_exception` it saves the last finished step before, if that can be had.
+        """
+        self._stop_listening()
+        if self._save_on_exception:
+            self._rescue(trainer)
         self.finalizer.part(self)
+        if not (self._save_on_exception and self.finalizer.awaits_callbacks):
+            self.finalizer.leave()
+        self._finished = None
         while self._failures:
             logger.error("A checkpoint had failed, too.", exc_info=self._failures.popleft())
+        try:
+            self._tell_costs(trainer)
+        except Exception:
+            logger.exception("What checkpoints cost could not be told.")
 
-    @_held
+    @_hook
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """Waits until every checkpoint is finalized."""
         self._end()
@@ -258,47 +343,97 @@ class PartialCheckpointCallback:
         """What each checkpoint of its hook holds and cost."""
         return self.finalizer.reports
 
+    @property
+    def last_model_path(self) -> str:
+        """The newest finalized checkpoint of the directory; "" while there is none."""
+        return self._path_of(run_directory.choose(self.directory, self.retention, "latest"))
+
+    @property
+    def best_model_path(self) -> str:
+        """The best checkpoint that is there, by `monitor`; without one, the newest; "" if none.
+
+        Like `last_model_path` it is looked up on disk: after a restart it is the same.
+        """
+        if self.retention.monitor is None:
+            return self.last_model_path
+        return self._path_of(run_directory.choose(self.directory, self.retention, "best"))
+
+    @property
+    def best_model_score(self) -> float | None:
+        """The score that `best_model_path` was stored with; None without a score or a `monitor`."""
+        steps = fp.steps(self.directory)
+        known = run_directory.scores(self.directory, steps, self.retention.monitor)
+        best = self.retention.ranked(known, known)[:1]
+        return known[best[0]] if best else None
+
+    def _path_of(self, step: int | None) -> str:
+        return "" if step is None else str(self.directory / str(step))
+
     def recover(self) -> None:
         """Finalizes or drops what an ended run has left unfinished, as `on_fit_start` does."""
         self.finalizer.recover(self.directory)
         self._has_recovered = True
 
     def restore(
-        self, target: Any = None, *, which: Literal["latest", "best"] = "latest"
+        self, target: Any = None, *, which: Literal["latest", "best"] | int = "latest"
     ) -> tuple[Any, int] | None:
-        """Loads the newest or best checkpoint, once what an ended run left is recovered.
+        """Loads the newest or best checkpoint, or that of a step; recovers first.
+
+        The checkpoint stays, whatever is to be kept, until training has finalized a newer one.
 
         Args:
           target: What to load: a tree of arrays or `jax.ShapeDtypeStruct`, which decides structure,
             dtypes and shardings and may lack leaves that the checkpoint has; an NNX module, or a
             tree in which NNX objects stand (`{"params": model, "opt_state": optimizer}`), which
-            are updated in place; None for everything, as nested dicts and lists.
-          which: "latest", or "best" by `monitor` and `mode`.
+            are updated in place; None for everything, as nested dicts and lists. What it lacks is
+            not read: `{"params": params}` loads the parameters only, and so does an NNX module.
+          which: "latest", "best" by `monitor` and `mode`, or a step.
 
         Returns:
           The state and its step; None if there is no checkpoint yet.
 
         Raises:
           ValueError: `which` is "best" and there is no `monitor`.
+          NoSessionError: There is no checkpoint of the step that `which` is.
           TargetMismatchError: The checkpoint does not fit `target`; nothing was updated.
         """
         self.recover()
-        step = run_directory.choose(self.directory, self.retention, which)
-        if step is None:
-            logger.info("There is no checkpoint in %s to restore.", self.directory)
-            return None
-        restored = state.load(self.directory / str(step), target)
-        self._last_saved = step
-        return restored, step
+        while True:
+            step = run_directory.choose(self.directory, self.retention, which)
+            if step is None:
+                logger.info("There is no checkpoint in %s to restore.", self.directory)
+                return None
+            self.finalizer.resumed(self.directory, step)
+            try:
+                restored = self._load(self.directory / str(step), target)
+            except fp.NoSessionError:
+                if step in fp.steps(self.directory):
+                    raise
+                continue  # another process has just removed it
+            self._last_saved = step
+            return restored, step
+
+    def _load(self, path: Path, target: Any) -> Any:
+        if not self.shows_progress:
+            return state.load(path, target)
+        bar = Bar("Loading a checkpoint")
+        try:
+            return state.load(path, target, progress=bar.update)
+        finally:
+            bar.close()
 
     # What the hook calls.
 
     def is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
         """Whether to save `step`, which may end its epoch, and is not saved yet; never step 0."""
         schedule = self._schedule
-        is_due = schedule.is_step_due(step) or (
-            epoch_ends and schedule.is_epoch_due(trainer.current_epoch)
+        is_time = self._clock is not None and self._clock.is_due(step)  # asked about every step
+        is_due = (
+            is_time
+            or schedule.is_step_due(step)
+            or (epoch_ends and schedule.is_epoch_due(trainer.current_epoch))
         )
+        is_due = is_due or self._is_last(step) or self._is_rescued(step)
         return is_due and step not in (0, self._last_saved)
 
     def failed(self, error: BaseException) -> None:
@@ -325,20 +460,22 @@ class PartialCheckpointCallback:
         checkpoint = self._open(trainer, step)
         groups = {}
         try:
-            groups = self._rest(trainer, module, checkpoint)
+            tree = state.take(trainer, module, self._state_fn)
+            groups = self._rest(trainer, tree, checkpoint)
         except Exception as error:  # noqa: BLE001 - state_fn or group_by, or values they cannot take
             checkpoint.fail(error, [self])
         self.finalizer.close(self, checkpoint, groups, trainer=trainer, epoch_ends=epoch_ends)
         self._last_saved = step
+        if self._clock is not None:
+            self._clock.saved()
 
     def _open(self, trainer: Any, step: int) -> PendingCheckpoint:
         if not self._has_recovered:
             self.recover()
         return self.finalizer.open(self, step=step, epoch=trainer.current_epoch)
 
-    def _rest(self, trainer: Any, module: Any, checkpoint: PendingCheckpoint) -> dict[str, Any]:
+    def _rest(self, trainer: Any, tree: Any, checkpoint: PendingCheckpoint) -> dict[str, Any]:
         """The groups of the state that were not streamed."""
-        tree = state.take(trainer, module, self._state_fn)
         if tree is None and self._state_fn is None and not checkpoint.names:
             raise TypeError(
                 f"Found no state to save in {type(trainer).__name__}: its module is no NNX module, "
@@ -359,9 +496,55 @@ class PartialCheckpointCallback:
             self._step_before = int(trainer.global_step)
         return self._step_before
 
+    def _reach(self, step: int, hook: str) -> None:
+        if self._save_on_preemption:
+            self.finalizer.preemption.reach(step, hook)
+
+    def _is_last(self, step: int) -> bool:
+        return self._save_on_preemption and self.finalizer.preemption.is_due(step)
+
+    def _stop_after_last(self, trainer: Any, step: int) -> None:
+        """Finalizes, and tells training to stop, once all callbacks have saved the last step."""
+        preemption = self.finalizer.preemption
+        if self._save_on_preemption and preemption.is_last(self.state_key, step):
+            self.finalizer.epoch_ended(trainer)
+            self.finalizer.wait(show_progress=self.shows_progress)
+            preemption.stop(trainer)
+
+    def _is_rescued(self, step: int) -> bool:
+        return self._finished is not None and self.finalizer.rescued_step == step
+
+    def _rescue(self, trainer: Any) -> None:
+        """Saves the last finished step, and finalizes what is complete; an error is on its way."""
+        finished = self._finished
+        try:
+            if finished is not None and finished.step not in (0, self._last_saved):
+                finished.check_is_there()
+                self.finalizer.rescued_step = finished.step
+                checkpoint = self.finalizer.open(self, step=finished.step, epoch=finished.epoch)
+                groups = self._rest(trainer, finished.tree, checkpoint)
+                self.finalizer.close(self, checkpoint, groups, trainer=trainer, epoch_ends=False)
+                self._last_saved = finished.step
+            self.finalizer.epoch_ended(trainer)
+        except Exception:
+            logger.exception("The last finished step could not be saved.")
+
     def _end(self) -> None:
-        self.finalizer.wait(show_progress=self._progress)
+        self.finalizer.wait(show_progress=self.shows_progress)
         self.finalizer.part(self)
+        self._stop_listening()
+        self._finished = None
+
+    def _stop_listening(self) -> None:
+        self.finalizer.preemption.unwatch(self.state_key)
+        if self._clock is not None:
+            self._clock.stop()
+
+    def _tell_costs(self, trainer: Any) -> None:
+        """Of each finalized checkpoint once: to the function of each callback, or the trainer."""
+        reader = "the trainer" if self._on_metrics is None else self.state_key
+        for report in self.finalizer.new_reports(reader):
+            send(report, trainer, self._on_metrics)
 
     def _raise_failure(self) -> None:
         if self._failures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ class Participant(Protocol):
     retention: Retention
     options: fp.SaveOptions | None
     reuse_unchanged: bool
+    shows_progress: bool
 
     @property
     def state_key(self) -> str:
@@ -79,6 +81,7 @@ class PendingCheckpoint:
         self._groups: dict[str, list[str]] = {}
         self._pieces: Counter[str] = Counter()
         self._saves: dict[str, fp.SaveHandle] = {}
+        self._sizes: dict[str, int] = {}
         self._messages: list[fp.SaveHandle] = []
         self._owners: dict[_Claim, str] = {}
         self._carrier: Any = None
@@ -124,6 +127,12 @@ class PendingCheckpoint:
             message = self._message({"session": closing})
             handle = self._submit(participant, lambda: message)
             self._messages += [handle] if handle else []
+
+    def written(self) -> tuple[int, int]:
+        """How many bytes of how many, of those that this process saves, are written."""
+        saves = list(self._saves.items())
+        done = sum(self._sizes[group] for group, handle in saves if handle.done())
+        return done, sum(self._sizes[group] for group, _ in saves)
 
     def wait(self) -> None:
         """Waits until no save is in flight; the first failure is in `error` then."""
@@ -279,6 +288,7 @@ class PendingCheckpoint:
             handle = self._submit(participant, what)
         if handle is not None:
             handle.add_done_callback(record)
+            self._sizes[group] = sum(_bytes_of(leaf) for _, leaf in leaves)
             self._saves[group] = handle
             self._carrier = self._carrier or _carrier(leaves)
 
@@ -356,3 +366,16 @@ def _is_whole(leaf: Any) -> bool:
     if isinstance(leaf, jax.Array):
         return leaf.is_fully_addressable
     return isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex | str)
+
+
+def _bytes_of(leaf: Any) -> int:
+    """What this process writes of a leaf."""
+    if isinstance(leaf, rows.Row):
+        count: int = math.prod(leaf.value.shape[axis] for axis in leaf.axes)
+        return _bytes_of(leaf.value) // count
+    if isinstance(leaf, fp.Slice):
+        return _bytes_of(leaf.value)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        shards = leaf.addressable_shards
+        return sum(_bytes_of(shard.data) for shard in shards if shard.replica_id == 0)
+    return int(getattr(leaf, "nbytes", 0))

@@ -51,8 +51,9 @@ class Recorder:
         self._lines: list[str] = []
 
     def begin(self, run: str) -> None:
-        """Takes note that what follows belongs to another run."""
-        self.flush()
+        """Takes note that what follows belongs to another run, and what only led up to it, too."""
+        if self._steps or self._lines:
+            self.flush()
         self._run, self._has_begun = run, False
 
     def step_began(self) -> None:

@@ -6,12 +6,15 @@ what it has done.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import re
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -19,16 +22,15 @@ import flax_partial as fp
 from flax_partial.callbacks import completeness
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Container, Iterable, Mapping
 
     from flax_partial.callbacks.schedule import Retention
 
 logger = logging.getLogger(__name__)
 
 _SESSION = re.compile(r"(\d+)\.partial_save")
-_REMOVED = ".removed-{}"
-# What `prune` leaves when it is killed, and what `abort` does.
-_HALF_DELETED = re.compile(r"\.removed-\d+|\.\d+\.partial_save\.[0-9a-f]+\.deleted")
+# What `fp.remove` leaves when it is killed, and what `fp.abort` does.
+_HALF_DELETED = re.compile(r"\.\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
 
 
 def recover(directory: Path, *, live: Container[Path] = ()) -> str:
@@ -62,8 +64,6 @@ def _recover(directory: Path, live: Container[Path]) -> str:
         session = _SESSION.fullmatch(entry.name)
         if session and directory / session[1] not in live:
             _settle(directory / session[1], int(session[1]))
-        elif _HALF_DELETED.fullmatch(entry.name):
-            _delete(entry)
     return uuid.uuid4().hex
 
 
@@ -106,36 +106,67 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def prune(directory: Path, retention: Retention) -> None:
+def prune(directory: Path, retention: Retention, *, protected: Container[int] = ()) -> None:
     """Removes the checkpoints that are no longer to be kept, oldest first.
 
-    Each goes by one rename, to a name that no reader takes for a step, and is deleted then: killed
-    anywhere, a checkpoint is whole or none any more, and `recover` deletes the rest of it.
+    Each disappears at once, and is deleted then: killed anywhere, a checkpoint is whole or none any
+    more, and `sweep` deletes the rest of it. One that is being read stays, for the next time.
+
+    Args:
+      directory: A run's directory of steps.
+      retention: Which are kept.
+      protected: Steps that are kept in any case.
     """
     if not (retention.removes and is_primary()):
         return
     steps = fp.steps(directory)
-    known = scores(directory, steps, retention.monitor) if retention.save_top_k else {}
-    for step in retention.expired(steps, known):
-        gone = (directory / str(step)).rename(directory / _REMOVED.format(step))
-        _sync(directory)
-        _delete(gone)
-        logger.info("Removed the checkpoint %s.", directory / str(step))
+    known = _known(directory, steps) if retention.looks_inside else {}
+    times = {step: entry.committed_at for step, entry in known.items()}
+    for step in retention.expired(steps, _scores(known, retention.monitor), times):
+        if step not in protected:
+            _remove(directory / str(step))
 
 
-def choose(directory: Path, retention: Retention, which: str) -> int | None:
-    """The newest step, or the best one of those that have a score; None if there is none.
+def _remove(path: Path) -> None:
+    try:
+        fp.remove(path)
+    except fp.CheckpointInUseError as error:
+        logger.debug("Left %s for now: %s", path, error)
+    except fp.NoSessionError:
+        return  # somebody else has removed it
+    except OSError:
+        logger.exception("Could not remove the checkpoint %s; training goes on.", path)
+    else:
+        logger.debug("Removed the checkpoint %s.", path)
+
+
+def sweep(directory: Path) -> None:
+    """Deletes what is left of checkpoints and sessions whose removal was interrupted."""
+    if not (is_primary() and directory.is_dir()):
+        return
+    for entry in directory.iterdir():
+        if _HALF_DELETED.fullmatch(entry.name):
+            _delete(entry)
+
+
+def choose(directory: Path, retention: Retention, which: str | int) -> int | None:
+    """The newest step, the best one of those that have a score, or a given one; None if none.
 
     Raises:
       ValueError: The best one is asked for, and there is no metric to choose by.
+      NoSessionError: There is no checkpoint of the step asked for.
     """
     steps = fp.steps(directory)
+    if isinstance(which, int) and not isinstance(which, bool):
+        if which not in steps:
+            raise fp.NoSessionError(f"{directory} holds no checkpoint of step {which}: {steps}.")
+        return which
     if which == "latest":
         return max(steps, default=None)
     if which != "best" or retention.monitor is None:
         raise ValueError(
-            f"which={which!r} with monitor={retention.monitor!r}: it must be 'latest', or 'best' "
-            "where a monitor scores the checkpoints."
+            f"which={which!r} with monitor={retention.monitor!r}: it must be 'latest', a step, or "
+            "'best' where a monitor scores the checkpoints."
         )
     known = scores(directory, steps, retention.monitor)
     return next(iter(retention.ranked(known, known)), None)
@@ -143,12 +174,43 @@ def choose(directory: Path, retention: Retention, which: str) -> int | None:
 
 def scores(directory: Path, steps: Iterable[int], monitor: str | None) -> dict[int, float]:
     """Step to the score that its checkpoint was stored with; those without one are left out."""
+    return _scores(_known(directory, steps), monitor)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is remembered of a checkpoint, which never changes."""
+
+    metrics: Mapping[str, Any]
+    committed_at: float
+
+
+def _known(directory: Path, steps: Iterable[int]) -> dict[int, _Known]:
     found = {}
     for step in steps:
-        metrics = fp.metadata(directory / str(step)).custom_metadata.get("metrics", {})
-        if monitor in metrics:
-            found[step] = float(metrics[monitor])
+        path = directory / str(step)
+        # Somebody else may have removed it; and what is damaged has no score.
+        with contextlib.suppress(FileNotFoundError, fp.CorruptCheckpointError):
+            status = path.stat()
+            found[step] = _look(path, status.st_ino, status.st_mtime_ns)
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _look(path: Path, _inode: int, _mtime_ns: int) -> _Known:
+    """Reads it once: the table of contents of a large model takes a while."""
+    metadata = fp.metadata(path)
+    return _Known(metadata.custom_metadata.get("metrics", {}), metadata.committed_at)
+
+
+def _scores(known: Mapping[int, _Known], monitor: str | None) -> dict[int, float]:
+    if monitor is None:
+        return {}
+    return {
+        step: float(entry.metrics[monitor])
+        for step, entry in known.items()
+        if monitor in entry.metrics
+    }
 
 
 def _settle(path: Path, step: int) -> None:
@@ -174,19 +236,13 @@ def _drop(path: Path, why: str) -> None:
 
 
 def _delete(directory: Path) -> None:
+    """Deletes a directory, that another process may be deleting too."""
     for parent, folders, files in os.walk(directory, topdown=False):
         for name in files:
-            Path(parent, name).unlink()
+            Path(parent, name).unlink(missing_ok=True)
         for name in folders:
             folder = Path(parent, name)
-            folder.unlink() if folder.is_symlink() else folder.rmdir()
-    directory.rmdir()
-
-
-def _sync(directory: Path) -> None:
-    """Makes a rename durable before what depends on it."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                folder.unlink() if folder.is_symlink() else folder.rmdir()
+    with contextlib.suppress(FileNotFoundError):
+        directory.rmdir()

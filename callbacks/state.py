@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # Where most nodes of a tree come from: dicts and lists, and arrays.
 _NEVER_NNX = frozenset(("builtins", "numpy", "jaxlib._jax"))
 
+Progress = Callable[[int, int], None]
+"""Called with how many bytes of how many are read."""
+
 StateFn = Callable[[Any, Any], Any]
 """From trainer and module to the tree that is saved; NNX objects may stand in it."""
 
@@ -50,7 +53,7 @@ def pure(tree: Any) -> Any:
     return jax.tree.map(lambda node: _pure(nnx, node), tree, is_leaf=_is_nnx)
 
 
-def load(path: Path, target: Any) -> Any:
+def load(path: Path, target: Any, *, progress: Progress | None = None) -> Any:
     """Loads what `target` names; NNX objects in it are updated in place, and returned themselves.
 
     Raises:
@@ -58,10 +61,10 @@ def load(path: Path, target: Any) -> Any:
         or dtype; nothing was updated.
     """
     if target is None:
-        return fp.load(path)
+        return fp.load(path, progress=progress)
     if _is_nnx(target):
-        return load(path, {"params": target})["params"]
-    loaded = fp.load(path, target=pure(target), partial=True)
+        return load(path, {"params": target}, progress=progress)["params"]
+    loaded = fp.load(path, target=pure(target), partial=True, progress=progress)
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return loaded

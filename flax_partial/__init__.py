@@ -3,9 +3,10 @@
 `save` and `save_async` add parts to an unfinished checkpoint, `finalize` makes it appear, whole.
 """
 
-from flax_partial.catalog import latest, steps
+from flax_partial.catalog import latest, remove, steps
 from flax_partial.errors import (
     CheckpointExistsError,
+    CheckpointInUseError,
     CorruptCheckpointError,
     EmptyStateError,
     IncompleteCheckpointError,
@@ -34,6 +35,7 @@ from flax_partial.workers import FinalizeHandle, SaveHandle
 
 __all__ = [
     "CheckpointExistsError",
+    "CheckpointInUseError",
     "CheckpointMetadata",
     "CorruptCheckpointError",
     "EmptyStateError",
@@ -60,6 +62,7 @@ __all__ = [
     "latest",
     "load",
     "metadata",
+    "remove",
     "save",
     "save_async",
     "status",

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from flax_partial import orbax_reader, storage
+from flax_partial.errors import NoSessionError
 from flax_partial.session import PathLike
 
 
@@ -30,6 +31,28 @@ def latest(directory: PathLike) -> Path | None:
     """
     found = steps(directory)
     return Path(directory).absolute() / str(found[-1]) if found else None
+
+
+def remove(path: PathLike) -> None:
+    """Removes a finalized checkpoint, ours or Orbax's, unless somebody is reading it.
+
+    It disappears at once, by a rename, and is deleted then. Killed, or cut off from power, at any
+    moment, the checkpoint is there whole, or not at all; what may be left of it lies beside it, as
+    `.<name>.<hex>.deleted`, which no reader takes for a checkpoint.
+
+    Args:
+      path: The checkpoint.
+
+    Raises:
+      CheckpointInUseError: `load`, `metadata` or `verify` reads it now, here or in another process;
+        it was left as it is. Orbax's own readers are not known of.
+      NoSessionError: There is no finalized checkpoint at `path`.
+      OSError: It cannot be removed, or only in part: then it is no checkpoint any more.
+    """
+    where = storage.resolve(path)
+    if not is_finalized(where.final):
+        raise NoSessionError(f"There is no finalized checkpoint at {where.final}.")
+    storage.remove_checkpoint(where)
 
 
 def _is_step(name: str) -> bool:

@@ -3,6 +3,7 @@
     PartialCheckpointError
     ├── CheckpointExistsError   (FileExistsError)    the finalized checkpoint is there already
     ├── NoSessionError          (FileNotFoundError)  nothing here to finalize, look at or load
+    ├── CheckpointInUseError    (BlockingIOError)    somebody is reading what was to be removed
     ├── KeyConflictError        (ValueError)         two leaves cannot stand in one tree
     ├── UnsupportedLeafError    (TypeError)          a value that no checkpoint can hold
     │   └── EmptyStateError     (ValueError)         a state without a single leaf
@@ -25,6 +26,10 @@ class CheckpointExistsError(PartialCheckpointError, FileExistsError):
 
 class NoSessionError(PartialCheckpointError, FileNotFoundError):
     """Nothing that could be finalized, looked at, or loaded is at the path."""
+
+
+class CheckpointInUseError(PartialCheckpointError, BlockingIOError):
+    """Somebody is reading the checkpoint that was to be removed; nothing was removed."""
 
 
 class KeyConflictError(PartialCheckpointError, ValueError):

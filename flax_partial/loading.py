@@ -35,6 +35,7 @@ from flax_partial.session import PathLike, read_parts
 from flax_partial.storage import CheckpointPath
 
 _VERIFIED_AT_ONCE_BYTES = 256 << 20
+_PIECE_BYTES = 96 << 20  # of a load that says how far it is
 _UNSUSPICIOUS_BYTES = 256 << 20  # reading this much takes longer than asking for the files' sizes
 _MOST_ZSTD = 1 << 15  # bytes that a byte of zstd stands for: its shortest block is 4, for 128 KiB
 
@@ -98,7 +99,14 @@ class _OwnCheckpoint:
         return f"what is read would be of {total} bytes, and {self._state} holds {held}"
 
 
-def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: bool = False) -> Any:
+def load(
+    path: PathLike,
+    target: Any = None,
+    *,
+    partial: bool = False,
+    cast: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
     """Reads a finalized checkpoint, ours or Orbax's, and checks the digests of what it reads.
 
     Args:
@@ -108,6 +116,8 @@ def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: boo
         a Flax state with the same keys are interchangeable. None reads everything.
       partial: Whether `target` may lack leaves of the checkpoint; those are not read.
       cast: Whether a dtype that differs is converted; an error otherwise.
+      progress: Called in this thread, before the first and after each piece of some 100 MiB, with
+        how many bytes of how many are read.
 
     Returns:
       Without a target nested dicts and lists, with leaves of the kinds that were saved; a
@@ -120,19 +130,27 @@ def load(path: PathLike, target: Any = None, *, partial: bool = False, cast: boo
       CorruptCheckpointError: Data on disk is damaged; it names the leaves.
       OSError: The system refused to read it, which says nothing of the data.
     """
-    with collector.paused():
-        return _load(storage.resolve(path), target, partial=partial, cast=cast)
+    where = storage.resolve(path)
+    with collector.paused(), storage.reading(where.final):
+        return _load(where, target, partial=partial, cast=cast, progress=progress)
 
 
-def _load(where: CheckpointPath, target: Any, *, partial: bool, cast: bool) -> Any:
+def _load(
+    where: CheckpointPath,
+    target: Any,
+    *,
+    partial: bool,
+    cast: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Any:
     checkpoint = open_checkpoint(where)
     if target is None:
         placements = [placing.as_saved(leaf) for leaf in checkpoint.contents.leaves]
-        return _nested(checkpoint.contents.leaves, _read(checkpoint, placements))
+        return _nested(checkpoint.contents.leaves, _read(checkpoint, placements, progress))
     flat, structure = keypaths.flatten(target, is_leaf=snapshot.is_leaf)
     wanted = [(keypaths.from_jax(path).name, value) for path, value in flat]
     placements = _plan(checkpoint.contents.leaves, wanted, partial=partial, cast=cast)
-    return tree_util.tree_unflatten(structure, _read(checkpoint, placements))
+    return tree_util.tree_unflatten(structure, _read(checkpoint, placements, progress))
 
 
 def metadata(path: PathLike) -> CheckpointMetadata:
@@ -146,7 +164,8 @@ def metadata(path: PathLike) -> CheckpointMetadata:
       CorruptCheckpointError: Its table of contents is damaged.
     """
     where = storage.resolve(path)
-    return described(where, open_checkpoint(where).contents)
+    with storage.reading(where.final):
+        return described(where, open_checkpoint(where).contents)
 
 
 def verify(path: PathLike) -> VerifyReport:
@@ -167,6 +186,11 @@ def verify(path: PathLike) -> VerifyReport:
 def verify_with(path: PathLike, *, progress: Callable[[int, int], None]) -> VerifyReport:
     """Does what `verify` does, and tells after each batch how many bytes of how many are read."""
     where = storage.resolve(path)
+    with storage.reading(where.final):
+        return _verify(where, progress)
+
+
+def _verify(where: CheckpointPath, progress: Callable[[int, int], None]) -> VerifyReport:
     try:
         checkpoint = open_checkpoint(where)
     except CorruptCheckpointError as error:
@@ -272,10 +296,17 @@ def _plan(
     return placements
 
 
-def _read(checkpoint: Checkpoint, placements: Sequence[Placement]) -> list[Any]:
-    """Reads the boxes of all placements at once, and builds their leaves."""
+def _read(
+    checkpoint: Checkpoint,
+    placements: Sequence[Placement],
+    progress: Callable[[int, int], None] | None,
+) -> list[Any]:
+    """Reads the boxes of all placements, in pieces if progress is told, and builds the leaves."""
     regions = [(one.leaf, *box) for one in placements for box in one.boxes]
-    outcomes = checkpoint.read(regions)
+    if progress is None:
+        outcomes = checkpoint.read(regions)
+    else:
+        outcomes = _read_in_pieces(checkpoint, regions, progress)
     errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
     for error in errors:
         if isinstance(error, OSError):
@@ -285,6 +316,24 @@ def _read(checkpoint: Checkpoint, placements: Sequence[Placement]) -> list[Any]:
     data: Iterator[Any] = iter(outcomes)
     values = [one.build([next(data) for _ in one.boxes]) for one in placements]
     return placing.put_on_devices(values)
+
+
+def _read_in_pieces(
+    checkpoint: Checkpoint, regions: Sequence[Region], progress: Callable[[int, int], None]
+) -> list[np.ndarray | Exception]:
+    sizes = [*map(region_bytes, regions)]
+    outcomes: list[np.ndarray | Exception] = []
+    done, total = 0, sum(sizes)
+    while len(outcomes) < len(regions):
+        progress(done, total)
+        first = end = len(outcomes)
+        piece_end = done + _PIECE_BYTES
+        while end < len(regions) and (end == first or done + sizes[end] <= piece_end):
+            done += sizes[end]
+            end += 1
+        outcomes += checkpoint.read(regions[first:end])
+    progress(done, total)
+    return outcomes
 
 
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:

@@ -4,6 +4,9 @@ A session is the directory `<checkpoint>.partial_save`. Whoever saves into it ho
 on the directory itself, whoever finalizes or aborts an exclusive one; there is no lock file, and
 the kernel drops the lock of a process that dies. After waiting, the inode behind the path is
 compared with the one that was locked: the session may have been renamed away meanwhile.
+
+A finalized checkpoint is locked the same way: shared by whoever reads it, exclusively by whoever
+removes it, who does not wait.
 """
 
 import contextlib
@@ -21,7 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from flax_partial.errors import CheckpointExistsError, CorruptCheckpointError, NoSessionError
+from flax_partial.errors import (
+    CheckpointExistsError,
+    CheckpointInUseError,
+    CorruptCheckpointError,
+    NoSessionError,
+)
 
 SESSION_SUFFIX = ".partial_save"
 PART_PREFIX = "part."
@@ -233,6 +241,56 @@ def _lock(directory: Path, kind: int) -> SessionLock | None:
         raise
     lock.release()
     return None
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Keeps a finalized checkpoint from being removed meanwhile.
+
+    Where there is none, or no lock to be had (on a file system that knows none, or without the
+    permission to list the directory), nothing is locked: reading it says what is wrong.
+    """
+    lock = _lock_for_reading(checkpoint)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _lock_for_reading(checkpoint: Path) -> SessionLock | None:
+    while True:
+        try:
+            lock = SessionLock(os.open(checkpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            lock.acquire(fcntl.LOCK_SH)
+            status = os.stat(checkpoint)
+        except OSError:
+            return None
+        if (status.st_dev, status.st_ino) == lock.identity:
+            return lock
+        lock.release()  # another one has taken its place
+
+
+def remove_checkpoint(where: CheckpointPath) -> None:
+    """Removes a finalized checkpoint, unless somebody reads it.
+
+    Raises:
+      CheckpointInUseError: Somebody does.
+      NoSessionError: There is none, or none any more.
+    """
+    try:
+        lock = _lock(where.final, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointInUseError(
+            errno.EWOULDBLOCK, "It is being read, and was not removed", str(where.final)
+        ) from None
+    if lock is None:
+        raise NoSessionError(f"There is no checkpoint at {where.final}.")
+    try:
+        doomed = _rename_away(where.final)
+    finally:
+        lock.release()  # who waits for it to read need not wait for the rest
+    _remove_renamed(where.final, doomed)
 
 
 def identity(directory: Path) -> tuple[int, int] | None:
@@ -596,10 +654,18 @@ def remove_session(where: CheckpointPath) -> None:
 
 def remove_directory(directory: Path) -> None:
     """Removes a directory that others may be looking at: it disappears at once, then is deleted."""
+    _remove_renamed(directory, _rename_away(directory))
+
+
+def _rename_away(directory: Path) -> Path:
     doomed = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.deleted")
     os.rename(directory, doomed)
+    return doomed
+
+
+def _remove_renamed(directory: Path, doomed: Path) -> None:
     try:
-        fsync_directory(directory.parent)
+        fsync_directory(directory.parent)  # else a power cut may bring back half of it
         _remove_tree(doomed)
     except OSError as error:
         error.add_note(f"{directory} is gone; what is left of it lies in {doomed}.")

@@ -71,6 +71,10 @@ class Process:
     def wait(self, secs: float) -> int:
         return self._process.wait(secs)
 
+    def terminate(self) -> None:
+        """Announces its end to it, as a scheduler would."""
+        self._process.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """Ends it as a power switch would."""
         self.was_killed = True

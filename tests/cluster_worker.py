@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import types
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -456,6 +457,38 @@ def run_loop(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return restored[1] if restored else 0, [report.step for report in callback.reports]
+
+
+def train_until_told(directory: str, pause_secs: float, **options: Any) -> tuple[int, list[int]]:
+    """Trains at a pace of its own until told to stop; its last step, and those it finalized.
+
+    Unless told it ends after `most_steps`.
+    """
+    most_steps = options.pop("most_steps", 10_000)
+    if "interval_secs" in options:
+        options["train_time_interval"] = timedelta(seconds=options.pop("interval_secs"))
+    callback = PartialCheckpointCallback(
+        directory,
+        every_n_epochs=None,
+        state_fn=lambda trainer, _: {f"of{jax.process_index()}": np.full(9, trainer.global_step)},
+        finalizer=FinalizeHook(timeout_secs=20),
+        options=QUICK,
+        **options,
+    )
+    trainer = types.SimpleNamespace(
+        global_step=0,
+        current_epoch=0,
+        callback_metrics={},
+        is_last_batch=False,
+        should_stop=False,
+    )
+    callback.on_fit_start(trainer, None)
+    while not trainer.should_stop and trainer.global_step < most_steps:
+        time.sleep(pause_secs)
+        trainer.global_step += 1
+        callback.on_train_batch_end(trainer, None, None, None, trainer.global_step)
+    callback.on_train_end(trainer, None)
+    return trainer.global_step, [report.step for report in callback.reports]
 
 
 def sleep(secs: float) -> None:

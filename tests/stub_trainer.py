@@ -35,6 +35,16 @@ class StubTrainer:
         self.state: Any = new_state(0)
 
 
+class StoppableTrainer(StubTrainer):
+    """One that can be told to stop, as Lightning's."""
+
+    __slots__ = ("should_stop",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.should_stop = False
+
+
 def new_state(step: int) -> dict[str, Any]:
     """The state after so many steps."""
     layer = {"w": jnp.full((ROWS, 2), step, jnp.float32), "b": jnp.full((2,), step, jnp.bfloat16)}
@@ -108,9 +118,10 @@ class Loop:
             self._call("setup", trainer, module, "fit")
             self._call("on_fit_start", trainer, module)
             self._call("on_train_start", trainer, module)
-            while trainer.current_epoch < self._epochs:
+            while trainer.current_epoch < self._epochs and not self._should_stop:
                 for batch in range(trainer.global_step % self._batches, self._batches):
-                    self._step(module, batch)
+                    if not self._should_stop:
+                        self._step(module, batch)
                 self._call("on_train_epoch_end", trainer, module)
                 trainer.current_epoch += 1
             self._call("on_train_end", trainer, module)
@@ -120,6 +131,10 @@ class Loop:
         finally:
             self._call("teardown", trainer, module, "fit")
         return trainer
+
+    @property
+    def _should_stop(self) -> bool:
+        return getattr(self.trainer, "should_stop", False)
 
     def _step(self, module: Any, batch: int) -> None:
         trainer = self.trainer

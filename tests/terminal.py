@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
+import functools
 import os
 import re
 import struct
@@ -13,6 +15,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import pyte
 from preloaded import server
 
 if TYPE_CHECKING:
@@ -26,10 +29,14 @@ SLOW_SECS = 0.05  # enough for a bar to be seen
 class Terminal:
     """What a command shows on a terminal, and the keys that are pressed there."""
 
-    def __init__(self, master: int, process: ForkServerProcess) -> None:
+    def __init__(self, master: int, process: ForkServerProcess, width: int, height: int) -> None:
         self._master = master
         self._process = process
+        self._width = width
+        self._height = height
         self.shown = ""
+        self.pieces: list[str] = []
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     @property
     def pid(self) -> int:
@@ -59,6 +66,18 @@ class Terminal:
         plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.shown)
         return [line.rstrip() for line in re.split(r"[\r\n]+", plain)]
 
+    def screens(self) -> list[list[str]]:
+        """What the screen looked like after each piece of output: its lines that hold anything."""
+        screen = pyte.Screen(self._width, self._height)
+        stream = pyte.Stream(screen)
+        seen: list[list[str]] = []
+        for piece in self.pieces:
+            stream.feed(piece)
+            lines = [line.rstrip() for line in screen.display if line.strip()]
+            if not seen or lines != seen[-1]:
+                seen.append(lines)
+        return seen
+
     def _read(self) -> bool:
         try:
             data = os.read(self._master, 65536)
@@ -66,7 +85,9 @@ class Terminal:
             if error.errno != errno.EIO:  # the command has ended
                 raise
             return False
-        self.shown += data.decode()
+        piece = self._decoder.decode(data)
+        self.shown += piece
+        self.pieces.append(piece)
         return bool(data)
 
 
@@ -75,17 +96,28 @@ def on_terminal(
     *arguments: object, width: int = 100, height: int = 30, slow_secs: float = 0
 ) -> Iterator[Terminal]:
     """Runs a command on a terminal of this size; a slow one waits each time it writes or reads."""
+    run = functools.partial(_run, [*map(str, arguments)], slow_secs)
+    with running_on_terminal(run, width=width, height=height) as terminal:
+        yield terminal
+
+
+@contextmanager
+def running_on_terminal(
+    work: Callable[[], object], *, width: int = 100, height: int = 30
+) -> Iterator[Terminal]:
+    """Calls a function, which can be pickled, in a process on a terminal of this size."""
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
     name = os.ttyname(slave)
-    process = server().Process(target=_on_tty, args=(name, [*map(str, arguments)], slow_secs))
+    process = server().Process(target=_on_tty, args=(name, work))
     process.start()
-    terminal = Terminal(master, process)
+    terminal = Terminal(master, process, width, height)
     try:
         # The slave stays open until the command has it: else reading would fail meanwhile.
         terminal.wait_for(_READY)
         os.close(slave)
-        terminal.shown = ""
+        terminal.shown = terminal.shown.partition(_READY)[2]  # it may have gone on meanwhile
+        terminal.pieces = [terminal.shown]
         yield terminal
     finally:
         process.kill()
@@ -96,7 +128,7 @@ def on_terminal(
 _READY = "\x05"
 
 
-def _on_tty(name: str, arguments: list[str], slow_secs: float) -> None:
+def _on_tty(name: str, work: Callable[[], object]) -> None:
     os.login_tty(os.open(name, os.O_RDWR))
     os.write(1, _READY.encode())
     os.environ |= {"TERM": "xterm-256color"}
@@ -104,7 +136,7 @@ def _on_tty(name: str, arguments: list[str], slow_secs: float) -> None:
         os.environ.pop(variable, None)
     sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    _run(arguments, slow_secs)
+    work()
 
 
 def into_closed_pipe(*arguments: object) -> tuple[int, str]:

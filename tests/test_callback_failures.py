@@ -317,12 +317,14 @@ def test_torn_part_does_not_count(tmp_path: Path) -> None:
 
 def test_removal_that_was_interrupted_is_completed(tmp_path: Path) -> None:
     Loop(PartialCheckpointCallback(tmp_path), epochs=3).fit()
-    (tmp_path / "2").rename(tmp_path / ".removed-2")
+    half = tmp_path / f".2.{'0b' * 16}.deleted"
+    (tmp_path / "2").rename(half)
     (tmp_path / "4").rename(tmp_path / f".4.partial_save.{'0a' * 16}.deleted")
-    (tmp_path / ".removed-2" / "link").symlink_to(tmp_path / "6")
+    (half / "link").symlink_to(tmp_path / "6")
     callback = PartialCheckpointCallback(tmp_path)
     assert fp.steps(tmp_path) == [6]
     callback.recover()
+    callback.finalizer.wait()
     assert names_in(tmp_path) == ["6"]
     assert_is_step(tmp_path / "6", 6)
 
@@ -330,16 +332,20 @@ def test_removal_that_was_interrupted_is_completed(tmp_path: Path) -> None:
 def test_checkpoint_that_cannot_be_removed_stops_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def block(_: StubTrainer) -> None:
-        (tmp_path / ".removed-2" / "in the way").mkdir(parents=True, exist_ok=True)
+    def move_away(trainer: StubTrainer) -> None:
+        if trainer.global_step == 2:
+            while fp.steps(run) != [2]:
+                time.sleep(0.01)
+            (run / "2").rename(tmp_path / "elsewhere")
+            (run / "2").symlink_to(tmp_path / "elsewhere")
 
-    callback = PartialCheckpointCallback(tmp_path, keep_last=1)
-    Loop(callback, epochs=3, at={"on_train_start": block}).fit()
-    assert fp.steps(tmp_path) == [2, 4, 6]
-    assert "Could not tidy up after a checkpoint" in caplog.text
+    run = tmp_path / "run"
+    callback = PartialCheckpointCallback(run, keep_last=1)
+    Loop(callback, epochs=4, at={"on_train_batch_start": move_away}).fit()
+    assert fp.steps(run) == [2, 8]
+    assert f"Could not remove the checkpoint {run / '2'}" in caplog.text
     assert callback.failed_saves == 0
-    PartialCheckpointCallback(tmp_path, keep_last=1).on_fit_start(StubTrainer(), None)
-    assert names_in(tmp_path) == ["6"]
+    assert_is_step(tmp_path / "elsewhere", 2)
 
 
 def test_session_with_files_of_somebody_else_is_left_and_said(

@@ -47,7 +47,11 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Compares two checkpoints; returns whether they differ."""
-    a, b = (places.open_finalized(path) for path in (options.a, options.b))
+    with places.open_finalized(options.a) as a, places.open_finalized(options.b) as b:
+        return _report(options, out, a, b)
+
+
+def _report(options: argparse.Namespace, out: Output, a: Checkpoint, b: Checkpoint) -> bool:
     leaves_a, leaves_b = _chosen(a, b, options)
     found = changes.described_changes(leaves_a, leaves_b)
     with out.bar("Comparing") as progress:

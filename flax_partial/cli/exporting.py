@@ -42,7 +42,12 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Exports a checkpoint."""
     target = _target(options.out)
-    checkpoint = places.open_finalized(options.path)
+    with places.open_finalized(options.path) as checkpoint:
+        _export(options, out, checkpoint, target)
+    return False
+
+
+def _export(options: argparse.Namespace, out: Output, checkpoint: Checkpoint, target: Path) -> None:
     leaves = selection.chosen(checkpoint.contents.leaves, options.only, options.skip)
     arrays = safetensors.ordered(leaves)
     layout = _lay_out(arrays, leaves, checkpoint.contents.custom_metadata)
@@ -69,7 +74,6 @@ def run(options: argparse.Namespace, out: Output) -> bool:
         out.line(f"{some} of {kinds} became wider: safetensors has no such dtype")
     if texts:
         out.line(f"{figures.leaves(len(texts))} without array data went into the header's metadata")
-    return False
 
 
 def _target(path: str) -> Path:

@@ -1,5 +1,7 @@
 """What a command's path leads to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +33,9 @@ def resolve(path: str) -> CheckpointPath:
         raise WrongUseError(str(error)) from error
 
 
-def open_finalized(path: str) -> Checkpoint:
-    """Reads the table of contents of a finalized checkpoint.
+@contextmanager
+def open_finalized(path: str) -> Iterator[Checkpoint]:
+    """Reads the table of contents of a finalized checkpoint, which stays while it is read.
 
     Raises:
       WrongUseError: A session is meant by `path`.
@@ -42,7 +45,8 @@ def open_finalized(path: str) -> Checkpoint:
     where = resolve(path)
     if is_session_meant(path, where):
         raise WrongUseError(f"{where.session} is not finalized: finalize it first")
-    return loading.open_checkpoint(where)
+    with storage.reading(where.final):
+        yield loading.open_checkpoint(where)
 
 
 def is_session_meant(path: str, where: CheckpointPath) -> bool:

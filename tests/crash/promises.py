@@ -261,6 +261,7 @@ class _Checker:
         before = fp.steps(directory)
         callback = PartialCheckpointCallback(directory, keep_last=1)
         restored = callback.restore()
+        callback.finalizer.wait()  # it sweeps up in the background
         recovered = fp.steps(directory)
         require(set(recovered) >= set(before), f"recovering lost {set(before) - set(recovered)}")
         newest = recovered[-1] if recovered else None

@@ -8,7 +8,6 @@ what it said is what the promises are about.
 from __future__ import annotations
 
 import functools
-import shutil
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -144,8 +143,7 @@ def save_reusing(base: Path, name: str, *, durable: bool) -> None:
 
 def remove_first(base: Path) -> None:
     """Removes the first checkpoint, as retention does."""
-    gone = run_directory(base) / FIRST
-    shutil.rmtree(gone.rename(gone.with_name(f".removed-{FIRST}")))
+    fp.remove(run_directory(base) / FIRST)
 
 
 def _reusing(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
@@ -161,7 +159,24 @@ def _reusing(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
     }
 
 
-WORKS = {"everything": steps, "mixed": _mixed, "reusing": _reusing}
+def _removal(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
+    """A run that begins, and keeps no more than the newest of what it finds."""
+    return {"remove": lambda: begin(base, durable=durable)}
+
+
+def begin(base: Path, *, durable: bool = True) -> None:
+    """Begins a run and ends it before its first step: what is not to be kept goes."""
+    callback = PartialCheckpointCallback(
+        run_directory(base), keep_last=1, options=fp.SaveOptions(durable=durable)
+    )
+    trainer = types.SimpleNamespace(
+        global_step=2, current_epoch=0, callback_metrics={}, is_last_batch=True, state=TRAINED
+    )
+    callback.on_fit_start(trainer, None)
+    callback.on_train_end(trainer, None)
+
+
+WORKS = {"everything": steps, "mixed": _mixed, "reusing": _reusing, "removal": _removal}
 
 
 def run(job: Job) -> None:

@@ -1,0 +1,286 @@
+"""SIGTERM and exceptions: the last finished step is saved before training ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import pytest
+from preloaded import server
+from stub_trainer import EVERYTHING, Loop, StoppableTrainer, StubTrainer
+from test_callback import assert_is_step, names_in
+
+import flax_partial as fp
+from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+TERMINATED = 143
+SELDOM: dict[str, Any] = {"every_n_epochs": None, "every_n_train_steps": 1000}
+
+
+@pytest.fixture(autouse=True)
+def _handler_is_brought_back() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def at_step(step: int, act: Callable[[], object]) -> Callable[[StubTrainer], None]:
+    return lambda trainer: act() if trainer.global_step + 1 == step else None  # type: ignore[func-returns-value]
+
+
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+# In a process of its own.
+
+
+def train(directory: Path, kind: str) -> None:
+    """Waits in the middle of step 3 until it has been told to end."""
+
+    def wait() -> None:
+        (directory / "is in step 3").touch()
+        while not (directory / "was told").exists():
+            time.sleep(0.01)
+
+    def handler(number: int, _: object) -> None:
+        (directory / f"handler of {number} saw {fp.steps(directory / 'run')}").touch()
+        sys.exit(7)
+
+    if kind == "handler":
+        signal.signal(signal.SIGTERM, handler)
+    callback = PartialCheckpointCallback(directory / "run", **SELDOM)
+    loop = Loop(callback, batches=9, streamed=EVERYTHING, at={"ready": at_step(3, wait)})
+    if kind == "should_stop":
+        loop.trainer = StoppableTrainer()
+    loop.fit()
+    (directory / f"ended at step {loop.trainer.global_step}").touch()
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "says"),
+    [
+        ("nothing", TERMINATED, []),
+        ("should_stop", 0, ["ended at step 3"]),
+        ("handler", 7, [f"handler of {int(signal.SIGTERM)} saw [3]"]),
+    ],
+)
+def test_step_under_way_is_saved_before_the_process_ends(
+    tmp_path: Path, kind: str, status: int, says: list[str]
+) -> None:
+    process = server().Process(target=train, args=(tmp_path, kind))
+    process.start()
+    assert process.pid is not None
+    while not (tmp_path / "is in step 3").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    (tmp_path / "was told").touch()
+    process.join(60)
+    assert process.exitcode == status
+    assert names_in(tmp_path / "run") == ["3"]
+    assert_is_step(tmp_path / "run" / "3", 3)
+    assert set(names_in(tmp_path)) == {"is in step 3", "was told", "run", *says}
+
+
+# In this one.
+
+
+def test_signal_between_two_callbacks_saves_the_next_step_in_both(tmp_path: Path) -> None:
+    class Between:
+        def __getattr__(self, _: str) -> Any:
+            return lambda *_: None
+
+        def on_train_batch_end(self, trainer: StubTrainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                terminate()
+
+    hook = FinalizeHook()
+    one, two = (PartialCheckpointCallback(tmp_path, finalizer=hook, **SELDOM) for _ in range(2))
+    loop = Loop(one, Between(), two, batches=9, streamed=[("opt_state", "head")])
+    loop.trainer = StoppableTrainer()
+    loop.fit()
+    assert loop.trainer.global_step == 4
+    assert names_in(tmp_path) == ["4"]
+    assert_is_step(tmp_path / "4", 4)
+    assert len(hook.reports) == 1
+
+
+def test_callbacks_with_hooks_of_their_own_all_save_before_the_exit(tmp_path: Path) -> None:
+    one, two = (PartialCheckpointCallback(tmp_path / name, **SELDOM) for name in "ab")
+    loop = Loop(one, two, batches=9, at={"ready": at_step(2, terminate)})
+    with pytest.raises(SystemExit) as caught:
+        loop.fit()
+    assert caught.value.code == TERMINATED
+    assert [fp.steps(tmp_path / name) for name in "ab"] == [[2], [2]]
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_end"])
+def test_signal_after_the_last_batch_saves_its_step(tmp_path: Path, hook: str) -> None:
+    callback = PartialCheckpointCallback(tmp_path, **SELDOM)
+    at = {hook: lambda _: terminate()}
+    loop = Loop(callback, batches=3, epochs=1, at=at)
+    loop.trainer = StoppableTrainer()
+    loop.fit()
+    assert loop.trainer.global_step == 3
+    assert fp.steps(tmp_path) == [3]
+
+
+def test_step_that_is_saved_anyway_is_saved_once(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path, every_n_train_steps=1, monitor="loss")
+    at = {"ready": at_step(2, terminate)}
+    loop = Loop(callback, batches=2, epochs=2, at=at, metrics=lambda step: {"loss": step})
+    loop.trainer = StoppableTrainer()
+    loop.fit()
+    assert [report.step for report in callback.reports] == [1, 2]
+    assert callback.reports[-1].metrics == {"loss": 2}
+
+
+def test_training_that_goes_on_all_the_same_saves_as_before(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path, every_n_epochs=None, every_n_train_steps=4)
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        Loop(callback, batches=9, at={"ready": at_step(2, terminate)}).fit()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert heard == [signal.SIGTERM]
+    assert fp.steps(tmp_path) == [2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("handler", "options"),
+    [(signal.SIG_IGN, {}), (signal.SIG_DFL, {"save_on_preemption": False})],
+    ids=["ignored before", "not wanted"],
+)
+def test_signal_is_left_alone(tmp_path: Path, handler: Any, options: Any) -> None:
+    def look() -> None:
+        seen.append(signal.getsignal(signal.SIGTERM))
+
+    seen: list[Any] = []
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        callback = PartialCheckpointCallback(tmp_path, **SELDOM, **options)
+        Loop(callback, batches=2, at={"ready": at_step(1, look)}).fit()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert seen == [handler]
+
+
+# Exceptions.
+
+
+class StepError(Exception):
+    """What a training step raises."""
+
+
+def fail() -> None:
+    raise StepError
+
+
+def keep_arrays(trainer: StubTrainer) -> None:
+    """Has the next step donate copies: what the loop holds stays."""
+    trainer.state = jax.tree.map(jax.numpy.copy, trainer.state)
+
+
+def test_exception_between_two_steps_saves_the_finished_one(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path, save_on_exception=True, **SELDOM)
+    at = {"on_train_batch_start": at_step(3, fail)}
+    with pytest.raises(StepError):
+        Loop(callback, batches=9, at=at, metrics=lambda step: {"loss": step}).fit()
+    assert names_in(tmp_path) == ["2"]
+    assert_is_step(tmp_path / "2", 2)
+    assert callback.reports[0].metrics == {"loss": 2}
+
+
+@pytest.mark.parametrize("streamed", [frozenset(), frozenset([("params", "head")])])
+def test_exception_in_a_step_saves_the_one_before_if_that_is_still_there(
+    tmp_path: Path, streamed: Any
+) -> None:
+    callback = PartialCheckpointCallback(
+        tmp_path, save_on_exception=True, every_n_epochs=None, every_n_train_steps=3
+    )
+    at = {"on_train_batch_start": keep_arrays, "ready": at_step(3, fail)}
+    with pytest.raises(StepError):
+        Loop(callback, batches=9, streamed=streamed, at=at).fit()
+    assert fp.steps(tmp_path) == [2]
+    assert_is_step(tmp_path / "2", 2)
+    if streamed:  # what step 3 had saved is left to the next run, which drops it
+        assert names_in(tmp_path) == ["2", "3.partial_save"]
+
+
+def test_step_that_was_donated_to_the_failing_one_is_not_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = PartialCheckpointCallback(tmp_path, save_on_exception=True, **SELDOM)
+    with pytest.raises(StepError):
+        Loop(callback, batches=9, at={"ready": at_step(3, fail)}).fit()
+    assert "arrays of step 2 were donated" in caplog.text
+    assert fp.steps(tmp_path) == []
+
+
+def test_numpy_state_that_is_changed_in_place_is_saved_as_it_was(tmp_path: Path) -> None:
+    weights = np.zeros(3)
+
+    def spoil() -> None:
+        weights[0] = 99
+        fail()
+
+    callback = PartialCheckpointCallback(
+        tmp_path, save_on_exception=True, state_fn=lambda *_: {"w": weights}, **SELDOM
+    )
+    with pytest.raises(StepError):
+        Loop(callback, batches=9, at={"ready": at_step(3, spoil)}).fit()
+    np.testing.assert_array_equal(fp.load(tmp_path / "2")["w"], [0, 0, 0])
+
+
+def test_exception_saves_the_parts_of_all_callbacks_or_none(tmp_path: Path) -> None:
+    hook = FinalizeHook()
+    options = {"finalizer": hook, "save_on_exception": True, **SELDOM}
+    params = PartialCheckpointCallback(
+        tmp_path, state_fn=lambda t, _: {"params": t.state["params"]}, **options
+    )
+    rest = PartialCheckpointCallback(tmp_path, **options)
+    with pytest.raises(StepError):
+        Loop(params, rest, batches=9, at={"on_train_batch_start": at_step(3, fail)}).fit()
+    assert names_in(tmp_path) == ["2"]
+    assert_is_step(tmp_path / "2", 2)
+
+
+def test_exception_finalizes_what_waited_for_the_end_of_its_epoch(tmp_path: Path) -> None:
+    def validate(_: StubTrainer) -> None:
+        raise StepError
+
+    callback = PartialCheckpointCallback(tmp_path, save_on_exception=True)
+    with pytest.raises(StepError):
+        Loop(callback, epochs=2, at={"on_train_epoch_end": validate}).fit()
+    assert names_in(tmp_path) == ["2"]
+
+
+def test_exception_without_being_asked_saves_nothing(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path, **SELDOM)
+    with pytest.raises(StepError):
+        Loop(callback, batches=9, at={"on_train_batch_start": at_step(3, fail)}).fit()
+    assert names_in(tmp_path) == []
+
+
+def test_save_that_fails_then_hides_no_exception(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "flax_partial")
+    callback = PartialCheckpointCallback(
+        tmp_path, save_on_exception=True, state_fn=lambda *_: {"w": object()}, **SELDOM
+    )
+    with pytest.raises(StepError):
+        Loop(callback, batches=9, at={"on_train_batch_start": at_step(3, fail)}).fit()
+    assert "A checkpoint had failed, too" in caplog.text
+    assert fp.steps(tmp_path) == []
