@@ -64,4 +64,4 @@ def test_removal_killed_anywhere_leaves_no_half_and_the_next_run_sweeps_up(
         workload.begin(base)
         assert {entry.name for entry in run.iterdir()} - {"timeline"} == {"2"}
         shutil.rmtree(base)
-    assert seen == {(2, 0), (1, 1)}
+    assert seen - {(1, 0)} == {(2, 0), (1, 1)}  # or it was done, and the timeline was written
