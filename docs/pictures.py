@@ -31,11 +31,11 @@ PICTURES = ROOT / "docs" / "pictures"
 HOME = "/home/you"  # what stands in a picture instead of the temporary directory
 WIDTH = 112
 TRAIN = "examples/pipeline_lm.py --layers 4 --steps-per-epoch 8 --directory runs/lm"
+HALF = 8  # of the parts of a checkpoint
 COMMANDS = {
     "ls": "ls runs/lm --monitor epoch_loss",
     "show": "show runs/lm/24 --depth 3 --skip opt_state",
     "status": "status runs/lm/32",
-    "verify": "verify runs/lm/24",
     "diff": "diff runs/lm/16 runs/lm/24 --only params.blocks.0 --only params.head",
 }
 
@@ -56,7 +56,7 @@ def leave_a_killed_run(home: Path) -> None:
     train = [sys.executable, *shlex.split(TRAIN)]
     subprocess.run([*train, "--epochs", "3"], cwd=home, check=True)
     process = subprocess.Popen([*train, "--epochs", "4"], cwd=home)
-    while len(list(home.glob("runs/lm/32.partial_save/state/part.*/part.json"))) < 8:  # noqa: PLR2004 - of 16
+    while len(list(home.glob("runs/lm/32.partial_save/state/part.*/part.json"))) < HALF:
         if process.poll() is not None:
             sys.exit("The run ended before it could be killed: try again.")
         time.sleep(0.001)
