@@ -1,0 +1,71 @@
+"""The site says what is there: every public name, every command, pictures of real commands."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import commands
+import numpy as np
+import pictures
+import pytest
+from test_readme import DOCUMENTS, ROOT
+
+import flax_partial as fp
+from flax_partial import callbacks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DOCS = ROOT / "docs"
+REFERENCE = DOCS / "reference"
+DRAWN = sorted(pictures.PICTURES.iterdir())
+
+
+def described(page: str) -> list[str]:
+    return re.findall(r"^::: ([\w.]+)", (REFERENCE / page).read_text(), re.MULTILINE)
+
+
+def test_reference_has_every_public_name_once() -> None:
+    errors = {name for name in fp.__all__ if name.endswith("Error")}
+    names = sorted(set(fp.__all__) - errors)
+    assert sorted(described("engine.md")) == [f"flax_partial.{name}" for name in names]
+    assert described("errors.md") == ["flax_partial.errors"]
+    assert errors <= set(dir(fp.errors))
+
+
+def test_reference_has_every_callback() -> None:
+    assert {f"flax_partial.callbacks.{name}" for name in callbacks.__all__} <= set(
+        described("callbacks.md")
+    )
+
+
+def test_reference_has_every_command_as_its_help_has_it() -> None:
+    assert commands.PAGE.read_text() == commands.page(), "run docs/commands.py"
+
+
+def test_links_of_the_readme_lead_to_files() -> None:
+    text = (ROOT / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+@pytest.mark.parametrize("picture", DRAWN, ids=lambda path: path.name)
+def test_picture_is_shown_and_asks_for_nothing_from_elsewhere(picture: Path) -> None:
+    shown = [page for page in DOCUMENTS if f"pictures/{picture.name})" in page.read_text()]
+    assert shown
+    content = picture.read_bytes()
+    assert len(content) < 200_000
+    if picture.suffix == ".svg":
+        text = content.decode()
+        assert not re.search(r"url\((?!#)|(href|src)=\"(?!#)|@import|/tmp|/root", text)
+
+
+def test_picture_shows_what_the_command_says(tmp_path: Path) -> None:
+    fp.save(tmp_path / "c", {"weights": np.ones(3)})
+    fp.finalize(tmp_path / "c")
+    text = pictures.on_terminal("show c", str(tmp_path))
+    picture = pictures.draw("show", "show c", text).replace("&#160;", " ")
+    for said in ("$ flax-partial show c", "weights", "(3,)", "float64"):
+        assert said in picture
