@@ -1,7 +1,7 @@
 """Makes the pictures of the pages, from a real run and the real commands on a terminal.
 
-    python docs/pictures.py             all of them, in two minutes
-    python docs/pictures.py show diff   some of them
+    python docs/pictures.py                 all of them, in two minutes
+    python docs/pictures.py show timeline   some of them
 
 `examples/pipeline_lm.py` trains in a temporary directory, is killed in the middle of its saves, and
 the commands look at what it left.
@@ -45,7 +45,10 @@ def main(wanted: list[str]) -> None:
     with tempfile.TemporaryDirectory() as home:
         (Path(home) / "examples").symlink_to(ROOT / "examples")
         leave_a_killed_run(Path(home))
-        for name in wanted or COMMANDS:
+        for name in wanted or [*COMMANDS, "timeline"]:
+            if name == "timeline":
+                draw_timeline(home)
+                continue
             text = on_terminal(COMMANDS[name], home)
             picture = draw(name, COMMANDS[name], text.replace(home, HOME))
             (PICTURES / f"{name}.svg").write_text(picture)
@@ -62,6 +65,13 @@ def leave_a_killed_run(home: Path) -> None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def draw_timeline(home: str) -> None:
+    """Has flax-partial draw a checkpoint that was on its way while training went on."""
+    command = [sys.executable, "-m", "flax_partial", "timeline", "runs/lm/16", "--out"]
+    subprocess.run([*command, PICTURES / "timeline.new.png"], cwd=home, check=True)
+    (PICTURES / "timeline.new.png").replace(PICTURES / "timeline.png")
 
 
 def on_terminal(command: str, home: str) -> str:
