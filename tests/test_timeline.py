@@ -140,6 +140,18 @@ def test_callbacks_of_one_hook_share_a_timeline(tmp_path: Path) -> None:
     assert report.blocked_secs == pytest.approx(found.blocked_secs(3), abs=3e-5)
 
 
+def test_preparing_again_begins_no_other_run(tmp_path: Path) -> None:
+    train(tmp_path)
+    callback = PartialCheckpointCallback(tmp_path)
+    restored = callback.restore()
+    assert restored is not None
+    callback.finalizer.held(tmp_path, 0.001, "restore")
+    Loop(callback, epochs=3).resume(*restored).fit()
+    first, second = timeline.read(tmp_path)
+    assert (first.saved_steps, second.saved_steps) == ([2, 4], [6])
+    assert "restore" in {hold.hook for hold in second.processes[0].holds}
+
+
 def test_a_checkpoint_that_fails_is_recorded_as_given_up(tmp_path: Path) -> None:
     callback = PartialCheckpointCallback(tmp_path, on_save_error="warn")
 
