@@ -195,7 +195,7 @@ def draw_timeline(options: argparse.Namespace) -> int:
     if options.timeline is None:
         print(f"When each layer was saved: flax-partial timeline {options.directory}")
         return 0
-    command = [sys.executable, "-m", "flax_partial", "timeline", options.directory]
+    command = [sys.executable, "-P", "-m", "flax_partial", "timeline", options.directory]
     return subprocess.run([*command, "--out", options.timeline], check=False).returncode  # noqa: S603
 
 
