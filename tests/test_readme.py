@@ -5,7 +5,8 @@ Blocks of one document share their Python names and their directory, in which `e
 not run here:
 
 - the README's two `pip install` commands, which `.ci/run` runs, each in an environment of its own;
-- those of `docs/loops/` that need another package, which `loops/test_loop_docs.py` runs;
+- those of `docs/loops/`, and `docs/from_lightning.md`, that need another package, which
+  `loops/test_loop_docs.py` runs;
 - a block under a line `<!-- not run: REASON -->`, because it takes long or needs what is not here.
 """
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLAIN = ROOT / "docs" / "loops" / "plain.md"
 OF_LOOPS = [path for path in DOCUMENTS if path.parent == PLAIN.parent and path != PLAIN]
+OF_LOOPS += [ROOT / "docs" / "from_lightning.md"]
 LANGUAGES = {"python", "sh", "text", "json"}
 
 _BLOCK = re.compile(

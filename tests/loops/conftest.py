@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if (document := getattr(item, "callspec", None))
         and "document" in document.params
-        and document.params["document"].stem not in CHOSEN
+        and document.params["document"].stem.removeprefix("from_") not in CHOSEN
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

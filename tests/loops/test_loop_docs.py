@@ -17,7 +17,8 @@ MAX_LINES = 15
 @pytest.mark.parametrize("document", test_readme.OF_LOOPS, ids=lambda path: path.stem)
 def test_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, which has imported the package: most of them take seconds."""
-    pytest.importorskip(document.stem, reason=f"pip install 'flax-partial[{document.stem}]'")
+    package = document.stem.removeprefix("from_")
+    pytest.importorskip(package, reason=f"pip install 'flax-partial[{package}]'")
     monkeypatch.chdir(tmp_path)
     test_readme.run_blocks(document)
     assert list(tmp_path.glob("runs/lm/*/_CHECKPOINT_METADATA"))
