@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class BlaxbirdCheckpoint(LoopCheckpoint):
     """Checkpoints the model and optimizer that blaxbird trains.
 
-    with BlaxbirdCheckpoint("runs/lm", every_n_train_steps=100) as checkpoints:
-        done = checkpoints.restore(optimizer)
-        train = train_fn(fns=..., n_steps=1000 - done, ..., hooks=[checkpoints])
-        train(key, optimizer, batches[done:], validation)
+        with BlaxbirdCheckpoint("runs/lm", every_n_train_steps=100) as checkpoints:
+            done = checkpoints.restore(optimizer)
+            train = train_fn(fns=..., n_steps=1000 - done, ..., hooks=[checkpoints])
+            train(key, optimizer, batches[done:], validation)
 
     blaxbird counts from 1 in each run, and makes its random keys from that count: the hook goes on
     counting where the checkpoint stopped, but only a model that uses no random key ends as it would

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class CluCheckpoint(LoopCheckpoint, PeriodicAction):
     """Checkpoints a loop at the steps and times that a periodic action triggers at.
 
-    with CluCheckpoint("runs/lm", every_steps=100) as checkpoints:
-        state, first = checkpoints.restore(state)
-        for step in range(first, 1001):
-            state = train(state)
-            checkpoints(step, state=state)
+        with CluCheckpoint("runs/lm", every_steps=100) as checkpoints:
+            state, first = checkpoints.restore(state)
+            for step in range(first, 1001):
+                state = train(state)
+                checkpoints(step, state=state)
 
     Steps count from 1, as CLU's do: the number is that of the steps done. The block ends as that of
     `checkpointing` does, but saves nothing itself: name the last step in `on_steps`.

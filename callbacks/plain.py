@@ -18,11 +18,11 @@ StateT = TypeVar("StateT")
 class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a `with` statement
     """Checkpoints a loop that is nobody's but yours.
 
-    with checkpointing("runs/lm", every_n_train_steps=100) as ckpt:
-        state = ckpt.restore(state)
-        for step in range(ckpt.steps_done, 1000):
-            state, loss = train(state, batches[step])
-            ckpt.step(state, metrics={"loss": loss})
+        with checkpointing("runs/lm", every_n_train_steps=100) as ckpt:
+            state = ckpt.restore(state)
+            for step in range(ckpt.steps_done, 1000):
+                state, loss = train(state, batches[step])
+                ckpt.step(state, metrics={"loss": loss})
 
     Where the block is left, its checkpoints are finalized: left well, the last step is saved too,
     unless `every_n_epochs=None`; left by an exception, Ctrl-C included, saves in flight finish, and

@@ -117,6 +117,20 @@ def chunks_by_runs(state: Path, parts: list[str], leaf: dict[str, Any]) -> Itera
             yield second_reader.read_place(state / name, place)
 
 
+def test_reads_files_that_another_checkpoint_shares(tmp_path: Path) -> None:
+    frozen, trained = jnp.arange(50_000.0), jnp.zeros(3000)  # less than 64 KiB is not shared
+    for step in (1, 2):
+        state = {"frozen": frozen, "trained": trained + step}
+        earlier = tmp_path / "1" if step == 2 else None
+        for name, leaf in state.items():
+            fp.save(tmp_path / str(step), {name: leaf}, reuse=earlier)
+        fp.finalize(tmp_path / str(step))
+    assert list(tmp_path.glob("2/state/part.*/data.1"))
+    found = second_reader.read_checkpoint(tmp_path / "2")
+    np.testing.assert_array_equal(found["frozen"], frozen)
+    np.testing.assert_array_equal(found["trained"], trained + 2)
+
+
 def test_damage_to_each_file_is_told(tmp_path: Path) -> None:
     saved(tmp_path / "ckpt")
     fp.finalize(tmp_path / "ckpt")
