@@ -3,7 +3,7 @@
 `save` and `save_async` add parts to an unfinished checkpoint, `finalize` makes it appear, whole.
 """
 
-from flax_partial.catalog import latest, remove, steps
+from flax_partial.distributed.agreement import agree
 from flax_partial.errors import (
     CheckpointExistsError,
     CheckpointInUseError,
@@ -16,10 +16,10 @@ from flax_partial.errors import (
     TargetMismatchError,
     UnsupportedLeafError,
 )
-from flax_partial.finalizing import abort, finalize, finalize_async, status
-from flax_partial.loading import load, metadata, verify
+from flax_partial.finalizing.finalize import abort, finalize, finalize_async, status
+from flax_partial.loading.catalog import latest, remove, steps
+from flax_partial.loading.load import load, metadata, verify
 from flax_partial.options import SaveOptions
-from flax_partial.processes import agree
 from flax_partial.reports import (
     CheckpointMetadata,
     LeafMetadata,
@@ -29,9 +29,11 @@ from flax_partial.reports import (
     SessionStatus,
     VerifyReport,
 )
-from flax_partial.session import save, save_async
-from flax_partial.snapshot import Slice
-from flax_partial.workers import FinalizeHandle, SaveHandle
+from flax_partial.saving.save import save, save_async
+from flax_partial.saving.snapshot import Slice
+from flax_partial.sessions.handles import FinalizeHandle, SaveHandle
+
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "CheckpointExistsError",
@@ -55,6 +57,7 @@ __all__ = [
     "TargetMismatchError",
     "UnsupportedLeafError",
     "VerifyReport",
+    "__version__",
     "abort",
     "agree",
     "finalize",

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from jax.errors import JaxRuntimeError
 
-from flax_partial import coordination
+from flax_partial.distributed import jax_service as coordination
 
 _ENDING = {signal.SIGTERM, signal.SIGINT}
 

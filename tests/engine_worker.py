@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from preloaded import server
 
 import flax_partial as fp
-from flax_partial import arrays, storage
+from flax_partial.storage import local as storage
+from flax_partial.storage import tensorstore_io as arrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ import json
 import math
 from typing import Any
 
-from flax_partial.part import FORMAT_VERSION, digest, numpy_dtype
+from flax_partial.format.part import FORMAT_VERSION, digest, numpy_dtype
 
 _HUGE = 10**15
 Row = dict[str, Any]

@@ -37,7 +37,7 @@ import numpy as np
 from cluster import free_port
 from preloaded import server
 
-from flax_partial import coordination
+from flax_partial.distributed import jax_service as coordination
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

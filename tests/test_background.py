@@ -17,7 +17,7 @@ import trees
 from things import QUICK, X, listing
 
 import flax_partial as fp
-from flax_partial import storage
+from flax_partial.storage import local as storage
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_partial.batches import batches, region_bytes
-from flax_partial.keypaths import KeyPath
-from flax_partial.part import NONE, NUMPY_ARRAY, Leaf
+from flax_partial.format.keypaths import KeyPath
+from flax_partial.format.part import NONE, NUMPY_ARRAY, Leaf
+from flax_partial.loading.batches import batches, region_bytes
 
 
 def leaf(name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str = "float32") -> Leaf:

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_partial.chunks import (
+from flax_partial.format.chunks import (
     choose_chunk_shape,
     chunk_keys,
     chunk_numbers,

@@ -16,8 +16,8 @@ from flax_partial.cli import figures, safetensors, selection, tree
 from flax_partial.cli.comparing import Difference
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.tables import Column, Row, Table, printable
-from flax_partial.keypaths import KeyPath
-from flax_partial.part import DICT, NONE, NUMPY_ARRAY, STRING, Leaf
+from flax_partial.format.keypaths import KeyPath
+from flax_partial.format.part import DICT, NONE, NUMPY_ARRAY, STRING, Leaf
 
 # --- by how much two arrays differ
 

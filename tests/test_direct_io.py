@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flax_partial import direct_io
-from flax_partial.direct_io import NewFile
+from flax_partial.storage import direct_io
+from flax_partial.storage.direct_io import NewFile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

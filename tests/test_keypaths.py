@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_partial.errors import UnsupportedLeafError
-from flax_partial.keypaths import KeyPath, KeyTree, from_jax, prefix_of
+from flax_partial.format.keypaths import KeyPath, KeyTree, from_jax, prefix_of
 
 _KEYS = st.tuples(st.sampled_from(("a", "b", "a.b", "0", "1", "a/", "")), st.sampled_from("ds"))
 _INDICES = st.tuples(st.sampled_from(("0", "1", "2")), st.just("s"))

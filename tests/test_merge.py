@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_partial.keypaths import KeyPath
-from flax_partial.merge import merge, merge_metadata
-from flax_partial.part import NUMPY_ARRAY, SCALAR, STRING, Box, Leaf, Part
+from flax_partial.format.keypaths import KeyPath
+from flax_partial.format.merge import merge, merge_metadata
+from flax_partial.format.part import NUMPY_ARRAY, SCALAR, STRING, Box, Leaf, Part
 
 ROWS = 4
 

@@ -10,7 +10,7 @@ import tensorstore as ts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_partial import ocdbt
+from flax_partial.format import ocdbt
 
 BLOB = bytes(range(256)) * 64
 FILES = ("data", "part.1/data", "part.10/data", "x" * 200)

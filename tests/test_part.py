@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_partial.errors import CorruptCheckpointError
-from flax_partial.keypaths import KeyPath
-from flax_partial.part import (
+from flax_partial.format.keypaths import KeyPath
+from flax_partial.format.part import (
     NUMPY_ARRAY,
     PRNG_KEY,
     STRING,

@@ -14,8 +14,9 @@ from stub_trainer import StubTrainer
 from terminal import running_on_terminal
 
 import flax_partial as fp
-from flax_partial import loading, storage
 from flax_partial.callbacks import PartialCheckpointCallback
+from flax_partial.loading import load as loading
+from flax_partial.storage import local as storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -21,8 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from things import QUICK
 
 import flax_partial as fp
-from flax_partial import session, snapshot
-from flax_partial.data_files import aligned_empty
+from flax_partial.loading.data_reader import aligned_empty
+from flax_partial.saving import save as session
+from flax_partial.saving import snapshot
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -4,16 +4,16 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from flax_partial import part as kinds
-from flax_partial.batches import batches, region_bytes
 from flax_partial.cli import changes, figures, places, selection
 from flax_partial.cli.changes import Change
 from flax_partial.cli.comparing import Difference
 from flax_partial.cli.output import Output
 from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
-from flax_partial.loading import Checkpoint
-from flax_partial.part import Leaf
+from flax_partial.format import part as kinds
+from flax_partial.format.part import Leaf
+from flax_partial.loading.batches import batches, region_bytes
+from flax_partial.loading.load import Checkpoint
 
 _AT_ONCE_BYTES = 64 << 20  # of A, and as much of B; reading takes about as much again
 _COLUMNS = (

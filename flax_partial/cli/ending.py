@@ -5,13 +5,13 @@ import sys
 import time
 from typing import Any
 
-from flax_partial import finalizing
 from flax_partial.cli import figures, places
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD
 from flax_partial.errors import IncompleteCheckpointError
+from flax_partial.finalizing import finalize as finalizing
 
 
 def add(commands: Any) -> None:

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from flax_partial import storage
-from flax_partial.batches import batches, region_bytes
 from flax_partial.cli import figures, places, safetensors, selection
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
@@ -17,8 +15,10 @@ from flax_partial.cli.parsing import add_command
 from flax_partial.cli.safetensors import Layout
 from flax_partial.cli.tables import GOOD
 from flax_partial.errors import UnsupportedLeafError
-from flax_partial.loading import Checkpoint
-from flax_partial.part import Leaf
+from flax_partial.format.part import Leaf
+from flax_partial.loading.batches import batches, region_bytes
+from flax_partial.loading.load import Checkpoint
+from flax_partial.storage import local as storage
 
 _AT_ONCE_BYTES = 64 << 20  # reading takes about as much again
 _MOST_NAMED = 10

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax_partial import part as kinds
-from flax_partial.part import Leaf
+from flax_partial.format import part as kinds
+from flax_partial.format.part import Leaf
 
 _EMPTY = {kinds.NONE: "None", kinds.DICT: "{}", kinds.LIST: "[]"}
 _LONGEST_TEXT = 40

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flax_partial import catalog, loading, storage
 from flax_partial.cli import figures, places
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD, WAITING, Column, Row, Table
 from flax_partial.errors import NoSessionError, PartialCheckpointError
+from flax_partial.loading import catalog
+from flax_partial.loading import load as loading
+from flax_partial.storage import local as storage
 
 _STYLES = {places.FINALIZED: "", places.UNFINISHED: WAITING, places.DAMAGED: BAD}
 _COLUMNS = (

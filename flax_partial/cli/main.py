@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -90,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Look into checkpoints of flax_partial and of Orbax; end unfinished ones.",
         epilog="Exit status: 0 fine, 1 found a problem, 2 wrong use.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version(PROGRAM)}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in _COMMANDS:
         module.add(commands)

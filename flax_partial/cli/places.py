@@ -5,17 +5,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flax_partial import loading, storage
 from flax_partial.callbacks import completeness
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.errors import NoSessionError
-from flax_partial.finalizing import status_of
-from flax_partial.loading import Checkpoint
-from flax_partial.merge import MergePlan, merge
-from flax_partial.part import Contents, Part
+from flax_partial.finalizing.finalize import status_of
+from flax_partial.format.merge import MergePlan, merge
+from flax_partial.format.part import Contents, Part
+from flax_partial.loading import load as loading
+from flax_partial.loading.load import Checkpoint
 from flax_partial.reports import SessionStatus
-from flax_partial.session import read_parts
-from flax_partial.storage import CheckpointPath
+from flax_partial.saving.save import read_parts
+from flax_partial.storage import local as storage
+from flax_partial.storage.local import CheckpointPath
 
 FINALIZED, UNFINISHED, DAMAGED, DROPPED = "finalized", "unfinished", "damaged", "dropped"
 OURS, ORBAX = "flax_partial", "orbax"

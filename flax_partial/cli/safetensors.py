@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from flax_partial.chunks import Shape
-from flax_partial.part import PRNG_KEY, STRING, Leaf, numpy_dtype
+from flax_partial.format.chunks import Shape
+from flax_partial.format.part import PRNG_KEY, STRING, Leaf, numpy_dtype
 
 _DTYPES = {
     "bool": "BOOL",

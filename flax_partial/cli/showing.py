@@ -5,13 +5,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax_partial import loading
 from flax_partial.cli import figures, places, selection, tree
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import STRONG, Column, Row, Table
-from flax_partial.part import Leaf
+from flax_partial.format.part import Leaf
+from flax_partial.loading import load as loading
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
 
 _COLUMNS = (

@@ -5,15 +5,15 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flax_partial import catalog
 from flax_partial.cli import figures, places
 from flax_partial.cli.output import Output
 from flax_partial.cli.parsing import add_command
 from flax_partial.cli.places import Session
 from flax_partial.cli.tables import BAD, FAINT, GOOD, STRONG, WAITING, Column, Row, Table
 from flax_partial.errors import NoSessionError
+from flax_partial.loading import catalog
 from flax_partial.reports import SessionStatus
-from flax_partial.storage import CheckpointPath
+from flax_partial.storage.local import CheckpointPath
 
 _COLUMNS = (
     Column("SAVED", is_number=True),

@@ -8,13 +8,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_partial import catalog, loading, storage
 from flax_partial.callbacks import timeline
 from flax_partial.cli import chrome_trace, figures, lanes, picture, places
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import GOOD, Column, Row, Table
 from flax_partial.errors import PartialCheckpointError
+from flax_partial.loading import catalog
+from flax_partial.loading import load as loading
+from flax_partial.storage import local as storage
 
 if TYPE_CHECKING:
     import argparse

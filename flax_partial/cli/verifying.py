@@ -4,12 +4,12 @@ import argparse
 import time
 from typing import Any
 
-from flax_partial import loading
 from flax_partial.cli import figures, places
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
+from flax_partial.loading import load as loading
 
 _COLUMNS = (Column("DAMAGED"), Column("WHAT IS WRONG"))
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from flax_partial import orbax_reader, storage
 from flax_partial.errors import NoSessionError
-from flax_partial.session import PathLike
+from flax_partial.loading import orbax_reader
+from flax_partial.saving.save import PathLike
+from flax_partial.storage import local as storage
 
 
 def steps(directory: PathLike) -> list[int]:

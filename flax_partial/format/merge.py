@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flax_partial.chunks import chunk_counts
-from flax_partial.keypaths import KeyTree
-from flax_partial.part import Box, Leaf, Part, Place, Run, data_part
+from flax_partial.format.chunks import chunk_counts
+from flax_partial.format.keypaths import KeyTree
+from flax_partial.format.part import Box, Leaf, Part, Place, Run, data_part
 
 Source = tuple[str, Place]
 """Where a chunk of the checkpoint is: the data file, as `data_part` calls it, and its place."""

@@ -7,10 +7,10 @@ costs what the claimed leaves cost, however many are held.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from flax_partial.chunks import chunk_numbers
 from flax_partial.errors import KeyConflictError
-from flax_partial.keypaths import KeyTree
-from flax_partial.part import Leaf, Part
+from flax_partial.format.chunks import chunk_numbers
+from flax_partial.format.keypaths import KeyTree
+from flax_partial.format.part import Leaf, Part
 
 
 @dataclass(slots=True)

@@ -12,27 +12,25 @@ from typing import Any, Protocol
 import numpy as np
 from jax import tree_util
 
-from flax_partial import (
-    arrays,
-    collector,
-    data_files,
-    keypaths,
-    orbax_format,
-    orbax_reader,
-    placing,
-    snapshot,
-    storage,
-)
-from flax_partial import part as kinds
-from flax_partial.arrays import Region
-from flax_partial.batches import batches, region_bytes
+from flax_partial import collector
 from flax_partial.errors import CorruptCheckpointError, NoSessionError, TargetMismatchError
-from flax_partial.merge import merge
-from flax_partial.part import Contents, Leaf, decode_contents, digest, encode_contents
-from flax_partial.placing import Placement
+from flax_partial.format import keypaths
+from flax_partial.format import orbax as orbax_format
+from flax_partial.format import part as kinds
+from flax_partial.format.merge import merge
+from flax_partial.format.part import Contents, Leaf, decode_contents, digest, encode_contents
+from flax_partial.loading import data_reader as data_files
+from flax_partial.loading import orbax_reader
+from flax_partial.loading import target as placing
+from flax_partial.loading.batches import batches, region_bytes
+from flax_partial.loading.target import Placement
 from flax_partial.reports import CheckpointMetadata, LeafMetadata, VerifyReport
-from flax_partial.session import PathLike, read_parts
-from flax_partial.storage import CheckpointPath
+from flax_partial.saving import snapshot
+from flax_partial.saving.save import PathLike, read_parts
+from flax_partial.storage import local as storage
+from flax_partial.storage import tensorstore_io as arrays
+from flax_partial.storage.local import CheckpointPath
+from flax_partial.storage.tensorstore_io import Region
 
 _VERIFIED_AT_ONCE_BYTES = 256 << 20
 _PIECE_BYTES = 96 << 20  # of a load that says how far it is

@@ -12,21 +12,24 @@ from itertools import accumulate
 
 from jax.profiler import TraceAnnotation
 
-from flax_partial import collector, orbax_format, storage, workers
+from flax_partial import collector
+from flax_partial.distributed.agreement import DEFAULT_TIMEOUT_SECS, agree, count, index
 from flax_partial.errors import (
     CorruptCheckpointError,
     IncompleteCheckpointError,
     KeyConflictError,
     NoSessionError,
 )
-from flax_partial.keypaths import KeyPath
-from flax_partial.loading import database_uuid, described, metadata
-from flax_partial.merge import MergePlan, merge, merge_metadata
-from flax_partial.part import Contents, Leaf, Part, data_path, encode_contents
-from flax_partial.processes import DEFAULT_TIMEOUT_SECS, agree, count, index
+from flax_partial.format import orbax as orbax_format
+from flax_partial.format.keypaths import KeyPath
+from flax_partial.format.merge import MergePlan, merge, merge_metadata
+from flax_partial.format.part import Contents, Leaf, Part, data_path, encode_contents
+from flax_partial.loading.load import database_uuid, described, metadata
 from flax_partial.reports import CheckpointMetadata, PartStatus, SessionStatus
-from flax_partial.session import PathLike, Session, forget, read_parts, session_of
-from flax_partial.storage import CheckpointPath
+from flax_partial.saving.save import PathLike, Session, forget, read_parts, session_of
+from flax_partial.sessions import handles as workers
+from flax_partial.storage import local as storage
+from flax_partial.storage.local import CheckpointPath
 
 _MOST_NAMED = 20  # leaves that an error lists
 

@@ -18,17 +18,17 @@ from typing import Any, NoReturn
 import numpy as np
 import tensorstore as ts
 
-from flax_partial.chunks import (
+from flax_partial.errors import CorruptCheckpointError
+from flax_partial.format.chunks import (
     Shape,
     chunk_numbers,
     chunk_regions,
     covering_box,
     slices,
 )
-from flax_partial.errors import CorruptCheckpointError
-from flax_partial.keypaths import prefix_of
-from flax_partial.orbax_format import zarr_metadata
-from flax_partial.part import Box, Leaf, digests_of
+from flax_partial.format.keypaths import prefix_of
+from flax_partial.format.orbax import zarr_metadata
+from flax_partial.format.part import Box, Leaf, digests_of
 
 _RAW_CHUNK_BYTES = 128 * 1024  # above this a raw read's extra copy costs more than a zarr open
 

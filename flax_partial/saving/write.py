@@ -16,11 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_partial import storage, workers
-from flax_partial.arrays import encoded_chunks
-from flax_partial.chunks import Shape, chunk_regions, count_leading
-from flax_partial.direct_io import NewFile
-from flax_partial.part import (
+from flax_partial.format.chunks import Shape, chunk_regions, count_leading
+from flax_partial.format.part import (
     INLINE_BYTES,
     Box,
     Leaf,
@@ -31,7 +28,11 @@ from flax_partial.part import (
     digests_of,
     flat,
 )
-from flax_partial.reuse import Earlier, Plan, Shared
+from flax_partial.saving.reuse import Earlier, Plan, Shared
+from flax_partial.sessions import handles as workers
+from flax_partial.storage import local as storage
+from flax_partial.storage.direct_io import NewFile
+from flax_partial.storage.tensorstore_io import encoded_chunks
 
 # From here on digests are taken while the disk writes: 1 GiB takes 0.1 s to digest, 0.6 to write.
 _BESIDE_BYTES = 4 << 20

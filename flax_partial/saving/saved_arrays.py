@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flax_partial.part import Leaf
-from flax_partial.reuse import DataFile, Shared, form_of, plan_of
+from flax_partial.format.part import Leaf
+from flax_partial.saving.reuse import DataFile, Shared, form_of, plan_of
 
 
 @dataclass(frozen=True, slots=True)

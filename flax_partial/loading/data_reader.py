@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_partial.chunks import (
+from flax_partial.format.chunks import (
     Shape,
     are_in_order,
     chunk_numbers,
@@ -25,7 +25,7 @@ from flax_partial.chunks import (
     covering_box,
     slices,
 )
-from flax_partial.part import Leaf, data_path, digest, flat
+from flax_partial.format.part import Leaf, data_path, digest, flat
 
 _ALIGNED_BYTES = 64  # what JAX's CPU devices ask of memory to take it over
 _MAPPED_BYTES = 4 << 20  # from here on NumPy asks for huge pages

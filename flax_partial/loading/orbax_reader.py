@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from flax_partial import arrays, orbax_format, storage
-from flax_partial import part as kinds
-from flax_partial.arrays import Region, Store
 from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError
-from flax_partial.keypaths import INDEX, STR_KEY, KeyPath, KeyTree
-from flax_partial.merge import merge_metadata
-from flax_partial.part import STORABLE_DTYPES, Contents, Leaf
+from flax_partial.format import orbax as orbax_format
+from flax_partial.format import part as kinds
+from flax_partial.format.keypaths import INDEX, STR_KEY, KeyPath, KeyTree
+from flax_partial.format.merge import merge_metadata
+from flax_partial.format.part import STORABLE_DTYPES, Contents, Leaf
+from flax_partial.storage import local as storage
+from flax_partial.storage import tensorstore_io as arrays
+from flax_partial.storage.tensorstore_io import Region, Store
 
 Table = Mapping[str, Any]
 

@@ -24,12 +24,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.profiler import TraceAnnotation
 
-from flax_partial import collector, keypaths, processes, snapshot, storage, workers
+from flax_partial import collector
+from flax_partial.distributed import agreement as processes
 from flax_partial.errors import CorruptCheckpointError, EmptyStateError, NoSessionError
-from flax_partial.ledger import Ledger
-from flax_partial.memory_budget import MemoryBudget
-from flax_partial.options import SaveOptions
-from flax_partial.part import (
+from flax_partial.format import keypaths
+from flax_partial.format.part import (
     Leaf,
     Part,
     check_json,
@@ -39,12 +38,18 @@ from flax_partial.part import (
     decode_part,
     encode_part,
 )
-from flax_partial.part_data import link_files, write_part
+from flax_partial.options import SaveOptions
 from flax_partial.reports import SaveReport, SaveTimes
-from flax_partial.reuse import DataFile, Earlier
-from flax_partial.saved_arrays import SavedArrays
-from flax_partial.snapshot import Described
-from flax_partial.storage import CheckpointPath
+from flax_partial.saving import snapshot
+from flax_partial.saving.claims import Ledger
+from flax_partial.saving.memory_budget import MemoryBudget
+from flax_partial.saving.reuse import DataFile, Earlier
+from flax_partial.saving.saved_arrays import SavedArrays
+from flax_partial.saving.snapshot import Described
+from flax_partial.saving.write import link_files, write_part
+from flax_partial.sessions import handles as workers
+from flax_partial.storage import local as storage
+from flax_partial.storage.local import CheckpointPath
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from flax_partial import part as kinds
-from flax_partial.chunks import Shape
 from flax_partial.errors import TargetMismatchError
-from flax_partial.part import Leaf
-from flax_partial.snapshot import is_leaf
+from flax_partial.format import part as kinds
+from flax_partial.format.chunks import Shape
+from flax_partial.format.part import Leaf
+from flax_partial.saving.snapshot import is_leaf
 
 BoxRange = tuple[Shape, Shape]
 

@@ -7,9 +7,9 @@ is larger than a batch, as Orbax writes them by default, is a batch by itself.
 import math
 from collections.abc import Iterator, Sequence
 
-from flax_partial.arrays import Region
-from flax_partial.chunks import Shape, chunk_regions
-from flax_partial.part import Leaf
+from flax_partial.format.chunks import Shape, chunk_regions
+from flax_partial.format.part import Leaf
+from flax_partial.storage.tensorstore_io import Region
 
 
 def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Iterator[list[Region]]:

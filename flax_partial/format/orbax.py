@@ -19,11 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from flax_partial import ocdbt
-from flax_partial.chunks import Shape
-from flax_partial.keypaths import INDEX
-from flax_partial.merge import Source
-from flax_partial.part import (
+from flax_partial.format import ocdbt
+from flax_partial.format.chunks import Shape
+from flax_partial.format.keypaths import INDEX
+from flax_partial.format.merge import Source
+from flax_partial.format.part import (
     ARRAY_KINDS,
     DICT,
     JAX_ARRAY,

@@ -20,9 +20,9 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
-from flax_partial.chunks import Shape, chunk_counts, chunk_keys, chunk_regions
 from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError
-from flax_partial.keypaths import INDEX, KEY_KINDS, TEXT_KEYS, KeyPath, prefix_of
+from flax_partial.format.chunks import Shape, chunk_counts, chunk_keys, chunk_regions
+from flax_partial.format.keypaths import INDEX, KEY_KINDS, TEXT_KEYS, KeyPath, prefix_of
 from flax_partial.options import COMPRESSIONS
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flax_partial import errors
-from flax_partial.coordination import Service, client, count, index
+from flax_partial.distributed.jax_service import Service, client, count, index
 from flax_partial.errors import IncompleteCheckpointError, PartialCheckpointError
 
 __all__ = ["DEFAULT_TIMEOUT_SECS", "agree", "count", "index"]
