@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from flax_partial import __version__
 from flax_partial.cli import (
     diffing,
     ending,

@@ -14,9 +14,9 @@ from flax_partial.format.part import Contents, Part
 from flax_partial.loading import load as loading
 from flax_partial.loading.load import Checkpoint
 from flax_partial.reports import SessionStatus
-from flax_partial.saving.save import read_parts
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import CheckpointPath
+from flax_partial.storage.parts import read_parts
 
 FINALIZED, UNFINISHED, DAMAGED, DROPPED = "finalized", "unfinished", "damaged", "dropped"
 OURS, ORBAX = "flax_partial", "orbax"
@@ -111,10 +111,9 @@ def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) ->
             f"{where.session} is not an unfinished checkpoint of flax_partial: only the program "
             "that began it can finish it, perhaps Orbax."
         )
-    torn: list[str] = []
-    damaged: dict[str, str] = {}
-    parts = read_parts(where, known=known, torn=torn, damaged=damaged)
-    return Session(where, parts, status_of(where, parts, torn, damaged), merge(parts))
+    found = read_parts(where, known=known)
+    parts = found.committed
+    return Session(where, parts, status_of(where, found), merge(parts))
 
 
 def is_foreign(where: CheckpointPath) -> bool:

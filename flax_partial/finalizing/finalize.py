@@ -26,10 +26,11 @@ from flax_partial.format.merge import MergePlan, merge, merge_metadata
 from flax_partial.format.part import Contents, Leaf, Part, data_path, encode_contents
 from flax_partial.loading.load import database_uuid, described, metadata
 from flax_partial.reports import CheckpointMetadata, PartStatus, SessionStatus
-from flax_partial.saving.save import PathLike, Session, forget, read_parts, session_of
+from flax_partial.saving.save import Session, failed_parts, forget, session_of
 from flax_partial.sessions import handles as workers
 from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath
+from flax_partial.storage.local import CheckpointPath, PathLike
+from flax_partial.storage.parts import SessionParts, read_parts
 
 _MOST_NAMED = 20  # leaves that an error lists
 
@@ -162,25 +163,18 @@ def status(path: PathLike) -> SessionStatus:
     where = storage.resolve(path)
     if not storage.is_session(where):
         raise storage.no_session(where)
-    torn: list[str] = []
-    damaged: dict[str, str] = {}
-    parts = read_parts(where, torn=torn, damaged=damaged)
-    return status_of(where, parts, torn, damaged)
+    return status_of(where, read_parts(where, failed=failed_parts(where)))
 
 
-def status_of(
-    where: CheckpointPath,
-    parts: Mapping[str, Part],
-    torn: Iterable[str],
-    damaged: Iterable[str],
-) -> SessionStatus:
+def status_of(where: CheckpointPath, found: SessionParts) -> SessionStatus:
     """Returns the public description of a session's parts."""
+    parts = found.committed
     ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
     return SessionStatus(
         path=where.final,
         parts=tuple(_part_status(name, part) for name, part in ordered),
-        torn=tuple(torn),
-        damaged=tuple(damaged),
+        torn=tuple(found.torn),
+        damaged=tuple(found.damaged),
         leaves=tuple(sorted({leaf.name for part in parts.values() for leaf in part.leaves})),
         bytes=sum(part.bytes for part in parts.values()),
         processes=tuple(sorted({part.process for part in parts.values()})),
@@ -218,7 +212,7 @@ def _commit_when_whole(session: Session, expected: Sequence[str], timeout_secs: 
         with session.exclusively(), collector.paused():
             session.remove_failed()
             with TraceAnnotation("flax_partial.finalize", checkpoint=where.final.name):
-                return _commit(where, expected)
+                return _commit(session, expected)
     except NoSessionError:
         storage.require_absent(where)  # somebody else has finalized it while this one waited
         raise
@@ -230,7 +224,7 @@ def _wait_for_leaves(where: CheckpointPath, expected: Sequence[str], timeout_sec
     pause = 0.01
     known: dict[str, Part] = {}
     while True:
-        known = read_parts(where, known=known)
+        known = read_parts(where, known=known, failed=failed_parts(where)).committed
         plan = merge(known)
         if known and not plan.missing and not _lacking(expected, plan.leaves):
             return
@@ -241,28 +235,27 @@ def _wait_for_leaves(where: CheckpointPath, expected: Sequence[str], timeout_sec
         pause = min(pause * 1.5, 1.0)
 
 
-def _commit(where: CheckpointPath, expected: Sequence[str]) -> Contents:
+def _commit(session: Session, expected: Sequence[str]) -> Contents:
     """Makes the checkpoint of a locked session."""
+    where = session.where
     storage.require_absent(where)
-    torn: list[str] = []
-    damaged: dict[str, str] = {}
-    parts = read_parts(where, torn=torn, damaged=damaged)
-    _require_undamaged(where, damaged)
-    plan = merge(parts)
-    _require_whole(where, parts, plan, expected)
+    found = read_parts(where, failed=session.not_removed)
+    _require_undamaged(where, found.damaged)
+    plan = merge(found.committed)
+    _require_whole(where, plan, expected)
     contents = Contents(
         started_ns=plan.started_ns,
         committed_ns=time.time_ns(),
-        parts=len(parts),
+        parts=len(found.committed),
         custom_metadata=plan.custom_metadata,
         leaves=plan.leaves,
         data_parts=plan.data_parts,
-        first_part=min(parts),
+        first_part=min(found.committed),
     )
     data = encode_contents(contents)
     root_files = orbax_format.root_files(contents)
     root_files |= orbax_format.database_files(contents, plan.sources, uuid=database_uuid(data))
-    for name in torn:  # nobody saves while the session is locked: these are dead
+    for name in found.torn:  # nobody saves while the session is locked: these are dead
         storage.remove_part(where, name)
     storage.clear_root(where)
     needed_bytes = sum(sum(map(len, pieces)) for pieces in root_files.values()) + len(data)
@@ -286,9 +279,7 @@ def _require_undamaged(where: CheckpointPath, damaged: Mapping[str, str]) -> Non
         )
 
 
-def _require_whole(
-    where: CheckpointPath, parts: dict[str, Part], plan: MergePlan, expected: Sequence[str]
-) -> None:
+def _require_whole(where: CheckpointPath, plan: MergePlan, expected: Sequence[str]) -> None:
     if plan.conflicts:
         raise KeyConflictError(
             f"{where.session} does not form one checkpoint:\n" + _listed(plan.conflicts)
@@ -305,8 +296,8 @@ def _require_whole(
             f"{where.session} has lost data that was saved:\n{_listed(lost)}\n"
             "Save these leaves again with replace=True."
         )
-    if not parts:
-        raise IncompleteCheckpointError(f"{where.session} holds no committed part: save something.")
+    if not plan.leaves:
+        raise IncompleteCheckpointError(f"{where.session} holds no leaf: save something.")
 
 
 def _lost(where: CheckpointPath, plan: MergePlan) -> list[str]:

@@ -7,7 +7,7 @@ time linear in its length, whatever the tree holds already.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 from typing import Any, Literal
@@ -41,8 +41,13 @@ class KeyPath:
         self.name = ".".join(self.texts)
 
 
+def is_leaf(node: object) -> bool:
+    """Whether a node that JAX does not take for a leaf is one here: None, and empty containers."""
+    return node is None or (isinstance(node, (list, tuple, Mapping)) and not node)
+
+
 def flatten(
-    tree: Any, *, is_leaf: Callable[[object], bool]
+    tree: Any,
 ) -> tuple[list[tuple[tuple[Any, ...], Any]], tree_util.PyTreeDef]:
     """Returns the leaves of a tree with their key paths, and its structure, as JAX does.
 

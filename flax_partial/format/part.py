@@ -521,8 +521,6 @@ def _leaves_of(table: dict[str, Any]) -> tuple[Leaf, ...]:
             leaves.append(_leaf_of(row, shardings))
         except _MALFORMED as error:
             raise CorruptCheckpointError(f"leaf {row.get('path')}: {error}") from error
-    if not leaves:
-        raise CorruptCheckpointError("it has no leaves")
     return tuple(leaves)
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from flax_partial.errors import NoSessionError
 from flax_partial.loading import orbax_reader
-from flax_partial.saving.save import PathLike
 from flax_partial.storage import local as storage
+from flax_partial.storage.local import PathLike
 
 
 def steps(directory: PathLike) -> list[int]:

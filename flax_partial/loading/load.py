@@ -25,11 +25,10 @@ from flax_partial.loading import target as placing
 from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.target import Placement
 from flax_partial.reports import CheckpointMetadata, LeafMetadata, VerifyReport
-from flax_partial.saving import snapshot
-from flax_partial.saving.save import PathLike, read_parts
 from flax_partial.storage import local as storage
 from flax_partial.storage import tensorstore_io as arrays
-from flax_partial.storage.local import CheckpointPath
+from flax_partial.storage.local import CheckpointPath, PathLike
+from flax_partial.storage.parts import read_parts
 from flax_partial.storage.tensorstore_io import Region
 
 _VERIFIED_AT_ONCE_BYTES = 256 << 20
@@ -145,7 +144,7 @@ def _load(
     if target is None:
         placements = [placing.as_saved(leaf) for leaf in checkpoint.contents.leaves]
         return _nested(checkpoint.contents.leaves, _read(checkpoint, placements, progress))
-    flat, structure = keypaths.flatten(target, is_leaf=snapshot.is_leaf)
+    flat, structure = keypaths.flatten(target)
     wanted = [(keypaths.from_jax(path).name, value) for path, value in flat]
     placements = _plan(checkpoint.contents.leaves, wanted, partial=partial, cast=cast)
     return tree_util.tree_unflatten(structure, _read(checkpoint, placements, progress))
@@ -377,10 +376,8 @@ def _no_tree(leaf: Leaf) -> CorruptCheckpointError:
 
 def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tuple[str, str]]:
     """Derives the root files from the parts once more; yields those that differ, and why."""
-    finalized = CheckpointPath(where.final, where.final)
-    torn: list[str] = []
-    damaged: dict[str, str] = {}
-    parts = read_parts(finalized, torn=torn, damaged=damaged)
+    found = read_parts(where.finalized)
+    parts, torn, damaged = found.committed, found.torn, found.damaged
     yield from ((f"{storage.STATE}/{name}", why) for name, why in damaged.items())
     yield from ((f"{storage.STATE}/{name}", "it has no table of contents") for name in torn)
     files = orbax_format.root_files(contents)

@@ -13,8 +13,8 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from flax_partial.errors import TargetMismatchError
 from flax_partial.format import part as kinds
 from flax_partial.format.chunks import Shape
+from flax_partial.format.keypaths import is_leaf
 from flax_partial.format.part import Leaf
-from flax_partial.saving.snapshot import is_leaf
 
 BoxRange = tuple[Shape, Shape]
 

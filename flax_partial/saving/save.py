@@ -35,7 +35,6 @@ from flax_partial.format.part import (
     data_file_bytes,
     data_part,
     data_path,
-    decode_part,
     encode_part,
 )
 from flax_partial.options import SaveOptions
@@ -49,12 +48,11 @@ from flax_partial.saving.snapshot import Described
 from flax_partial.saving.write import link_files, write_part
 from flax_partial.sessions import handles as workers
 from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath
+from flax_partial.storage.local import CheckpointPath, PathLike
+from flax_partial.storage.parts import prefix_of_name, read_parts
 
 if TYPE_CHECKING:
     from types import FrameType
-
-PathLike = str | os.PathLike[str]
 
 _DEFAULTS = SaveOptions()
 _POLL_SECS = 1e-3
@@ -76,8 +74,9 @@ def save(
 
     Args:
       path: Where the finalized checkpoint will be; until then parts wait in `<path>.partial_save`.
-      state: Any JAX pytree. Leaves: `jax.Array`, `np.ndarray`, NumPy scalars, typed PRNG keys,
-        bool, int, float, complex, str, None, empty containers, `Slice`.
+      state: Any JAX pytree; an empty one (`{}`) saves `custom_metadata` alone. Leaves: `jax.Array`,
+        `np.ndarray`, NumPy scalars, typed PRNG keys, bool, int, float, complex, str, None, empty
+        containers, `Slice`.
       custom_metadata: JSON values under string keys. Those of several saves merge deeply; the later
         value wins.
       replace: Whether leaves that the session holds already are replaced; an error otherwise.
@@ -95,7 +94,7 @@ def save(
       CheckpointExistsError: A finalized checkpoint, or something else, is at `path`.
       KeyConflictError: A leaf is in the session already, or cannot stand beside others in one tree.
       UnsupportedLeafError: No checkpoint can hold some leaf, key, or value of `custom_metadata`.
-      EmptyStateError: `state` has no leaves.
+      EmptyStateError: `state` has no leaves, and there is no `custom_metadata`.
       OSError: Writing failed. Like after every other error, the session is as it was before.
     """
     saving = _prepare(path, state, custom_metadata, replace, options or _DEFAULTS, reuse=reuse)
@@ -167,7 +166,7 @@ def _prepare(
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     metadata = check_json(custom_metadata)
-    flat = _flatten(state)
+    flat = _flatten(state, metadata)
     described = _describe(flat, options)
     arrays = [] if earlier is None else [snapshot.lasting(value) for _, value in flat]
     with _sessions_lock:
@@ -190,11 +189,15 @@ def _prepare(
     return saving
 
 
-def _flatten(state: Any) -> list[tuple[Any, Any]]:
-    flat, _ = keypaths.flatten(state, is_leaf=snapshot.is_leaf)
-    if not flat or (len(flat) == 1 and not flat[0][0] and snapshot.is_leaf(flat[0][1])):
-        raise EmptyStateError(f"state {state!r} has no leaves: there is nothing to save.")
-    return flat
+def _flatten(state: Any, metadata: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    flat, _ = keypaths.flatten(state)
+    if flat and not (len(flat) == 1 and not flat[0][0] and keypaths.is_leaf(flat[0][1])):
+        return flat
+    if metadata:
+        return []  # a part may hold metadata alone
+    raise EmptyStateError(
+        f"state {state!r} has no leaves, and there is no custom_metadata: there is nothing to save."
+    )
 
 
 def _describe(flat: Sequence[tuple[Any, Any]], options: SaveOptions) -> list[Described]:
@@ -264,7 +267,7 @@ class _Saving:
             session.enter(leaves, durable=self._options.durable)
         time_ns = session.claim(leaves, replace=replace, claimed=self._leaves)
         self._part = dataclasses.replace(self._part, time_ns=time_ns)
-        self._name = _name_of(self._part) + uuid.uuid4().hex[:12]
+        self._name = prefix_of_name(self._part) + uuid.uuid4().hex[:12]
         if self._reuse is not None and self._options.checksum:
             with storage.full_disk_explained(session.where, lambda: self._part.bytes):
                 self._share_known(self._reuse)
@@ -279,7 +282,7 @@ class _Saving:
         shared = _saved_arrays.shared_with(
             earlier.final, self._arrays, self._leaves, durable=durable
         )
-        if not shared or not storage.has_contents(_finalized(earlier)):
+        if not shared or not storage.has_contents(earlier.finalized):
             return
         self._directory = storage.create_part(self.session.where, self._name)
         self._linked = link_files(self._directory, shared, first_file=1, durable=False)
@@ -326,7 +329,8 @@ class _Saving:
         with storage.full_disk_explained(self.session.where, lambda: self._needed_bytes):
             try:
                 self.session.require_not_aborted()
-                with TraceAnnotation("flax_partial.save", first=self._leaves[0].name):
+                first = self._leaves[0].name if self._leaves else ""
+                with TraceAnnotation("flax_partial.save", first=first):
                     self._write()
             except BaseException:
                 self.give_up()
@@ -643,7 +647,8 @@ class Session:
         self.not_removed = frozenset()
         self._close_anchor()
         self._ledger = Ledger()
-        for part in read_parts(self.where, process=processes.index()).values():
+        mine = read_parts(self.where, process=processes.index(), failed=self.not_removed)
+        for part in mine.committed.values():
             self._ledger.load(part)
         self._anchor = lock.duplicate()
         self._identity = lock.identity
@@ -732,7 +737,8 @@ class _VisibleGenerations:
         """Returns -1 for a leaf that no part holds."""
         if self._largest is None:
             self._largest = {}
-            for part in read_parts(self._where).values():
+            failed = failed_parts(self._where)
+            for part in read_parts(self._where, failed=failed).committed.values():
                 for leaf in part.leaves:
                     known = self._largest.get(leaf.name, -1)
                     self._largest[leaf.name] = max(known, leaf.generation)
@@ -790,6 +796,12 @@ def _known_session(where: CheckpointPath) -> Session:
     return session
 
 
+def failed_parts(where: CheckpointPath) -> frozenset[str]:
+    """Names of the parts that failed saves of this process could not remove: they do not count."""
+    session = _sessions.get(where.final)
+    return frozenset() if session is None else session.not_removed
+
+
 def forget(session: Session, *, for_good: bool = False) -> None:
     """Forgets a session that was finalized; one that was aborted, with what is in flight."""
     session.close()
@@ -799,63 +811,17 @@ def forget(session: Session, *, for_good: bool = False) -> None:
             del _sessions[session.where.final]
 
 
-def read_parts(
-    where: CheckpointPath,
-    *,
-    process: int | None = None,
-    known: Mapping[str, Part] | None = None,
-    torn: list[str] | None = None,
-    damaged: dict[str, str] | None = None,
-) -> dict[str, Part]:
-    """Reads the committed parts of a session, but for those whose save failed in this process.
-
-    Args:
-      where: The session.
-      process: Only the parts of this process.
-      known: Parts read before, by name: a committed part never changes.
-      torn: Where to put the names of the directories that were never committed.
-      damaged: Where to put the names of those that were, and whose table is damaged, and why.
-
-    Returns:
-      Name of each part -> its table of contents.
-    """
-    parts = {}
-    failed = _failed_parts(where)
-    for name in storage.part_names(where):
-        if process is not None and f".p{process}." not in name:
-            continue
-        if name in failed:
-            part = None
-        else:
-            try:
-                part = (known or {}).get(name) or _read_part(where, name)
-            except CorruptCheckpointError as error:
-                if damaged is not None:
-                    damaged[name] = str(error)
-                continue
-        if part is not None:
-            parts[name] = part
-        elif torn is not None:
-            torn.append(name)
-    return parts
-
-
 def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
     """Nothing that is wrong with an earlier checkpoint keeps a save from being written."""
-    finalized = _finalized(checkpoint)
+    finalized = checkpoint.finalized
     try:
         if storage.has_contents(finalized):
             with collector.paused():
-                parts = read_parts(finalized, process=processes.index())
+                parts = read_parts(finalized, process=processes.index()).committed
                 return Earlier(parts, _data_files(finalized, parts))
     except (OSError, CorruptCheckpointError) as error:
         _LOG.warning("flax_partial: cannot reuse data of %s: %s", checkpoint.final, error)
     return None
-
-
-def _finalized(checkpoint: CheckpointPath) -> CheckpointPath:
-    """A checkpoint whose parts are at its final place."""
-    return CheckpointPath(checkpoint.final, checkpoint.final)
 
 
 def _data_files(where: CheckpointPath, parts: Mapping[str, Part]) -> dict[str, DataFile]:
@@ -865,28 +831,6 @@ def _data_files(where: CheckpointPath, parts: Mapping[str, Part]) -> dict[str, D
         for number in data_file_bytes(part.leaves):
             file = data_part(name, number)
             size = storage.size_of_data(where, data_path(file))
-            place = _finalized(where).state / data_path(file)
+            place = where.finalized.state / data_path(file)
             found[file] = DataFile(place, size, part.durable)
     return found
-
-
-def _failed_parts(where: CheckpointPath) -> frozenset[str]:
-    session = _sessions.get(where.final)
-    return frozenset() if session is None else session.not_removed
-
-
-def _read_part(where: CheckpointPath, name: str) -> Part | None:
-    """Returns None where there is no table: it appears whole, or not at all."""
-    path = where.state / name / storage.PART_TABLE
-    data = storage.read(path)
-    if data is None:
-        return None
-    part = decode_part(data, where=str(path))
-    if not name.startswith(_name_of(part)):
-        raise CorruptCheckpointError(f"{path}: it is the table of another part")
-    return part
-
-
-def _name_of(part: Part) -> str:
-    """What the name of a part's directory begins with."""
-    return f"{storage.PART_PREFIX}{part.time_ns:019d}.p{part.process}."

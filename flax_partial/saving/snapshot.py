@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from flax_partial.errors import UnsupportedLeafError
 from flax_partial.format import part as kinds
 from flax_partial.format.chunks import Shape, choose_chunk_shape
-from flax_partial.format.keypaths import KeyPath
+from flax_partial.format.keypaths import KeyPath, is_leaf
 from flax_partial.format.part import STORABLE_DTYPES, Box, Leaf
 
 # A copy of a small ready array costs 2-20 us; a view would make a later donation copy instead.
@@ -76,11 +76,6 @@ class Described:
     def bytes(self) -> int:
         """Size of the data of all boxes."""
         return sum(source.nbytes for source in self.sources)
-
-
-def is_leaf(node: object) -> bool:
-    """Whether a node that JAX does not take for a leaf is one here: None, and empty containers."""
-    return node is None or (isinstance(node, (list, tuple, Mapping)) and not node)
 
 
 def describe(

@@ -31,6 +31,8 @@ from flax_partial.errors import (
     NoSessionError,
 )
 
+PathLike = str | os.PathLike[str]
+
 SESSION_SUFFIX = ".partial_save"
 PART_PREFIX = "part."
 PART_TABLE = "part.json"
@@ -62,6 +64,11 @@ class CheckpointPath:
     def state(self) -> Path:
         """The session's directory of parts."""
         return self.session / STATE
+
+    @property
+    def finalized(self) -> "CheckpointPath":
+        """The same checkpoint once it is finalized: its parts are at its final place."""
+        return CheckpointPath(self.final, self.final)
 
 
 def resolve(path: str | os.PathLike[str]) -> CheckpointPath:

@@ -1,6 +1,6 @@
 """Damages checkpoints and sessions at random: the right data is read, or an error names the bad.
 
-    python tests/damage.py --trials 20000 --seed 0
+    python tests/long_runs damage --trials 20000 --seed 0
 
 In a trial one file of a finalized checkpoint, or of a session, is damaged: a bit is flipped, a
 range is zeroed, the file is cut, emptied, extended, removed, replaced by a directory, by a pipe, by

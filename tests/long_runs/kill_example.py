@@ -1,6 +1,6 @@
 """Kills the main example at random moments and runs it again: it loses nothing, and ends the same.
 
-    python tests/crash/kill_example.py --kills 200 --seed 0        half an hour on two cores
+    python tests/long_runs kill_example --kills 200 --seed 0        half an hour on two cores
 
 In half of the runs a directory sees kill after kill until the job has come to its end; in the other
 half each kill has a directory of its own. After each kill the directory is looked at from outside:

@@ -1,6 +1,6 @@
 """Kills one of several real processes at a random moment, many times: nothing is lost, all is told.
 
-    python tests/kill_stages.py --trials 100 --seed 0
+    python tests/long_runs kill_stages --trials 100 --seed 0
 
 In a trial some processes train under `jax.distributed`, each a stage of its own, and save every
 step with the callback. One of them gets a SIGKILL while it streams, once it has handed over all,

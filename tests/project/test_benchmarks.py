@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 # At the end, so that flax_partial stays the installed one.
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path.append(str(Path(__file__).parents[2]))
 harness: Any = importlib.import_module("benchmarks.harness")
 report: Any = importlib.import_module("benchmarks.report")
 

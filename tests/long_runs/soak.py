@@ -1,6 +1,6 @@
 """Thousands of checkpoints in one process: nothing grows.
 
-    python tests/soak.py --checkpoints 5000 --seed 0
+    python tests/long_runs soak --checkpoints 5000 --seed 0
 
 Each checkpoint is saved in several parts, at once and in the background, sometimes replaced,
 sometimes aborted, finalized (now and then in the background), loaded, verified, and, but for the

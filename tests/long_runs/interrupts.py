@@ -1,6 +1,6 @@
 """Interrupts each call wherever Python lets a signal in: afterwards all goes on as before.
 
-    python tests/interrupts.py --trials 5000 --seed 0
+    python tests/long_runs interrupts --trials 5000 --seed 0
 
 First a `KeyboardInterrupt` comes at every point of the package's code at which CPython looks for
 signals, one a call; then, as often as asked for, a real SIGINT at a random moment. Then the same

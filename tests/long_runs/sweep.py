@@ -1,8 +1,8 @@
 """Tries every crash point: the process is killed, or its disk fails, at each change in turn.
 
-    python tests/crash/sweep.py --seed 0                     all of them; an hour on two cores
-    python tests/crash/sweep.py --series killed              some of them
-    python tests/crash/sweep.py --sample 200                 a sample of all
+    python tests/long_runs sweep --seed 0                     all of them; an hour on two cores
+    python tests/long_runs sweep --series killed              some of them
+    python tests/long_runs sweep --sample 200                 a sample of all
 
 The last line says how many points were tried, and at how many of them everything held.
 """

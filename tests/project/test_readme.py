@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLAIN = ROOT / "docs" / "loops" / "plain.md"
 OF_LOOPS = [path for path in DOCUMENTS if path.parent == PLAIN.parent and path != PLAIN]

@@ -22,7 +22,7 @@ import pytest
 
 import flax_partial as fp
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "pipeline_lm.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "pipeline_lm.py"
 SMALL = ("--layers", "4", "--width", "32", "--steps-per-epoch", "6", "--epochs", "2")
 EVERY_4 = (*SMALL, "--checkpoint-every", "4")
 LAYERS = ("embed", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head")

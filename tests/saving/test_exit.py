@@ -24,7 +24,7 @@ SLOW = """
     import sys, time
     import numpy as np
     import flax_partial as fp
-    from flax_partial import storage
+    from flax_partial.storage import local as storage
 
     real = storage.commit_part
 
@@ -84,7 +84,7 @@ def test_save_that_fails_at_exit_is_told(tmp_path: Path) -> None:
     script = """
         import sys, time
         import flax_partial as fp
-        from flax_partial import storage
+        from flax_partial.storage import local as storage
 
         def broken(*arguments, **options):
             time.sleep(0.3)
@@ -142,7 +142,7 @@ def test_forked_child_takes_nothing_from_its_parent(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         import numpy as np
         import flax_partial as fp
-        from flax_partial import storage
+        from flax_partial.storage import local as storage
 
         path = sys.argv[1]
         fp.save(path, {"before": np.arange(5)})

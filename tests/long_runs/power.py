@@ -1,6 +1,6 @@
 """Cuts the power after every change that a process makes, and looks at what may be left.
 
-    python tests/crash/power.py --seed 0 --samples 8        half an hour on two cores
+    python tests/long_runs power --seed 0 --samples 8        half an hour on two cores
 
 The last line says how many cuts were tried, and after how many of them everything held.
 """

@@ -1,6 +1,6 @@
 """Changes tables of contents at random, with the right digest: read, or refused by name.
 
-    python tests/fuzz.py --trials 20000 --seed 0
+    python tests/long_runs fuzz --trials 20000 --seed 0
 
 In a trial some values of a `part.json`, a `contents.json` or a `_METADATA` of Orbax are replaced by
 others, by each other, by ones of another type, or are doubled or left out. Then every question is

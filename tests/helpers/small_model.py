@@ -47,7 +47,7 @@ def run_until_killed(code: str, beside: str, directory: Path) -> None:
         [sys.executable, "-c", code, directory],
         check=False,
         cwd=Path(beside).parent,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         timeout=100,
     )

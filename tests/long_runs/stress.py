@@ -1,6 +1,6 @@
 """Many threads of several processes save, finalize, abort, read and list the same paths at once.
 
-    python tests/stress.py --trials 20 --seed 0 --secs 10
+    python tests/long_runs stress --trials 20 --seed 0 --secs 10
 
 Each operation is noted with the moments of its beginning and end, on the one clock of the machine,
 and with its outcome. Afterwards all of it is held against a model of what is allowed:

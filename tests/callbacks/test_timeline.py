@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
@@ -24,6 +24,8 @@ import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, recorder, timeline
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flax_partial.callbacks.timeline import ProcessTimeline
 
 __all__ = ["shell"]  # a fixture
@@ -331,7 +333,7 @@ def test_a_killed_run_can_be_drawn_and_one_that_goes_on_appends(
     done = subprocess.run(
         [sys.executable, "-c", KILLED, directory],
         check=False,
-        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         timeout=120,
     )

@@ -1,0 +1,75 @@
+"""The parts of a session, or of a finalized checkpoint, as they are on disk."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from flax_partial.errors import CorruptCheckpointError
+from flax_partial.format.part import Part, decode_part
+from flax_partial.storage import local as storage
+from flax_partial.storage.local import CheckpointPath
+
+
+@dataclass(frozen=True, slots=True)
+class SessionParts:
+    """What the part directories of a session hold.
+
+    Attributes:
+      committed: Name of each committed part -> its table of contents, oldest first.
+      torn: Names of the directories that were never committed.
+      damaged: Names of the parts that were committed and whose table is damaged -> why.
+    """
+
+    committed: dict[str, Part] = field(default_factory=dict)
+    torn: list[str] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+
+def read_parts(
+    where: CheckpointPath,
+    *,
+    process: int | None = None,
+    known: Mapping[str, Part] | None = None,
+    failed: Collection[str] = (),
+) -> SessionParts:
+    """Reads the tables of all parts.
+
+    Args:
+      where: The session; or a checkpoint, as `CheckpointPath.finalized` gives it.
+      process: Only the parts of this process.
+      known: Parts read before, by name: a committed part never changes.
+      failed: Names of parts whose save failed in this process: they count as torn.
+
+    Raises:
+      OSError: The system refused to read one.
+    """
+    found = SessionParts()
+    for name in storage.part_names(where):
+        if process is not None and f".p{process}." not in name:
+            continue
+        try:
+            part = None if name in failed else (known or {}).get(name) or _read_part(where, name)
+        except CorruptCheckpointError as error:
+            found.damaged[name] = str(error)
+            continue
+        if part is None:
+            found.torn.append(name)
+        else:
+            found.committed[name] = part
+    return found
+
+
+def prefix_of_name(part: Part) -> str:
+    """What the name of a part's directory begins with: when it was saved, and by which process."""
+    return f"{storage.PART_PREFIX}{part.time_ns:019d}.p{part.process}."
+
+
+def _read_part(where: CheckpointPath, name: str) -> Part | None:
+    """Returns None where there is no table: it appears whole, or not at all."""
+    path = where.state / name / storage.PART_TABLE
+    data = storage.read(path)
+    if data is None:
+        return None
+    part = decode_part(data, where=str(path))
+    if not name.startswith(prefix_of_name(part)):
+        raise CorruptCheckpointError(f"{path}: it is the table of another part")
+    return part
