@@ -11,7 +11,7 @@ from flax_partial.cli.output import Output
 from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import STRONG, Column, Row, Table
 from flax_partial.format.model import Leaf
-from flax_partial.loading import load as loading
+from flax_partial.loading import checkpoint as loading
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
 
 _COLUMNS = (

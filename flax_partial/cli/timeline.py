@@ -15,7 +15,7 @@ from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import GOOD, Column, Row, Table
 from flax_partial.errors import PartialCheckpointError
 from flax_partial.loading import catalog
-from flax_partial.loading import load as loading
+from flax_partial.loading import checkpoint as loading
 from flax_partial.storage import local as storage
 
 if TYPE_CHECKING:
