@@ -641,7 +641,7 @@ class Session:
         self.not_removed = frozenset()
         self._close_anchor()
         self._ledger = Ledger()
-        mine = read_parts(self.where, process=processes.index(), failed=self.not_removed)
+        mine = read_parts(self.where.state, process=processes.index(), failed=self.not_removed)
         for part in mine.committed.values():
             self._ledger.load(part)
         self._anchor = lock.duplicate()
@@ -732,7 +732,7 @@ class _VisibleGenerations:
         if self._largest is None:
             self._largest = {}
             failed = failed_parts(self._where)
-            for part in read_parts(self._where, failed=failed).committed.values():
+            for part in read_parts(self._where.state, failed=failed).committed.values():
                 for leaf in part.leaves:
                     known = self._largest.get(leaf.name, -1)
                     self._largest[leaf.name] = max(known, leaf.generation)
@@ -811,7 +811,7 @@ def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
     try:
         if storage.has_contents(finalized):
             with collector.paused():
-                parts = read_parts(finalized, process=processes.index()).committed
+                parts = read_parts(finalized.state, process=processes.index()).committed
                 return Earlier(parts, _data_files(finalized, parts))
     except (OSError, CorruptCheckpointError) as error:
         _LOG.warning("flax_partial: cannot reuse data of %s: %s", checkpoint.final, error)

@@ -11,6 +11,7 @@ from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.cli.tables import BAD, GOOD
 from flax_partial.errors import IncompleteCheckpointError
+from flax_partial.finalizing import abort as aborting
 from flax_partial.finalizing import finalize as finalizing
 
 
@@ -68,7 +69,7 @@ def run_abort(options: argparse.Namespace, out: Output) -> bool:
     session = places.read_session(where)
     is_wanted = options.yes or _ask(session, out)
     if is_wanted:
-        finalizing.abort(where.final)
+        aborting.abort(where.final)
     out.json({"path": str(where.final), "dropped": is_wanted, "parts": len(session.parts)})
     said = "dropped" if is_wanted else "kept"
     out.line(f"{said} {where.session}", "" if is_wanted else BAD)

@@ -16,7 +16,7 @@ from flax_partial.cli.output import Output
 from flax_partial.cli.tables import BAD, GOOD, WAITING, Column, Row, Table
 from flax_partial.errors import NoSessionError, PartialCheckpointError
 from flax_partial.loading import catalog
-from flax_partial.loading import load as loading
+from flax_partial.loading import checkpoint as loading
 from flax_partial.storage import local as storage
 
 _STYLES = {places.FINALIZED: "", places.UNFINISHED: WAITING, places.DAMAGED: BAD}

@@ -10,7 +10,7 @@ from flax_partial.cli.command import add_command
 from flax_partial.cli.output import Output
 from flax_partial.cli.places import Session
 from flax_partial.cli.tables import BAD, FAINT, GOOD, STRONG, WAITING, Column, Row, Table
-from flax_partial.errors import NoSessionError
+from flax_partial.errors import NoSessionError, first_few
 from flax_partial.loading import catalog
 from flax_partial.reports import SessionStatus
 from flax_partial.storage.local import CheckpointPath
@@ -134,10 +134,7 @@ def _summary(status: SessionStatus, now: float) -> str:
 
 
 def _first(lines: Sequence[str]) -> list[str]:
-    shown = [*lines[:_MOST_LISTED]]
-    if len(lines) > _MOST_LISTED:
-        shown.append(f"and {len(lines) - _MOST_LISTED} more")
-    return shown
+    return first_few(lines, most=_MOST_LISTED, count=len(lines))
 
 
 def _table(session: Session, now: float) -> Table:

@@ -9,7 +9,7 @@ from flax_partial.cli.command import add_command
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
-from flax_partial.loading import load as loading
+from flax_partial.loading import verify as loading
 
 _COLUMNS = (Column("DAMAGED"), Column("WHAT IS WRONG"))
 

@@ -14,7 +14,7 @@ from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
 from flax_partial.format import model as kinds
 from flax_partial.format.model import Leaf
 from flax_partial.loading.batches import batches, region_bytes
-from flax_partial.loading.load import Checkpoint
+from flax_partial.loading.checkpoint import Checkpoint
 
 _AT_ONCE_BYTES = 64 << 20  # of A, and as much of B; reading takes about as much again
 _COLUMNS = (

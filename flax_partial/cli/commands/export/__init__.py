@@ -15,10 +15,10 @@ from flax_partial.cli.commands.export.safetensors import Layout
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.cli.tables import GOOD
-from flax_partial.errors import UnsupportedLeafError
+from flax_partial.errors import UnsupportedLeafError, first_few
 from flax_partial.format.model import Leaf
 from flax_partial.loading.batches import batches, region_bytes
-from flax_partial.loading.load import Checkpoint
+from flax_partial.loading.checkpoint import Checkpoint
 from flax_partial.storage import local as storage
 
 _AT_ONCE_BYTES = 64 << 20  # reading takes about as much again
@@ -96,11 +96,9 @@ def _lay_out(
     """
     problems = safetensors.problems(leaves)
     if problems:
-        more = f"\n  and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         raise UnsupportedLeafError(
             "safetensors cannot hold these leaves; leave them out with --skip:\n  "
-            + "\n  ".join(problems[:_MOST_NAMED])
-            + more
+            + "\n  ".join(first_few(problems, most=_MOST_NAMED, count=len(problems)))
         )
     try:
         return safetensors.lay_out(arrays, safetensors.metadata_of(leaves, custom_metadata))

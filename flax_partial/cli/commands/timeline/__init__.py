@@ -17,7 +17,7 @@ from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.tables import GOOD, Column, Row, Table
 from flax_partial.errors import PartialCheckpointError
 from flax_partial.loading import catalog
-from flax_partial.loading import load as loading
+from flax_partial.loading import checkpoint as loading
 from flax_partial.storage import local as storage
 
 if TYPE_CHECKING:
