@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flax_partial.cli.comparing import Difference
-from flax_partial.format import part as kinds
-from flax_partial.format.part import Leaf
+from flax_partial.format import model as kinds
+from flax_partial.format.model import Leaf
 
 ADDED, REMOVED = "added", "removed"
 KIND, SHAPE, DTYPE, VALUES, UNREADABLE = "kind", "shape", "dtype", "values", "unreadable"

@@ -10,8 +10,8 @@ from flax_partial.cli.comparing import Difference
 from flax_partial.cli.output import Output
 from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
-from flax_partial.format import part as kinds
-from flax_partial.format.part import Leaf
+from flax_partial.format import model as kinds
+from flax_partial.format.model import Leaf
 from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.load import Checkpoint
 

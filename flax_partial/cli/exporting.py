@@ -15,7 +15,7 @@ from flax_partial.cli.parsing import add_command
 from flax_partial.cli.safetensors import Layout
 from flax_partial.cli.tables import GOOD
 from flax_partial.errors import UnsupportedLeafError
-from flax_partial.format.part import Leaf
+from flax_partial.format.model import Leaf
 from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.load import Checkpoint
 from flax_partial.storage import local as storage

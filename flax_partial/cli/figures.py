@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax_partial.format import part as kinds
-from flax_partial.format.part import Leaf
+from flax_partial.format import model as kinds
+from flax_partial.format.model import Leaf
 
 _EMPTY = {kinds.NONE: "None", kinds.DICT: "{}", kinds.LIST: "[]"}
 _LONGEST_TEXT = 40

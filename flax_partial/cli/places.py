@@ -10,7 +10,7 @@ from flax_partial.cli.errors import WrongUseError
 from flax_partial.errors import NoSessionError
 from flax_partial.finalizing.finalize import status_of
 from flax_partial.format.merge import MergePlan, merge
-from flax_partial.format.part import Contents, Part
+from flax_partial.format.model import Contents, Part
 from flax_partial.loading import load as loading
 from flax_partial.loading.load import Checkpoint
 from flax_partial.reports import SessionStatus

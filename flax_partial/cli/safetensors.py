@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flax_partial.format.chunks import Shape
-from flax_partial.format.part import PRNG_KEY, STRING, Leaf, numpy_dtype
+from flax_partial.format.model import PRNG_KEY, STRING, Leaf, numpy_dtype
 
 _DTYPES = {
     "bool": "BOOL",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.format.part import Leaf
+from flax_partial.format.model import Leaf
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

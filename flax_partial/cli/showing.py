@@ -10,7 +10,7 @@ from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import STRONG, Column, Row, Table
-from flax_partial.format.part import Leaf
+from flax_partial.format.model import Leaf
 from flax_partial.loading import load as loading
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from flax_partial.format.part import Leaf
+from flax_partial.format.model import Leaf
 
 
 @dataclass(frozen=True, slots=True)

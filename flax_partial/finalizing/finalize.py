@@ -22,8 +22,10 @@ from flax_partial.errors import (
 )
 from flax_partial.format import orbax as orbax_format
 from flax_partial.format.keypaths import KeyPath
-from flax_partial.format.merge import MergePlan, merge, merge_metadata
-from flax_partial.format.part import Contents, Leaf, Part, data_path, encode_contents
+from flax_partial.format.merge import MergePlan, merge
+from flax_partial.format.metadata import merge_metadata
+from flax_partial.format.model import Contents, Leaf, Part, data_path
+from flax_partial.format.tables import encode_contents
 from flax_partial.loading.load import database_uuid, described, metadata
 from flax_partial.reports import CheckpointMetadata, PartStatus, SessionStatus
 from flax_partial.saving.save import Session, failed_parts, forget, session_of

@@ -17,7 +17,8 @@ from typing import Any
 
 from flax_partial.format.chunks import chunk_counts
 from flax_partial.format.keypaths import KeyTree
-from flax_partial.format.part import Box, Leaf, Part, Place, Run, data_part
+from flax_partial.format.metadata import merge_metadata
+from flax_partial.format.model import Box, Leaf, Part, Place, Run, data_part
 
 Source = tuple[str, Place]
 """Where a chunk of the checkpoint is: the data file, as `data_part` calls it, and its place."""
@@ -84,22 +85,6 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
         conflicts=tuple(conflicts),
         missing=tuple(missing),
     )
-
-
-def merge_metadata(dictionaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merges dictionaries deeply; the later value wins, and lists are values."""
-    merged: dict[str, Any] = {}
-    stack = [(merged, dictionary) for dictionary in dictionaries][::-1]
-    while stack:  # and no recursion, which would end before the depth that JSON is read to
-        into, dictionary = stack.pop()
-        for key, value in dictionary.items():
-            if not isinstance(value, Mapping):
-                into[key] = value
-                continue
-            if not isinstance(into.get(key), dict):
-                into[key] = {}  # a dict of our own: what was passed stays as it is
-            stack.append((into[key], value))
-    return merged
 
 
 def _newest(ordered: list[tuple[str, Part]]) -> dict[str, _Held]:

@@ -23,7 +23,7 @@ from flax_partial.format import ocdbt
 from flax_partial.format.chunks import Shape
 from flax_partial.format.keypaths import INDEX
 from flax_partial.format.merge import Source
-from flax_partial.format.part import (
+from flax_partial.format.model import (
     ARRAY_KINDS,
     DICT,
     JAX_ARRAY,

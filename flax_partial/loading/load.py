@@ -15,10 +15,12 @@ from jax import tree_util
 from flax_partial import collector
 from flax_partial.errors import CorruptCheckpointError, NoSessionError, TargetMismatchError
 from flax_partial.format import keypaths
+from flax_partial.format import model as kinds
 from flax_partial.format import orbax as orbax_format
-from flax_partial.format import part as kinds
+from flax_partial.format.digests import digest
 from flax_partial.format.merge import merge
-from flax_partial.format.part import Contents, Leaf, decode_contents, digest, encode_contents
+from flax_partial.format.model import Contents, Leaf, Region
+from flax_partial.format.tables import decode_contents, encode_contents
 from flax_partial.loading import data_reader as data_files
 from flax_partial.loading import orbax_reader
 from flax_partial.loading import target as placing
@@ -29,7 +31,6 @@ from flax_partial.storage import local as storage
 from flax_partial.storage import tensorstore_io as arrays
 from flax_partial.storage.local import CheckpointPath, PathLike
 from flax_partial.storage.parts import read_parts
-from flax_partial.storage.tensorstore_io import Region
 
 _VERIFIED_AT_ONCE_BYTES = 256 << 20
 _PIECE_BYTES = 96 << 20  # of a load that says how far it is

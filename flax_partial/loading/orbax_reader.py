@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError
+from flax_partial.format import model as kinds
 from flax_partial.format import orbax as orbax_format
-from flax_partial.format import part as kinds
 from flax_partial.format.keypaths import INDEX, STR_KEY, KeyPath, KeyTree
-from flax_partial.format.merge import merge_metadata
-from flax_partial.format.part import STORABLE_DTYPES, Contents, Leaf
+from flax_partial.format.metadata import merge_metadata
+from flax_partial.format.model import STORABLE_DTYPES, Contents, Leaf, Region
 from flax_partial.storage import local as storage
 from flax_partial.storage import tensorstore_io as arrays
-from flax_partial.storage.tensorstore_io import Region, Store
+from flax_partial.storage.tensorstore_io import Store
 
 Table = Mapping[str, Any]
 

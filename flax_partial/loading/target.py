@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from flax_partial.errors import TargetMismatchError
-from flax_partial.format import part as kinds
+from flax_partial.format import model as kinds
 from flax_partial.format.chunks import Shape
 from flax_partial.format.keypaths import is_leaf
-from flax_partial.format.part import Leaf
+from flax_partial.format.model import Leaf
 
 BoxRange = tuple[Shape, Shape]
 

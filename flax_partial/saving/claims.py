@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from flax_partial.errors import KeyConflictError
 from flax_partial.format.chunks import chunk_numbers
 from flax_partial.format.keypaths import KeyTree
-from flax_partial.format.part import Leaf, Part
+from flax_partial.format.model import Leaf, Part
 
 
 @dataclass(slots=True)

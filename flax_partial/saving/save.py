@@ -28,15 +28,9 @@ from flax_partial import collector
 from flax_partial.distributed import agreement as processes
 from flax_partial.errors import CorruptCheckpointError, EmptyStateError, NoSessionError
 from flax_partial.format import keypaths
-from flax_partial.format.part import (
-    Leaf,
-    Part,
-    check_json,
-    data_file_bytes,
-    data_part,
-    data_path,
-    encode_part,
-)
+from flax_partial.format.metadata import check_metadata
+from flax_partial.format.model import Leaf, Part, data_file_bytes, data_part, data_path
+from flax_partial.format.tables import encode_part
 from flax_partial.options import SaveOptions
 from flax_partial.reports import SaveReport, SaveTimes
 from flax_partial.saving import snapshot
@@ -165,7 +159,7 @@ def _prepare(
     earlier = None if reuse is None else storage.resolve(reuse)
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
-    metadata = check_json(custom_metadata)
+    metadata = check_metadata(custom_metadata)
     flat = _flatten(state, metadata)
     described = _describe(flat, options)
     arrays = [] if earlier is None else [snapshot.lasting(value) for _, value in flat]

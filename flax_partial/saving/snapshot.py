@@ -21,10 +21,10 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from flax_partial.errors import UnsupportedLeafError
-from flax_partial.format import part as kinds
+from flax_partial.format import model as kinds
 from flax_partial.format.chunks import Shape, choose_chunk_shape
 from flax_partial.format.keypaths import KeyPath, is_leaf
-from flax_partial.format.part import STORABLE_DTYPES, Box, Leaf
+from flax_partial.format.model import STORABLE_DTYPES, Box, Leaf
 
 # A copy of a small ready array costs 2-20 us; a view would make a later donation copy instead.
 _COPIED_BYTES = 64 * 1024

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from flax_partial.format.chunks import Shape, chunk_regions, count_leading
-from flax_partial.format.part import (
+from flax_partial.format.digests import bytes_of, digests_of
+from flax_partial.format.model import (
     INLINE_BYTES,
     Box,
     Leaf,
@@ -25,8 +26,6 @@ from flax_partial.format.part import (
     data_file_bytes,
     data_part,
     data_path,
-    digests_of,
-    flat,
 )
 from flax_partial.saving.reuse import Earlier, Plan, Shared
 from flax_partial.sessions import handles as workers
@@ -176,7 +175,7 @@ def _places(leaf: Leaf, array: np.ndarray, file: NewFile | None) -> Iterator[Pla
     size = leaf.chunk_bytes
     leading = count_leading(array.shape, leaf.chunk)
     if leading:
-        start = file.append(flat(array)[: leading * size])
+        start = file.append(bytes_of(array)[: leading * size])
         yield from ((start + number * size, size) for number in range(leading))
     for chunk in _stored_chunks(array, leaf.chunk, skip=leading):
         yield file.append(chunk), size
@@ -186,10 +185,10 @@ def _stored_chunks(array: np.ndarray, chunk: Shape, *, skip: int = 0) -> Iterato
     """Yields the bytes of each chunk of a box's data, in C order, but for the first `skip`."""
     if array.shape == chunk:
         if not skip and array.size:
-            yield flat(array)
+            yield bytes_of(array)
         return
     for region in islice(chunk_regions(array.shape, chunk), skip, None):
-        yield flat(_padded(array[region], chunk))
+        yield bytes_of(_padded(array[region], chunk))
 
 
 def _padded(array: np.ndarray, shape: Shape) -> np.ndarray:

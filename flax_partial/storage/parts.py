@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from flax_partial.errors import CorruptCheckpointError
-from flax_partial.format.part import Part, decode_part
+from flax_partial.format.model import Part
+from flax_partial.format.tables import decode_part
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import CheckpointPath
 

@@ -26,13 +26,12 @@ from flax_partial.format.chunks import (
     covering_box,
     slices,
 )
+from flax_partial.format.digests import digests_of
 from flax_partial.format.keypaths import prefix_of
+from flax_partial.format.model import Box, Leaf, Region
 from flax_partial.format.orbax import zarr_metadata
-from flax_partial.format.part import Box, Leaf, digests_of
 
 _RAW_CHUNK_BYTES = 128 * 1024  # above this a raw read's extra copy costs more than a zarr open
-
-Region = tuple[Leaf, Shape, Shape]
 
 
 def encoded_chunks(leaf: Leaf, array: np.ndarray) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from flax_partial.cli.comparing import Difference
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.tables import Column, Row, Table, printable
 from flax_partial.format.keypaths import KeyPath
-from flax_partial.format.part import DICT, NONE, NUMPY_ARRAY, STRING, Leaf
+from flax_partial.format.model import DICT, NONE, NUMPY_ARRAY, STRING, Leaf
 
 # --- by how much two arrays differ
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_partial.format.keypaths import KeyPath
-from flax_partial.format.merge import merge, merge_metadata
-from flax_partial.format.part import NUMPY_ARRAY, SCALAR, STRING, Box, Leaf, Part
+from flax_partial.format.merge import merge
+from flax_partial.format.metadata import merge_metadata
+from flax_partial.format.model import NUMPY_ARRAY, SCALAR, STRING, Box, Leaf, Part
 
 ROWS = 4
 

@@ -13,7 +13,7 @@ import trees
 
 from flax_partial.format import orbax as orbax_format
 from flax_partial.format.keypaths import KeyPath
-from flax_partial.format.part import JAX_ARRAY, PRNG_KEY, STRING, Contents, Leaf
+from flax_partial.format.model import JAX_ARRAY, PRNG_KEY, STRING, Contents, Leaf
 
 SINGLE = {"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"}
 

@@ -10,7 +10,9 @@ import json
 import math
 from typing import Any
 
-from flax_partial.format.part import FORMAT_VERSION, digest, numpy_dtype
+from flax_partial.format.digests import digest
+from flax_partial.format.model import numpy_dtype
+from flax_partial.format.tables import FORMAT_VERSION
 
 _HUGE = 10**15
 Row = dict[str, Any]

@@ -11,19 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_partial.errors import CorruptCheckpointError
+from flax_partial.format.digests import digest
 from flax_partial.format.keypaths import KeyPath
-from flax_partial.format.part import (
-    NUMPY_ARRAY,
-    PRNG_KEY,
-    STRING,
-    Box,
-    Leaf,
-    Part,
-    decode_part,
-    digest,
-    encode_part,
-    numpy_dtype,
-)
+from flax_partial.format.model import NUMPY_ARRAY, PRNG_KEY, STRING, Box, Leaf, Part, numpy_dtype
+from flax_partial.format.tables import decode_part, encode_part
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 _keys = st.one_of(
