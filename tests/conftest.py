@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# A shell's background job, and all that it starts, ignores SIGINT: no Ctrl-C could be tried in it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # JAX reads these once, when it is first imported. Processes that tests start inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
