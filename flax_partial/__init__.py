@@ -17,9 +17,13 @@ from flax_partial.errors import (
     TargetMismatchError,
     UnsupportedLeafError,
 )
-from flax_partial.finalizing.finalize import abort, finalize, finalize_async, status
+from flax_partial.finalizing.abort import abort
+from flax_partial.finalizing.finalize import finalize, finalize_async
+from flax_partial.finalizing.status import status
 from flax_partial.loading.catalog import latest, remove, steps
-from flax_partial.loading.load import load, metadata, verify
+from flax_partial.loading.checkpoint import metadata
+from flax_partial.loading.load import load
+from flax_partial.loading.verify import verify
 from flax_partial.options import SaveOptions
 from flax_partial.reports import (
     CheckpointMetadata,

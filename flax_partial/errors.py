@@ -16,6 +16,9 @@ Each is also the built-in kind that a caller would catch without knowing this pa
 the storage itself (a full disk, a lost mount) stay the `OSError` they are.
 """
 
+from collections.abc import Iterable
+from itertools import islice
+
 
 class PartialCheckpointError(Exception):
     """Base of every error that this package raises by itself."""
@@ -59,3 +62,18 @@ class TargetMismatchError(PartialCheckpointError, ValueError):
 
 class ForkedProcessError(PartialCheckpointError, RuntimeError):
     """A call that writes, in a forked child of a process that had used JAX; nothing was written."""
+
+
+def first_few(items: Iterable[str], *, most: int, count: int) -> list[str]:
+    """Shortens a list for a message.
+
+    Args:
+      items: The items, of which at most `most` are taken.
+      most: How many are shown.
+      count: How many there are.
+
+    Returns:
+      The first items, and how many more there are.
+    """
+    shown = list(islice(items, most))
+    return [*shown, f"and {count - most} more"] if count > most else shown

@@ -11,16 +11,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from flax_partial import __version__
-from flax_partial.cli import (
-    diffing,
-    ending,
-    exporting,
-    listing,
-    showing,
-    status,
-    timeline,
-    verifying,
-)
+from flax_partial.cli.commands import diff, export, finalize, ls, show, status, timeline, verify
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.cli.tables import printable
@@ -34,13 +25,13 @@ INTERRUPTED, PIPE_CLOSED, TERMINATED = (
 
 # In the order of the help. Each declares its commands with `add`.
 _COMMANDS: tuple[ModuleType, ...] = (
-    listing,
-    showing,
+    ls,
+    show,
     status,
-    verifying,
-    ending,
-    diffing,
-    exporting,
+    verify,
+    finalize,
+    diff,
+    export,
     timeline,
 )
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from flax_partial.callbacks import completeness
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.errors import NoSessionError
-from flax_partial.finalizing.finalize import status_of
+from flax_partial.finalizing.status import status_of
 from flax_partial.format.merge import MergePlan, merge
 from flax_partial.format.model import Contents, Part
-from flax_partial.loading import load as loading
-from flax_partial.loading.load import Checkpoint
+from flax_partial.loading import checkpoint as loading
+from flax_partial.loading.checkpoint import Checkpoint
 from flax_partial.reports import SessionStatus
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import CheckpointPath
@@ -111,7 +111,7 @@ def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) ->
             f"{where.session} is not an unfinished checkpoint of flax_partial: only the program "
             "that began it can finish it, perhaps Orbax."
         )
-    found = read_parts(where, known=known)
+    found = read_parts(where.state, known=known)
     parts = found.committed
     return Session(where, parts, status_of(where, found), merge(parts))
 

@@ -1,4 +1,4 @@
-"""What ends a session: finalize and abort; and status, which looks at it.
+"""Makes the parts of a session one checkpoint.
 
 Finalize moves nothing: it derives the root files from the parts, makes them durable, and renames
 the session. Killed anywhere before the rename it has changed nothing that counts, and starts over
@@ -20,23 +20,22 @@ from flax_partial.errors import (
     IncompleteCheckpointError,
     KeyConflictError,
     NoSessionError,
+    first_few,
 )
-from flax_partial.format import orbax as orbax_format
+from flax_partial.format.derive import derive
 from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.merge import MergePlan, merge
-from flax_partial.format.metadata import merge_metadata
 from flax_partial.format.model import Contents, Leaf, Part, data_path
-from flax_partial.format.tables import encode_contents
-from flax_partial.loading.load import database_uuid, described, metadata
-from flax_partial.reports import CheckpointMetadata, PartStatus, SessionStatus
+from flax_partial.loading.checkpoint import described, metadata
+from flax_partial.reports import CheckpointMetadata
 from flax_partial.sessions import workers
 from flax_partial.sessions.forks import check_not_forked
-from flax_partial.sessions.handles import FinalizeHandle, Handle
+from flax_partial.sessions.handles import FinalizeHandle
 from flax_partial.sessions.registry import Session, failed_parts, forget, session_of
 from flax_partial.sessions.workers import Task
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import CheckpointPath, PathLike
-from flax_partial.storage.parts import SessionParts, read_parts
+from flax_partial.storage.parts import read_parts
 
 _MOST_NAMED = 20  # leaves that an error lists
 
@@ -152,78 +151,6 @@ def _finalize(
     return described(where, committed[0]) if committed else metadata(where.final)
 
 
-def abort(path: PathLike) -> None:
-    """Drops the unfinished checkpoint of `path`, and only that.
-
-    Saves of this process that have not begun to write fail with `NoSessionError`; those that have
-    are waited for, like those of other processes.
-
-    Args:
-      path: The checkpoint, or its session `<path>.partial_save`.
-
-    Raises:
-      NoSessionError: There is no session.
-      CheckpointExistsError: What is at its place is not a session, or not only; it is kept.
-      OSError: It cannot be removed.
-    """
-    check_not_forked("abort")
-    where = storage.resolve(path)
-    workers.finalizing.run(Task(lambda _: _abort(where), Handle[None]()))
-
-
-def _abort(where: CheckpointPath) -> None:
-    session = session_of(where)
-    session.is_aborted = True  # what has not begun to write fails
-    try:
-        session.wait()
-    finally:
-        forget(session, for_good=True)
-    with storage.locked_exclusively(where):
-        storage.remove_session(where)
-
-
-def status(path: PathLike) -> SessionStatus:
-    """Looks at the unfinished checkpoint of `path`; waits for nothing and changes nothing.
-
-    Args:
-      path: The checkpoint, or its session `<path>.partial_save`.
-
-    Raises:
-      NoSessionError: There is no session.
-    """
-    where = storage.resolve(path)
-    if not storage.is_session(where):
-        raise storage.no_session(where)
-    return status_of(where, read_parts(where, failed=failed_parts(where)))
-
-
-def status_of(where: CheckpointPath, found: SessionParts) -> SessionStatus:
-    """Returns the public description of a session's parts."""
-    parts = found.committed
-    ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
-    return SessionStatus(
-        path=where.final,
-        parts=tuple(_part_status(name, part) for name, part in ordered),
-        torn=tuple(found.torn),
-        damaged=tuple(found.damaged),
-        leaves=tuple(sorted({leaf.name for part in parts.values() for leaf in part.leaves})),
-        bytes=sum(part.bytes for part in parts.values()),
-        processes=tuple(sorted({part.process for part in parts.values()})),
-        custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
-    )
-
-
-def _part_status(name: str, part: Part) -> PartStatus:
-    return PartStatus(
-        name=name,
-        process=part.process,
-        written_at=part.time_ns / 1e9,
-        leaves=tuple(leaf.name for leaf in part.leaves),
-        bytes=part.bytes,
-        custom_metadata=part.custom_metadata,
-    )
-
-
 def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
     if isinstance(expect, str):
         return (expect,)
@@ -261,7 +188,7 @@ def _wait_for_leaves(
     pause = 0.01
     known: dict[str, Part] = {}
     while True:
-        known = read_parts(where, known=known, failed=failed_parts(where)).committed
+        known = read_parts(where.state, known=known, failed=failed_parts(where)).committed
         plan = merge(known)
         if known and not plan.missing and not _lacking(expected, plan.leaves):
             return
@@ -276,22 +203,12 @@ def _commit(session: Session, expected: Sequence[str]) -> Contents:
     """Makes the checkpoint of a locked session."""
     where = session.where
     storage.require_absent(where)
-    found = read_parts(where, failed=session.not_removed)
+    found = read_parts(where.state, failed=session.not_removed)
     _require_undamaged(where, found.damaged)
     plan = merge(found.committed)
     _require_whole(where, plan, expected)
-    contents = Contents(
-        started_ns=plan.started_ns,
-        committed_ns=time.time_ns(),
-        parts=len(found.committed),
-        custom_metadata=plan.custom_metadata,
-        leaves=plan.leaves,
-        data_parts=plan.data_parts,
-        first_part=min(found.committed),
-    )
-    data = encode_contents(contents)
-    root_files = orbax_format.root_files(contents)
-    root_files |= orbax_format.database_files(contents, plan.sources, uuid=database_uuid(data))
+    derived = derive(plan, committed_ns=time.time_ns())
+    data, root_files = derived.contents_bytes, derived.root_files
     for name in found.torn:  # nobody saves while the session is locked: these are dead
         storage.remove_part(where, name)
     storage.clear_root(where)
@@ -303,7 +220,7 @@ def _commit(session: Session, expected: Sequence[str]) -> Contents:
             with contextlib.suppress(OSError):  # it takes room, and is made anew in any case
                 storage.clear_root(where)
             raise
-    return contents
+    return derived.contents
 
 
 def _require_undamaged(where: CheckpointPath, damaged: Mapping[str, str]) -> None:
@@ -370,10 +287,8 @@ def _ancestry(path: KeyPath, lengths: frozenset[int]) -> Iterator[str]:
 
 
 def _listed(lines: Sequence[str]) -> str:
-    shown = [f"  {line}" for line in lines[:_MOST_NAMED]]
-    if len(lines) > _MOST_NAMED:
-        shown.append(f"  and {len(lines) - _MOST_NAMED} more")
-    return "\n".join(shown)
+    shown = first_few(lines, most=_MOST_NAMED, count=len(lines))
+    return "\n".join(f"  {line}" for line in shown)
 
 
 def _participants(processes: Iterable[int] | None) -> tuple[int, ...]:

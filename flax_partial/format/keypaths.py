@@ -9,12 +9,12 @@ time linear in its length, whatever the tree holds already.
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 from jax import tree_util
 
-from flax_partial.errors import UnsupportedLeafError
+from flax_partial.errors import UnsupportedLeafError, first_few
 
 STR_KEY, INT_KEY, ATTRIBUTE, INDEX = "d", "i", "a", "s"
 TEXT_KEYS = frozenset((STR_KEY, ATTRIBUTE))
@@ -248,12 +248,11 @@ def _joined(trail: _Trail | None) -> str:
     return ".".join(reversed(texts))
 
 
-def _absent(indices: list[int], most: int = 5) -> str:
+def _absent(indices: list[int]) -> str:
     """Names the first few indices that are not among ascending ones, and counts the others."""
     gaps = (range(a + 1, b) for a, b in pairwise([-1, *indices]))
-    shown = ", ".join(map(str, islice(chain.from_iterable(gaps), most)))
-    count = indices[-1] + 1 - len(indices)
-    return shown if count <= most else f"{shown} and {count - most} more"
+    absent = map(str, chain.from_iterable(gaps))
+    return ", ".join(first_few(absent, most=5, count=indices[-1] + 1 - len(indices)))
 
 
 def _problem_with_owner(owner: KeyPath, path: KeyPath) -> str | None:

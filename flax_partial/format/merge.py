@@ -34,6 +34,8 @@ class MergePlan:
       data_parts: The data files that the leaves' runs number, each called as by `data_part`.
       custom_metadata: That of all parts, merged.
       started_ns: When the first part was saved, in nanoseconds since the epoch.
+      parts: Number of parts.
+      first_part: The smallest name of a part; empty without parts.
       conflicts: Why the parts do not fit together; nothing but another save can mend these.
       missing: Leaves that are not complete, each with what it lacks; more parts would mend these.
     """
@@ -43,6 +45,8 @@ class MergePlan:
     data_parts: tuple[str, ...]
     custom_metadata: dict[str, Any]
     started_ns: int
+    parts: int
+    first_part: str
     conflicts: tuple[str, ...]
     missing: tuple[str, ...]
 
@@ -82,6 +86,8 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
         data_parts=tuple(numbers),
         custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
         started_ns=min((part.time_ns for _, part in ordered), default=0),
+        parts=len(parts),
+        first_part=min(parts, default=""),
         conflicts=tuple(conflicts),
         missing=tuple(missing),
     )

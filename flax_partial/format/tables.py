@@ -221,6 +221,8 @@ def _contents_of(table: dict[str, Any]) -> Contents:
         data_parts=tuple(table["data_parts"]),
         first_part=str(table["first_part"]),
     )
+    if not contents.leaves:
+        raise CorruptCheckpointError("it has no leaves")
     if not all(type(name) is str and _DATA_PART.fullmatch(name) for name in contents.data_parts):
         raise CorruptCheckpointError("a name of a part is none")
     for leaf in contents.leaves:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError
+from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError, first_few
 from flax_partial.format import model as kinds
 from flax_partial.format import orbax as orbax_format
 from flax_partial.format.keypaths import INDEX, STR_KEY, KeyPath, KeyTree
@@ -231,7 +231,7 @@ def _open(item: _Item) -> dict[str, Store]:
     if broken:
         raise CorruptCheckpointError(
             f"{directory}: {len(broken)} of {len(names)} arrays cannot be opened: "
-            + "; ".join(broken[:_SHOWN])
+            + "; ".join(first_few(broken, most=_SHOWN, count=len(broken)))
         )
     return stores
 

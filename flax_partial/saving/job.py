@@ -314,7 +314,7 @@ def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
     try:
         if storage.has_contents(finalized):
             with collector.paused():
-                parts = read_parts(finalized, process=agreement.index()).committed
+                parts = read_parts(finalized.state, process=agreement.index()).committed
                 return Earlier(parts, _data_files(finalized, parts))
     except (OSError, CorruptCheckpointError) as error:
         _LOG.warning("flax_partial: cannot reuse data of %s: %s", checkpoint.final, error)

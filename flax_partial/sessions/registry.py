@@ -50,6 +50,7 @@ class Session:
         self._entering = threading.Lock()  # guards what follows; workers only, who may wait long
         self._writers = 0
         self._locked: storage.DirectoryLock | None = None
+        self._prepared: storage.DirectoryLock | None = None  # what holds all that it has to
         self._synced: storage.DirectoryLock | None = None  # what this process has made durable
 
     # What a caller does.
@@ -130,7 +131,7 @@ class Session:
         claims = Claims()
         if directory is not None:
             failed = self.not_removed
-            mine = read_parts(self.where, process=agreement.index(), failed=failed)
+            mine = read_parts(self.where.state, process=agreement.index(), failed=failed)
             for part in mine.committed.values():
                 claims.load(part)
         for leaves in self._pending.values():
@@ -142,7 +143,7 @@ class Session:
     def _newest_generation(self, names: frozenset[str]) -> dict[str, int]:
         """Largest generation of each of these leaves in the parts on disk, where there is one."""
         found: dict[str, int] = {}
-        for part in read_parts(self.where, failed=self.not_removed).committed.values():
+        for part in read_parts(self.where.state, failed=self.not_removed).committed.values():
             for leaf in part.leaves:
                 if leaf.name in names:
                     found[leaf.name] = max(found.get(leaf.name, 0), leaf.generation)
@@ -174,8 +175,14 @@ class Session:
     def _enter(self, *, durable: bool) -> None:
         if self._locked is None or self._locked is not self._directory:
             directory = storage.lock_for_saving(self.where, self._directory)
+            if directory is not self._prepared:
+                try:
+                    storage.prepare_session(self.where)
+                except BaseException:
+                    directory.release()
+                    raise
+                self._prepared = directory
             if directory is not self._directory:
-                storage.prepare_session(self.where)
                 with self._lock:
                     self._take_over(directory)
             self._locked = directory

@@ -2,12 +2,12 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flax_partial.errors import CorruptCheckpointError
 from flax_partial.format.model import Part
 from flax_partial.format.tables import decode_part
 from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class SessionParts:
 
 
 def read_parts(
-    where: CheckpointPath,
+    state: Path,
     *,
     process: int | None = None,
     known: Mapping[str, Part] | None = None,
@@ -35,7 +35,7 @@ def read_parts(
     """Reads the tables of all parts.
 
     Args:
-      where: The session; or a checkpoint, as `CheckpointPath.finalized` gives it.
+      state: The directory of the parts, of a session or a checkpoint.
       process: Only the parts of this process.
       known: Parts read before, by name: a committed part never changes.
       failed: Names of parts whose save failed in this process: they count as torn.
@@ -44,11 +44,11 @@ def read_parts(
       OSError: The system refused to read one.
     """
     found = SessionParts()
-    for name in storage.part_names(where):
+    for name in storage.part_names_in(state):
         if process is not None and f".p{process}." not in name:
             continue
         try:
-            part = None if name in failed else (known or {}).get(name) or _read_part(where, name)
+            part = None if name in failed else (known or {}).get(name) or _read_part(state, name)
         except CorruptCheckpointError as error:
             found.damaged[name] = str(error)
             continue
@@ -64,9 +64,9 @@ def prefix_of_name(part: Part) -> str:
     return f"{storage.PART_PREFIX}{part.time_ns:019d}.p{part.process}."
 
 
-def _read_part(where: CheckpointPath, name: str) -> Part | None:
+def _read_part(state: Path, name: str) -> Part | None:
     """Returns None where there is no table: it appears whole, or not at all."""
-    path = where.state / name / storage.PART_TABLE
+    path = state / name / storage.PART_TABLE
     data = storage.read(path)
     if data is None:
         return None

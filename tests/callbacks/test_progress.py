@@ -16,6 +16,7 @@ from terminal import running_on_terminal
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
 from flax_partial.loading import load as loading
+from flax_partial.loading.checkpoint import OwnCheckpoint
 from flax_partial.storage import local as storage
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def inside_rich(directory: Path) -> None:
 
 def load(directory: Path) -> None:
     loading._PIECE_BYTES = 1  # noqa: SLF001 - a leaf is a piece
-    read = loading._OwnCheckpoint.read  # noqa: SLF001
-    loading._OwnCheckpoint.read = slow(read, 0.3)  # type: ignore[method-assign] # noqa: SLF001
+    read = OwnCheckpoint.read
+    OwnCheckpoint.read = slow(read, 0.3)  # type: ignore[method-assign]
     callback = PartialCheckpointCallback(directory, progress=True)
     found = callback.restore()
     assert found is not None

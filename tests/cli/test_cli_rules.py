@@ -1,4 +1,4 @@
-"""What the command line computes without files: differences, layouts, trees, columns, figures."""
+"""What the command line computes without files: differences, layouts, trees, columns, text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import trees
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_partial.cli import figures, safetensors, selection, tree
-from flax_partial.cli.comparing import Difference
+from flax_partial.cli import selection, text
+from flax_partial.cli.commands.diff.difference import Difference
+from flax_partial.cli.commands.export import safetensors
+from flax_partial.cli.commands.show import tree
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.tables import Column, Row, Table, printable
 from flax_partial.format.keypaths import KeyPath
@@ -216,11 +218,11 @@ def test_columns_in_which_nothing_stands_are_left_out() -> None:
     assert [column.title for column in table.without_empty_columns().columns] == ["NAME", "X"]
 
 
-# --- figures
+# --- text
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("value", "expected"),
     [
         (0, "0 B"),
         (1023, "1023 B"),
@@ -230,22 +232,22 @@ def test_columns_in_which_nothing_stands_are_left_out() -> None:
         (1024**5 * 3000, "3000 PiB"),
     ],
 )
-def test_sizes_are_short(value: int, text: str) -> None:
-    assert figures.size(value) == text
+def test_sizes_are_short(value: int, expected: str) -> None:
+    assert text.size(value) == expected
 
 
 @pytest.mark.parametrize(
-    ("secs", "text"), [(-5, "now"), (59.9, "59 s ago"), (3600, "1 h ago"), (200_000, "2 d ago")]
+    ("secs", "expected"), [(-5, "now"), (59.9, "59 s ago"), (3600, "1 h ago"), (200_000, "2 d ago")]
 )
-def test_ages_are_short(secs: float, text: str) -> None:
-    assert figures.age(secs) == text
+def test_ages_are_short(secs: float, expected: str) -> None:
+    assert text.age(secs) == expected
 
 
 NAMED = {"shape": [4, 2], "axis_names": ["data", "model"]}
 
 
 @pytest.mark.parametrize(
-    ("table", "text"),
+    ("table", "expected"),
     [
         (None, ""),
         ({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"}, "cpu:0"),
@@ -256,21 +258,21 @@ NAMED = {"shape": [4, 2], "axis_names": ["data", "model"]}
         ({**NAMED, "partition_spec": ["other"]}, "?"),
     ],
 )
-def test_shardings_are_short(table: Any, text: str) -> None:
-    assert figures.sharding(table) == text
+def test_shardings_are_short(table: Any, expected: str) -> None:
+    assert text.sharding(table) == expected
 
 
 def test_nothing_that_a_checkpoint_holds_moves_the_cursor() -> None:
     assert printable("a\x1b[2J\nb\x9b") == "a\\x1b[2J\\nb\\x9b"
     row = Row(("a\x1bb", "\n", "ä 層"))
     assert Table(TABLE.columns, [row]).printable().rows[0].cells == ["a\\x1bb", "\\n", "ä 層"]
-    assert figures.leaf(leaf("s", kind=STRING)) == "'text'"
-    assert [figures.leaf(leaf("n", kind=kind)) for kind in (NONE, DICT)] == ["None", "{}"]
+    assert text.leaf(leaf("s", kind=STRING)) == "'text'"
+    assert [text.leaf(leaf("n", kind=kind)) for kind in (NONE, DICT)] == ["None", "{}"]
 
 
 @pytest.mark.parametrize(
-    ("names", "text"),
+    ("names", "expected"),
     [(["a.b"], "a.b"), (["a.b", "a.c"], "a.*"), (["a.b", "a.b2"], "a.*"), (["a", "b"], "*")],
 )
-def test_a_part_is_known_by_what_its_leaves_share(names: list[str], text: str) -> None:
-    assert figures.common_prefix(names) == text
+def test_a_part_is_known_by_what_its_leaves_share(names: list[str], expected: str) -> None:
+    assert text.common_prefix(names) == expected

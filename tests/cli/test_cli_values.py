@@ -20,7 +20,8 @@ from test_cli import FINE, MIXED, PROBLEM, WRONG_USE, Shell, flip_a_bit_of, shel
 from things import QUICK
 
 import flax_partial as fp
-from flax_partial.cli import diffing, exporting
+from flax_partial.cli.commands import diff as diffing
+from flax_partial.cli.commands import export as exporting
 
 __all__ = ["shell"]  # a fixture
 

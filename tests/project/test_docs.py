@@ -9,7 +9,7 @@ import commands
 import numpy as np
 import pictures
 import pytest
-from test_readme import DOCUMENTS, ROOT
+from documents import DOCUMENTS, ROOT
 
 import flax_partial as fp
 from flax_partial import callbacks

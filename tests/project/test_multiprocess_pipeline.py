@@ -14,7 +14,7 @@ from test_examples import assert_same_bits
 
 import flax_partial as fp
 from flax_partial.callbacks import timeline
-from flax_partial.cli import lanes
+from flax_partial.cli.commands.timeline import chart as lanes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,8 +22,7 @@ from things import QUICK
 
 import flax_partial as fp
 from flax_partial.loading.data_reader import aligned_empty
-from flax_partial.saving import save as session
-from flax_partial.saving import snapshot
+from flax_partial.saving import job, snapshot
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -171,7 +170,7 @@ def test_what_is_shared_waits_for_no_memory(tmp_path: Path) -> None:
     options = fp.SaveOptions(durable=False, max_inflight_bytes=ROWS.nbytes)
     checkpoints(tmp_path, state, 2, options=options)
     other = object()
-    budget = session._budget  # noqa: SLF001 - held as a slow save would hold it
+    budget = job._budget  # noqa: SLF001 - held as a slow save would hold it
     budget.acquire(other, ROWS.nbytes, limit=None)
     with ThreadPoolExecutor(1) as thread:
         try:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_partial.callbacks import timeline
-from flax_partial.cli import chrome_trace, figures, lanes, picture, places
+from flax_partial.cli import places, text
+from flax_partial.cli.command import add_command
+from flax_partial.cli.commands.timeline import chart as lanes
+from flax_partial.cli.commands.timeline import chrome_trace, picture
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import GOOD, Column, Row, Table
 from flax_partial.errors import PartialCheckpointError
 from flax_partial.loading import catalog
-from flax_partial.loading import load as loading
+from flax_partial.loading import checkpoint as loading
 from flax_partial.storage import local as storage
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flax_partial.callbacks.timeline import ProcessTimeline, Run, Save
-    from flax_partial.cli.lanes import Chart
+    from flax_partial.cli.commands.timeline.chart import Chart
     from flax_partial.cli.output import Output
 
 _PICTURES, _TRACE = (".png", ".svg"), ".json"
@@ -170,7 +172,7 @@ def _write(target: Path, runs: Sequence[Run], chart: Chart, *, title: str) -> No
 
 def _title(chart: Chart, directory: Path) -> str:
     saves = [save for track in chart.tracks for lane in track.lanes for save in lane.saves]
-    amount = f"{figures.counted(len(saves), 'group')}, {figures.size(sum(s.bytes for s in saves))}"
+    amount = f"{text.counted(len(saves), 'group')}, {text.size(sum(s.bytes for s in saves))}"
     processes = len(chart.tracks)
     where = f" of {processes} processes" if processes > 1 else ""
     return (
@@ -207,7 +209,7 @@ def _cells(save: Save, began_at: float) -> tuple[str, ...]:
     return (
         save.group,
         save.where,
-        figures.size(save.bytes),
+        text.size(save.bytes),
         _ms(times.called_at - began_at),
         _ms(times.taken_at - times.called_at),
         *(_ms(at - began_at) for at in instants),

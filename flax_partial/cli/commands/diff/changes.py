@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flax_partial.cli.comparing import Difference
+from flax_partial.cli.commands.diff.difference import Difference
 from flax_partial.format import model as kinds
 from flax_partial.format.model import Leaf
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from flax_partial.cli import figures, places, safetensors, selection
+from flax_partial.cli import places, selection, text
+from flax_partial.cli.command import add_command
+from flax_partial.cli.commands.export import safetensors
+from flax_partial.cli.commands.export.safetensors import Layout
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
-from flax_partial.cli.parsing import add_command
-from flax_partial.cli.safetensors import Layout
 from flax_partial.cli.tables import GOOD
-from flax_partial.errors import UnsupportedLeafError
+from flax_partial.errors import UnsupportedLeafError, first_few
 from flax_partial.format.model import Leaf
 from flax_partial.loading.batches import batches, region_bytes
-from flax_partial.loading.load import Checkpoint
+from flax_partial.loading.checkpoint import Checkpoint
 from flax_partial.storage import local as storage
 
 _AT_ONCE_BYTES = 64 << 20  # reading takes about as much again
@@ -66,14 +67,14 @@ def _export(options: argparse.Namespace, out: Output, checkpoint: Checkpoint, ta
             "in_metadata": texts,
         }
     )
-    tensors = figures.counted(len(arrays), "tensor")
-    out.line(f"wrote {options.out}: {tensors}, {figures.size(layout.bytes)}", GOOD)
+    tensors = text.counted(len(arrays), "tensor")
+    out.line(f"wrote {options.out}: {tensors}, {text.size(layout.bytes)}", GOOD)
     if widened:
-        some = figures.leaves(len(widened))
+        some = text.leaves(len(widened))
         kinds = ", ".join(sorted({*widened.values()}))
         out.line(f"{some} of {kinds} became wider: safetensors has no such dtype")
     if texts:
-        out.line(f"{figures.leaves(len(texts))} without array data went into the header's metadata")
+        out.line(f"{text.leaves(len(texts))} without array data went into the header's metadata")
 
 
 def _target(path: str) -> Path:
@@ -95,11 +96,9 @@ def _lay_out(
     """
     problems = safetensors.problems(leaves)
     if problems:
-        more = f"\n  and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         raise UnsupportedLeafError(
             "safetensors cannot hold these leaves; leave them out with --skip:\n  "
-            + "\n  ".join(problems[:_MOST_NAMED])
-            + more
+            + "\n  ".join(first_few(problems, most=_MOST_NAMED, count=len(problems)))
         )
     try:
         return safetensors.lay_out(arrays, safetensors.metadata_of(leaves, custom_metadata))

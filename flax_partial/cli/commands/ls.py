@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flax_partial.cli import figures, places
+from flax_partial.cli import places, text
+from flax_partial.cli.command import add_command
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
-from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD, WAITING, Column, Row, Table
 from flax_partial.errors import NoSessionError, PartialCheckpointError
 from flax_partial.loading import catalog
-from flax_partial.loading import load as loading
+from flax_partial.loading import checkpoint as loading
 from flax_partial.storage import local as storage
 
 _STYLES = {places.FINALIZED: "", places.UNFINISHED: WAITING, places.DAMAGED: BAD}
@@ -218,15 +218,15 @@ def _numbers(metrics: object) -> dict[str, float]:
 
 def _row(entry: Entry, now: float, *, latest: str | None, best: str | None) -> Row:
     is_readable = entry.written_at is not None
-    metrics = " ".join(f"{key}={figures.number(value)}" for key, value in entry.metrics.items())
+    metrics = " ".join(f"{key}={text.number(value)}" for key, value in entry.metrics.items())
     marks = [mark for mark, name in (("latest", latest), ("best", best)) if name == entry.name]
     return Row(
         (
             entry.name,
             "" if entry.step is None else str(entry.step),
             entry.state + (" (orbax)" if entry.format == places.ORBAX else ""),
-            "" if entry.written_at is None else figures.age(now - entry.written_at),
-            figures.size(entry.bytes) if is_readable else "",
+            "" if entry.written_at is None else text.age(now - entry.written_at),
+            text.size(entry.bytes) if is_readable else "",
             f"{entry.leaves:,}" if is_readable else "",
             metrics,
             ", ".join(marks),

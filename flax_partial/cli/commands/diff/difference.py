@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flax_partial.cli import figures
+from flax_partial.cli import text
 
 _LARGEST_WORD = 8  # bytes that NumPy compares at once
 _PIECE = 1 << 18  # elements: what is computed from one lies in the cache of a core
@@ -41,7 +41,7 @@ class Difference:
         """L2 norm of the difference over that of a; None where it is no finite number."""
         if not self.norm_of_squares or not math.isfinite(self.norm_of_squares):
             return None
-        return figures.finite(math.sqrt(self.sum_of_squares / self.norm_of_squares))
+        return text.finite(math.sqrt(self.sum_of_squares / self.norm_of_squares))
 
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
         """Takes in two arrays of one shape, C-contiguous."""

@@ -4,12 +4,12 @@ import argparse
 import time
 from typing import Any
 
-from flax_partial.cli import figures, places
+from flax_partial.cli import places, text
+from flax_partial.cli.command import add_command
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
-from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
-from flax_partial.loading import load as loading
+from flax_partial.loading import verify as loading
 
 _COLUMNS = (Column("DAMAGED"), Column("WHAT IS WRONG"))
 
@@ -46,9 +46,9 @@ def run(options: argparse.Namespace, out: Output) -> bool:
             "bad": dict(report.bad),
         }
     )
-    rows = [Row((figures.name(name), why), BAD) for name, why in report.bad.items()]
+    rows = [Row((text.name(name), why), BAD) for name, why in report.bad.items()]
     out.table(Table(_COLUMNS, rows))
-    amount = f"{figures.leaves(report.leaves)}, {figures.size(report.bytes)}, {secs:.1f} s"
-    outcome = "fine" if report.ok else f"{figures.counted(len(report.bad), 'problem')}"
+    amount = f"{text.leaves(report.leaves)}, {text.size(report.bytes)}, {secs:.1f} s"
+    outcome = "fine" if report.ok else f"{text.counted(len(report.bad), 'problem')}"
     out.line(f"{outcome}: {amount}", GOOD if report.ok else BAD)
     return not report.ok

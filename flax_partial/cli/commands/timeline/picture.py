@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flax_partial.callbacks.timeline import FINALIZED
-from flax_partial.cli import figures, lanes
+from flax_partial.cli import text
+from flax_partial.cli.commands.timeline import chart as lanes
 from flax_partial.cli.errors import WrongUseError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from flax_partial.callbacks.timeline import Save
-    from flax_partial.cli.lanes import Chart, Track
+    from flax_partial.cli.commands.timeline.chart import Chart, Track
 
 _STEP_COLOURS = ("#d9d9d9", "#bdbdbd")
 _OWN_STEP_COLOUR = "#969696"
@@ -137,7 +138,7 @@ class _Drawing:
             self._bar(span, 0.8, _COLOURS[phase.name], shift=0.1)
         if self._is_labelled:
             at = (save.times.committed_at - self._chart.began_at) * self._unit
-            size = figures.size(save.bytes)
+            size = text.size(save.bytes)
             self._text(at + self._right * 0.006, f"{save.group}  ({size})", 0.5)
         self._y += 1
 
@@ -162,8 +163,8 @@ class _Drawing:
         )
         return left, right - left
 
-    def _text(self, x: float, text: str, y: float, **kind: Any) -> None:
-        self._axes.text(x, self._y + y, text, va="center", fontsize=7, clip_on=True, **kind)
+    def _text(self, x: float, said: str, y: float, **kind: Any) -> None:
+        self._axes.text(x, self._y + y, said, va="center", fontsize=7, clip_on=True, **kind)
 
 
 def _explain(figure: Figure, axes: Axes, chart: Chart, title: str) -> None:

@@ -4,16 +4,17 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from flax_partial.cli import changes, figures, places, selection
-from flax_partial.cli.changes import Change
-from flax_partial.cli.comparing import Difference
+from flax_partial.cli import places, selection, text
+from flax_partial.cli.command import add_command
+from flax_partial.cli.commands.diff import changes
+from flax_partial.cli.commands.diff.changes import Change
+from flax_partial.cli.commands.diff.difference import Difference
 from flax_partial.cli.output import Output
-from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
 from flax_partial.format import model as kinds
 from flax_partial.format.model import Leaf
 from flax_partial.loading.batches import batches, region_bytes
-from flax_partial.loading.load import Checkpoint
+from flax_partial.loading.checkpoint import Checkpoint
 
 _AT_ONCE_BYTES = 64 << 20  # of A, and as much of B; reading takes about as much again
 _COLUMNS = (
@@ -64,7 +65,7 @@ def _report(options: argparse.Namespace, out: Output, a: Checkpoint, b: Checkpoi
     for change in ordered:
         if change.problem:
             out.line(change.problem, BAD)
-    out.line(f"changed: {figures.leaves(len(ordered))}, the same: {figures.leaves(same)}")
+    out.line(f"changed: {text.leaves(len(ordered))}, the same: {text.leaves(same)}")
     return bool(ordered)
 
 
@@ -143,10 +144,10 @@ def _row(change: Change) -> Row:
     is_other = change.change != changes.VALUES or change.difference is None
     return Row(
         (
-            figures.name(change.name),
+            text.name(change.name),
             change.change,
-            "" if change.a is None else figures.leaf(change.a),
-            figures.leaf(change.b) if change.b is not None and is_other else "",
+            "" if change.a is None else text.leaf(change.a),
+            text.leaf(change.b) if change.b is not None and is_other else "",
             *_numbers(change),
         ),
         _STYLES.get(change.change, ""),
@@ -161,11 +162,11 @@ def _numbers(change: Change) -> tuple[str, str, str]:
     count = f"{difference.different:,} of {difference.elements:,}"
     if _are_keys(change):
         return count, "", ""
-    largest = figures.number(difference.largest)
+    largest = text.number(difference.largest)
     if difference.not_finite:
         largest += f", {difference.not_finite:,} nan/inf"
     relative = difference.relative
-    return count, largest, "" if relative is None else figures.number(relative)
+    return count, largest, "" if relative is None else text.number(relative)
 
 
 def _are_keys(change: Change) -> bool:

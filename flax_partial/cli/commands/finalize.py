@@ -5,12 +5,13 @@ import sys
 import time
 from typing import Any
 
-from flax_partial.cli import figures, places
+from flax_partial.cli import places, text
+from flax_partial.cli.command import add_command
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
-from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import BAD, GOOD
 from flax_partial.errors import IncompleteCheckpointError
+from flax_partial.finalizing import abort as aborting
 from flax_partial.finalizing import finalize as finalizing
 
 
@@ -56,8 +57,8 @@ def run_finalize(options: argparse.Namespace, out: Output) -> bool:
             "bytes": done.bytes,
         }
     )
-    amount = f"{figures.leaves(len(done.leaves))}, {figures.size(done.bytes)}"
-    made = figures.counted(done.parts, "part")
+    amount = f"{text.leaves(len(done.leaves))}, {text.size(done.bytes)}"
+    made = text.counted(done.parts, "part")
     out.line(f"finalized {done.path}: {made}, {amount}", GOOD)
     return False
 
@@ -68,7 +69,7 @@ def run_abort(options: argparse.Namespace, out: Output) -> bool:
     session = places.read_session(where)
     is_wanted = options.yes or _ask(session, out)
     if is_wanted:
-        finalizing.abort(where.final)
+        aborting.abort(where.final)
     out.json({"path": str(where.final), "dropped": is_wanted, "parts": len(session.parts)})
     said = "dropped" if is_wanted else "kept"
     out.line(f"{said} {where.session}", "" if is_wanted else BAD)
@@ -86,10 +87,10 @@ def _require_complete(session: places.Session) -> None:
 def _ask(session: places.Session, out: Output) -> bool:
     if not sys.stdin.isatty():
         raise WrongUseError("nobody can be asked here: pass --yes to drop it")
-    size = figures.size(session.status.bytes)
-    parts = figures.counted(len(session.parts), "part")
+    size = text.size(session.status.bytes)
+    parts = text.counted(len(session.parts), "part")
     written = ""
     if session.parts:
-        written = f", last saved {figures.age(time.time() - session.written_ns / 1e9)}"
+        written = f", last saved {text.age(time.time() - session.written_ns / 1e9)}"
     out.note(f"{session.where.session}: {parts}, {size}{written}")
     return out.ask("Drop it? [y/N] ").lower() in ("y", "yes")

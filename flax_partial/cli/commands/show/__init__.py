@@ -5,13 +5,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax_partial.cli import figures, places, selection, tree
+from flax_partial.cli import places, selection, text
+from flax_partial.cli.command import add_command
+from flax_partial.cli.commands.show import tree
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
-from flax_partial.cli.parsing import add_command
 from flax_partial.cli.tables import STRONG, Column, Row, Table
 from flax_partial.format.model import Leaf
-from flax_partial.loading import load as loading
+from flax_partial.loading import checkpoint as loading
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
 
 _COLUMNS = (
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     path = where.final if state == places.FINALIZED else where.session
     out.line(str(path), STRONG)
     out.line(_summary(described, state))
-    metadata = figures.custom_metadata(contents.custom_metadata)
+    metadata = text.custom_metadata(contents.custom_metadata)
     if metadata:
         out.line(f"custom metadata: {metadata}")
     out.line("")
@@ -64,11 +65,11 @@ def run(options: argparse.Namespace, out: Output) -> bool:
 
 
 def _summary(described: CheckpointMetadata, state: str) -> str:
-    amount = f"{figures.leaves(len(described.leaves))}, {figures.size(described.bytes)}"
+    amount = f"{text.leaves(len(described.leaves))}, {text.size(described.bytes)}"
     if state == places.UNFINISHED:
-        return f"{state}: {figures.counted(described.parts, 'part')}, {amount}"
-    written = figures.age(time.time() - described.committed_at)
-    made = figures.counted(described.parts, "part") if described.parts else "written by Orbax"
+        return f"{state}: {text.counted(described.parts, 'part')}, {amount}"
+    written = text.age(time.time() - described.committed_at)
+    made = text.counted(described.parts, "part") if described.parts else "written by Orbax"
     return f"{state} {written}: {made}, {amount}"
 
 
@@ -83,39 +84,39 @@ def _rows(
         return [_leaf_row("''", root.leaf, described)]
     rows = []
     for guide, key, node in tree.lines(root, depth, guides):
-        text = guide + figures.name(key)
+        label = guide + text.name(key)
         if node.leaf is not None:
-            rows.append(_leaf_row(text, node.leaf, described))
+            rows.append(_leaf_row(label, node.leaf, described))
         else:
-            rows.append(_subtree_row(text, node, described.bytes))
+            rows.append(_subtree_row(label, node, described.bytes))
     rows.append(_subtree_row("total", root, described.bytes))
     return rows
 
 
-def _leaf_row(text: str, leaf: Leaf, described: CheckpointMetadata) -> Row:
+def _leaf_row(label: str, leaf: Leaf, described: CheckpointMetadata) -> Row:
     metadata = described.leaves[leaf.name]
     return Row(
         (
-            text,
-            figures.shape(metadata.shape) if leaf.is_array else figures.plain_value(leaf),
+            label,
+            text.shape(metadata.shape) if leaf.is_array else text.plain_value(leaf),
             metadata.dtype,
-            figures.sharding(metadata.sharding),
-            figures.size(leaf.bytes) if leaf.is_array else "",
-            figures.share(leaf.bytes, described.bytes) if leaf.is_array else "",
+            text.sharding(metadata.sharding),
+            text.size(leaf.bytes) if leaf.is_array else "",
+            text.share(leaf.bytes, described.bytes) if leaf.is_array else "",
         )
     )
 
 
-def _subtree_row(text: str, node: tree.Node, whole_bytes: int) -> Row:
+def _subtree_row(label: str, node: tree.Node, whole_bytes: int) -> Row:
     dtypes = "" if len(node.dtypes) != 1 else next(iter(node.dtypes))
     return Row(
         (
-            text,
-            figures.leaves(node.leaves),
+            label,
+            text.leaves(node.leaves),
             dtypes,
             "",
-            figures.size(node.bytes),
-            figures.share(node.bytes, whole_bytes),
+            text.size(node.bytes),
+            text.share(node.bytes, whole_bytes),
         ),
         style=STRONG,
     )

@@ -5,12 +5,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flax_partial.cli import figures, places
+from flax_partial.cli import places, text
+from flax_partial.cli.command import add_command
 from flax_partial.cli.output import Output
-from flax_partial.cli.parsing import add_command
 from flax_partial.cli.places import Session
 from flax_partial.cli.tables import BAD, FAINT, GOOD, STRONG, WAITING, Column, Row, Table
-from flax_partial.errors import NoSessionError
+from flax_partial.errors import NoSessionError, first_few
 from flax_partial.loading import catalog
 from flax_partial.reports import SessionStatus
 from flax_partial.storage.local import CheckpointPath
@@ -56,8 +56,8 @@ def run(options: argparse.Namespace, out: Output) -> bool:
 
 def _say(session: Session, out: Output) -> None:
     out.json(_as_json(session))
-    for text, style in (*_lines(session, time.time()), ("", "")):
-        out.line(text, style)
+    for line, style in (*_lines(session, time.time()), ("", "")):
+        out.line(line, style)
     out.table(_table(session, time.time()))
 
 
@@ -108,7 +108,7 @@ def _lines(session: Session, now: float) -> list[tuple[str, str]]:
         (str(session.where.session), STRONG),
         (_summary(status, now), WAITING),
     ]
-    metadata = figures.custom_metadata(status.custom_metadata)
+    metadata = text.custom_metadata(status.custom_metadata)
     if metadata:
         found.append((f"custom metadata: {metadata}", ""))
     if session.lacking:
@@ -116,7 +116,7 @@ def _lines(session: Session, now: float) -> list[tuple[str, str]]:
     found += [(f"not complete: {leaf}", WAITING) for leaf in _first(plan.missing)]
     found += [(f"at odds: {conflict}", BAD) for conflict in _first(plan.conflicts)]
     if status.torn:
-        torn = figures.counted(len(status.torn), "part")
+        torn = text.counted(len(status.torn), "part")
         found.append((f"{torn} being written, or torn by a crash: not counted", FAINT))
     return found
 
@@ -126,18 +126,15 @@ def _summary(status: SessionStatus, now: float) -> str:
         return f"{places.UNFINISHED}: nothing was saved yet"
     last = max(part.written_at for part in status.parts)
     return (
-        f"{places.UNFINISHED}: {figures.counted(len(status.parts), 'part')}, "
-        f"{figures.leaves(len(status.leaves))}, {figures.size(status.bytes)}, "
-        f"{figures.counted(len(status.processes), 'process', 'processes')}, "
-        f"last saved {figures.age(now - last)}"
+        f"{places.UNFINISHED}: {text.counted(len(status.parts), 'part')}, "
+        f"{text.leaves(len(status.leaves))}, {text.size(status.bytes)}, "
+        f"{text.counted(len(status.processes), 'process', 'processes')}, "
+        f"last saved {text.age(now - last)}"
     )
 
 
 def _first(lines: Sequence[str]) -> list[str]:
-    shown = [*lines[:_MOST_LISTED]]
-    if len(lines) > _MOST_LISTED:
-        shown.append(f"and {len(lines) - _MOST_LISTED} more")
-    return shown
+    return first_few(lines, most=_MOST_LISTED, count=len(lines))
 
 
 def _table(session: Session, now: float) -> Table:
@@ -146,11 +143,11 @@ def _table(session: Session, now: float) -> Table:
         [
             Row(
                 (
-                    figures.age(now - part.written_at),
+                    text.age(now - part.written_at),
                     str(part.process),
                     f"{len(part.leaves):,}",
-                    figures.size(part.bytes),
-                    figures.name(figures.common_prefix(part.leaves)),
+                    text.size(part.bytes),
+                    text.name(text.common_prefix(part.leaves)),
                 )
             )
             for part in session.status.parts
