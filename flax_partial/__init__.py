@@ -34,8 +34,8 @@ from flax_partial.reports import (
     SessionStatus,
     VerifyReport,
 )
+from flax_partial.saving.describe import Slice
 from flax_partial.saving.save import save, save_async
-from flax_partial.saving.snapshot import Slice
 from flax_partial.sessions.handles import FinalizeHandle, SaveHandle
 
 __version__ = "0.2.0.dev0"

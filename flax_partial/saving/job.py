@@ -26,10 +26,10 @@ from flax_partial.format.tables import encode_part
 from flax_partial.options import SaveOptions
 from flax_partial.reports import SaveReport, SaveTimes
 from flax_partial.saving import snapshot
+from flax_partial.saving.describe import Described, Source
 from flax_partial.saving.memory_budget import MemoryBudget
 from flax_partial.saving.reuse import DataFile, Earlier, Shared
 from flax_partial.saving.saved_arrays import SavedArrays
-from flax_partial.saving.snapshot import Described
 from flax_partial.saving.write import link_held, write_part
 from flax_partial.sessions import registry
 from flax_partial.sessions.handles import SaveHandle
@@ -53,21 +53,21 @@ class SaveJob:
     def __init__(
         self,
         where: CheckpointPath,
-        described: list[Described],
+        described: Described,
         *,
         custom_metadata: dict[str, Any],
         options: SaveOptions,
         reuse: CheckpointPath | None,
-        arrays: "Sequence[weakref.ref[Any] | None]",
         started: float,
     ) -> None:
         self.session = registry.begin_save(where, self)
         self.is_background = False
-        self._described = described
-        self._leaves: Sequence[Leaf] = ()
+        self._leaves: Sequence[Leaf] = described.leaves
+        self._sources: Sequence[Sequence[Source]] = described.sources
+        self._sizes = described.sizes
+        self._arrays = described.arrays  # that may be remembered; none without `reuse`
         self._options = options
         self._reuse = reuse
-        self._arrays = arrays  # of its leaves, those that may be remembered; none without `reuse`
         self._held: list[tuple[Shared, BinaryIO]] = []  # open files that hold some of them
         self._reused_bytes = 0
         self._started = started
@@ -77,7 +77,7 @@ class SaveJob:
             time_ns=0,
             custom_metadata=custom_metadata,
             leaves=(),
-            bytes=sum(one.bytes for one in described),
+            bytes=sum(described.sizes),
             durable=options.durable,
         )
         self._name = ""
@@ -99,8 +99,7 @@ class SaveJob:
         """Claims the leaves; errors of earlier saves in the background are raised first."""
         self.session.require_not_aborted()
         self.session.raise_unseen()
-        leaves = [one.leaf for one in self._described]
-        self._leaves, time_ns = self.session.claim(self, leaves, replace=replace)
+        self._leaves, time_ns = self.session.claim(self, self._leaves, replace=replace)
         self._part = dataclasses.replace(self._part, time_ns=time_ns)
         if self._reuse is not None and self._options.checksum:
             self._hold_shared(self._reuse)
@@ -120,19 +119,19 @@ class SaveJob:
             file = storage.hold(one.file.path, size=one.file.bytes)
             if file is not None:
                 self._held.append((one, file))
-                for at, leaf in one.leaves.items():
-                    self._reused_bytes += self._described[at].bytes
-                    self._described[at] = Described(leaf)
+                self._reused_bytes += sum(self._sizes[at] for at in one.leaves)
+        held = {at for one, _ in self._held for at in one.leaves}
+        self._sources = [() if at in held else sources for at, sources in enumerate(self._sources)]
 
     def take_snapshot(self) -> None:
         """Makes what is to be written safe from the caller, within the memory budget."""
         self.is_background = True
         limit = self._options.max_inflight_bytes
-        copied_bytes = sum(one.bytes for one in self._described)
+        copied_bytes = self._part.bytes - self._reused_bytes
         self._budget_secs = _budget.acquire(self, copied_bytes, limit=limit)
         self._reach("admitted_at")
         with TraceAnnotation("flax_partial.snapshot"):
-            self._described = snapshot.detach(self._described)
+            self._sources = snapshot.detach(self._sources)
         self._reach("taken_at")
         if not self.note_if_computed():
             _uncomputed.append(self)
@@ -145,7 +144,7 @@ class SaveJob:
 
     def _let_go(self) -> None:
         """Lets go of the snapshot."""
-        self._described = []
+        self._sources = ()
         held, self._held = self._held, []
         for _, file in held:
             file.close()
@@ -153,7 +152,7 @@ class SaveJob:
 
     def note_if_computed(self) -> bool:
         """Notes when the arrays were computed, if they are; returns whether."""
-        is_computed = snapshot.is_computed(self._described)
+        is_computed = snapshot.is_computed(self._sources)
         if is_computed:
             self._instants.setdefault("ready_at", time.perf_counter())
         return is_computed
@@ -223,7 +222,7 @@ class SaveJob:
                 check=task.check,
             )
         self._reach("written_at")
-        self._reused_bytes += sum(self._described[left[at]].bytes for at in written.reused)
+        self._reused_bytes += sum(self._sizes[left[at]] for at in written.reused)
         done = linked | dict(zip(left, written.leaves, strict=True))
         part = dataclasses.replace(self._part, leaves=tuple(done[at] for at in sorted(done)))
         table = encode_part(part)
@@ -238,14 +237,14 @@ class SaveJob:
     def _host_data(self, positions: Sequence[int]) -> list[tuple[Leaf, list[np.ndarray]]]:
         """Waits until some of the leaves are computed, and brings them into the host's memory."""
         with TraceAnnotation("flax_partial.wait"):
-            snapshot.wait_until_computed(self._described)
+            snapshot.wait_until_computed(self._sources)
         self._instants.setdefault("ready_at", time.perf_counter())
         note_computed()
         with TraceAnnotation("flax_partial.copy"):
             data = [
                 (
                     self._leaves[at],
-                    [snapshot.to_host(source) for source in self._described[at].sources],
+                    [snapshot.to_host(source) for source in self._sources[at]],
                 )
                 for at in positions
             ]

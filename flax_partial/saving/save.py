@@ -7,17 +7,15 @@ own leaves.
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from flax_partial.errors import EmptyStateError
-from flax_partial.format import keypaths
 from flax_partial.format.metadata import check_metadata
 from flax_partial.options import SaveOptions
 from flax_partial.reports import SaveReport
-from flax_partial.saving import snapshot
+from flax_partial.saving.describe import describe
 from flax_partial.saving.job import SaveJob
-from flax_partial.saving.snapshot import Described
 from flax_partial.sessions import workers
 from flax_partial.sessions.forks import check_not_forked
 from flax_partial.storage import local as storage
@@ -136,14 +134,23 @@ def _prepare(
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     metadata = check_metadata(custom_metadata)
-    flat = _flatten(state, metadata)
+    described = describe(
+        state,
+        chunk_bytes=options.chunk_bytes,
+        compression=options.compression,
+        remember=earlier is not None,
+    )
+    if not described.leaves and not metadata:
+        raise EmptyStateError(
+            f"state {state!r} has no leaves, and there is no custom_metadata: there is nothing to "
+            "save."
+        )
     job = SaveJob(
         where,
-        _describe(flat, options),
+        described,
         custom_metadata=metadata,
         options=options,
         reuse=earlier,
-        arrays=[] if earlier is None else [snapshot.lasting(value) for _, value in flat],
         started=started,
     )
     if threading.current_thread() is threading.main_thread():
@@ -157,26 +164,3 @@ def _prepare(
 def _clear(job: SaveJob) -> None:
     if job in _of_main_thread:
         _of_main_thread.remove(job)
-
-
-def _flatten(state: Any, metadata: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    flat, _ = keypaths.flatten(state)
-    if flat and not (len(flat) == 1 and not flat[0][0] and keypaths.is_leaf(flat[0][1])):
-        return flat
-    if metadata:
-        return []  # a part may hold metadata alone
-    raise EmptyStateError(
-        f"state {state!r} has no leaves, and there is no custom_metadata: there is nothing to save."
-    )
-
-
-def _describe(flat: Sequence[tuple[Any, Any]], options: SaveOptions) -> list[Described]:
-    return [
-        snapshot.describe(
-            keypaths.from_jax(path),
-            value,
-            chunk_bytes=options.chunk_bytes,
-            compression=options.compression,
-        )
-        for path, value in flat
-    ]

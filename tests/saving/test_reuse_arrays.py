@@ -22,7 +22,7 @@ from things import QUICK
 
 import flax_partial as fp
 from flax_partial.loading.data_reader import aligned_empty
-from flax_partial.saving import job, snapshot
+from flax_partial.saving import describe, job, snapshot
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,12 +37,12 @@ def copied_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     copied: list[int] = []
     to_host = snapshot.to_host
 
-    def counting(source: snapshot.Source) -> np.ndarray:
+    def counting(source: describe.Source) -> np.ndarray:
         copied.append(source.nbytes)
         return to_host(source)
 
     monkeypatch.setattr(snapshot, "to_host", counting)
-    monkeypatch.setattr(snapshot, "_is_on_accelerator", lambda _: True)
+    monkeypatch.setattr(describe, "_is_on_accelerator", lambda _: True)
     return copied
 
 
