@@ -259,12 +259,11 @@ def _lost(where: CheckpointPath, plan: MergePlan) -> list[str]:
     sizes: dict[str, int] = {}
     lost = []
     for leaf, sources in zip(plan.leaves, plan.sources, strict=True):
-        for part, place in sources:
-            if isinstance(place, bytes):
-                continue
-            if part not in sizes:
+        for part, places in sources:
+            end = max((sum(place) for place in places if not isinstance(place, bytes)), default=0)
+            if end and part not in sizes:
                 sizes[part] = storage.size_of_data(where, data_path(part))
-            if sum(place) > sizes[part]:
+            if end and end > sizes[part]:
                 lost.append(f"{leaf.name}, in {part}")
                 break
     return lost

@@ -5,7 +5,9 @@ costs what the claimed leaves cost, however many are held.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from flax_partial.errors import KeyConflictError
 from flax_partial.format.chunks import chunk_numbers
