@@ -64,12 +64,14 @@ class Described:
     """The leaves of a state, in order.
 
     Attributes:
+      tree: What is known of trees like it.
       leaves: What each is, with the boxes that this process has to write, without digests.
       sources: The data of each leaf's boxes: host arrays, or arrays on a single device.
       sizes: Size of each leaf's boxes, in bytes.
       arrays: Weak references to those leaves that nothing can change as long as they live.
     """
 
+    tree: "KnownTree"
     leaves: list[Leaf] = field(default_factory=list)
     sources: list[Sequence[Source]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -104,30 +106,43 @@ class _Template:
     size: int = 0
 
 
+@dataclass(slots=True)
+class KnownTree:
+    """What is known of the trees of one structure.
+
+    Attributes:
+      templates: How their leaves were described.
+      is_tree: Whether their leaves were claimed before: among themselves they have no conflict.
+    """
+
+    templates: list[_Template] = field(default_factory=list)
+    is_tree: bool = False
+
+
 class _KnownTrees:
-    """Templates by structure, of the trees that were described last."""
+    """Trees by structure: those that were described last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: OrderedDict[Any, list[_Template]] = OrderedDict()
+        self._known: OrderedDict[Any, KnownTree] = OrderedDict()
         self._leaves = 0
 
-    def get(self, key: Any) -> list[_Template] | None:
+    def get(self, key: Any) -> KnownTree | None:
         try:
             return self._known.get(key)
         except (TypeError, ValueError):  # a structure that holds what cannot be hashed or compared
             return None
 
-    def put(self, key: Any, templates: list[_Template]) -> None:
+    def put(self, key: Any, tree: KnownTree) -> None:
         with self._lock:
             try:
-                self._known[key] = templates
+                self._known[key] = tree
             except (TypeError, ValueError):
                 return
-            self._leaves += len(templates)
+            self._leaves += len(tree.templates)
             while self._leaves > _MOST_KNOWN_LEAVES:
                 _, dropped = self._known.popitem(last=False)
-                self._leaves -= len(dropped)
+                self._leaves -= len(dropped.templates)
 
 
 _known_trees = _KnownTrees()
@@ -150,38 +165,37 @@ def describe(
     values, structure = keypaths.values_of(state)
     how = chunk_bytes, compression
     key = structure, how, agreement.count()
-    templates = _known_trees.get(key)
-    if templates is None:
+    tree = _known_trees.get(key)
+    if tree is None:
         flat, _ = keypaths.flatten(state)
         if len(flat) == 1 and not flat[0][0] and is_leaf(flat[0][1]):
             flat = []
-        described, templates = _anew(flat, how)
-        _known_trees.put(key, templates)
+        described = _anew(flat, how)
+        _known_trees.put(key, described.tree)
     else:
-        described = _again(templates, values, how)
+        described = _again(tree, values, how)
     if remember:
         described.arrays = [
-            None if one.at is None else _lasting(values[one.at]) for one in templates
+            None if one.at is None else _lasting(values[one.at]) for one in described.tree.templates
         ]
     return described
 
 
-def _anew(flat: Sequence[tuple[Any, Any]], how: _How) -> tuple[Described, list[_Template]]:
-    described, templates = Described(), []
+def _anew(flat: Sequence[tuple[Any, Any]], how: _How) -> Described:
+    described = Described(KnownTree())
     count = 0
     for keys, value in flat:
-        path = keypaths.from_jax(keys)
         at = None if is_leaf(value) else count
         count += at is not None
-        template = _add(described, path, value, at, how)
-        templates.append(template)
-    return described, templates
+        template = _add(described, keypaths.from_jax(keys), value, at, how)
+        described.tree.templates.append(template)
+    return described
 
 
-def _again(templates: list[_Template], values: Sequence[Any], how: _How) -> Described:
-    described = Described()
+def _again(tree: KnownTree, values: Sequence[Any], how: _How) -> Described:
+    described = Described(tree)
     leaves, sources, sizes = described.leaves, described.sources, described.sizes
-    for number, one in enumerate(templates):
+    for number, one in enumerate(tree.templates):
         if one.at is None:
             leaves.append(one.leaf)
             sources.append(())
@@ -201,7 +215,7 @@ def _again(templates: list[_Template], values: Sequence[Any], how: _How) -> Desc
             else:
                 sources.append([value.addressable_data(shard) for shard in one.shards])
         else:
-            templates[number] = _add(described, one.path, value, one.at, how)
+            tree.templates[number] = _add(described, one.path, value, one.at, how)
     return described
 
 

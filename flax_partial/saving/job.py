@@ -65,6 +65,7 @@ class SaveJob:
         self._leaves: Sequence[Leaf] = described.leaves
         self._sources: Sequence[Sequence[Source]] = described.sources
         self._sizes = described.sizes
+        self._tree = described.tree
         self._arrays = described.arrays  # that may be remembered; none without `reuse`
         self._options = options
         self._reuse = reuse
@@ -99,7 +100,11 @@ class SaveJob:
         """Claims the leaves; errors of earlier saves in the background are raised first."""
         self.session.require_not_aborted()
         self.session.raise_unseen()
-        self._leaves, time_ns = self.session.claim(self, self._leaves, replace=replace)
+        tree = self._tree
+        self._leaves, time_ns = self.session.claim(
+            self, self._leaves, replace=replace, is_tree=tree.is_tree
+        )
+        tree.is_tree = True
         self._part = dataclasses.replace(self._part, time_ns=time_ns)
         if self._reuse is not None and self._options.checksum:
             self._hold_shared(self._reuse)

@@ -34,6 +34,7 @@ class Claims:
     def __init__(self) -> None:
         self._tree = KeyTree()
         self._held: dict[str, dict[int, _Generation]] = {}
+        self._only: Sequence[Leaf] = ()  # claimed by one save before all others, and not yet held
 
     def load(self, part: Part) -> None:
         """Claims what a part holds that an earlier run of this process committed."""
@@ -41,7 +42,13 @@ class Claims:
 
     def hold(self, leaves: Sequence[Leaf]) -> None:
         """Claims leaves, each in its generation, whatever else is claimed."""
+        self._hold_only()
         for leaf in leaves:
+            self._hold(leaf, _chunks_of(leaf))
+
+    def _hold_only(self) -> None:
+        only, self._only = self._only, ()
+        for leaf in only:
             self._hold(leaf, _chunks_of(leaf))
 
     def claim(
@@ -49,13 +56,15 @@ class Claims:
         leaves: Sequence[Leaf],
         *,
         replace: bool,
+        is_tree: bool,
         visible: Callable[[frozenset[str]], Mapping[str, int]],
-    ) -> list[Leaf]:
+    ) -> Sequence[Leaf]:
         """Claims leaves for a save; all of them or none.
 
         Args:
           leaves: The leaves, with their boxes.
           replace: Whether to start a new generation of what is claimed already.
+          is_tree: Whether the leaves are known to form a tree: by themselves they have no conflict.
           visible: From names of leaves to the largest generation of those that parts on disk hold;
             asked only to replace leaves that this process never wrote.
 
@@ -65,6 +74,10 @@ class Claims:
         Raises:
           KeyConflictError: Some cannot be claimed; it names all of them.
         """
+        if is_tree and not (replace or self._held or self._only):
+            self._only = leaves
+            return leaves
+        self._hold_only()
         unknown = frozenset(
             leaf.name for leaf in leaves if replace and not self._held.get(leaf.name)
         )
@@ -87,6 +100,10 @@ class Claims:
 
     def release(self, leaves: Sequence[Leaf]) -> None:
         """Takes back the claims of a save that failed."""
+        if leaves is self._only:
+            self._only = ()
+            return
+        self._hold_only()
         for leaf in leaves:
             generations = self._held.get(leaf.name, {})
             held = generations.get(leaf.generation)

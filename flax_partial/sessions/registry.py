@@ -60,7 +60,7 @@ class Session:
         self._begun.add(save)
 
     def claim(
-        self, save: object, leaves: Sequence[Leaf], *, replace: bool
+        self, save: object, leaves: Sequence[Leaf], *, replace: bool, is_tree: bool
     ) -> tuple[Sequence[Leaf], int]:
         """Claims leaves for a save that has begun.
 
@@ -68,6 +68,7 @@ class Session:
           save: Stands for the save.
           leaves: What is to be saved.
           replace: Whether leaves that are claimed already are replaced.
+          is_tree: Whether the leaves are known to form a tree.
 
         Returns:
           The leaves, each in its generation; the save's time, in nanoseconds since the epoch.
@@ -81,7 +82,9 @@ class Session:
         storage.require_absent(self.where)
         with self._lock:
             self._look()
-            claimed = self._claims.claim(leaves, replace=replace, visible=self._newest_generation)
+            claimed = self._claims.claim(
+                leaves, replace=replace, is_tree=is_tree, visible=self._newest_generation
+            )
             self._pending[save] = claimed
             self._last_time_ns = max(time.time_ns(), self._last_time_ns + 1)
             return claimed, self._last_time_ns
