@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_partial.callbacks import timeline
 from flax_partial.cli import places, text
 from flax_partial.cli.command import add_command
 from flax_partial.cli.commands.timeline import chart as lanes
@@ -18,15 +17,16 @@ from flax_partial.cli.tables import GOOD, Column, Row, Table
 from flax_partial.errors import PartialCheckpointError
 from flax_partial.loading import catalog
 from flax_partial.loading import checkpoint as loading
+from flax_partial.runs import timeline
 from flax_partial.storage import local as storage
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from flax_partial.callbacks.timeline import ProcessTimeline, Run, Save
     from flax_partial.cli.commands.timeline.chart import Chart
     from flax_partial.cli.output import Output
+    from flax_partial.runs.timeline import ProcessTimeline, Run, Save
 
 _PICTURES, _TRACE = (".png", ".svg"), ".json"
 _DEFAULT_OUT = "timeline.png"
