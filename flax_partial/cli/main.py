@@ -1,20 +1,18 @@
-"""The commands, their common options, and how a command ends: status and messages."""
+"""The program: its commands, their common option, exit statuses and error messages."""
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import NoReturn
 
 from flax_partial import __version__
-from flax_partial.cli.commands import diff, export, finalize, ls, show, status, timeline, verify
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import Output
-from flax_partial.cli.tables import printable
+from flax_partial.cli.output import Output, printable
 from flax_partial.errors import NoSessionError, PartialCheckpointError
 
 PROGRAM = "flax-partial"
@@ -22,18 +20,18 @@ FINE, PROBLEM, WRONG_USE = 0, 1, 2
 INTERRUPTED, PIPE_CLOSED, TERMINATED = (
     128 + number for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM)
 )
-
-# In the order of the help. Each declares its commands with `add`.
-_COMMANDS: tuple[ModuleType, ...] = (
-    ls,
-    show,
-    status,
-    verify,
-    finalize,
-    diff,
-    export,
-    timeline,
-)
+# Name, which is also that of its module, and summary of each command, in the order of the help.
+COMMANDS = {
+    "ls": "list a run's checkpoints and unfinished sessions",
+    "show": "show what is in a checkpoint, as a tree",
+    "status": "look at an unfinished checkpoint",
+    "verify": "read all of a checkpoint, and check every digest",
+    "finalize": "finish an unfinished checkpoint",
+    "abort": "drop an unfinished checkpoint",
+    "diff": "compare two checkpoints, leaf by leaf",
+    "export": "write a checkpoint's arrays into a safetensors file",
+    "timeline": "draw what a run's checkpoints did when",
+}
 
 
 def run() -> NoReturn:
@@ -42,7 +40,7 @@ def run() -> NoReturn:
         stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115 - closed: `>&-`
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
-    # An export that is told to stop takes its half file with it, a bar gives back the cursor.
+    # By an exception: `export` removes its unfinished file, a bar shows the cursor again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.exit(main(sys.argv[1:]))
 
@@ -52,19 +50,18 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
       0 if all is fine, 1 if it found a problem, 2 if it was used wrongly, 130 after Ctrl-C, 141 if
-      whoever read its output stopped reading.
+      the reader of its output closed the pipe.
     """
-    parser = _parser()
     try:
+        parser = parser_of(arguments)
         parsed = parser.parse_args(arguments)
         if "run" not in parsed:
             parser.print_help(sys.stderr)
             return WRONG_USE
-        out = Output(is_json=parsed.json)
-        problem: bool = parsed.run(parsed, out)
-        out.flush()
+        has_problem: bool = parsed.run(parsed, Output(is_json=parsed.json))
+        sys.stdout.flush()
     except BrokenPipeError:
-        _let_go_of_stdout()
+        _discard_stdout()
         return PIPE_CLOSED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -72,10 +69,14 @@ def main(arguments: Sequence[str]) -> int:
         return _failed(error, WRONG_USE)
     except (PartialCheckpointError, OSError) as error:
         return _failed(error, PROBLEM)
-    return PROBLEM if problem else FINE
+    return PROBLEM if has_problem else FINE
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser_of(names: Collection[str]) -> argparse.ArgumentParser:
+    """Declares all commands, but arguments and options only of those in `names`.
+
+    To declare these the command's module is imported, and JAX with it, which takes long.
+    """
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Look into checkpoints of flax_partial and of Orbax; end unfinished ones.",
@@ -83,22 +84,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in _COMMANDS:
-        module.add(commands)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if name in names:
+            module = importlib.import_module(f"flax_partial.cli.commands.{name}")
+            module.add(command)
+            command.add_argument(
+                "--json", action="store_true", help="write JSON; its shape: docs/cli.md"
+            )
+            command.set_defaults(run=module.run)
     return parser
 
 
 def _failed(error: Exception, status: int) -> int:
     try:
         sys.stdout.flush()
-    except OSError:  # such as a full disk: the error that is told
-        _let_go_of_stdout()
+    except OSError:  # such as a full disk: `error` already says it
+        _discard_stdout()
     with contextlib.suppress(BrokenPipeError):
-        text = "\n".join(map(printable, str(error).split("\n")))
-        print(f"{PROGRAM}: {text}", file=sys.stderr)  # noqa: T201
+        message = "\n".join(map(printable, str(error).split("\n")))
+        print(f"{PROGRAM}: {message}", file=sys.stderr)  # noqa: T201
     return status
 
 
-def _let_go_of_stdout() -> None:
-    """Keeps Python from complaining, when it exits, of what it could not write."""
+def _discard_stdout() -> None:
+    """Keeps Python from reporting, when it exits, what it could not write."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

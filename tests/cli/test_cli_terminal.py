@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shell import MIXED, write
 from terminal import SLOW_SECS, into, into_closed_pipe, on_terminal
-from test_cli import MIXED, write
 from things import QUICK
 
 import flax_partial as fp
-
-PROBLEM, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 130, 141, 143
+from flax_partial.cli.main import INTERRUPTED, PIPE_CLOSED, PROBLEM, TERMINATED
 
 
 @pytest.fixture
