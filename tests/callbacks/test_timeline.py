@@ -149,7 +149,7 @@ def test_preparing_again_begins_no_other_run(tmp_path: Path) -> None:
     callback = PartialCheckpointCallback(tmp_path)
     restored = callback.restore()
     assert restored is not None
-    callback.finalizer.held(tmp_path, 0.001, "restore")
+    callback.finalizer.runs.of(tmp_path).add_blocked(0.001, "restore")
     Loop(callback, epochs=3).resume(*restored).fit()
     first, second = timeline.read(tmp_path)
     assert (first.saved_steps, second.saved_steps) == ([2, 4], [6])
