@@ -247,16 +247,6 @@ class Run:
             for checkpoint in [one for one in self._open.values() if one.is_closed]:
                 self._finish(checkpoint, metrics)
 
-    def show_progress(self) -> None:
-        """Draws how much is written of what is under way; takes the bar away when all is."""
-        with self._lock:
-            done, total = self._written()
-            is_under_way = done < total or not all(job.done() for _, job in self._jobs)
-        if is_under_way:
-            self._bar.update(done, total, while_waiting=False)
-        else:
-            self._bar.close()
-
     @property
     def reports(self) -> tuple[CheckpointReport, ...]:
         """What each checkpoint finalized so far holds and cost, in the order of finalizing."""
