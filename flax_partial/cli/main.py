@@ -2,15 +2,25 @@
 
 import argparse
 import contextlib
-import importlib
 import os
 import signal
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from flax_partial import __version__
+from flax_partial.cli.commands import (
+    abort,
+    diff,
+    export,
+    finalize,
+    ls,
+    show,
+    status,
+    timeline,
+    verify,
+)
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output, printable
 from flax_partial.errors import NoSessionError, PartialCheckpointError
@@ -20,18 +30,18 @@ FINE, PROBLEM, WRONG_USE = 0, 1, 2
 INTERRUPTED, PIPE_CLOSED, TERMINATED = (
     128 + number for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM)
 )
-# Name, which is also that of its module, and summary of each command, in the order of the help.
-COMMANDS = {
-    "ls": "list a run's checkpoints and unfinished sessions",
-    "show": "show what is in a checkpoint, as a tree",
-    "status": "look at an unfinished checkpoint",
-    "verify": "read all of a checkpoint, and check every digest",
-    "finalize": "finish an unfinished checkpoint",
-    "abort": "drop an unfinished checkpoint",
-    "diff": "compare two checkpoints, leaf by leaf",
-    "export": "write a checkpoint's arrays into a safetensors file",
-    "timeline": "draw what a run's checkpoints did when",
-}
+# In the order of the help: each command's name, module and summary.
+_COMMANDS = (
+    ("ls", ls, "list a run's checkpoints and unfinished sessions"),
+    ("show", show, "show what is in a checkpoint, as a tree"),
+    ("status", status, "look at an unfinished checkpoint"),
+    ("verify", verify, "read all of a checkpoint, and check every digest"),
+    ("finalize", finalize, "finish an unfinished checkpoint"),
+    ("abort", abort, "drop an unfinished checkpoint"),
+    ("diff", diff, "compare two checkpoints, leaf by leaf"),
+    ("export", export, "write a checkpoint's arrays into a safetensors file"),
+    ("timeline", timeline, "draw what a run's checkpoints did when"),
+)
 
 
 def run() -> NoReturn:
@@ -53,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
       the reader of its output closed the pipe.
     """
     try:
-        parser = parser_of(arguments)
+        parser = new_parser()
         parsed = parser.parse_args(arguments)
         if "run" not in parsed:
             parser.print_help(sys.stderr)
@@ -72,11 +82,8 @@ def main(arguments: Sequence[str]) -> int:
     return PROBLEM if has_problem else FINE
 
 
-def parser_of(names: Collection[str]) -> argparse.ArgumentParser:
-    """Declares all commands, but arguments and options only of those in `names`.
-
-    To declare these the command's module is imported, and JAX with it, which takes long.
-    """
+def new_parser() -> argparse.ArgumentParser:
+    """Declares all commands."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Look into checkpoints of flax_partial and of Orbax; end unfinished ones.",
@@ -84,19 +91,17 @@ def parser_of(names: Collection[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, summary in COMMANDS.items():
+    for name, module, summary in _COMMANDS:
         command = commands.add_parser(name, help=summary)
-        if name in names:
-            module = importlib.import_module(f"flax_partial.cli.commands.{name}")
-            module.add(command)
-            command.add_argument(
-                "--json", action="store_true", help="write JSON; its shape: docs/cli.md"
-            )
-            command.set_defaults(run=module.run)
+        module.add(command)
+        command.add_argument(
+            "--json", action="store_true", help="write JSON; its shape: docs/cli.md"
+        )
+        command.set_defaults(run=module.run)
     return parser
 
 
-def _failed(error: Exception, status: int) -> int:
+def _failed(error: Exception, exit_status: int) -> int:
     try:
         sys.stdout.flush()
     except OSError:  # such as a full disk: `error` already says it
@@ -104,7 +109,7 @@ def _failed(error: Exception, status: int) -> int:
     with contextlib.suppress(BrokenPipeError):
         message = "\n".join(map(printable, str(error).split("\n")))
         print(f"{PROGRAM}: {message}", file=sys.stderr)  # noqa: T201
-    return status
+    return exit_status
 
 
 def _discard_stdout() -> None:
