@@ -1,18 +1,29 @@
-"""Sizes, ages, shapes and shardings as short text. Pure."""
+"""Sizes, ages, shapes, shardings and leaves as short text. Pure."""
+
+from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 from flax_partial.format import model as kinds
-from flax_partial.format.model import Leaf
 
-_EMPTY = {kinds.NONE: "None", kinds.DICT: "{}", kinds.LIST: "[]"}
-_LONGEST_TEXT = 40
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from flax_partial.format.model import Leaf
+
+_LONGEST_TEXT, _LONGEST_METADATA = 40, 200  # characters
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _TENTHS_BELOW = 100
 _AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+_EMPTY = {
+    kinds.NONE: "None",
+    kinds.DICT: "{}",
+    kinds.LIST: "[]",
+    **dict.fromkeys((kinds.TUPLE, kinds.NAMED_TUPLE), "()"),
+}
 
 
 def size(count: float) -> str:
@@ -32,19 +43,15 @@ def age(secs: float) -> str:
     return "now"
 
 
-def share(part: int, whole: int) -> str:
-    """A percentage; nothing of nothing is none."""
-    return f"{100 * part / whole if whole else 0:.1f} %"
-
-
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """A number and what it counts: `1 leaf`, `2,000 leaves`."""
+    """A number and what it counts: `1 part`, `2,000 parts`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def leaves(number: int) -> str:
-    """A number of leaves."""
-    return counted(number, "leaf", "leaves")
+def leaves(number: int, size_bytes: int | None = None) -> str:
+    """A number of leaves, and their size in bytes if it is given: `2 leaves, 8 B`."""
+    counted_leaves = counted(number, "leaf", "leaves")
+    return counted_leaves if size_bytes is None else f"{counted_leaves}, {size(size_bytes)}"
 
 
 def number(value: float) -> str:
@@ -57,9 +64,9 @@ def shape(sizes: Sequence[int]) -> str:
     return f"({','.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
 
 
-def name(text: str) -> str:
+def name(leaf_name: str) -> str:
     """The name of a leaf; that of the only leaf of a tree is empty."""
-    return text or "''"
+    return leaf_name or "''"
 
 
 def leaf(described: Leaf) -> str:
@@ -72,44 +79,29 @@ def leaf(described: Leaf) -> str:
 
 def plain_value(described: Leaf) -> str:
     """The value of a leaf that is no array."""
-    if described.kind != kinds.STRING:
-        return _EMPTY.get(described.kind, "()")
-    return _shortened(repr(described.text), _LONGEST_TEXT)
+    return _EMPTY.get(described.kind) or _shortened(repr(described.text), _LONGEST_TEXT)
 
 
-def _shortened(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def as_json(value: object, limit: int = 200) -> str:
-    """Compact JSON of at most `limit` characters."""
-    return _shortened(json.dumps(value, ensure_ascii=False), limit)
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def custom_metadata(table: Mapping[str, Any]) -> str:
-    """What people want to know of custom metadata; empty if there is none.
+    """Custom metadata as JSON, shortened; empty if there is none.
 
-    Under `session` the callback keeps by what it recovers from a crash: long, and of no use here.
+    Without `session`, by which the callback recovers from a crash: long, and of no use here.
     """
     shown = {key: value for key, value in table.items() if key != "session"}
-    return as_json(shown) if shown else ""
+    return _shortened(json.dumps(shown, ensure_ascii=False), _LONGEST_METADATA) if shown else ""
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """What a part's leaves have in common: its subtree, or its only leaf; `*` where it is none."""
+    """What the names of a part's leaves have in common: `params.0.*`; the only name as it is."""
     if len(names) == 1:
         return names[0]
-    keys = [
-        found[0]
-        for found in zip(*(n.split(".") for n in names), strict=False)
-        if len({*found}) == 1
-    ]
-    return ".".join([*keys, "*"])
-
-
-def finite(value: float | None) -> float | None:
-    """What JSON can hold of a number."""
-    return value if value is not None and math.isfinite(value) else None
+    levels = zip(*(each.split(".") for each in names), strict=False)
+    shared = takewhile(lambda keys: len({*keys}) == 1, levels)
+    return ".".join([*(keys[0] for keys in shared), "*"])
 
 
 def sharding(table: Mapping[str, Any] | None) -> str:
@@ -129,16 +121,8 @@ def sharding(table: Mapping[str, Any] | None) -> str:
 
 def _named_sharding(table: Mapping[str, Any]) -> str:
     sizes = dict(zip(table["axis_names"], table["shape"], strict=True))
-    cuts = [
-        "+".join(f"{axis}={sizes[axis]}" for axis in _axes(entry)) or "-"
-        for entry in table["partition_spec"]
-    ]
+    axes = ([entry] if isinstance(entry, str) else entry or () for entry in table["partition_spec"])
+    cuts = ["+".join(f"{axis}={sizes[axis]}" for axis in some) or "-" for some in axes]
     if all(cut == "-" for cut in cuts):
         return f"replicated x{math.prod(sizes.values())}"
     return f"({','.join(cuts)})"
-
-
-def _axes(entry: str | Sequence[str] | None) -> Sequence[str]:
-    if entry is None:
-        return ()
-    return (entry,) if isinstance(entry, str) else entry

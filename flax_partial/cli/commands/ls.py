@@ -1,6 +1,7 @@
 """`ls`: the checkpoints and unfinished sessions in a run's directory."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -9,14 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import flax_partial as fp
 from flax_partial.cli import places, text
-from flax_partial.cli.command import add_command
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import Output
-from flax_partial.cli.tables import BAD, GOOD, WAITING, Column, Row, Table
-from flax_partial.errors import NoSessionError, PartialCheckpointError
-from flax_partial.loading import catalog
-from flax_partial.loading import checkpoint as loading
+from flax_partial.cli.output import BAD, GOOD, WAITING, Column, Output, Row
+from flax_partial.loading.catalog import is_finalized
 from flax_partial.storage import local as storage
 
 _STYLES = {places.FINALIZED: "", places.UNFINISHED: WAITING, places.DAMAGED: BAD}
@@ -35,8 +33,8 @@ _ORBAX_METRICS = Path("metrics", "metrics")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One checkpoint or session in a directory, as far as it can be read.
+class _Entry:
+    """One checkpoint or session in a directory, as far as it can be read; as `--json` has it.
 
     Attributes:
       name: Of its directory.
@@ -47,7 +45,7 @@ class Entry:
       bytes: Array data in it, in bytes.
       leaves: Number of leaves.
       metrics: Those that are stored with it.
-      problem: What is wrong with it; empty if nothing is.
+      problem: What is wrong with it; None if nothing is.
     """
 
     name: str
@@ -58,135 +56,136 @@ class Entry:
     bytes: int = 0
     leaves: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    problem: str = ""
+    problem: str | None = None
 
 
-def add(commands: Any) -> None:
-    """Declares the command."""
-    parser = add_command(
-        commands,
-        run,
-        "ls",
-        "DIR",
-        summary="list a run's checkpoints and unfinished sessions",
-        description="List the checkpoints and unfinished sessions in a directory.",
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.description = "List the checkpoints and unfinished sessions in a directory."
+    parser.add_argument("dir", metavar="DIR")
     parser.add_argument("--monitor", metavar="METRIC", help="the metric that says which is best")
     parser.add_argument("--mode", choices=("min", "max"), default="min", help="default: min")
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Lists a directory; returns whether any checkpoint in it is damaged."""
-    directory = places.directory(options.dir)
-    _refuse_checkpoint(directory)
-    entries = find(directory)
-    latest = choose_latest(entries)
-    best = choose_best(entries, options.monitor, options.mode)
+    directory = _directory(options.dir)
+    entries = _entries(directory)
+    latest, best = _latest(entries), _best(entries, options.monitor, options.mode)
     out.json(
         {
             "directory": str(directory.absolute()),
             "latest": latest,
             "best": best,
-            "checkpoints": [_as_json(entry) for entry in entries],
+            "checkpoints": [dataclasses.asdict(entry) for entry in entries],
         }
     )
     if not entries:
         out.line(f"no checkpoints in {directory}")
-    now = time.time()
-    rows = [_row(entry, now, latest=latest, best=best) for entry in entries]
-    out.table(Table(_COLUMNS, rows))
+    marked = {"latest": latest, "best": best}
+    out.table(_COLUMNS, [_row(entry, time.time(), marked) for entry in entries])
     for entry in entries:
         if entry.problem:
             out.line(f"{entry.name}: {entry.problem}", BAD)
     return any(entry.state == places.DAMAGED for entry in entries)
 
 
-def find(directory: Path) -> list[Entry]:
+def _directory(path: str) -> Path:
+    """Takes the path of a run's directory.
+
+    Raises:
+      WrongUseError: There is none.
+    """
+    found = Path(path)
+    if not found.is_dir():
+        kind = "is not a directory" if found.exists() else "does not exist"
+        raise WrongUseError(f"{path} {kind}")
+    if found.resolve().name.endswith(storage.SESSION_SUFFIX) or is_finalized(found):
+        raise WrongUseError(f"{path} is a checkpoint, not a directory of them: use show or status")
+    return found
+
+
+def _entries(directory: Path) -> list[_Entry]:
     """Reads what is in a directory: by step, then by name."""
-    found = [
-        entry
-        for name in storage.listed(directory)
-        if (directory / name).is_dir() and (entry := _entry(directory / name))
-    ]
+    paths = (directory / name for name in storage.listed(directory))
+    found = [entry for path in paths if path.is_dir() and (entry := _entry(path))]
     return sorted(found, key=lambda one: (one.step is None, one.step or 0, one.name))
 
 
-def choose_latest(entries: Sequence[Entry]) -> str | None:
+def _latest(entries: Sequence[_Entry]) -> str | None:
     """Returns the finalized checkpoint of the last step; of two that which is called by it."""
-    finalized = [entry for entry in entries if entry.state == places.FINALIZED]
     ranked = [
-        (one.step, one.name == str(one.step), one.name) for one in finalized if one.step is not None
+        (one.step, one.name == str(one.step), one.name)
+        for one in entries
+        if one.state == places.FINALIZED and one.step is not None
     ]
     return max(ranked)[-1] if ranked else None
 
 
-def choose_best(entries: Sequence[Entry], monitor: str | None, mode: str) -> str | None:
+def _best(entries: Sequence[_Entry], monitor: str | None, mode: str) -> str | None:
     """Returns the finalized checkpoint with the best score, the newer of equals.
 
     Raises:
       WrongUseError: None of them has this metric, though there are some.
     """
-    if monitor is None:
-        return None
     finalized = [entry for entry in entries if entry.state == places.FINALIZED]
-    scored = [entry for entry in finalized if monitor in entry.metrics]
-    if finalized and not scored:
-        known = sorted({name for entry in finalized for name in entry.metrics})
-        raise WrongUseError(
-            f"no checkpoint has a metric {monitor!r}; they have {', '.join(known) or 'none'}"
-        )
+    if monitor is None or not finalized:
+        return None
     sign = 1 if mode == "min" else -1
-    ranked = sorted(scored, key=lambda one: (sign * one.metrics[monitor], -(one.step or 0)))
-    return ranked[0].name if ranked else None
+    scored = [one for one in finalized if monitor in one.metrics]
+    if not scored:
+        known = ", ".join(sorted({name for one in finalized for name in one.metrics}))
+        raise WrongUseError(f"no checkpoint has a metric {monitor!r}; they have {known or 'none'}")
+    return min(scored, key=lambda one: (sign * one.metrics[monitor], -(one.step or 0))).name
 
 
-def _entry(path: Path) -> Entry | None:
+def _entry(path: Path) -> _Entry | None:
     """Returns None for what is neither a checkpoint nor a session."""
+    state = path / storage.STATE
     try:
         if path.name.endswith(storage.SESSION_SUFFIX):
             return _unfinished(path)
-        is_ours = (path / storage.STATE / storage.CONTENTS).exists()
-        if is_ours or storage.part_names_in(path / storage.STATE) or catalog.is_finalized(path):
+        is_ours = (state / storage.CONTENTS).exists() or storage.part_names_in(state)
+        if is_ours or is_finalized(path):
             return _finalized(path)
-    except (PartialCheckpointError, WrongUseError, OSError) as error:
-        return Entry(path.name, places.DAMAGED, step=_step(path, {}), problem=str(error))
+    except (fp.PartialCheckpointError, WrongUseError, OSError) as error:
+        return _Entry(path.name, places.DAMAGED, step=_step(path, {}), problem=str(error))
     return None
 
 
-def _finalized(path: Path) -> Entry:
-    contents = loading.open_checkpoint(places.resolve(str(path))).contents
-    metrics = contents.custom_metadata.get("metrics") or _orbax_metrics(path)
-    is_whole = catalog.is_finalized(path)
-    return Entry(
+def _finalized(path: Path) -> _Entry:
+    described = fp.metadata(places.resolve(str(path)).final)
+    metadata = described.custom_metadata
+    is_whole = is_finalized(path)
+    return _Entry(
         name=path.name,
         state=places.FINALIZED if is_whole else places.DAMAGED,
-        format=places.written_by(contents),
-        step=_step(path, contents.custom_metadata),
-        written_at=contents.committed_ns / 1e9,
-        bytes=sum(leaf.bytes for leaf in contents.leaves),
-        leaves=len(contents.leaves),
-        metrics=_numbers(metrics),
-        problem="" if is_whole else "_CHECKPOINT_METADATA or state/_METADATA is missing",
+        format=places.written_by(described),
+        step=_step(path, metadata),
+        written_at=described.committed_at,
+        bytes=described.bytes,
+        leaves=len(described.leaves),
+        metrics=_numbers(metadata.get("metrics") or _orbax_metrics(path)),
+        problem=None if is_whole else "_CHECKPOINT_METADATA or state/_METADATA is missing",
     )
 
 
-def _unfinished(path: Path) -> Entry | None:
+def _unfinished(path: Path) -> _Entry | None:
     where = places.resolve(str(path))
     if places.is_foreign(where):
-        return Entry(path.name, places.UNFINISHED, places.ORBAX, _step(where.final, {}))
+        return _Entry(path.name, places.UNFINISHED, places.ORBAX, _step(where.final, {}))
     try:
-        session = places.read_session(where)
-    except NoSessionError:  # finalized or dropped meanwhile
+        status = fp.status(where.final)
+    except fp.NoSessionError:  # finalized or dropped meanwhile
         return None
-    metadata = session.plan.custom_metadata
-    return Entry(
+    return _Entry(
         name=path.name,
         state=places.UNFINISHED,
-        step=_step(session.where.final, metadata),
-        written_at=session.written_ns / 1e9 if session.parts else None,
-        bytes=session.status.bytes,
-        leaves=len(session.plan.leaves),
-        metrics=_numbers(metadata.get("metrics")),
+        step=_step(where.final, status.custom_metadata),
+        written_at=max((part.written_at for part in status.parts), default=None),
+        bytes=status.bytes,
+        leaves=len(status.leaves),
+        metrics=_numbers(status.custom_metadata.get("metrics")),
     )
 
 
@@ -199,59 +198,31 @@ def _step(path: Path, metadata: dict[str, Any]) -> int | None:
 
 
 def _orbax_metrics(path: Path) -> object:
-    data = storage.read(path / _ORBAX_METRICS)
     try:
-        return json.loads(data or b"{}")
+        return json.loads(storage.read(path / _ORBAX_METRICS) or b"{}")
     except ValueError:
         return {}
 
 
 def _numbers(metrics: object) -> dict[str, float]:
-    if not isinstance(metrics, dict):
-        return {}
     return {
         name: float(value)
-        for name, value in metrics.items()
+        for name, value in (metrics.items() if isinstance(metrics, dict) else ())
         if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
     }
 
 
-def _row(entry: Entry, now: float, *, latest: str | None, best: str | None) -> Row:
+def _row(entry: _Entry, now: float, marked: dict[str, str | None]) -> Row:
     is_readable = entry.written_at is not None
-    metrics = " ".join(f"{key}={text.number(value)}" for key, value in entry.metrics.items())
-    marks = [mark for mark, name in (("latest", latest), ("best", best)) if name == entry.name]
-    return Row(
-        (
-            entry.name,
-            "" if entry.step is None else str(entry.step),
-            entry.state + (" (orbax)" if entry.format == places.ORBAX else ""),
-            "" if entry.written_at is None else text.age(now - entry.written_at),
-            text.size(entry.bytes) if is_readable else "",
-            f"{entry.leaves:,}" if is_readable else "",
-            metrics,
-            ", ".join(marks),
-        ),
-        style=_STYLES[entry.state] or (GOOD if marks else ""),
+    marks = [mark for mark, name in marked.items() if name == entry.name]
+    cells = (
+        entry.name,
+        "" if entry.step is None else str(entry.step),
+        entry.state + (" (orbax)" if entry.format == places.ORBAX else ""),
+        "" if entry.written_at is None else text.age(now - entry.written_at),
+        text.size(entry.bytes) if is_readable else "",
+        f"{entry.leaves:,}" if is_readable else "",
+        " ".join(f"{key}={text.number(value)}" for key, value in entry.metrics.items()),
+        ", ".join(marks),
     )
-
-
-def _as_json(entry: Entry) -> dict[str, Any]:
-    return {
-        "name": entry.name,
-        "state": entry.state,
-        "format": entry.format,
-        "step": entry.step,
-        "written_at": entry.written_at,
-        "bytes": entry.bytes,
-        "leaves": entry.leaves,
-        "metrics": entry.metrics,
-        "problem": entry.problem or None,
-    }
-
-
-def _refuse_checkpoint(directory: Path) -> None:
-    is_session = directory.resolve().name.endswith(storage.SESSION_SUFFIX)
-    if is_session or catalog.is_finalized(directory):
-        raise WrongUseError(
-            f"{directory} is a checkpoint, not a directory of them: use show or status"
-        )
+    return Row(cells, _STYLES[entry.state] or (GOOD if marks else ""))

@@ -5,14 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_partial.cli import places, selection, text
-from flax_partial.cli.command import add_command
 from flax_partial.cli.commands.diff import changes
 from flax_partial.cli.commands.diff.changes import Change
 from flax_partial.cli.commands.diff.difference import Difference
-from flax_partial.cli.output import Output
-from flax_partial.cli.tables import BAD, GOOD, Column, Row, Table
-from flax_partial.format import model as kinds
-from flax_partial.format.model import Leaf
+from flax_partial.cli.output import BAD, GOOD, Column, Output, Row
+from flax_partial.format.model import PRNG_KEY, Leaf
 from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint
 
@@ -28,40 +25,26 @@ _COLUMNS = (
 )
 _STYLES = {changes.ADDED: GOOD, changes.REMOVED: BAD, changes.UNREADABLE: BAD}
 
-Leaves = dict[str, Leaf]
 
-
-def add(commands: Any) -> None:
-    """Declares the command."""
-    parser = add_command(
-        commands,
-        run,
-        "diff",
-        "A",
-        "B",
-        summary="compare two checkpoints, leaf by leaf",
-        description="Say which leaves of B were added, removed or changed against A, and by how "
-        "much. Leaves whose digests agree are not read.",
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.description = (
+        "Say which leaves of B were added, removed or changed against A, and by how much. Leaves "
+        "whose digests agree are not read."
     )
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
     selection.add_options(parser)
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Compares two checkpoints; returns whether they differ."""
     with places.open_finalized(options.a) as a, places.open_finalized(options.b) as b:
-        return _report(options, out, a, b)
-
-
-def _report(options: argparse.Namespace, out: Output, a: Checkpoint, b: Checkpoint) -> bool:
-    leaves_a, leaves_b = _chosen(a, b, options)
-    found = changes.described_changes(leaves_a, leaves_b)
-    with out.bar("Comparing") as progress:
-        found |= _changes_of_values(a, b, leaves_a, leaves_b, progress)
-    names = list({**leaves_a, **leaves_b})
+        names, found = _compare(a, b, options, out)
     ordered = [found[name] for name in names if name in found]
     same = len(names) - len(ordered)
     out.json({"a": options.a, "b": options.b, "same": same, "changes": [*map(_as_json, ordered)]})
-    out.table(Table(_COLUMNS, [*map(_row, ordered)]))
+    out.table(_COLUMNS, [*map(_row, ordered)])
     for change in ordered:
         if change.problem:
             out.line(change.problem, BAD)
@@ -69,66 +52,51 @@ def _report(options: argparse.Namespace, out: Output, a: Checkpoint, b: Checkpoi
     return bool(ordered)
 
 
-def _chosen(a: Checkpoint, b: Checkpoint, options: argparse.Namespace) -> tuple[Leaves, Leaves]:
-    """Returns the chosen leaves of both; a pattern has to name something in one of them."""
-    of_a, of_b = ({leaf.name: leaf for leaf in one.contents.leaves} for one in (a, b))
-    every = list({**of_b, **of_a}.values())
-    names = {leaf.name for leaf in selection.chosen(every, options.only, options.skip)}
-    return (
-        {name: leaf for name, leaf in of_a.items() if name in names},
-        {name: leaf for name, leaf in of_b.items() if name in names},
-    )
-
-
-def _changes_of_values(
-    a: Checkpoint,
-    b: Checkpoint,
-    leaves_a: Leaves,
-    leaves_b: Leaves,
-    progress: Callable[[int, int], None],
-) -> dict[str, Change]:
-    """Reads and compares what only reading tells apart."""
-    pairs = [
-        (leaf, leaves_b[name])
-        for name, leaf in leaves_a.items()
-        if name in leaves_b and changes.have_values_to_compare(leaf, leaves_b[name])
-    ]
-    differences, problems = _compare(a, b, pairs, progress)
-    return {
-        one.name: change
-        for one, other in pairs
-        if (change := _change(one, other, differences[one.name], problems.get(one.name, "")))
-    }
-
-
-def _change(a: Leaf, b: Leaf, difference: Difference, problem: str) -> Change | None:
-    if problem:
-        return Change(a.name, changes.UNREADABLE, a, b, problem=problem)
-    if a.dtype != b.dtype:
-        return Change(a.name, changes.DTYPE, a, b, difference)
-    is_same = not difference.different and a.text == b.text
-    return None if is_same else Change(a.name, changes.VALUES, a, b, difference)
-
-
 def _compare(
+    a: Checkpoint, b: Checkpoint, options: argparse.Namespace, out: Output
+) -> tuple[list[str], dict[str, Change]]:
+    """Returns the names of the chosen leaves of both, and what has changed, by name."""
+    in_a, in_b = ({leaf.name: leaf for leaf in one.contents.leaves} for one in (a, b))
+    both = list({**in_b, **in_a}.values())  # a pattern has to name something in one of them
+    names = {leaf.name for leaf in selection.chosen(both, options.only, options.skip)}
+    in_a, in_b = ({n: leaf for n, leaf in one.items() if n in names} for one in (in_a, in_b))
+    found = changes.described_changes(in_a, in_b)
+    pairs = [
+        (leaf, in_b[name])
+        for name, leaf in in_a.items()
+        if name in in_b and changes.need_reading(leaf, in_b[name])
+    ]
+    with out.bar("Comparing") as progress:
+        differences, problems = _read(a, b, pairs, progress)
+    for leaf, other in pairs:
+        name, difference = leaf.name, differences[leaf.name]
+        if name in problems:
+            found[name] = Change(name, changes.UNREADABLE, leaf, other, problem=problems[name])
+        elif leaf.dtype != other.dtype:
+            found[name] = Change(name, changes.DTYPE, leaf, other, difference)
+        elif difference.different or leaf.text != other.text:
+            found[name] = Change(name, changes.VALUES, leaf, other, difference)
+    return list({**in_a, **in_b}), found
+
+
+def _read(
     a: Checkpoint,
     b: Checkpoint,
     pairs: list[tuple[Leaf, Leaf]],
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, Difference], dict[str, str]]:
-    """Compares the data of pairs of leaves, batch by batch.
+    """Reads and compares pairs of leaves, batch by batch.
 
     Returns:
-      Name of each leaf to its difference, and of each that cannot be read to why.
+      By name, how far the values of the leaves differ, and why one of them cannot be read.
     """
-    others = {one.name: other for one, other in pairs}
-    differences = {one.name: Difference() for one, _ in pairs}
+    others = {leaf.name: other for leaf, other in pairs}
+    differences = {name: Difference() for name in others}
     problems: dict[str, str] = {}
-    done, total = 0, sum(one.bytes for one, _ in pairs)
-    for batch in batches([one for one, _ in pairs], most_bytes=_AT_ONCE_BYTES):
+    done, total = 0, sum(leaf.bytes for leaf, _ in pairs)
+    for batch in batches([leaf for leaf, _ in pairs], most_bytes=_AT_ONCE_BYTES):
         mirrored = [(others[leaf.name], start, shape) for leaf, start, shape in batch]
-        read_a, read_b = a.read(batch), b.read(mirrored)
-        for (leaf, _, _), one, other in zip(batch, read_a, read_b, strict=True):
+        for (leaf, _, _), one, other in zip(batch, a.read(batch), b.read(mirrored), strict=True):
             if isinstance(one, Exception):
                 problems[leaf.name] = f"A: {one}"
             elif isinstance(other, Exception):
@@ -141,17 +109,15 @@ def _compare(
 
 
 def _row(change: Change) -> Row:
-    is_other = change.change != changes.VALUES or change.difference is None
-    return Row(
-        (
-            text.name(change.name),
-            change.change,
-            "" if change.a is None else text.leaf(change.a),
-            text.leaf(change.b) if change.b is not None and is_other else "",
-            *_numbers(change),
-        ),
-        _STYLES.get(change.change, ""),
+    is_like_a = change.change == changes.VALUES and change.difference is not None
+    cells = (
+        text.name(change.name),
+        change.change,
+        "" if change.a is None else text.leaf(change.a),
+        "" if change.b is None or is_like_a else text.leaf(change.b),
+        *_numbers(change),
     )
+    return Row(cells, _STYLES.get(change.change, ""))
 
 
 def _numbers(change: Change) -> tuple[str, str, str]:
@@ -170,7 +136,7 @@ def _numbers(change: Change) -> tuple[str, str, str]:
 
 
 def _are_keys(change: Change) -> bool:
-    return change.a is not None and change.a.kind == kinds.PRNG_KEY
+    return change.a is not None and change.a.kind == PRNG_KEY
 
 
 def _as_json(change: Change) -> dict[str, Any]:
@@ -180,14 +146,14 @@ def _as_json(change: Change) -> dict[str, Any]:
         "a": _leaf_as_json(change.a),
         "b": _leaf_as_json(change.b),
         "difference": _difference_as_json(change),
-        "problem": change.problem or None,
+        "problem": change.problem,
     }
 
 
 def _leaf_as_json(leaf: Leaf | None) -> dict[str, Any] | None:
     if leaf is None:
         return None
-    described = {"kind": leaf.kind, "shape": list(leaf.shape), "dtype": leaf.dtype}
+    described = {"kind": leaf.kind, "shape": leaf.shape, "dtype": leaf.dtype}
     return described | ({"text": leaf.text} if leaf.text else {})
 
 
@@ -195,11 +161,7 @@ def _difference_as_json(change: Change) -> dict[str, Any] | None:
     difference = change.difference
     if difference is None:
         return None
-    counts = {"elements": difference.elements, "different": difference.different}
-    if _are_keys(change):
-        return counts
-    return counts | {
-        "not_finite": difference.not_finite,
-        "largest": difference.largest,
-        "relative": difference.relative,
-    }
+    names = ["elements", "different"]
+    if not _are_keys(change):
+        names += ["not_finite", "largest", "relative"]
+    return {name: getattr(difference, name) for name in names}

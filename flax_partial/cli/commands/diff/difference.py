@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flax_partial.cli import text
-
 _LARGEST_WORD = 8  # bytes that NumPy compares at once
 _PIECE = 1 << 18  # elements: what is computed from one lies in the cache of a core
 
@@ -41,7 +39,8 @@ class Difference:
         """L2 norm of the difference over that of a; None where it is no finite number."""
         if not self.norm_of_squares or not math.isfinite(self.norm_of_squares):
             return None
-        return text.finite(math.sqrt(self.sum_of_squares / self.norm_of_squares))
+        relative = math.sqrt(self.sum_of_squares / self.norm_of_squares)
+        return relative if math.isfinite(relative) else None
 
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
         """Takes in two arrays of one shape, C-contiguous."""

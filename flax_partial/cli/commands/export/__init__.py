@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from flax_partial.cli import places, selection, text
-from flax_partial.cli.command import add_command
 from flax_partial.cli.commands.export import safetensors
 from flax_partial.cli.commands.export.safetensors import Layout
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import Output
-from flax_partial.cli.tables import GOOD
+from flax_partial.cli.output import GOOD, Output
 from flax_partial.errors import UnsupportedLeafError, first_few
 from flax_partial.format.model import Leaf
 from flax_partial.loading.batches import batches, region_bytes
@@ -25,18 +23,14 @@ _AT_ONCE_BYTES = 64 << 20  # reading takes about as much again
 _MOST_NAMED = 10
 
 
-def add(commands: Any) -> None:
-    """Declares the command."""
-    parser = add_command(
-        commands,
-        run,
-        "export",
-        "PATH",
-        "OUT",
-        summary="write a checkpoint's arrays into a safetensors file",
-        description="Write a checkpoint's arrays into one safetensors file, whatever their size in "
-        "little memory. The file appears whole, or not at all.",
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.description = (
+        "Write a checkpoint's arrays into one safetensors file, whatever their size in little "
+        "memory. The file appears whole, or not at all."
     )
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("out", metavar="OUT")
     selection.add_options(parser)
 
 
@@ -126,13 +120,10 @@ def _write_tensors(
             stored = data.astype(safetensors.stored_dtype(leaf), copy=False)
             for at, index in safetensors.runs(leaf.shape, start, data.shape):
                 run = stored[index]
-                _write(descriptor, _bytes_of(run), layout.offsets[leaf.name] + at * run.itemsize)
+                data_bytes = np.ascontiguousarray(run).reshape(-1).view(np.uint8).data
+                _write(descriptor, data_bytes, layout.offsets[leaf.name] + at * run.itemsize)
         done += sum(map(region_bytes, batch))
         progress(done, total)
-
-
-def _bytes_of(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _write(descriptor: int, data: bytes | memoryview, at: int) -> None:

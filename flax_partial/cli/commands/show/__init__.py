@@ -1,19 +1,18 @@
 """`show`: what is in a checkpoint, as a tree."""
 
 import argparse
+import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flax_partial.cli import places, selection, text
-from flax_partial.cli.command import add_command
 from flax_partial.cli.commands.show import tree
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import Output
-from flax_partial.cli.tables import STRONG, Column, Row, Table
+from flax_partial.cli.output import STRONG, Column, Output, Row
 from flax_partial.format.model import Leaf
-from flax_partial.loading import checkpoint as loading
-from flax_partial.reports import CheckpointMetadata, LeafMetadata
+from flax_partial.loading.checkpoint import described as described_contents
+from flax_partial.reports import CheckpointMetadata
 
 _COLUMNS = (
     Column("NAME"),
@@ -25,16 +24,10 @@ _COLUMNS = (
 )
 
 
-def add(commands: Any) -> None:
-    """Declares the command."""
-    parser = add_command(
-        commands,
-        run,
-        "show",
-        "PATH",
-        summary="show what is in a checkpoint, as a tree",
-        description="Show what is in a checkpoint, or was saved so far into an unfinished one.",
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.description = "Show what is in a checkpoint, or was saved so far into an unfinished one."
+    parser.add_argument("path", metavar="PATH")
     parser.add_argument("--depth", type=int, metavar="N", help="go down N levels only")
     selection.add_options(parser)
 
@@ -46,84 +39,59 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     where = places.resolve(options.path)
     contents, state = places.read_contents(options.path)
     leaves = selection.chosen(contents.leaves, options.only, options.skip)
-    described = loading.described(where, contents)
+    described = described_contents(where, contents)
+    is_finalized = state == places.FINALIZED
     if out.is_json:
-        shown = [described.leaves[leaf.name] for leaf in leaves]
-        writer = places.OURS if state == places.UNFINISHED else places.written_by(contents)
-        out.json(_as_json(described, state, writer, shown))
+        writer = places.written_by(described) if is_finalized else places.OURS
+        out.json(_as_json(described, state, writer, leaves))
         return False
-    path = where.final if state == places.FINALIZED else where.session
-    out.line(str(path), STRONG)
+    out.line(str(where.final if is_finalized else where.session), STRONG)
     out.line(_summary(described, state))
     metadata = text.custom_metadata(contents.custom_metadata)
     if metadata:
         out.line(f"custom metadata: {metadata}")
     out.line("")
-    guides = tree.LINES if out.can_write(tree.LINES.child + tree.LINES.last) else tree.ASCII
-    out.table(Table(_COLUMNS, _rows(leaves, described, options.depth, guides)))
+    out.table(_COLUMNS, [*_rows(leaves, described, options.depth)])
     return False
 
 
 def _summary(described: CheckpointMetadata, state: str) -> str:
-    amount = f"{text.leaves(len(described.leaves))}, {text.size(described.bytes)}"
+    amount = text.leaves(len(described.leaves), described.bytes)
+    made = text.counted(described.parts, "part")
     if state == places.UNFINISHED:
-        return f"{state}: {text.counted(described.parts, 'part')}, {amount}"
+        return f"{state}: {made}, {amount}"
     written = text.age(time.time() - described.committed_at)
-    made = text.counted(described.parts, "part") if described.parts else "written by Orbax"
-    return f"{state} {written}: {made}, {amount}"
+    return f"{state} {written}: {made if described.parts else 'written by Orbax'}, {amount}"
 
 
 def _rows(
-    leaves: Sequence[Leaf],
-    described: CheckpointMetadata,
-    depth: int | None,
-    guides: tree.Guides,
-) -> list[Row]:
+    leaves: Sequence[Leaf], described: CheckpointMetadata, depth: int | None
+) -> Iterator[Row]:
     root = tree.build(leaves)
     if root.leaf is not None:
-        return [_leaf_row("''", root.leaf, described)]
-    rows = []
-    for guide, key, node in tree.lines(root, depth, guides):
-        label = guide + text.name(key)
-        if node.leaf is not None:
-            rows.append(_leaf_row(label, node.leaf, described))
-        else:
-            rows.append(_subtree_row(label, node, described.bytes))
-    rows.append(_subtree_row("total", root, described.bytes))
-    return rows
+        yield _row(text.name(""), root, described)
+        return
+    for guide, key, node in tree.lines(root, depth):
+        yield _row(guide + text.name(key), node, described)
+    yield _row("total", root, described)
 
 
-def _leaf_row(label: str, leaf: Leaf, described: CheckpointMetadata) -> Row:
+def _row(label: str, node: tree.Node, described: CheckpointMetadata) -> Row:
+    leaf = node.leaf
+    sizes = "", ""
+    if leaf is None or leaf.is_array:
+        share = node.bytes / described.bytes if described.bytes else 0
+        sizes = text.size(node.bytes), f"{100 * share:.1f} %"
+    if leaf is None:
+        dtype = "" if len(node.dtypes) != 1 else next(iter(node.dtypes))
+        return Row((label, text.leaves(node.leaves), dtype, "", *sizes), STRONG)
     metadata = described.leaves[leaf.name]
-    return Row(
-        (
-            label,
-            text.shape(metadata.shape) if leaf.is_array else text.plain_value(leaf),
-            metadata.dtype,
-            text.sharding(metadata.sharding),
-            text.size(leaf.bytes) if leaf.is_array else "",
-            text.share(leaf.bytes, described.bytes) if leaf.is_array else "",
-        )
-    )
-
-
-def _subtree_row(label: str, node: tree.Node, whole_bytes: int) -> Row:
-    dtypes = "" if len(node.dtypes) != 1 else next(iter(node.dtypes))
-    return Row(
-        (
-            label,
-            text.leaves(node.leaves),
-            dtypes,
-            "",
-            text.size(node.bytes),
-            text.share(node.bytes, whole_bytes),
-        ),
-        style=STRONG,
-    )
+    value = text.shape(metadata.shape) if leaf.is_array else text.plain_value(leaf)
+    return Row((label, value, metadata.dtype, text.sharding(metadata.sharding), *sizes))
 
 
 def _as_json(
-    described: CheckpointMetadata, state: str, written_by: str, leaves: Sequence[LeafMetadata]
+    described: CheckpointMetadata, state: str, written_by: str, leaves: Sequence[Leaf]
 ) -> dict[str, Any]:
     return {
         "path": str(described.path),
@@ -134,16 +102,5 @@ def _as_json(
         "parts": described.parts,
         "bytes": described.bytes,
         "custom_metadata": described.custom_metadata,
-        "leaves": [_leaf_as_json(leaf) for leaf in leaves],
-    }
-
-
-def _leaf_as_json(leaf: LeafMetadata) -> Mapping[str, Any]:
-    return {
-        "name": leaf.name,
-        "kind": leaf.kind,
-        "shape": list(leaf.shape),
-        "dtype": leaf.dtype,
-        "bytes": leaf.bytes,
-        "sharding": leaf.sharding,
+        "leaves": [dataclasses.asdict(described.leaves[leaf.name]) for leaf in leaves],
     }

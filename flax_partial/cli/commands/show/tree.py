@@ -1,23 +1,17 @@
-"""The tree that a checkpoint's leaves form, and its lines as `tree` draws them. Pure."""
+"""The tree that a checkpoint's leaves form, and its lines as `tree` draws them. Pure.
 
+Not by `rich.tree`, which draws a tree of its own, not the first column of a table, and is slow.
+"""
+
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flax_partial.format.model import Leaf
 
-
-@dataclass(frozen=True, slots=True)
-class Guides:
-    """What is drawn before a key: to its node, and, below that, past it; all of one width."""
-
-    child: str
-    last: str
-    line: str
-    past: str = "    "
-
-
-LINES = Guides("├── ", "└── ", "│   ")
-ASCII = Guides("|-- ", "`-- ", "|   ")  # where the output's encoding has no lines
+# What stands before a key: to its node, to the last node, past a node, past the last node.
+_GUIDES = ("├── ", "└── ", "│   ", "    ")
+_ASCII_GUIDES = ("|-- ", "`-- ", "|   ", "    ")
 
 
 @dataclass(slots=True)
@@ -43,40 +37,44 @@ def build(leaves: Iterable[Leaf]) -> Node:
     """Builds the tree; its root is a leaf if that is all there is."""
     root = Node()
     for leaf in leaves:
-        node = root
-        _count(node, leaf)
+        nodes = [root]
         for key in leaf.path.texts:
-            node = node.children.setdefault(key, Node())
-            _count(node, leaf)
-        node.leaf = leaf
+            nodes.append(nodes[-1].children.setdefault(key, Node()))
+        nodes[-1].leaf = leaf
+        for node in nodes:
+            node.bytes += leaf.bytes
+            node.leaves += 1
+            node.dtypes |= {leaf.dtype} - {""}
     return root
 
 
-def _count(node: Node, leaf: Leaf) -> None:
-    node.bytes += leaf.bytes
-    node.leaves += 1
-    if leaf.dtype:
-        node.dtypes.add(leaf.dtype)
-
-
-def lines(root: Node, depth: int | None, guides: Guides) -> Iterator[tuple[str, str, Node]]:
-    """Yields each line's guide (`│   ├── `), its key, and what it stands for; the root has none.
+def lines(root: Node, depth: int | None = None) -> Iterator[tuple[str, str, Node]]:
+    """Yields each line's guide (`│   ├── `), its key, and its node; the root has none.
 
     Args:
       root: The whole tree.
       depth: How many levels to go down; None for all.
-      guides: How to draw it.
     """
-    stack = _last_first(root, "") if depth != 0 else []
+    child, last, past_child, past_last = _guides()
+    stack = _last_first(root, "")
     while stack:
         before, key, node, is_last = stack.pop()
-        yield before + (guides.last if is_last else guides.child), key, node
-        level = len(before) // len(guides.last) + 1
+        yield before + (last if is_last else child), key, node
+        level = len(before) // len(child) + 1
         if depth is None or level < depth:
-            stack.extend(_last_first(node, before + (guides.past if is_last else guides.line)))
+            stack += _last_first(node, before + (past_last if is_last else past_child))
 
 
 def _last_first(node: Node, before: str) -> list[tuple[str, str, Node, bool]]:
     children = list(node.children.items())
     last = len(children) - 1
     return [(before, key, child, i == last) for i, (key, child) in enumerate(children)][::-1]
+
+
+def _guides() -> tuple[str, str, str, str]:
+    """Returns those that standard output can show."""
+    try:
+        "".join(_GUIDES).encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return _ASCII_GUIDES
+    return _GUIDES

@@ -8,25 +8,20 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_partial.callbacks import timeline
+import flax_partial as fp
 from flax_partial.cli import places, text
-from flax_partial.cli.command import add_command
-from flax_partial.cli.commands.timeline import chart as lanes
-from flax_partial.cli.commands.timeline import chrome_trace, picture
+from flax_partial.cli.commands.timeline import chrome_trace, layout, picture
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.tables import GOOD, Column, Row, Table
-from flax_partial.errors import PartialCheckpointError
-from flax_partial.loading import catalog
-from flax_partial.loading import checkpoint as loading
-from flax_partial.storage import local as storage
+from flax_partial.cli.output import GOOD, Column, Output, Row
+from flax_partial.loading.catalog import is_finalized
+from flax_partial.runs import timeline
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from flax_partial.callbacks.timeline import ProcessTimeline, Run, Save
-    from flax_partial.cli.commands.timeline.chart import Chart
-    from flax_partial.cli.output import Output
+    from flax_partial.cli.commands.timeline.layout import Chart
+    from flax_partial.runs.timeline import ProcessTimeline, Run
 
 _PICTURES, _TRACE = (".png", ".svg"), ".json"
 _DEFAULT_OUT = "timeline.png"
@@ -44,18 +39,14 @@ _COLUMNS = (
 )
 
 
-def add(commands: Any) -> None:
-    """Declares the command."""
-    parser = add_command(
-        commands,
-        run,
-        "timeline",
-        "PATH",
-        summary="draw what a run's checkpoints did when",
-        description="Draw when each group of a checkpoint was ready, copied to the host, written "
-        "and committed, and what held training. PATH is a run's directory, of which the newest "
-        "checkpoint is drawn, or one of its checkpoints, which may be gone or unfinished.",
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.description = (
+        "Draw when each group of a checkpoint was ready, copied to the host, written and "
+        "committed, and what held training. PATH is a run's directory, of which the newest "
+        "checkpoint is drawn, or one of its checkpoints, which may be gone or unfinished."
     )
+    parser.add_argument("path", metavar="PATH")
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -70,7 +61,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     targets = [_target(path) for path in options.out or ([] if out.is_json else [_DEFAULT_OUT])]
     directory, asked = _directory(options.path)
     runs, step = _chosen(directory, asked)
-    chart = lanes.chart_of(runs[-1], step)
+    chart = layout.chart_of(runs[-1], step)
     title = _title(chart, directory)
     for target in targets:
         _write(target, runs, chart, title=title)
@@ -82,7 +73,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
             "runs": [_as_json(one) for one in runs],
         }
     )
-    out.table(Table(_COLUMNS, _rows(chart)))
+    out.table(_COLUMNS, [*_rows(chart)])
     out.line(title)
     for target in targets:
         out.line(f"wrote {target}", GOOD)
@@ -147,14 +138,11 @@ def _why_none(path: str) -> str:
 
 
 def _is_orbax(path: Path) -> bool:
-    newest = path if catalog.is_finalized(path) else catalog.latest(path)
-    if newest is None:
-        return False
+    newest = path if is_finalized(path) else fp.latest(path)
     try:
-        contents = loading.open_checkpoint(storage.resolve(newest)).contents
-    except PartialCheckpointError:
+        return newest is not None and places.written_by(fp.metadata(newest)) == places.ORBAX
+    except fp.PartialCheckpointError:
         return False
-    return places.written_by(contents) == places.ORBAX
 
 
 def _write(target: Path, runs: Sequence[Run], chart: Chart, *, title: str) -> None:
@@ -171,10 +159,9 @@ def _write(target: Path, runs: Sequence[Run], chart: Chart, *, title: str) -> No
 
 
 def _title(chart: Chart, directory: Path) -> str:
-    saves = [save for track in chart.tracks for lane in track.lanes for save in lane.saves]
+    saves = [save for track in chart.tracks for save in track.saves]
     amount = f"{text.counted(len(saves), 'group')}, {text.size(sum(s.bytes for s in saves))}"
-    processes = len(chart.tracks)
-    where = f" of {processes} processes" if processes > 1 else ""
+    where = f" of {len(chart.tracks)} processes" if len(chart.tracks) > 1 else ""
     return (
         f"checkpoint {chart.step} of {directory}: {amount}{where}, training held for "
         f"{_ms(chart.blocked_secs)} ms, {_outcome(chart)}"
@@ -191,29 +178,16 @@ def _outcome(chart: Chart) -> str:
     return f"complete {_ms(last.ended_at - chart.began_at)} ms after its step began"
 
 
-def _rows(chart: Chart) -> list[Row]:
-    rows = []
+def _rows(chart: Chart) -> Iterator[Row]:
     for track in chart.tracks:
         process = str(track.process) if len(chart.tracks) > 1 else ""
-        saves = sorted(
-            (save for lane in track.lanes for save in lane.saves),
-            key=lambda save: save.times.called_at,
-        )
-        rows += [Row((process, *_cells(save, chart.began_at))) for save in saves]
-    return rows
-
-
-def _cells(save: Save, began_at: float) -> tuple[str, ...]:
-    times = save.times
-    instants = (times.ready_at, times.copied_at, times.written_at, times.committed_at)
-    return (
-        save.group,
-        save.where,
-        text.size(save.bytes),
-        _ms(times.called_at - began_at),
-        _ms(times.taken_at - times.called_at),
-        *(_ms(at - began_at) for at in instants),
-    )
+        for save in track.saves:
+            times = save.times
+            instants = (times.ready_at, times.copied_at, times.written_at, times.committed_at)
+            secs = (times.taken_at - times.called_at, *(at - chart.began_at for at in instants))
+            called = _ms(times.called_at - chart.began_at)
+            size = text.size(save.bytes)
+            yield Row((process, save.group, save.where, size, called, *map(_ms, secs)))
 
 
 def _ms(secs: float) -> str:
@@ -221,19 +195,12 @@ def _ms(secs: float) -> str:
 
 
 def _as_json(run: Run) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "processes": [_process_as_json(run.processes[index]) for index in sorted(run.processes)],
-    }
+    processes = [_process_as_json(run.processes[index]) for index in sorted(run.processes)]
+    return {"name": run.name, "processes": processes}
 
 
 def _process_as_json(process: ProcessTimeline) -> dict[str, Any]:
-    checkpoints = sorted({save.step for save in process.saves})
-    return {
-        "process": process.process,
-        "steps": [dataclasses.asdict(step) for step in process.steps],
-        "holds": [dataclasses.asdict(hold) for hold in process.holds],
-        "saves": [dataclasses.asdict(save) for save in process.saves],
-        "ends": [dataclasses.asdict(end) for end in process.ends],
-        "blocked_secs": {str(step): process.blocked_secs(step) for step in checkpoints},
-    }
+    steps = sorted({save.step for save in process.saves})
+    described = dataclasses.asdict(process)
+    del described["brief_secs"]  # they are part of
+    return described | {"blocked_secs": {str(step): process.blocked_secs(step) for step in steps}}

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flax_partial.cli.commands.timeline.chart import lanes_of, phases, rows_of
+from flax_partial.cli.commands.timeline.layout import lanes_of, phases, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from flax_partial.callbacks.timeline import ProcessTimeline, Run, Save
+    from flax_partial.runs.timeline import ProcessTimeline, Run, Save
 
 Event = dict[str, Any]
 

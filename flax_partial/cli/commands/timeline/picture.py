@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flax_partial.callbacks.timeline import FINALIZED
 from flax_partial.cli import text
-from flax_partial.cli.commands.timeline import chart as lanes
+from flax_partial.cli.commands.timeline import layout
 from flax_partial.cli.errors import WrongUseError
+from flax_partial.runs.timeline import FINALIZED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from flax_partial.callbacks.timeline import Save
-    from flax_partial.cli.commands.timeline.chart import Chart, Track
+    from flax_partial.cli.commands.timeline.layout import Chart, Track
+    from flax_partial.runs.timeline import Save
 
 _STEP_COLOURS = ("#d9d9d9", "#bdbdbd")
 _OWN_STEP_COLOUR = "#969696"
@@ -27,14 +27,14 @@ _HELD_COLOUR = "#d62728"
 _FINALIZE_COLOUR = "#7b4ea3"
 # Reds hold training; greys and blues wait; greens work for the disk.
 _COLOURS = {
-    lanes.ENTERS: "#f4a582",
-    lanes.BUDGET: "#ff7f0e",
-    lanes.SNAPSHOT: "#a50f15",
-    lanes.COMPUTES: "#c6dbef",
-    lanes.QUEUES: "#e5e5e5",
-    lanes.COPIES: "#4292c6",
-    lanes.WRITES: "#41ab5d",
-    lanes.COMMITS: "#00572a",
+    layout.ENTERS: "#f4a582",
+    layout.BUDGET: "#ff7f0e",
+    layout.SNAPSHOT: "#a50f15",
+    layout.COMPUTES: "#c6dbef",
+    layout.QUEUES: "#e5e5e5",
+    layout.COPIES: "#4292c6",
+    layout.WRITES: "#41ab5d",
+    layout.COMMITS: "#00572a",
 }
 _ROW_INCHES, _WIDTH_INCHES, _MOST_INCHES = 0.19, 11.0, 60.0
 _MOST_LABELLED = 400
@@ -89,7 +89,7 @@ class _Drawing:
         self._right = span * self._unit
         self._y = 0.0
         self._ticks: list[tuple[float, str]] = []
-        groups = sum(len(lane.saves) for track in chart.tracks for lane in track.lanes)
+        groups = sum(len(track.saves) for track in chart.tracks)
         self._is_labelled = groups <= _MOST_LABELLED
 
     def draw(self) -> None:
@@ -133,7 +133,7 @@ class _Drawing:
         self._y += 1.7
 
     def _draw_save(self, save: Save) -> None:
-        for phase in lanes.phases(save.times):
+        for phase in layout.phases(save.times):
             span = (phase.began_at, phase.ended_at)
             self._bar(span, 0.8, _COLOURS[phase.name], shift=0.1)
         if self._is_labelled:
@@ -170,17 +170,12 @@ class _Drawing:
 def _explain(figure: Figure, axes: Axes, chart: Chart, title: str) -> None:
     from matplotlib.patches import Patch
 
-    seen = {
-        phase.name
-        for track in chart.tracks
-        for lane in track.lanes
-        for save in lane.saves
-        for phase in lanes.phases(save.times)
-    }
+    saves = [save for track in chart.tracks for save in track.saves]
+    seen = {phase.name for save in saves for phase in layout.phases(save.times)}
     handles = [
         Patch(facecolor=_STEP_COLOURS[0], label="training step"),
         Patch(facecolor=_HELD_COLOUR, label="training held"),
-        *(Patch(facecolor=_COLOURS[p], label=f"group {p}") for p in lanes.PHASES if p in seen),
+        *(Patch(facecolor=_COLOURS[p], label=f"group {p}") for p in layout.PHASES if p in seen),
         Patch(facecolor=_FINALIZE_COLOUR, label="finalize"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flax_partial.callbacks import grouping
-from flax_partial.callbacks.rows import Axes, Index, Row, is_cuttable, rows_here
+from flax_partial.callbacks import _leaves
+from flax_partial.callbacks._rows import Axes, Index, Row, is_cuttable, rows_here
 
 Stacked = Mapping[str, int | tuple[int, ...]]
 """Name of a leaf, or of a subtree of leaves, to the axis or axes along which they stack layers."""
@@ -59,24 +59,24 @@ def check_known(stacked: Iterable[str], names: Iterable[str]) -> None:
         )
 
 
-def spread(leaves: grouping.Leaves, stacked: Mapping[str, Axes]) -> grouping.Leaves:
+def spread(leaves: _leaves.Leaves, stacked: Mapping[str, Axes]) -> _leaves.Leaves:
     """Puts its rows in the place of each stacked leaf: those that this process has to save."""
     axes = _axes(leaves, stacked) if stacked else {}
     return [
         (path, value if row is None else Row(value, row, axes[names]))
         for path, value in leaves
-        for names in (grouping.texts(path),)
+        for names in (_leaves.texts(path),)
         for row in (rows_here(value, axes[names]) if names in axes else (None,))
     ]
 
 
-def by_row(groups: Mapping[str, grouping.Leaves]) -> dict[str, grouping.Leaves]:
+def by_row(groups: Mapping[str, _leaves.Leaves]) -> dict[str, _leaves.Leaves]:
     """Splits groups: row 3 of what is stacked in group "x" comes into group "x.3", in order.
 
     Along two axes it is "x.3.0", and so on.
     """
-    split: dict[str, grouping.Leaves] = {}
-    rows: dict[tuple[str, Index], grouping.Leaves] = {}
+    split: dict[str, _leaves.Leaves] = {}
+    rows: dict[tuple[str, Index], _leaves.Leaves] = {}
     for group, leaves in groups.items():
         for path, leaf in leaves:
             if isinstance(leaf, Row):
@@ -88,20 +88,20 @@ def by_row(groups: Mapping[str, grouping.Leaves]) -> dict[str, grouping.Leaves]:
     return split
 
 
-def cut(leaves: grouping.Leaves) -> grouping.Leaves:
+def cut(leaves: _leaves.Leaves) -> _leaves.Leaves:
     """Cuts out the rows among some leaves."""
     return [(path, leaf.cut() if isinstance(leaf, Row) else leaf) for path, leaf in leaves]
 
 
 def _axes(
-    leaves: Iterable[tuple[grouping.KeyPath, Any]], stacked: Mapping[str, Axes]
+    leaves: Iterable[tuple[_leaves.KeyPath, Any]], stacked: Mapping[str, Axes]
 ) -> dict[tuple[str, ...], Axes]:
     """The axes of each leaf that is stacked, by its path as text.
 
     That is those that `stacked` names, and those that end in the path of one of them, as Optax's
     moments do, and have as many rows.
     """
-    values = {grouping.texts(path): value for path, value in leaves}
+    values = {_leaves.texts(path): value for path, value in leaves}
     named = {
         names: axes
         for names, value in values.items()
@@ -121,7 +121,7 @@ def _axes(
 
 def _named_axes(names: tuple[str, ...], value: Any, stacked: Mapping[str, Axes]) -> Axes | None:
     """The axes of a leaf that `stacked` names; None if it names none, or the leaf lacks one."""
-    stack = grouping.innermost(names, stacked)
+    stack = _leaves.innermost(names, stacked)
     if stack is None or not is_cuttable(value):
         return None
     rank = value.ndim

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from flax_partial.callbacks.timeline import End, Hold, ProcessTimeline, Run, Save, Step
 from flax_partial.reports import SaveTimes
+from flax_partial.runs.timeline import End, Hold, ProcessTimeline, Run, Save, Step
 
 ENTERS, BUDGET, SNAPSHOT = "enters the session", "waits for memory", "is copied, or copying issued"
 COMPUTES, QUEUES = "is still computed", "waits for a writer"
@@ -50,13 +50,15 @@ class Track:
       process: Its index.
       steps: Training steps that overlap the chart.
       holds: What held training for the checkpoint.
-      lanes: At least one.
-      end: How the checkpoint ended; None if it did not, or in this process nobody knew.
+      saves: Groups, in the order in which they were handed over.
+      lanes: The same by place; at least one.
+      end: How the checkpoint ended; None if it did not, or this process did not record it.
     """
 
     process: int
     steps: tuple[Step, ...]
     holds: tuple[Hold, ...]
+    saves: tuple[Save, ...]
     lanes: tuple[Lane, ...]
     end: End | None
 
@@ -86,17 +88,17 @@ def phases(times: SaveTimes) -> list[Phase]:
     That it waits for a thread to write it counts from when it is computed.
     """
     ends = (
-        (ENTERS, times.entered_at),
-        (BUDGET, times.admitted_at),
-        (SNAPSHOT, times.taken_at),
-        (COMPUTES, times.ready_at),
-        (QUEUES, times.begun_at),
-        (COPIES, times.copied_at),
-        (WRITES, times.written_at),
-        (COMMITS, times.committed_at),
+        times.entered_at,
+        times.admitted_at,
+        times.taken_at,
+        times.ready_at,
+        times.begun_at,
+        times.copied_at,
+        times.written_at,
+        times.committed_at,
     )
     found, began_at = [], times.called_at
-    for name, ended_at in ends:
+    for name, ended_at in zip(PHASES, ends, strict=True):
         if ended_at > began_at:
             found.append(Phase(name, began_at, ended_at))
             began_at = ended_at
@@ -108,50 +110,48 @@ def chart_of(run: Run, step: int) -> Chart:
     processes = [run.processes[index] for index in sorted(run.processes)]
     saves = [save for one in processes for save in one.saves if save.step == step]
     ends = [end for one in processes for end in one.ends if end.step == step]
-    first_at = min(save.times.called_at for save in saves)
-    last_at = max([*(s.times.committed_at for s in saves), *(end.ended_at for end in ends)])
-    own_steps = [s.began_at for one in processes for s in one.steps if s.number == step]
-    began_at = min([*own_steps, first_at])
-    tracks = tuple(
-        _track(one, step, began_at=began_at, ended_at=last_at, is_alone=len(processes) == 1)
-        for one in processes
-    )
-    blocked_secs = max(one.blocked_secs(step) for one in processes)
-    return Chart(step, began_at, last_at, blocked_secs, tracks)
+    own_steps = [own.began_at for one in processes for own in one.steps if own.number == step]
+    began_at = min([*own_steps, *(save.times.called_at for save in saves)])
+    ended_at = max([*(save.times.committed_at for save in saves), *(end.ended_at for end in ends)])
 
-
-def _track(
-    process: ProcessTimeline, step: int, *, began_at: float, ended_at: float, is_alone: bool
-) -> Track:
     def overlaps(span: Step | Hold) -> bool:
         return span.began_at < ended_at and span.ended_at > began_at
 
-    saves = [save for save in process.saves if save.step == step]
-    lanes = lanes_of(saves, name="" if is_alone else f"process {process.process}")
-    return Track(
-        process.process,
-        tuple(filter(overlaps, process.steps)),
-        tuple(hold for hold in process.holds if hold.step == step and overlaps(hold)),
-        lanes,
-        next((end for end in reversed(process.ends) if end.step == step), None),
-    )
+    def track_of(process: ProcessTimeline) -> Track:
+        saves = _ordered(save for save in process.saves if save.step == step)
+        name = f"process {process.process}" if len(processes) > 1 else ""
+        return Track(
+            process.process,
+            steps=tuple(filter(overlaps, process.steps)),
+            holds=tuple(hold for hold in process.holds if hold.step == step and overlaps(hold)),
+            saves=saves,
+            lanes=lanes_of(saves, name=name),
+            end=next((end for end in reversed(process.ends) if end.step == step), None),
+        )
+
+    blocked_secs = max(one.blocked_secs(step) for one in processes)
+    return Chart(step, began_at, ended_at, blocked_secs, tuple(map(track_of, processes)))
 
 
 def lanes_of(saves: Iterable[Save], *, name: str) -> tuple[Lane, ...]:
-    """A lane for each place; what is in the host's memory goes to the only other one."""
+    """Returns a lane for each place; saves from the host's memory go to the only other one.
+
+    Args:
+      saves: Those of one process.
+      name: Of the process; empty where there is only one.
+    """
     by_place: dict[str, list[Save]] = {}
-    for save in sorted(saves, key=lambda save: save.times.called_at):
+    ordered = _ordered(saves)
+    for save in ordered:
         by_place.setdefault(save.where or _HOST, []).append(save)
     if name and len(by_place.keys() - {_HOST}) <= 1:
-        every = sorted(
-            (save for some in by_place.values() for save in some),
-            key=lambda save: save.times.called_at,
-        )
-        return (Lane(name, tuple(every)),)
-    return tuple(
-        Lane(f"{name} {place}".strip(), tuple(by_place[place]))
-        for place in sorted(by_place, key=_natural)
-    )
+        return (Lane(name, ordered),)
+    places = sorted(by_place, key=_natural)
+    return tuple(Lane(f"{name} {place}".strip(), tuple(by_place[place])) for place in places)
+
+
+def _ordered(saves: Iterable[Save]) -> tuple[Save, ...]:
+    return tuple(sorted(saves, key=lambda save: save.times.called_at))
 
 
 def _natural(text: str) -> tuple[bool, list[tuple[int, str]]]:
