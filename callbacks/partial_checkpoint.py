@@ -405,7 +405,7 @@ class PartialCheckpointCallback:
             if step is None:
                 logger.info("There is no checkpoint in %s to restore.", self.directory)
                 return None
-            self._run.resume(step)
+            self._run.finalizer.resume(step)
             try:
                 restored = self._load(self.directory / str(step), target)
             except fp.NoSessionError:
@@ -516,5 +516,5 @@ class PartialCheckpointCallback:
     def _send_costs(self, trainer: Any) -> None:
         """Sends each finalized checkpoint's cost once: to this callback's function, or loggers."""
         reader = "the trainer" if self._on_metrics is None else self._member.key
-        for report in self._run.new_reports(reader):
+        for report in self._run.finalizer.new_reports(reader):
             send(report, trainer, self._on_metrics)
