@@ -103,7 +103,7 @@ class Run:
             self._members.pop(member.key, None)
 
     def dismiss(self) -> None:
-        """Ends all callbacks: another run of this process has begun, and these were not told."""
+        """Ends all callbacks: another run of this process has begun in their directory."""
         for member in tuple(self._members.values()):
             self.end(member)
 
@@ -129,7 +129,7 @@ class Run:
     def recover(self) -> None:
         """Finalizes or drops what ended runs left in the directory.
 
-        Where one of them is of this process, and its callbacks were not told that it has ended, its
+        One of them may be of this process, and its callbacks were not called when it failed: its
         jobs are waited for, and its open checkpoints are left.
         """
         for other in self._others():
@@ -250,7 +250,7 @@ class Run:
     def leave(self) -> None:
         """Waits for all saves and jobs, and leaves what is not finalized to the next run.
 
-        Where a save has failed, the other processes are told, as if its step had ended.
+        Where a save has failed, the other processes learn it, as if its step had ended.
         """
         with self._lock:
             left = list(self._open.values())

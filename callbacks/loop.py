@@ -100,7 +100,7 @@ class Loop:
         self.checkpoints.on_train_batch_end(self.trainer, None, None, None, step)
 
     def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None) -> None:
-        """Reports the end of an epoch, the first being 0; its metrics are the last step's if None."""
+        """Reports that an epoch is done; without metrics, those of its last step count."""
         self._has_epochs = True
         self.trainer.current_epoch = epoch
         self.trainer.is_last_batch = True
@@ -121,7 +121,7 @@ class Loop:
         self.checkpoints.on_exception(self.trainer, None, error)
 
     def close(self, error: BaseException | None) -> None:
-        """Ends, or fails if there is an `error`; where ending fails, nothing is left running either.
+        """Ends, or fails if there is an `error`; nothing is left running, even where ending fails.
 
         A loop that has reported no epoch is one as a whole, which ends here.
         """

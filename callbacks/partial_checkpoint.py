@@ -162,8 +162,8 @@ class PartialCheckpointCallback:
             no such attribute, `SystemExit(143)`. A handler that was there before is called then,
             in place of that exit. Listens from `on_fit_start` to the end of training.
           save_on_exception: When training fails, save the last step that was finished. Its arrays
-            are held until the next one is; those that the step under way was given to write over
-            (donated) cannot be saved, and that is said.
+            are kept until the next one is; if some were donated to the step under way, it cannot
+            be saved, and that is logged.
           finalizer: Shared by all callbacks that save into one directory; by default, one of its
             own.
           options: How parts are written.
