@@ -20,20 +20,21 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 import flax_partial as fp
-from flax_partial.callbacks import progress, run_directory, timeline
-from flax_partial.callbacks.background import Worker
-from flax_partial.callbacks.metrics import check_score, finite_numbers, log
-from flax_partial.callbacks.pending import Participant, PendingCheckpoint
-from flax_partial.callbacks.preemption import Preemption
-from flax_partial.callbacks.recorder import Recorder
-from flax_partial.callbacks.reports import CheckpointReport, HeldTime
+from flax_partial.callbacks import _directory, progress
+from flax_partial.callbacks._background import Worker
+from flax_partial.callbacks._checkpoint import Participant, PendingCheckpoint
+from flax_partial.callbacks._metrics import check_score, finite_numbers, log
+from flax_partial.callbacks._preemption import Preemption
+from flax_partial.callbacks._reports import CheckpointReport, HeldTime
+from flax_partial.callbacks._timeline import Recorder
+from flax_partial.runs import timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from concurrent import futures
     from pathlib import Path
 
-    from flax_partial.callbacks.schedule import Retention
+    from flax_partial.callbacks._schedule import Retention
 
 logger = logging.getLogger(__name__)
 
@@ -195,9 +196,9 @@ class FinalizeHook:
         self._wait_for(directory)
         with self._lock:
             live = set(self._entries)
-        self._runs[directory] = run_directory.recover(directory, live=live)
+        self._runs[directory] = _directory.recover(directory, live=live)
         self.recorder(directory).begin(self._runs[directory])
-        self._tidy(run_directory.sweep, directory)
+        self._tidy(_directory.sweep, directory)
 
     def name_of(self, callback: Participant) -> str:
         """Under which name all processes know a callback in this run, and no other run does."""
@@ -242,7 +243,7 @@ class FinalizeHook:
             self._held = checkpoint.held
         self._wait_for(callback.directory, bar=self._bar if callback.shows_progress else None)
         try:
-            checkpoint.before = run_directory.check_is_newer(callback.directory, step)
+            checkpoint.before = _directory.check_is_newer(callback.directory, step)
         except (fp.CheckpointExistsError, OSError) as error:
             checkpoint.fail(error, [callback])
         return checkpoint
@@ -346,12 +347,12 @@ class FinalizeHook:
             self._given_up(checkpoint)
             if jax.process_count() > 1 and not isinstance(error, fp.IncompleteCheckpointError):
                 why = f"a save failed ({error})."
-                run_directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
+                _directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
             return
         if report is None:
             self._given_up(checkpoint)
             why = f"a save failed ({checkpoint.error})."
-            run_directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
+            _directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
             return
         self._finished.append((report, checkpoint.held))
         self.recorder(report.path.parent).ended(
@@ -373,15 +374,13 @@ class FinalizeHook:
     def _prune(self, directory: Path, retention: Retention) -> None:
         resumed = self._resumed.get(directory)
         protected = () if resumed is None else (resumed,)
-        run_directory.prune(directory, retention, protected=protected)
+        _directory.prune(directory, retention, protected=protected)
 
     def _drop(self, entry: _Entry) -> None:
         checkpoint = entry.checkpoint
         checkpoint.wait()
         self._given_up(checkpoint)
-        run_directory.drop_unless_complete(
-            checkpoint.path, checkpoint.step, "its step never ended."
-        )
+        _directory.drop_unless_complete(checkpoint.path, checkpoint.step, "its step never ended.")
 
     def _given_up(self, checkpoint: PendingCheckpoint) -> None:
         now = time.time()

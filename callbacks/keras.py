@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
-from flax_partial.callbacks import extras
+from flax_partial.callbacks import _extras
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint
 
-extras.need("keras", extra="keras")
+_extras.need("keras", extra="keras")
 
 import keras
 

@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
 import flax_partial as fp
-from flax_partial.callbacks import grouping, run_directory, stacking, state
-from flax_partial.callbacks.clock import Clock
+from flax_partial.callbacks import _directory, _groups, _stacked, _state
+from flax_partial.callbacks._clock import Clock
+from flax_partial.callbacks._finished import Finished
+from flax_partial.callbacks._metrics import send
+from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.callbacks.finalize_hook import FinalizeHook
-from flax_partial.callbacks.finished import Finished
-from flax_partial.callbacks.metrics import send
 from flax_partial.callbacks.progress import Bar
-from flax_partial.callbacks.schedule import Retention, Schedule
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
     from datetime import timedelta
 
-    from flax_partial.callbacks.metrics import OnMetrics
-    from flax_partial.callbacks.pending import PendingCheckpoint
-    from flax_partial.callbacks.reports import CheckpointReport
+    from flax_partial.callbacks._checkpoint import PendingCheckpoint
+    from flax_partial.callbacks._metrics import OnMetrics
+    from flax_partial.callbacks._reports import CheckpointReport
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +110,9 @@ class PartialCheckpointCallback:
         every_n_epochs: int | None = 1,
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
-        group_by: grouping.GroupBy | None = None,
-        stacked: stacking.Stacked | None = None,
-        state_fn: state.StateFn | None = None,
+        group_by: _groups.GroupBy | None = None,
+        stacked: _stacked.Stacked | None = None,
+        state_fn: _state.StateFn | None = None,
         keep_last: int | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
@@ -191,7 +191,7 @@ class PartialCheckpointCallback:
         self._schedule = Schedule(every_n_epochs, every_n_train_steps, train_time_interval)
         self._clock = Clock(train_time_interval) if train_time_interval is not None else None
         self._group_by = group_by
-        self._stacked = stacking.check(stacked or {})
+        self._stacked = _stacked.check(stacked or {})
         self._state_fn = state_fn
         self._on_save_error = on_save_error
         self._on_metrics = on_metrics
@@ -214,7 +214,7 @@ class PartialCheckpointCallback:
         step = self._step_before_batch(trainer) + 1
         return self.is_due(trainer, step, epoch_ends=trainer.is_last_batch)
 
-    def on_layer_ready(self, trainer: Any, name: grouping.Name, tree: Any) -> None:
+    def on_layer_ready(self, trainer: Any, name: _groups.Name, tree: Any) -> None:
         """Saves a layer's parameters as they are after the step under way, if it is to be saved.
 
         Returns once the arrays may be donated, deleted or written over; they need not be computed
@@ -228,7 +228,7 @@ class PartialCheckpointCallback:
         if self.will_save(trainer):
             self._stream(trainer, "params", name, tree)
 
-    def on_optimizer_state_ready(self, trainer: Any, name: grouping.Name, tree: Any) -> None:
+    def on_optimizer_state_ready(self, trainer: Any, name: _groups.Name, tree: Any) -> None:
         """Saves a layer's optimizer state, as `on_layer_ready` does, below "opt_state"."""
         if self.will_save(trainer):
             self._stream(trainer, "opt_state", name, tree)
@@ -346,7 +346,7 @@ class PartialCheckpointCallback:
     @property
     def last_model_path(self) -> str:
         """The newest finalized checkpoint of the directory; "" while there is none."""
-        return self._path_of(run_directory.choose(self.directory, self.retention, "latest"))
+        return self._path_of(_directory.choose(self.directory, self.retention, "latest"))
 
     @property
     def best_model_path(self) -> str:
@@ -356,13 +356,13 @@ class PartialCheckpointCallback:
         """
         if self.retention.monitor is None:
             return self.last_model_path
-        return self._path_of(run_directory.choose(self.directory, self.retention, "best"))
+        return self._path_of(_directory.choose(self.directory, self.retention, "best"))
 
     @property
     def best_model_score(self) -> float | None:
         """The score that `best_model_path` was stored with; None without a score or a `monitor`."""
         steps = fp.steps(self.directory)
-        known = run_directory.scores(self.directory, steps, self.retention.monitor)
+        known = _directory.scores(self.directory, steps, self.retention.monitor)
         best = self.retention.ranked(known, known)[:1]
         return known[best[0]] if best else None
 
@@ -399,7 +399,7 @@ class PartialCheckpointCallback:
         """
         self.recover()
         while True:
-            step = run_directory.choose(self.directory, self.retention, which)
+            step = _directory.choose(self.directory, self.retention, which)
             if step is None:
                 logger.info("There is no checkpoint in %s to restore.", self.directory)
                 return None
@@ -415,10 +415,10 @@ class PartialCheckpointCallback:
 
     def _load(self, path: Path, target: Any) -> Any:
         if not self.shows_progress:
-            return state.load(path, target)
+            return _state.load(path, target)
         bar = Bar("Loading a checkpoint")
         try:
-            return state.load(path, target, progress=bar.update)
+            return _state.load(path, target, progress=bar.update)
         finally:
             bar.close()
 
@@ -445,14 +445,14 @@ class PartialCheckpointCallback:
             logger.error("A checkpoint failed; training goes on.", exc_info=error)
 
     @_held
-    def _stream(self, trainer: Any, root: str, name: grouping.Name, tree: Any) -> None:
+    def _stream(self, trainer: Any, root: str, name: _groups.Name, tree: Any) -> None:
         checkpoint = self._open(trainer, self._step_before_batch(trainer) + 1)
         try:
-            leaves = grouping.flatten(grouping.placed(root, name, state.pure(tree)))
-            leaves = stacking.spread(leaves, self._stacked)
-            groups = {grouping.group_name(root, name): leaves}
-            for group, layer in stacking.by_row(groups).items():
-                checkpoint.save(self, group, grouping.subtree(layer))
+            leaves = _groups.flatten(_groups.placed(root, name, _state.pure(tree)))
+            leaves = _stacked.spread(leaves, self._stacked)
+            groups = {_groups.group_name(root, name): leaves}
+            for group, layer in _stacked.by_row(groups).items():
+                checkpoint.save(self, group, _groups.subtree(layer))
         except Exception as error:  # noqa: BLE001 - a tree that JAX cannot flatten
             checkpoint.fail(error, [self])
 
@@ -460,7 +460,7 @@ class PartialCheckpointCallback:
         checkpoint = self._open(trainer, step)
         groups = {}
         try:
-            tree = state.take(trainer, module, self._state_fn)
+            tree = _state.take(trainer, module, self._state_fn)
             groups = self._rest(trainer, tree, checkpoint)
         except Exception as error:  # noqa: BLE001 - state_fn or group_by, or values they cannot take
             checkpoint.fail(error, [self])
@@ -481,15 +481,15 @@ class PartialCheckpointCallback:
                 f"Found no state to save in {type(trainer).__name__}: its module is no NNX module, "
                 "and its `state` no tree. Pass state_fn=, or stream every layer."
             )
-        leaves = grouping.flatten(tree)
-        names = {grouping.leaf_name(path) for path, _ in leaves} | checkpoint.names
-        stacking.check_known(self._stacked, names)
-        group_by = self._group_by or grouping.layerwise(leaves, self._stacked)
+        leaves = _groups.flatten(tree)
+        names = {_groups.leaf_name(path) for path, _ in leaves} | checkpoint.names
+        _stacked.check_known(self._stacked, names)
+        group_by = self._group_by or _groups.layerwise(leaves, self._stacked)
         rest = [
-            leaf for leaf in stacking.spread(leaves, self._stacked) if not checkpoint.holds(*leaf)
+            leaf for leaf in _stacked.spread(leaves, self._stacked) if not checkpoint.holds(*leaf)
         ]
-        groups = stacking.by_row(grouping.cut(rest, group_by))
-        return {name: grouping.subtree(group) for name, group in groups.items()}
+        groups = _stacked.by_row(_groups.cut(rest, group_by))
+        return {name: _groups.subtree(group) for name, group in groups.items()}
 
     def _step_before_batch(self, trainer: Any) -> int:
         if self._step_before is None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flax_partial.callbacks import extras
+from flax_partial.callbacks import _extras
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint
 
-extras.need("tunix", extra="tunix")
+_extras.need("tunix", extra="tunix")
 
 from tunix.sft.hooks import TrainingHooks
 

@@ -15,7 +15,7 @@ from flax_partial.cli.lanes import lanes_of, phases, rows_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from flax_partial.callbacks.timeline import ProcessTimeline, Run, Save
+    from flax_partial.runs.timeline import ProcessTimeline, Run, Save
 
 Event = dict[str, Any]
 

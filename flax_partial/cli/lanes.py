@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from flax_partial.callbacks.timeline import End, Hold, ProcessTimeline, Run, Save, Step
 from flax_partial.reports import SaveTimes
+from flax_partial.runs.timeline import End, Hold, ProcessTimeline, Run, Save, Step
 
 ENTERS, BUDGET, SNAPSHOT = "enters the session", "waits for memory", "is copied, or copying issued"
 COMPUTES, QUEUES = "is still computed", "waits for a writer"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flax_partial.callbacks.timeline import FINALIZED
 from flax_partial.cli import figures, lanes
 from flax_partial.cli.errors import WrongUseError
+from flax_partial.runs.timeline import FINALIZED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from flax_partial.callbacks.timeline import Save
     from flax_partial.cli.lanes import Chart, Track
+    from flax_partial.runs.timeline import Save
 
 _STEP_COLOURS = ("#d9d9d9", "#bdbdbd")
 _OWN_STEP_COLOUR = "#969696"

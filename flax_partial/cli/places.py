@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flax_partial.callbacks import completeness
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.errors import NoSessionError
 from flax_partial.finalizing.finalize import status_of
@@ -14,6 +13,7 @@ from flax_partial.format.model import Contents, Part
 from flax_partial.loading import load as loading
 from flax_partial.loading.load import Checkpoint
 from flax_partial.reports import SessionStatus
+from flax_partial.runs import completeness
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import CheckpointPath
 from flax_partial.storage.parts import read_parts

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_partial.callbacks import timeline
 from flax_partial.cli import chrome_trace, figures, lanes, picture, places
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.parsing import add_command
@@ -16,15 +15,16 @@ from flax_partial.cli.tables import GOOD, Column, Row, Table
 from flax_partial.errors import PartialCheckpointError
 from flax_partial.loading import catalog
 from flax_partial.loading import load as loading
+from flax_partial.runs import timeline
 from flax_partial.storage import local as storage
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from flax_partial.callbacks.timeline import ProcessTimeline, Run, Save
     from flax_partial.cli.lanes import Chart
     from flax_partial.cli.output import Output
+    from flax_partial.runs.timeline import ProcessTimeline, Run, Save
 
 _PICTURES, _TRACE = (".png", ".svg"), ".json"
 _DEFAULT_OUT = "timeline.png"

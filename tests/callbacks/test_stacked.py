@@ -21,8 +21,8 @@ from orbax.checkpoint import v1 as ocp
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
-from flax_partial.callbacks.rows import Row
-from flax_partial.callbacks.stacking import spread
+from flax_partial.callbacks._rows import Row
+from flax_partial.callbacks._stacked import spread
 
 if TYPE_CHECKING:
     from pathlib import Path

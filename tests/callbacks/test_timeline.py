@@ -21,12 +21,13 @@ from test_cli import WRONG_USE, Shell, shell
 from things import QUICK
 
 import flax_partial as fp
-from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, recorder, timeline
+from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, _timeline
+from flax_partial.runs import timeline
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from flax_partial.callbacks.timeline import ProcessTimeline
+    from flax_partial.runs.timeline import ProcessTimeline
 
 __all__ = ["shell"]  # a fixture
 
@@ -178,7 +179,7 @@ def test_a_timeline_that_cannot_be_written_fails_no_training(
 
 
 def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "_MOST_BYTES", 2000)
+    monkeypatch.setattr(_timeline, "_MOST_BYTES", 2000)
     callback = PartialCheckpointCallback(tmp_path, keep_last=1)
     Loop(callback, epochs=8, streamed=PARAMS).fit()
     files = list((tmp_path / "timeline").iterdir())
@@ -190,7 +191,7 @@ def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_steps_of_a_run_that_never_saves_are_bounded(tmp_path: Path) -> None:
-    notes = recorder.Recorder(tmp_path)
+    notes = _timeline.Recorder(tmp_path)
     for step in range(3000):
         notes.step_began()
         notes.step_ended(step)

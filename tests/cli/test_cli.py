@@ -19,8 +19,8 @@ from orbax.checkpoint.experimental import v1
 from things import QUICK, Element, listing
 
 import flax_partial as fp
-from flax_partial.callbacks import completeness
 from flax_partial.cli.main import main
+from flax_partial.runs import completeness
 
 FINE, PROBLEM, WRONG_USE = 0, 1, 2
 

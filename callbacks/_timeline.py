@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 import flax_partial as fp
-from flax_partial.callbacks import rows, timeline
+from flax_partial.callbacks import _rows
+from flax_partial.runs import timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -163,7 +164,7 @@ def where_is(leaves: Iterable[tuple[Any, Any]]) -> str:
 
 
 def _value(leaf: Any) -> Any:
-    return leaf.value if isinstance(leaf, rows.Row | fp.Slice) else leaf
+    return leaf.value if isinstance(leaf, _rows.Row | fp.Slice) else leaf
 
 
 @lru_cache(maxsize=1024)

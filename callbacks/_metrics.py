@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from flax_partial.callbacks.reports import CheckpointReport
+    from flax_partial.callbacks._reports import CheckpointReport
 
     OnMetrics = Callable[[Mapping[str, float], int], object]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flax_partial.callbacks import grouping
-from flax_partial.callbacks.rows import Axes, Index, Row, is_cuttable, rows_here
+from flax_partial.callbacks import _groups
+from flax_partial.callbacks._rows import Axes, Index, Row, is_cuttable, rows_here
 
 Stacked = Mapping[str, int | tuple[int, ...]]
 """Name of a leaf, or of a subtree of leaves, to the axis or axes along which they stack layers."""
@@ -59,24 +59,24 @@ def check_known(stacked: Iterable[str], names: Iterable[str]) -> None:
         )
 
 
-def spread(leaves: grouping.Leaves, stacked: Mapping[str, Axes]) -> grouping.Leaves:
+def spread(leaves: _groups.Leaves, stacked: Mapping[str, Axes]) -> _groups.Leaves:
     """Puts its rows in the place of each stacked leaf: those that this process has to save."""
     axes = _axes(leaves, stacked) if stacked else {}
     return [
         (path, value if row is None else Row(value, row, axes[names]))
         for path, value in leaves
-        for names in (grouping.texts(path),)
+        for names in (_groups.texts(path),)
         for row in (rows_here(value, axes[names]) if names in axes else (None,))
     ]
 
 
-def by_row(groups: Mapping[str, grouping.Leaves]) -> dict[str, grouping.Leaves]:
+def by_row(groups: Mapping[str, _groups.Leaves]) -> dict[str, _groups.Leaves]:
     """Splits groups: row 3 of what is stacked in group "x" comes into group "x.3", in order.
 
     Along two axes it is "x.3.0", and so on.
     """
-    split: dict[str, grouping.Leaves] = {}
-    rows: dict[tuple[str, Index], grouping.Leaves] = {}
+    split: dict[str, _groups.Leaves] = {}
+    rows: dict[tuple[str, Index], _groups.Leaves] = {}
     for group, leaves in groups.items():
         for path, leaf in leaves:
             if isinstance(leaf, Row):
@@ -88,20 +88,20 @@ def by_row(groups: Mapping[str, grouping.Leaves]) -> dict[str, grouping.Leaves]:
     return split
 
 
-def cut(leaves: grouping.Leaves) -> grouping.Leaves:
+def cut(leaves: _groups.Leaves) -> _groups.Leaves:
     """Cuts out the rows among some leaves."""
     return [(path, leaf.cut() if isinstance(leaf, Row) else leaf) for path, leaf in leaves]
 
 
 def _axes(
-    leaves: Iterable[tuple[grouping.KeyPath, Any]], stacked: Mapping[str, Axes]
+    leaves: Iterable[tuple[_groups.KeyPath, Any]], stacked: Mapping[str, Axes]
 ) -> dict[tuple[str, ...], Axes]:
     """The axes of each leaf that is stacked, by its path as text.
 
     That is those that `stacked` names, and those that end in the path of one of them, as Optax's
     moments do, and have as many rows.
     """
-    values = {grouping.texts(path): value for path, value in leaves}
+    values = {_groups.texts(path): value for path, value in leaves}
     named = {
         names: axes
         for names, value in values.items()
@@ -121,7 +121,7 @@ def _axes(
 
 def _named_axes(names: tuple[str, ...], value: Any, stacked: Mapping[str, Axes]) -> Axes | None:
     """The axes of a leaf that `stacked` names; None if it names none, or the leaf lacks one."""
-    stack = grouping.innermost(names, stacked)
+    stack = _groups.innermost(names, stacked)
     if stack is None or not is_cuttable(value):
         return None
     rank = value.ndim

@@ -22,7 +22,7 @@ import jax
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    import flax_partial as fp
+    from flax_partial.reports import SessionStatus
 
 Session = dict[str, Any]
 """What stands under "session" in the custom metadata."""
@@ -48,7 +48,7 @@ def closing(callbacks: Iterable[str], *, callback: str, groups: Sequence[str]) -
     }
 
 
-def missing(status: fp.SessionStatus, step: int) -> str | None:
+def missing(status: SessionStatus, step: int) -> str | None:
     """Says what a session lacks to be the checkpoint of `step`; None if it is all there."""
     strangers = [part.name for part in status.parts if part.custom_metadata.get("step") != step]
     if strangers:

@@ -1,9 +1,9 @@
 """What the timeline of a run holds, and how it lies on disk.
 
 Each process appends to a file of its own, `<directory>/timeline/p<process>.jsonl`, one record a
-line; `recorder.py` writes them. A line that is not one, such as the last of a killed process, is
-left out; so is a record that some later version adds. All instants are in seconds since the epoch,
-by the clock of the machine that the process ran on.
+line; `callbacks/_timeline.py` writes them. A line that is not one, such as the last of a killed
+process, is left out; so is a record that some later version adds. All instants are in seconds since
+the epoch, by the clock of the machine that the process ran on.
 
     {"is": "run", "run": "6f0c...", "process": 0, "processes": 4}        what follows is its
     {"is": "steps", "steps": [[47, BEGAN, ENDED], ...]}
@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import flax_partial as fp
+from flax_partial.reports import SaveTimes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FOLDER = "timeline"
 FINALIZED, GIVEN_UP = "finalized", "given up"
 
-INSTANTS = tuple(one.name for one in dataclasses.fields(fp.SaveTimes))
+INSTANTS = tuple(one.name for one in dataclasses.fields(SaveTimes))
 """Names of what `times` of a save lists, in its order."""
 
 
@@ -75,7 +75,7 @@ class Save:
     group: str
     where: str
     bytes: int
-    times: fp.SaveTimes
+    times: SaveTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ def _add(process: ProcessTimeline, record: dict[str, Any]) -> None:
         process.holds += holds
         process.brief_secs[step] = process.brief_secs.get(step, 0.0) + brief_secs
     elif kind == "save":
-        times = fp.SaveTimes(*_instants(*record["times"]))
+        times = SaveTimes(*_instants(*record["times"]))
         process.saves.append(
             Save(int(record["step"]), record["group"], record["where"], record["bytes"], times)
         )

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from flax_partial.callbacks import state
+from flax_partial.callbacks import _state
 
 if TYPE_CHECKING:
-    from flax_partial.callbacks.state import StateFn
+    from flax_partial.callbacks._state import StateFn
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Finished:
     @classmethod
     def of(cls, trainer: Any, module: Any, state_fn: StateFn | None) -> Finished:
         """Takes hold of a step that has just been finished."""
-        tree = jax.tree.map(_copied, state.take(trainer, module, state_fn))
+        tree = jax.tree.map(_copied, _state.take(trainer, module, state_fn))
         return cls(trainer.global_step, trainer.current_epoch, tree)
 
     def check_is_there(self) -> None:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 import flax_partial as fp
-from flax_partial.callbacks import completeness
+from flax_partial.runs import completeness
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
 
-    from flax_partial.callbacks.schedule import Retention
+    from flax_partial.callbacks._schedule import Retention
 
 logger = logging.getLogger(__name__)
 

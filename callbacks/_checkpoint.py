@@ -14,15 +14,16 @@ import numpy as np
 from jax.profiler import TraceAnnotation
 
 import flax_partial as fp
-from flax_partial.callbacks import completeness, grouping, recorder, rows, stacking
-from flax_partial.callbacks.reports import CheckpointReport, HeldTime
+from flax_partial.callbacks import _groups, _rows, _stacked, _timeline
+from flax_partial.callbacks._reports import CheckpointReport, HeldTime
+from flax_partial.runs import completeness
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
-    from flax_partial.callbacks.schedule import Retention
+    from flax_partial.callbacks._schedule import Retention
 
 
 _OWN_LEAF = "checkpoint_step"
@@ -66,7 +67,7 @@ class PendingCheckpoint:
     """
 
     def __init__(
-        self, path: Path, *, step: int, epoch: int, run: str, record: recorder.Recorder
+        self, path: Path, *, step: int, epoch: int, run: str, record: _timeline.Recorder
     ) -> None:
         self.path = path
         self.step = step
@@ -86,10 +87,10 @@ class PendingCheckpoint:
         self._owners: dict[_Claim, str] = {}
         self._carrier: Any = None
 
-    def holds(self, path: grouping.KeyPath, leaf: Any) -> bool:
+    def holds(self, path: _groups.KeyPath, leaf: Any) -> bool:
         """Whether a leaf was saved into it; of a stacked one, the row or rows that `leaf` is."""
-        name = grouping.leaf_name(path)
-        if not isinstance(leaf, fp.Slice | rows.Row):
+        name = _groups.leaf_name(path)
+        if not isinstance(leaf, fp.Slice | _rows.Row):
             return name in self.names
         return _whole(name) in self._owners or all(
             claim in self._owners for claim in _claims(path, leaf)
@@ -233,9 +234,9 @@ class PendingCheckpoint:
             raise fp.EmptyStateError("No callback had anything to save.")
         fp.finalize(self.path, expect=expected, processes=[jax.process_index()])
 
-    def _claim(self, participant: Participant, tree: Any) -> grouping.Leaves:
+    def _claim(self, participant: Participant, tree: Any) -> _groups.Leaves:
         """Returns the leaves of a tree, but for those that another callback saves."""
-        leaves = grouping.flatten(tree)
+        leaves = _groups.flatten(tree)
         with self._lock:
             owners = [self._owner(participant, *leaf) for leaf in leaves]
             mine = [
@@ -243,10 +244,10 @@ class PendingCheckpoint:
                 for leaf, owner in zip(leaves, owners, strict=True)
                 if owner == participant.state_key
             ]
-            self.names.update(grouping.leaf_name(path) for path, _ in mine)
+            self.names.update(_groups.leaf_name(path) for path, _ in mine)
         return mine
 
-    def _owner(self, participant: Participant, path: grouping.KeyPath, leaf: Any) -> str:
+    def _owner(self, participant: Participant, path: _groups.KeyPath, leaf: Any) -> str:
         """Returns who saved the first row of a leaf before; the participant, if nobody did."""
         key = participant.state_key
         first, *others = _claims(path, leaf)
@@ -267,7 +268,7 @@ class PendingCheckpoint:
         self,
         participant: Participant,
         group: str,
-        leaves: grouping.Leaves,
+        leaves: _groups.Leaves,
         closing: Mapping[str, Any],
     ) -> None:
         if self.error is not None:
@@ -276,9 +277,9 @@ class PendingCheckpoint:
         metadata = self._metadata({"session": {**saved, **closing}})
 
         def what() -> dict[str, Any]:
-            return {"state": grouping.subtree(stacking.cut(leaves)), "custom_metadata": metadata}
+            return {"state": _groups.subtree(_stacked.cut(leaves)), "custom_metadata": metadata}
 
-        where = recorder.where_is(leaves)
+        where = _timeline.where_is(leaves)
 
         def record(handle: Future[fp.SaveReport]) -> None:
             if handle.exception() is None:
@@ -327,7 +328,7 @@ class PendingCheckpoint:
         return handle
 
 
-_Claim = tuple[str, rows.Axes, rows.Index]
+_Claim = tuple[str, _rows.Axes, _rows.Index]
 """Name of a leaf, the axes along which it is cut, and which row: what is saved once."""
 
 
@@ -335,21 +336,21 @@ def _whole(name: str) -> _Claim:
     return name, (), ()
 
 
-def _claims(path: grouping.KeyPath, leaf: Any) -> list[_Claim]:
+def _claims(path: _groups.KeyPath, leaf: Any) -> list[_Claim]:
     """What of a leaf is there: some of its rows, or all of it."""
-    name = grouping.leaf_name(path)
-    if isinstance(leaf, rows.Row):
+    name = _groups.leaf_name(path)
+    if isinstance(leaf, _rows.Row):
         return [(name, leaf.axes, leaf.start)]
     if not isinstance(leaf, fp.Slice):
         return [_whole(name)]
     try:
-        axes, held = rows.rows_of(leaf)
+        axes, held = _rows.rows_of(leaf)
     except (TypeError, AttributeError, IndexError, ValueError):  # saving it will say what is wrong
         return [_whole(name)]
     return [(name, axes, row) for row in held] or [_whole(name)]
 
 
-def _carrier(leaves: grouping.Leaves) -> Any:
+def _carrier(leaves: _groups.Leaves) -> Any:
     """The smallest whole leaf, copied: training may donate it before it is saved again."""
     whole = [(path, leaf) for path, leaf in leaves if _is_whole(leaf)]
     if not whole:
@@ -359,7 +360,7 @@ def _carrier(leaves: grouping.Leaves) -> Any:
         leaf = jax.device_put(leaf, leaf.sharding, may_alias=False)
     elif isinstance(leaf, np.ndarray):
         leaf = leaf.copy()
-    return grouping.subtree([(path, leaf)])
+    return _groups.subtree([(path, leaf)])
 
 
 def _is_whole(leaf: Any) -> bool:
@@ -370,7 +371,7 @@ def _is_whole(leaf: Any) -> bool:
 
 def _bytes_of(leaf: Any) -> int:
     """What this process writes of a leaf."""
-    if isinstance(leaf, rows.Row):
+    if isinstance(leaf, _rows.Row):
         count: int = math.prod(leaf.value.shape[axis] for axis in leaf.axes)
         return _bytes_of(leaf.value) // count
     if isinstance(leaf, fp.Slice):
