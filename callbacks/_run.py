@@ -225,7 +225,6 @@ class Run:
             for checkpoint in [one for one in self._open.values() if one.is_closed]:
                 self._finish(checkpoint, metrics)
 
-
     # After training.
 
     @property

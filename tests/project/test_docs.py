@@ -51,6 +51,14 @@ def test_links_of_the_readme_lead_to_files() -> None:
     assert [link for link in links if not (ROOT / link).is_file()] == []
 
 
+def test_contributing_names_files_that_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:flax_partial|callbacks|docs|tests)/[\w/.]*)`", text))
+    assert len(named) > 15
+    places = (ROOT, ROOT / "flax_partial")  # an sdist has the callbacks in the package only
+    assert [name for name in named if not any((top / name).exists() for top in places)] == []
+
+
 @pytest.mark.parametrize("picture", DRAWN, ids=lambda path: path.name)
 def test_picture_is_shown_and_asks_for_nothing_from_elsewhere(picture: Path) -> None:
     shown = [page for page in DOCUMENTS if f"pictures/{picture.name})" in page.read_text()]
