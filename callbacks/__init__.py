@@ -9,9 +9,9 @@ A plain `for` loop has `checkpointing`. Other loops have a module each, which ne
 `flax_partial.callbacks.lightning`, `.keras`, `.clu`, `.tunix`, and `.blaxbird`.
 """
 
+from flax_partial.callbacks._reports import CheckpointReport
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 from flax_partial.callbacks.plain import checkpointing
-from flax_partial.callbacks.reports import CheckpointReport
 
 __all__ = ["CheckpointReport", "FinalizeHook", "PartialCheckpointCallback", "checkpointing"]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flax_partial.callbacks import extras
+from flax_partial.callbacks import _extras
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint
 
-extras.need("clu.periodic_actions", extra="clu")
+_extras.need("clu.periodic_actions", extra="clu")
 
 from clu.periodic_actions import PeriodicAction
 

@@ -15,10 +15,10 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-from flax_partial.callbacks import extras
+from flax_partial.callbacks import _extras
 from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
-extras.need("lightning", extra="lightning")
+_extras.need("lightning", extra="lightning")
 
 from lightning.pytorch.callbacks import Callback
 

@@ -45,38 +45,46 @@ def is_leaf(node: object) -> bool:
     return node is None or (isinstance(node, (list, tuple, Mapping)) and not node)
 
 
-def flatten(
-    tree: Any,
-) -> tuple[list[tuple[tuple[Any, ...], Any]], tree_util.PyTreeDef]:
-    """Returns the leaves of a tree with their key paths, and its structure, as JAX does.
+def values_of(tree: Any) -> tuple[list[Any], tree_util.PyTreeDef]:
+    """Returns what JAX takes for the leaves of a tree, and its structure, in which the others are.
 
     Raises:
       UnsupportedLeafError: JAX cannot flatten it: keys of one dict cannot be compared, or it is
         nested too deeply, or in itself.
     """
     try:
-        _require_flattenable(tree)
-        return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+        return _flatten_with_room(tree)
     except ValueError as error:
-        nodes, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_cannot_be_sorted)
-        where = [tree_util.keystr(path) for path, node in nodes if _cannot_be_sorted(node)]
-        raise UnsupportedLeafError(
-            f"JAX cannot flatten this tree: {error} The keys of one dict must be all strings, or "
-            f"all integers; those of {', '.join(map(repr, where))} are not."
-        ) from error
+        raise _cannot_flatten(tree, error) from error
 
 
-def _require_flattenable(tree: Any, *, frames: int = 24) -> None:
+def flatten(
+    tree: Any,
+) -> tuple[list[tuple[tuple[Any, ...], Any]], tree_util.PyTreeDef]:
+    """Returns the leaves of a tree with their key paths, and its structure; errors: `values_of`."""
+    values_of(tree)
+    return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+
+
+def _cannot_flatten(tree: Any, error: ValueError) -> UnsupportedLeafError:
+    nodes, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_cannot_be_sorted)
+    where = [tree_util.keystr(path) for path, node in nodes if _cannot_be_sorted(node)]
+    return UnsupportedLeafError(
+        f"JAX cannot flatten this tree: {error} The keys of one dict must be all strings, or "
+        f"all integers; those of {', '.join(map(repr, where))} are not."
+    )
+
+
+def _flatten_with_room(tree: Any, *, frames: int = 24) -> tuple[list[Any], tree_util.PyTreeDef]:
     """Refuses what is nested too deeply, with some frames to spare for what is called later.
 
     With `is_leaf` a tree that is too deep must not get to JAX (0.10.2): the thread would be left
     with a recursion depth that is used up for good, so that no further call of anything succeeds.
     """
     if frames:
-        _require_flattenable(tree, frames=frames - 1)
-        return
+        return _flatten_with_room(tree, frames=frames - 1)
     try:
-        tree_util.tree_flatten(tree)
+        return tree_util.tree_flatten(tree)
     except (RecursionError, SystemError) as error:
         raise UnsupportedLeafError(
             "This tree is nested in itself, or deeper than JAX can flatten within Python's "

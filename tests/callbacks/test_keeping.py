@@ -18,8 +18,8 @@ from test_callback import assert_is_step, names_in
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
-from flax_partial.callbacks.clock import Clock
-from flax_partial.callbacks.schedule import Retention
+from flax_partial.callbacks._clock import Clock
+from flax_partial.callbacks._schedule import Retention
 
 if TYPE_CHECKING:
     from pathlib import Path

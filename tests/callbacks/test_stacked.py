@@ -21,8 +21,8 @@ from orbax.checkpoint import v1 as ocp
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
-from flax_partial.callbacks.rows import Row
-from flax_partial.callbacks.stacking import spread
+from flax_partial.callbacks._rows import Row
+from flax_partial.callbacks._stacked import spread
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -246,7 +246,11 @@ one_more = jax.jit(lambda state: jax.tree.map(lambda x: x + x, state), donate_ar
 
 def trainer_with(state: Any) -> Any:
     return types.SimpleNamespace(
-        global_step=0, current_epoch=0, callback_metrics={}, is_last_batch=True, state=state
+        global_step=0,
+        current_epoch=0,
+        callback_metrics={"loss": 0.5},
+        is_last_batch=True,
+        state=state,
     )
 
 

@@ -16,17 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as v0
 import pytest
+from shell import Shell, shell
 from stub_trainer import EVERYTHING, PARAMS, Loop, StubTrainer
-from test_cli import WRONG_USE, Shell, shell
 from things import QUICK
 
 import flax_partial as fp
-from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, recorder, timeline
+from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, _timeline
+from flax_partial.cli.main import WRONG_USE
+from flax_partial.runs import timeline
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from flax_partial.callbacks.timeline import ProcessTimeline
+    from flax_partial.runs.timeline import ProcessTimeline
 
 __all__ = ["shell"]  # a fixture
 
@@ -147,7 +149,7 @@ def test_preparing_again_begins_no_other_run(tmp_path: Path) -> None:
     callback = PartialCheckpointCallback(tmp_path)
     restored = callback.restore()
     assert restored is not None
-    callback.finalizer.held(tmp_path, 0.001, "restore")
+    callback.finalizer.runs.of(tmp_path).add_blocked(0.001, "restore")
     Loop(callback, epochs=3).resume(*restored).fit()
     first, second = timeline.read(tmp_path)
     assert (first.saved_steps, second.saved_steps) == ([2, 4], [6])
@@ -178,7 +180,7 @@ def test_a_timeline_that_cannot_be_written_fails_no_training(
 
 
 def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "_MOST_BYTES", 2000)
+    monkeypatch.setattr(_timeline, "_MOST_BYTES", 2000)
     callback = PartialCheckpointCallback(tmp_path, keep_last=1)
     Loop(callback, epochs=8, streamed=PARAMS).fit()
     files = list((tmp_path / "timeline").iterdir())
@@ -190,7 +192,7 @@ def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_steps_of_a_run_that_never_saves_are_bounded(tmp_path: Path) -> None:
-    notes = recorder.Recorder(tmp_path)
+    notes = _timeline.Recorder(tmp_path)
     for step in range(3000):
         notes.step_began()
         notes.step_ended(step)

@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import second_reader
+from documents import ROOT
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_readme import ROOT
 
 import flax_partial as fp
 

@@ -1,0 +1,264 @@
+"""One step's checkpoint while callbacks save into it, and how it is finalized.
+
+A checkpoint is *open* while callbacks may add groups to it, and *closed* once all of them are done.
+The first error decides: nothing more is saved then, and the checkpoint is never finalized.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.profiler import TraceAnnotation
+
+import flax_partial as fp
+from flax_partial.callbacks import _leaves, _rows, _stacked
+from flax_partial.callbacks._claims import Claims
+from flax_partial.callbacks._reports import BlockedTime, CheckpointReport
+from flax_partial.callbacks._timeline import devices_of
+from flax_partial.runs import completeness
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from flax_partial.callbacks._leaves import Leaves
+    from flax_partial.callbacks._member import Member
+    from flax_partial.callbacks._timeline import Recorder
+
+
+class Checkpoint:
+    """The checkpoint of one step while it is written; saves may come from any thread.
+
+    Attributes:
+      path: Where it will be.
+      step: Its step.
+      claims: The leaves saved into it.
+      members: State key to each callback that saves into it; empty until the first closes it.
+      done: State keys of those that have saved all their groups.
+      before: The checkpoint before it, whose files it may share; None if there is none.
+      blocked: For how long it has blocked training so far.
+      error: Why it failed; None while it has not.
+    """
+
+    def __init__(
+        self, path: Path, *, step: int, epoch: int, run_name: str, recorder: Recorder
+    ) -> None:
+        self.path = path
+        self.step = step
+        self.claims = Claims()
+        self.members: dict[str, Member] = {}
+        self.done: set[str] = set()
+        self.before: Path | None = None
+        self.blocked = BlockedTime(step)
+        self.error: BaseException | None = None
+        self._epoch = epoch
+        self._subject = f"checkpoint {path.absolute()} {run_name}"
+        self._recorder = recorder
+        self._lock = threading.Lock()  # guards `error`, `_groups` and `_pieces`
+        self._groups: dict[str, list[str]] = {}  # by state key, in the order of saving
+        self._pieces: Counter[str] = Counter()
+        # Written by the thread that saves a group, read by any.
+        self._saves: dict[str, fp.SaveHandle] = {}
+        self._sizes: dict[str, int] = {}
+        self._closings: list[fp.SaveHandle] = []
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether all callbacks that save into it are done."""
+        return bool(self.members) and self.members.keys() <= self.done
+
+    def save(self, member: Member, group: str, leaves: Leaves) -> None:
+        """Saves a group in the background; returns once its arrays may be donated.
+
+        Leaves that another callback has saved are left out.
+        """
+        self._save_all(member, {group: leaves}, is_last=False)
+
+    def close(self, member: Member, groups: Mapping[str, Leaves]) -> None:
+        """Saves the last groups of a callback, and lists all that it saved for later processes."""
+        has_saved = self._save_all(member, groups, is_last=True)
+        # In other processes, the same callback may have all there is to save.
+        if not has_saved and (self.claims.names or jax.process_count() > 1) and not self.error:
+            handle = self._submit(member, dict, {"session": self._closing(member)})
+            self._closings += [handle] if handle else []
+
+    def written(self) -> tuple[int, int]:
+        """Returns how many bytes of how many, of those that this process saves, are written."""
+        saves = list(self._saves.items())
+        done = sum(self._sizes[group] for group, handle in saves if handle.done())
+        return done, sum(self._sizes[group] for group, _ in saves)
+
+    def wait(self) -> None:
+        """Waits until no save is in flight; the first failure is in `error` then."""
+        for handle in [*self._saves.values(), *self._closings]:
+            handle.exception()
+
+    def fail(self, error: BaseException, members: Iterable[Member]) -> None:
+        """Gives the checkpoint up; these callbacks learn the first reason for it."""
+        with self._lock:
+            if self.error is not None:
+                return
+            self.error = error
+        error.add_note(f"This is about the checkpoint of step {self.step}, {self.path}.")
+        for member in members:
+            member.failures.add(error)
+
+    def finalize(self, metrics: Mapping[str, float], *, timeout_secs: float) -> CheckpointReport:
+        """Waits for all saves, in all processes, and finalizes.
+
+        Args:
+          metrics: Name to number, stored with the checkpoint.
+          timeout_secs: For how many seconds to wait for other processes.
+
+        Raises:
+          EmptyStateError: No callback saved anything.
+          IncompleteCheckpointError: Some process was not done in time.
+          Exception: A save of some process, or finalize, failed. The session is left as it was.
+        """
+        began = [0.0]
+
+        def save_all() -> list[str]:
+            self.wait()
+            if self.error is not None:
+                raise self.error
+            if metrics:
+                options = next(iter(self.members.values())).options
+                metadata = self._metadata({"metrics": metrics})
+                fp.save(self.path, {}, custom_metadata=metadata, options=options)
+            began[0] = time.perf_counter()
+            return sorted(self.claims.names)
+
+        self._agree(save_all, timeout_secs)
+        finalize_secs = time.perf_counter() - began[0]
+        finalized_at = time.time()
+        saves = {group: handle.result() for group, handle in self._saves.items()}
+        return CheckpointReport(
+            path=self.path,
+            step=self.step,
+            epoch=self._epoch,
+            saves=saves,
+            bytes=fp.metadata(self.path).bytes,
+            reused_bytes=sum(save.reused_bytes for save in saves.values()),
+            metrics=metrics,
+            blocked_secs=self.blocked.secs,
+            write_secs=sum(save.write_secs for save in saves.values()),
+            finalize_secs=finalize_secs,
+            finalized_at=finalized_at,
+        )
+
+    def tell_others(self) -> None:
+        """Tells the other processes, if any, that a save of this one has failed, if one has.
+
+        It waits for none of them: they may have given up before, and never come to this step.
+        """
+        error = self.error
+        if error is None or jax.process_count() == 1:
+            return
+
+        def fail() -> list[str]:
+            raise error
+
+        with contextlib.suppress(Exception):  # the error is known here
+            self._agree(fail, timeout_secs=0)
+
+    def _agree(self, ready: Callable[[], list[str]], timeout_secs: float) -> None:
+        fp.agree(self._subject, ready=ready, act=self._commit, timeout_secs=timeout_secs)
+
+    def _commit(self, names: Mapping[int, Sequence[str]]) -> None:
+        """Finalizes what all processes have saved, given the names of their leaves."""
+        expected = sorted({name for of_one in names.values() for name in of_one})
+        if not expected:
+            raise fp.EmptyStateError("No callback had anything to save.")
+        fp.finalize(self.path, expect=expected, processes=[jax.process_index()])
+
+    def _save_all(self, member: Member, groups: Mapping[str, Leaves], *, is_last: bool) -> bool:
+        """Saves groups; if they are a callback's last, the last part lists all that it saved.
+
+        Returns:
+          Whether there was anything to save.
+        """
+        claimed = {name: self.claims.take(member.key, leaves) for name, leaves in groups.items()}
+        named = {self._unique(member, name): leaves for name, leaves in claimed.items() if leaves}
+        for at, (group, leaves) in enumerate(named.items(), start=1):
+            saved = completeness.saved(callback=member.key, group=group)
+            listed = self._closing(member) if is_last and at == len(named) else {}
+            self._save_group(member, group, leaves, {"session": {**saved, **listed}})
+        return bool(named)
+
+    def _closing(self, member: Member) -> dict[str, Any]:
+        groups = self._groups.get(member.key, [])
+        return completeness.closing(self.members, callback=member.key, groups=groups)
+
+    def _unique(self, member: Member, group: str) -> str:
+        """Gives each save a name of its own: a group may come in several pieces."""
+        with self._lock:
+            self._pieces[group] += 1
+            piece = self._pieces[group]
+            name = group if piece == 1 else f"{group}#{piece}"
+            self._groups.setdefault(member.key, []).append(name)
+            return name
+
+    def _save_group(
+        self, member: Member, group: str, leaves: Leaves, metadata: Mapping[str, Any]
+    ) -> None:
+        if self.error is not None:
+            return
+        where = devices_of(leaves)
+
+        def record(handle: Future[fp.SaveReport]) -> None:
+            if handle.exception() is None:
+                self._recorder.saved(self.step, group, where, handle.result())
+
+        with TraceAnnotation("flax_partial.save_async", group=group):
+            handle = self._submit(member, lambda: _leaves.subtree(_stacked.cut(leaves)), metadata)
+        if handle is not None:
+            handle.add_done_callback(record)
+            self._sizes[group] = sum(_bytes_of(leaf) for _, leaf in leaves)
+            self._saves[group] = handle
+
+    def _submit(
+        self, member: Member, state: Callable[[], Any], metadata: Mapping[str, Any]
+    ) -> fp.SaveHandle | None:
+        """Begins a save; None if it was refused, which fails the checkpoint."""
+        try:
+            handle = fp.save_async(
+                self.path,
+                state(),
+                custom_metadata=self._metadata(metadata),
+                options=member.options,
+                reuse=self.before if member.reuse_unchanged else None,
+            )
+        except Exception as error:  # noqa: BLE001 - the callback decides what follows
+            self.fail(error, [member])
+            return None
+
+        def finished(handle: Future[fp.SaveReport]) -> None:
+            error = handle.exception()
+            if error is not None:
+                self.fail(error, [member])
+
+        handle.add_done_callback(finished)
+        return handle
+
+    def _metadata(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        return {"step": self.step, "epoch": self._epoch, **more}
+
+
+def _bytes_of(leaf: Any) -> int:
+    """Returns what this process writes of a leaf, in bytes."""
+    if isinstance(leaf, _rows.Row):
+        count: int = math.prod(leaf.value.shape[axis] for axis in leaf.axes)
+        return _bytes_of(leaf.value) // count
+    if isinstance(leaf, fp.Slice):
+        return _bytes_of(leaf.value)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        shards = leaf.addressable_shards
+        return sum(_bytes_of(shard.data) for shard in shards if shard.replica_id == 0)
+    return int(getattr(leaf, "nbytes", 0))

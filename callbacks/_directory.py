@@ -1,0 +1,224 @@
+"""A run's directory of steps: what an ended run left in it, which are removed, which is the best.
+
+Of several processes the first one changes the directory; the others wait for it where they read
+what it has done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import re
+import shutil
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+import flax_partial as fp
+from flax_partial.runs import completeness
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Mapping
+    from pathlib import Path
+
+    from flax_partial.callbacks._schedule import Retention
+
+logger = logging.getLogger(__name__)
+
+_SESSION = re.compile(r"(\d+)\.partial_save")
+# What `fp.remove` leaves when it is killed, and what `fp.abort` does.
+_HALF_DELETED = re.compile(r"\.\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
+
+
+def recover(directory: Path, *, live: Container[Path] = ()) -> str:
+    """Finalizes the sessions whose groups are all there, drops all others, and logs which.
+
+    Under `jax.distributed` all processes call it; the first of them does it, the others wait.
+
+    Args:
+      directory: A run's directory of steps; it need not exist.
+      live: Checkpoints that this process is writing: their sessions are kept.
+
+    Returns:
+      A name for the run that begins here, the same in all processes and never used before.
+
+    Raises:
+      OSError: The storage failed; calling again goes on where this stopped.
+      IncompleteCheckpointError: Some process did not call it in time.
+    """
+    jax.process_index()  # starts JAX's devices, which involves all processes: so not in `act`
+    run: str = fp.agree(
+        f"recover {directory.absolute()}",
+        ready=lambda: None,
+        act=lambda _: _recover(directory, live),
+    )
+    return run
+
+
+def _recover(directory: Path, live: Container[Path]) -> str:
+    entries = sorted(directory.iterdir()) if directory.is_dir() else []
+    for entry in entries:
+        session = _SESSION.fullmatch(entry.name)
+        if session and directory / session[1] not in live:
+            _settle(directory / session[1], int(session[1]))
+    return uuid.uuid4().hex
+
+
+def check_is_newer(directory: Path, step: int) -> Path | None:
+    """Returns the newest checkpoint, which has to be older than `step`; None if there is none.
+
+    Raises:
+      CheckpointExistsError: Some checkpoint is of this step, or a later one.
+    """
+    newest = max(fp.steps(directory), default=-1)
+    if newest < 0:
+        return None
+    if newest >= step:
+        raise fp.CheckpointExistsError(
+            f"{directory} holds step {newest} already, and training is only at step {step}: the "
+            "steps of two runs would mix. Restore the newest checkpoint, or use another directory."
+        )
+    return directory / str(newest)
+
+
+def drop_unless_complete(path: Path, step: int, why: str) -> None:
+    """Drops a session that lacks anything of the checkpoint of `step`, and logs why.
+
+    One that lacks nothing is left for `recover` to finalize: it failed for some other reason.
+    """
+    if not _is_primary():
+        return
+    try:
+        if completeness.missing(fp.status(path), step) is not None:
+            _drop(path, why)
+    except fp.NoSessionError:
+        return
+
+
+def _is_primary() -> bool:
+    return jax.process_index() == 0
+
+
+def prune(directory: Path, retention: Retention, *, protected: Container[int] = ()) -> None:
+    """Removes the checkpoints that are no longer to be kept, oldest first.
+
+    Each is renamed, then deleted: killed anywhere, a checkpoint is whole or is none, and `sweep`
+    deletes the rest of it. One that is being read stays until the next call.
+
+    Args:
+      directory: A run's directory of steps.
+      retention: Which are kept.
+      protected: Steps that are kept in any case.
+    """
+    if not (retention.removes and _is_primary()):
+        return
+    steps = fp.steps(directory)
+    known = _facts(directory, steps) if retention.looks_inside else {}
+    times = {step: committed_at for step, (_, committed_at) in known.items()}
+    for step in retention.expired(steps, _scores(known, retention.monitor), times):
+        if step not in protected:
+            _remove(directory / str(step))
+
+
+def _remove(path: Path) -> None:
+    try:
+        fp.remove(path)
+    except fp.CheckpointInUseError as error:
+        logger.debug("Left %s for now: %s", path, error)
+    except fp.NoSessionError:
+        return  # another process has removed it
+    except OSError:
+        logger.exception("Could not remove the checkpoint %s; training goes on.", path)
+    else:
+        logger.debug("Removed the checkpoint %s.", path)
+
+
+def sweep(directory: Path) -> None:
+    """Deletes what is left of checkpoints and sessions whose removal was interrupted."""
+    if not (_is_primary() and directory.is_dir()):
+        return
+    for entry in directory.iterdir():
+        if _HALF_DELETED.fullmatch(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)  # another process may be deleting it, too
+
+
+def choose(directory: Path, retention: Retention, which: str | int) -> int | None:
+    """Returns the newest step, the best of those with a score, or a given one; None if none.
+
+    Raises:
+      ValueError: The best one is asked for, and there is no metric to choose by.
+      NoSessionError: There is no checkpoint of the step asked for.
+    """
+    steps = fp.steps(directory)
+    if isinstance(which, int) and not isinstance(which, bool):
+        if which not in steps:
+            raise fp.NoSessionError(f"{directory} holds no checkpoint of step {which}: {steps}.")
+        return which
+    if which == "latest":
+        return max(steps, default=None)
+    if which != "best" or retention.monitor is None:
+        raise ValueError(
+            f"which={which!r} with monitor={retention.monitor!r}: it must be 'latest', a step, or "
+            "'best' where a monitor scores the checkpoints."
+        )
+    known = scores(directory, steps, retention.monitor)
+    return next(iter(retention.ranked(known, known)), None)
+
+
+def scores(directory: Path, steps: Iterable[int], monitor: str | None) -> dict[int, float]:
+    """Returns step to the score that its checkpoint was stored with; some may have none."""
+    return _scores(_facts(directory, steps), monitor)
+
+
+_Facts = tuple["Mapping[str, Any]", float]
+"""A checkpoint's metrics, and when it was finalized, in seconds since the epoch."""
+
+
+def _facts(directory: Path, steps: Iterable[int]) -> dict[int, _Facts]:
+    found = {}
+    for step in steps:
+        path = directory / str(step)
+        # Another process may have removed it; and what is damaged has no score.
+        with contextlib.suppress(FileNotFoundError, fp.CorruptCheckpointError):
+            status = path.stat()
+            found[step] = _facts_of(path, status.st_ino, status.st_mtime_ns)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _facts_of(path: Path, _inode: int, _mtime_ns: int) -> _Facts:
+    """Reads them once: the table of contents of a large model takes a while."""
+    metadata = fp.metadata(path)
+    return metadata.custom_metadata.get("metrics", {}), metadata.committed_at
+
+
+def _scores(known: Mapping[int, _Facts], monitor: str | None) -> dict[int, float]:
+    return {
+        step: float(metrics[monitor])
+        for step, (metrics, _) in known.items()
+        if monitor is not None and monitor in metrics
+    }
+
+
+def _settle(path: Path, step: int) -> None:
+    lacking = completeness.missing(fp.status(path), step)
+    if lacking is not None:
+        _drop(path, f"it was left by an ended run, and {lacking}.")
+        return
+    try:
+        fp.finalize(path, processes=[jax.process_index()])
+    except fp.PartialCheckpointError as error:  # it would be raised again
+        _drop(path, f"it was left by an ended run, and cannot be finalized: {error}")
+    else:
+        logger.warning("Finalized %s, which an ended run had saved but not finalized.", path)
+
+
+def _drop(path: Path, why: str) -> None:
+    try:
+        fp.abort(path)
+    except fp.CheckpointExistsError as error:  # it has files that are not of a session
+        logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
+    else:
+        logger.warning("Dropped the unfinished checkpoint %s: %s", path, why)

@@ -1,0 +1,25 @@
+"""Optional packages: an error names the one that is missing, and how to install it."""
+
+from __future__ import annotations
+
+import importlib
+
+
+def need(package: str, *, extra: str) -> None:
+    """Imports an optional package, for the module that adapts to it.
+
+    Args:
+      package: The package or module that is imported.
+      extra: The extra of flax-partial that installs it.
+
+    Raises:
+      ModuleNotFoundError: It, or what it imports itself, is not installed; says how to.
+    """
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"flax_partial.callbacks.{extra} needs the package {error.name!r}, which is not "
+            f"installed. Install it with: pip install 'flax-partial[{extra}]'",
+            name=error.name,
+        ) from error

@@ -1,0 +1,102 @@
+"""How a state is cut into groups: the leaves that a callback saves at once, as one part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from flax_partial.callbacks import _stacked
+from flax_partial.callbacks._leaves import (
+    KeyPath,
+    Leaves,
+    flatten,
+    innermost,
+    keys_of,
+    leaf_name,
+    placed,
+    texts,
+)
+
+if TYPE_CHECKING:
+    from flax_partial.callbacks._claims import Claims
+    from flax_partial.callbacks._leaves import Name
+
+GroupBy = Callable[[KeyPath], str]
+"""Says, by its key path, which group a leaf of the state is saved with."""
+
+_PARAMS = "params"
+
+
+class Grouping:
+    """How one callback groups what it saves."""
+
+    def __init__(self, group_by: GroupBy | None, stacked: _stacked.Stacked) -> None:
+        """Checks what a user gives.
+
+        Raises:
+          TypeError: `stacked` maps something else than names to numbers, or tuples of them.
+        """
+        self._group_by = group_by
+        self._stacked = _stacked.check(stacked)
+
+    def streamed(self, root: str, name: Name, tree: Any) -> dict[str, Leaves]:
+        """Returns the groups of a streamed layer: it is one, or one for each row of a stack."""
+        leaves = _stacked.spread(flatten(placed(root, name, tree)), self._stacked)
+        return _stacked.by_row({".".join((root, *map(str, keys_of(name)))): leaves})
+
+    def rest(self, tree: Any, claims: Claims) -> dict[str, Leaves]:
+        """Returns the groups of what is in a state, and was not saved yet.
+
+        Raises:
+          ValueError: `stacked` names no leaf of what is saved.
+        """
+        leaves = flatten(tree)
+        _stacked.check_known(self._stacked, {leaf_name(path) for path, _ in leaves} | claims.names)
+        group_by = self._group_by or layerwise(leaves, self._stacked)
+        spread = _stacked.spread(leaves, self._stacked)
+        return _stacked.by_row(cut([leaf for leaf in spread if not claims.covers(*leaf)], group_by))
+
+
+def cut(leaves: Leaves, group_by: GroupBy) -> dict[str, Leaves]:
+    """Sorts leaves into groups, both in the order in which they come."""
+    groups: dict[str, Leaves] = {}
+    for path, leaf in leaves:
+        groups.setdefault(group_by(path), []).append((path, leaf))
+    return groups
+
+
+def layerwise(leaves: Leaves, stacks: Iterable[str] = ()) -> GroupBy:
+    """Returns the default grouping of a state: a group for each layer of each root ("params", ...).
+
+    A layer reaches down to the first number of the path (`params.blocks.3`), or else to the first
+    key below the root (`params.embed`); each subtree of `stacks` is a layer, too. A leaf that has
+    a parameter's path at the end of its own, as Optax's moments have, belongs to that parameter's
+    layer: `opt_state.0.mu.blocks.3.kernel` is grouped as `opt_state.blocks.3`, with its second
+    moment.
+    """
+    known = list(stacks)
+    paths = (texts(path) for path, _ in leaves if path)
+    params = {
+        names[1:]: _layer(names, known)
+        for names in paths
+        if names[0] == _PARAMS or innermost(names, known) is not None
+    }
+
+    def group_by(path: KeyPath) -> str:
+        names = texts(path)
+        if names and names[0] != _PARAMS and innermost(names, known) is None:
+            for start in range(1, len(names)):
+                layer = params.get(names[start:])
+                if layer is not None:
+                    return ".".join((names[0], *layer[1:]))
+        return ".".join(_layer(names, known))
+
+    return group_by
+
+
+def _layer(names: tuple[str, ...], stacks: Iterable[str]) -> tuple[str, ...]:
+    stack = innermost(names, stacks)
+    if stack is not None:
+        return tuple(stack.split("."))
+    number = next((at for at, name in enumerate(names) if at and name.isdecimal()), 1)
+    return names[: number + 1]

@@ -1,0 +1,66 @@
+"""What parts say about their checkpoint, by which a later process knows whether all are there.
+
+Each part carries, as custom metadata, the step that it belongs to and the group that it holds. The
+last part that a callback saves in a step, which may hold no leaf, lists all its groups. Merged over
+the parts of a session this is
+
+    {"step": 40, "epoch": 3, "metrics": {"loss": 2.1},
+     "session": {"processes": 1, "callbacks": ["params", "opt_state"],
+                 "saved": {"params": {"0": {"params.blocks.0": true, ...}}, ...},
+                 "expected": {"params": {"0": ["params.blocks.0", ...]}, ...}}}
+
+with `"0"` the process that saved. A session is complete when every callback of every process has
+listed its groups, all of them were saved, and all parts are of the session's own step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from flax_partial.reports import SessionStatus
+
+
+def saved(*, callback: str, group: str) -> dict[str, Any]:
+    """Returns what stands under "session" in the part that holds a group."""
+    return {"saved": {callback: {str(jax.process_index()): {group: True}}}}
+
+
+def closing(callbacks: Iterable[str], *, callback: str, groups: Sequence[str]) -> dict[str, Any]:
+    """Returns what stands under "session" in a callback's last part: all that it saves in a step.
+
+    Args:
+      callbacks: All callbacks that save into the checkpoint.
+      callback: The one that is done.
+      groups: Its groups, in the order in which they were saved.
+    """
+    return {
+        "processes": jax.process_count(),
+        "callbacks": sorted(callbacks),
+        "expected": {callback: {str(jax.process_index()): list(groups)}},
+    }
+
+
+def missing(status: SessionStatus, step: int) -> str | None:
+    """Returns what a session lacks to be the checkpoint of `step`; None if it lacks nothing."""
+    strangers = [part.name for part in status.parts if part.custom_metadata.get("step") != step]
+    if strangers:
+        return f"{strangers[0]} does not belong to step {step}"
+    session = status.custom_metadata.get("session", {})
+    if "callbacks" not in session:
+        return "the step had not ended"
+    if not session.get("saved"):
+        return "no callback had anything to save"
+    absent: list[str] = []
+    for callback in session["callbacks"]:
+        for process in map(str, range(session["processes"])):
+            expected = session.get("expected", {}).get(callback, {}).get(process)
+            if expected is None:
+                return f"the step had not ended for {callback} in process {process}"
+            saved = session.get("saved", {}).get(callback, {}).get(process, {})
+            absent.extend(group for group in expected if group not in saved)
+    return f"it lacks {', '.join(absent)}" if absent else None
