@@ -255,22 +255,24 @@ def _add(
 def _describe(
     path: KeyPath, value: object, chunk_bytes: int, compression: str | None
 ) -> tuple[Leaf, Sequence[Source]]:
+    if isinstance(value, str):  # np.str_ too
+        _require_utf8(path, value)
+        return Leaf(path, kinds.STRING, text=str(value)), ()
+    if isinstance(value, bytes):  # np.bytes_ too
+        return Leaf(path, kinds.BYTES, data=bytes(value)), ()
     if isinstance(value, (jax.Array, np.ndarray, np.generic, Slice)):
         return _describe_array(path, value, chunk_bytes, compression)
     if isinstance(value, (bool, int, float, complex)):
         return _describe_scalar(path, value)
-    if isinstance(value, str):
-        _require_utf8(path, value)
-        return Leaf(path, kinds.STRING, text=value), ()
     if value is None:
         return Leaf(path, kinds.NONE), ()
     if is_leaf(value):
-        return Leaf(path, _empty_kind(value)), ()
+        return Leaf(path, _empty_kind(value), placeholder=True), ()
     raise _unsupported(
         path,
         f"is a {type(value).__module__}.{type(value).__qualname__}",
-        "Leaves are arrays, numbers, strings and None; convert it, for example with np.asarray(), "
-        "or leave it out.",
+        "Leaves are arrays, numbers, strings, bytes and None; convert it, for example with "
+        "np.asarray(), or leave it out.",
     )
 
 

@@ -7,7 +7,7 @@ costs what the claimed leaves cost, however many are held.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from msgspec.structs import replace
+from msgspec import structs
 
 from flax_partial.errors import KeyConflictError
 from flax_partial.format.chunks import chunk_numbers
@@ -84,8 +84,14 @@ class Claims:
         newest = visible(unknown) if unknown else {}
         problems: list[str] = []
         claimed: list[Leaf] = []
-        for leaf in leaves:
+        for given in leaves:
+            leaf = given
+            if replace and given.placeholder:  # it replaces what is there
+                leaf = structs.replace(given, placeholder=False)
             chunks = _chunks_of(leaf)
+            if leaf.placeholder and leaf.name not in self._held:
+                claimed.append(leaf)  # it gives way to what lies inside of it
+                continue
             generation = self._generation(leaf, chunks, replace, newest)
             if isinstance(generation, str):
                 problems.append(generation)
@@ -105,6 +111,8 @@ class Claims:
             return
         self._hold_only()
         for leaf in leaves:
+            if leaf.placeholder:
+                continue
             generations = self._held.get(leaf.name, {})
             held = generations.get(leaf.generation)
             if held is None:
@@ -152,6 +160,8 @@ class Claims:
         )
 
     def _hold(self, leaf: Leaf, chunks: frozenset[int] | None) -> None:
+        if leaf.placeholder:
+            return
         generations = self._held.get(leaf.name)
         if not generations:
             if self._tree.problem_with(leaf.path):
@@ -185,4 +195,4 @@ def _is_same_array(one: Leaf, other: Leaf) -> bool:
 
 
 def _in_generation(leaf: Leaf, generation: int) -> Leaf:
-    return leaf if generation == leaf.generation else replace(leaf, generation=generation)
+    return leaf if generation == leaf.generation else structs.replace(leaf, generation=generation)
