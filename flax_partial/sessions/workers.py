@@ -184,7 +184,7 @@ class WorkerPool:
     def unfinished(self) -> int:
         """Number of tasks that are queued or being done."""
         with self._lock:
-            return len(self._running) + sum(not task.is_over for task in self._queue)
+            return sum(not task.is_over for task in [*self._running.values(), *self._queue])
 
     def release_idle(self) -> None:
         """Has the workers that wait for a task end, unless there is one."""
