@@ -63,6 +63,7 @@ class Task(Generic[T]):
         self._over = threading.Lock()  # held until the task has ended
         self._over.acquire()
         self._stop = threading.Event()
+        self.is_submitted = False
         self.is_over = False
 
     def run(self) -> None:
@@ -133,6 +134,7 @@ class WorkerPool:
 
     def submit(self, task: Task[Any]) -> None:
         """Has a worker do a task, after those submitted before it."""
+        task.is_submitted = True
         if _exit.is_near():  # no thread can be started any more, and none would be waited for
             task.run()
             return
@@ -156,6 +158,7 @@ class WorkerPool:
         """
         try:
             if threading.get_ident() in self._threads:  # it would wait for itself
+                task.is_submitted = True
                 task.run()
             else:
                 self.submit(task)
