@@ -70,7 +70,7 @@ def remember(where: CheckpointPath, name: str, part: Part, arrays: Arrays) -> No
 
 
 def find_earlier(session: Session, checkpoint: CheckpointPath | None) -> Earlier | None:
-    """What this process's parts of a finalized checkpoint hold, read once; None if there is none."""
+    """What this process's parts of a finalized checkpoint hold, read once; None if it is gone."""
     if checkpoint is None:
         return None
     with _reading:
