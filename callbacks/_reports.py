@@ -1,4 +1,4 @@
-"""What each checkpoint of a run held and cost."""
+"""What each checkpoint of a run holds and cost."""
 
 from __future__ import annotations
 

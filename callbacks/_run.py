@@ -1,37 +1,28 @@
-"""A training run in one directory, as one process sees it: from a step's first save to its removal.
+"""A training run in one directory, as one process sees it.
 
 Callbacks hand over groups of leaves, and learn of errors from `Member.failures`. Once a checkpoint
-is closed, or its epoch has ended, it goes to a worker: a thread that waits for the saves in flight,
-and finalizes. Another one removes checkpoints that are no longer kept: the next checkpoint does not
-wait for that. A checkpoint that lacks anything is never finalized.
+is closed, or its epoch has ended, it goes to the finalizer. One that lacks anything is dropped, or
+left to the next run.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
-import time
 from collections import Counter
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-import jax
-
 import flax_partial as fp
-from flax_partial.callbacks import _directory, progress
-from flax_partial.callbacks._background import Worker
+from flax_partial.callbacks import _directory
 from flax_partial.callbacks._checkpoint import Checkpoint
-from flax_partial.callbacks._metrics import check_score, finite_numbers, log
+from flax_partial.callbacks._finalizer import Finalizer
 from flax_partial.callbacks._preemption import Preemption
-from flax_partial.callbacks._reports import BlockedTime, CheckpointReport
+from flax_partial.callbacks._reports import BlockedTime
 from flax_partial.callbacks._timeline import Recorder
-from flax_partial.runs import timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from concurrent.futures import Future
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from flax_partial.callbacks._leaves import Leaves
@@ -47,7 +38,7 @@ _runs: WeakSet[Run] = WeakSet()  # of this process
 
 
 class Run:
-    """The checkpoints of one directory: open ones, those being finalized, those to be removed.
+    """The callbacks that save into one directory, and the checkpoints that they add to.
 
     Under `jax.distributed` every process has its own, for the same directory. A checkpoint is
     finalized when all processes have saved their part of it, and given up in all of them where a
@@ -57,6 +48,7 @@ class Run:
       directory: Holds a checkpoint a step.
       preemption: Whether the process is to end.
       recorder: Records the timeline.
+      finalizer: Finalizes and removes checkpoints.
       rescued_step: The step that callbacks save because training failed; None before.
     """
 
@@ -64,21 +56,15 @@ class Run:
         self.directory = directory
         self.preemption = preemption
         self.recorder = Recorder(directory)
+        self.finalizer = Finalizer(directory, self.recorder, timeout_secs)
         self.rescued_step: int | None = None
-        self._timeout_secs = timeout_secs
-        self._worker = Worker("flax_partial_finalize")
-        self._remover = Worker("flax_partial_remove")
-        self._bar = progress.Bar("Writing checkpoints")
-        # Guards all below; held while nothing is waited for.
+        # Guards all below. Nothing is waited for while it is held, but where a clock or the end of
+        # the interpreter has the caller do it.
         self._lock = threading.RLock()
         self._name = ""  # until `recover` gives it one
         self._members: dict[str, Member] = {}  # callbacks whose groups are waited for, by key
-        self._open: dict[int, Checkpoint] = {}  # by step; those that the worker does not have yet
-        self._jobs: list[tuple[Checkpoint, Future[None]]] = []
+        self._open: dict[int, Checkpoint] = {}  # by step; those the finalizer does not have yet
         self._blocked = BlockedTime()  # of the checkpoint that was opened last
-        self._finalized: list[tuple[CheckpointReport, BlockedTime]] = []
-        self._reported: Counter[str] = Counter()  # how many of these each reader knows
-        self._resumed: int | None = None  # the step that training goes on from
         with _runs_lock:
             _runs.add(self)
 
@@ -101,7 +87,7 @@ class Run:
         for other in self._others():
             other.dismiss()
         self.recover()
-        self.prune(member.retention)
+        self.finalizer.prune(member.retention)
 
     def stop_listening(self, member: Member) -> None:
         """Ends what tells a callback to save: the handler of SIGTERM, and its clock."""
@@ -117,7 +103,7 @@ class Run:
             self._members.pop(member.key, None)
 
     def dismiss(self) -> None:
-        """Ends all callbacks: another run of this process has begun, and these were not told."""
+        """Ends all callbacks: another run of this process has begun in their directory."""
         for member in tuple(self._members.values()):
             self.end(member)
 
@@ -143,26 +129,18 @@ class Run:
     def recover(self) -> None:
         """Finalizes or drops what ended runs left in the directory.
 
-        Where one of them is of this process, and its callbacks were not told that it has ended, its
+        One of them may be of this process, and its callbacks were not called when it failed: its
         jobs are waited for, and its open checkpoints are left.
         """
         for other in self._others():
             other.leave()
-        self._wait_for_jobs()
+        self.finalizer.wait()
         with self._lock:
             live = {checkpoint.path for checkpoint in self._open.values()}
         self._name = _directory.recover(self.directory, live=live)
         self.rescued_step = None
         self.recorder.begin(self._name)
-        self._remover.submit(functools.partial(_directory.sweep, self.directory))
-
-    def resume(self, step: int) -> None:
-        """Keeps the checkpoint that training goes on from, until a newer one is finalized."""
-        self._resumed = step
-
-    def prune(self, retention: Retention) -> None:
-        """Removes what is not to be kept, in the background."""
-        self._remover.submit(functools.partial(self._prune, retention))
+        self.finalizer.sweep()
 
     # While training.
 
@@ -202,7 +180,7 @@ class Run:
             )
             self._open[step] = checkpoint
             self._blocked = checkpoint.blocked
-        self._wait_for_jobs(show_progress=member.shows_progress)
+        self.finalizer.wait([checkpoint], show_progress=member.shows_progress)
         try:
             checkpoint.before = _directory.check_is_newer(self.directory, step)
         except (fp.CheckpointExistsError, OSError) as error:
@@ -247,19 +225,6 @@ class Run:
             for checkpoint in [one for one in self._open.values() if one.is_closed]:
                 self._finish(checkpoint, metrics)
 
-    @property
-    def reports(self) -> tuple[CheckpointReport, ...]:
-        """What each checkpoint finalized so far holds and cost, in the order of finalizing."""
-        with self._lock:
-            finalized = tuple(self._finalized)
-        return tuple(replace(report, blocked_secs=blocked.secs) for report, blocked in finalized)
-
-    def new_reports(self, reader: str) -> tuple[CheckpointReport, ...]:
-        """Returns those that this reader has not been given before; cheap if there are none."""
-        with self._lock:
-            first, self._reported[reader] = self._reported[reader], len(self._finalized)
-            return self.reports[first:] if first < len(self._finalized) else ()
-
     # After training.
 
     @property
@@ -272,15 +237,14 @@ class Run:
     def wait(self, *, show_progress: bool = False) -> None:
         """Finalizes what is closed, drops what is open, and waits until nothing is under way."""
         self._settle()
-        self._wait_for_jobs(show_progress=show_progress)
-        self._worker.finish()
-        self._remover.finish()
+        self.finalizer.wait(show_progress=show_progress)
+        self.finalizer.finish()
         self.recorder.flush()
 
     def leave(self) -> None:
         """Waits for all saves and jobs, and leaves what is not finalized to the next run.
 
-        Where a save has failed, the other processes are told, as if its step had ended.
+        Where a save has failed, the other processes learn it, as if its step had ended.
         """
         with self._lock:
             left = list(self._open.values())
@@ -291,8 +255,6 @@ class Run:
             checkpoint.tell_others()
         self.wait()
 
-    # Jobs.
-
     def _others(self) -> list[Run]:
         """Returns the other runs of this process in the same directory."""
         with _runs_lock:
@@ -301,7 +263,7 @@ class Run:
         return [run for run in others if run.directory.resolve() == here]
 
     def _settle(self, *, before: int | None = None) -> None:
-        """Hands open checkpoints, of earlier steps than `before`, to the worker."""
+        """Finalizes the closed checkpoints, of steps before `before`, and drops the open ones."""
         with self._lock:
             for checkpoint in tuple(self._open.values()):
                 if before is not None and checkpoint.step >= before:
@@ -309,70 +271,13 @@ class Run:
                 if checkpoint.is_closed:
                     self._finish(checkpoint, {})
                 else:
-                    self._submit(checkpoint, functools.partial(self._drop, checkpoint))
+                    del self._open[checkpoint.step]
+                    self.finalizer.drop(checkpoint)
 
     def _finish(self, checkpoint: Checkpoint, metrics: Mapping[str, Any]) -> None:
-        work = functools.partial(self._finalize, checkpoint, dict(metrics))
-        self._submit(checkpoint, work)
-
-    def _submit(self, checkpoint: Checkpoint, work: Callable[[], None]) -> None:
-        with self._lock:
-            if self._open.pop(checkpoint.step, None) is None:  # left to a run that began meanwhile
-                return
-            self._jobs = [(one, job) for one, job in self._jobs if not job.done()]
-            self._jobs.append((checkpoint, self._worker.submit(work)))
-
-    def _wait_for_jobs(self, *, show_progress: bool = False) -> None:
-        with self._lock:
-            jobs = [job for _, job in self._jobs]
-        progress.wait(jobs, self._bar if show_progress else None, self._written)
-
-    def _written(self) -> tuple[int, int]:
-        with self._lock:
-            under_way = [*self._open.values(), *(one for one, job in self._jobs if not job.done())]
-        amounts = [checkpoint.written() for checkpoint in under_way]
-        return sum(done for done, _ in amounts), sum(total for _, total in amounts)
-
-    def _finalize(self, checkpoint: Checkpoint, metrics: Mapping[str, Any]) -> None:
-        members = checkpoint.members.values()
-        try:
-            report = checkpoint.finalize(finite_numbers(metrics), timeout_secs=self._timeout_secs)
-        except Exception as error:  # noqa: BLE001 - the callbacks decide what follows
-            own = checkpoint.error  # of a save in this process
-            checkpoint.fail(error, members)
-            self._record_given_up(checkpoint)
-            is_late = isinstance(error, fp.IncompleteCheckpointError)
-            if own is not None or (jax.process_count() > 1 and not is_late):
-                why = f"a save failed ({own or error})."
-                _directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
-            return
-        with self._lock:
-            self._finalized.append((report, checkpoint.blocked))
-            self._resumed = None
-        self.recorder.ended(
-            report.step,
-            timeline.FINALIZED,
-            began_at=report.finalized_at - report.finalize_secs,
-            ended_at=report.finalized_at,
-        )
-        log(report)
-        for member in members:
-            check_score(report.path, report.metrics, member.retention.monitor)
-            self.prune(member.retention)
-
-    def _drop(self, checkpoint: Checkpoint) -> None:
-        checkpoint.wait()
-        self._record_given_up(checkpoint)
-        why = "its step never ended."
-        _directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
-
-    def _record_given_up(self, checkpoint: Checkpoint) -> None:
-        now = time.time()
-        self.recorder.ended(checkpoint.step, timeline.GIVEN_UP, began_at=now, ended_at=now)
-
-    def _prune(self, retention: Retention) -> None:
-        protected = () if self._resumed is None else (self._resumed,)
-        _directory.prune(self.directory, retention, protected=protected)
+        # It is there no more if another run of this process has begun meanwhile.
+        if self._open.pop(checkpoint.step, None) is not None:
+            self.finalizer.finalize(checkpoint, metrics)
 
 
 class Runs:

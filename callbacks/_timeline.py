@@ -40,7 +40,7 @@ class Recorder:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock = threading.Lock()  # guards the events below, for an instant at a time
-        self._file_lock = threading.Lock()  # held while writing; one thread at a time appends
+        self._file_lock = threading.Lock()  # one thread at a time appends to the file
         self._run = ""
         self._has_begun = False  # whether the file says which run follows
         self._has_failed = False

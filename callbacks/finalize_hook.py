@@ -32,7 +32,7 @@ class FinalizeHook:
     @property
     def reports(self) -> tuple[CheckpointReport, ...]:
         """What each checkpoint finalized so far holds and cost, in the order of finalizing."""
-        reports = [report for run in self.runs for report in run.reports]
+        reports = [report for run in self.runs for report in run.finalizer.reports]
         return tuple(sorted(reports, key=lambda report: report.finalized_at))
 
     def wait(self, *, show_progress: bool = False) -> None:

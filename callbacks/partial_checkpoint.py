@@ -160,8 +160,8 @@ class PartialCheckpointCallback:
             no such attribute, `SystemExit(143)`. A handler that was there before is called then,
             in place of that exit. Listens from `on_fit_start` to the end of training.
           save_on_exception: When training fails, save the last step that was finished. Its arrays
-            are held until the next one is; those that the step under way was given to write over
-            (donated) cannot be saved, and that is said.
+            are kept until the next one is; if some were donated to the step under way, it cannot
+            be saved, and that is logged.
           finalizer: Shared by all callbacks that save into one directory; by default, one of its
             own.
           options: How parts are written.
@@ -403,7 +403,7 @@ class PartialCheckpointCallback:
             if step is None:
                 logger.info("There is no checkpoint in %s to restore.", self.directory)
                 return None
-            self._run.resume(step)
+            self._run.finalizer.resume(step)
             try:
                 restored = self._load(self.directory / str(step), target)
             except fp.NoSessionError:
@@ -514,5 +514,5 @@ class PartialCheckpointCallback:
     def _send_costs(self, trainer: Any) -> None:
         """Sends each finalized checkpoint's cost once: to this callback's function, or loggers."""
         reader = "the trainer" if self._on_metrics is None else self._member.key
-        for report in self._run.new_reports(reader):
+        for report in self._run.finalizer.new_reports(reader):
             send(report, trainer, self._on_metrics)

@@ -9,6 +9,7 @@ from flax_partial.errors import (
     CheckpointInUseError,
     CorruptCheckpointError,
     EmptyStateError,
+    ForkedProcessError,
     IncompleteCheckpointError,
     KeyConflictError,
     NoSessionError,
@@ -33,8 +34,8 @@ from flax_partial.reports import (
     SessionStatus,
     VerifyReport,
 )
+from flax_partial.saving.describe import Slice
 from flax_partial.saving.save import save, save_async
-from flax_partial.saving.snapshot import Slice
 from flax_partial.sessions.handles import FinalizeHandle, SaveHandle
 
 __version__ = "0.2.0.dev0"
@@ -46,6 +47,7 @@ __all__ = [
     "CorruptCheckpointError",
     "EmptyStateError",
     "FinalizeHandle",
+    "ForkedProcessError",
     "IncompleteCheckpointError",
     "KeyConflictError",
     "LeafMetadata",

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from typing import Any, cast
 
 from jax.profiler import TraceAnnotation
 
@@ -27,8 +28,11 @@ from flax_partial.format.merge import MergePlan, merge
 from flax_partial.format.model import Contents, Leaf, Part, data_path
 from flax_partial.loading.checkpoint import described, metadata
 from flax_partial.reports import CheckpointMetadata
-from flax_partial.saving.save import Session, failed_parts, forget, session_of
-from flax_partial.sessions import handles as workers
+from flax_partial.sessions import workers
+from flax_partial.sessions.forks import check_not_forked
+from flax_partial.sessions.handles import FinalizeHandle
+from flax_partial.sessions.registry import Session, failed_parts, forget, session_of
+from flax_partial.sessions.workers import Task
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import CheckpointPath, PathLike
 from flax_partial.storage.parts import read_parts
@@ -68,32 +72,7 @@ def finalize(
       CorruptCheckpointError: A part is damaged; the session is kept.
       OSError: Writing failed; the session is kept, and finalize can be called again.
     """
-    where = storage.resolve(path)
-    expected = _names(expect)
-    participants = _participants(processes)
-    session = session_of(where)
-
-    def finish_saves() -> tuple[str, ...]:
-        session.wait()
-        session.raise_unseen()
-        return expected
-
-    committed: list[Contents] = []
-
-    def commit(expected_by: Mapping[int, Sequence[str]]) -> None:
-        names = [*dict.fromkeys(name for listed in expected_by.values() for name in listed)]
-        committed.append(_commit_when_whole(session, names, timeout_secs or 0.0))
-
-    agree(
-        f"finalize {where.final}",
-        ready=finish_saves,
-        act=commit,
-        participants=participants,
-        awaited=() if expected and processes is None else participants,
-        timeout_secs=DEFAULT_TIMEOUT_SECS if timeout_secs is None else timeout_secs,
-    )
-    forget(session)
-    return described(where, committed[0]) if committed else metadata(where.final)
+    return workers.finalizing.run(_task(path, expect, processes, timeout_secs))
 
 
 def finalize_async(
@@ -102,7 +81,7 @@ def finalize_async(
     expect: Iterable[str] | None = None,
     processes: Iterable[int] | None = None,
     timeout_secs: float | None = None,
-) -> workers.FinalizeHandle:
+) -> FinalizeHandle:
     """Like `finalize`, in the background.
 
     Args:
@@ -115,17 +94,61 @@ def finalize_async(
       A handle with the interface of `concurrent.futures.Future`; its result is that of `finalize`,
       and it raises what `finalize` would.
     """
+    task = _task(path, expect, processes, timeout_secs)
+    workers.finalizing.submit(task)
+    return cast("FinalizeHandle", task.handle)
+
+
+def _task(
+    path: PathLike,
+    expect: Iterable[str] | None,
+    processes: Iterable[int] | None,
+    timeout_secs: float | None,
+) -> Task[CheckpointMetadata]:
+    """Checks what a caller can get wrong; returns what a worker has to do."""
+    check_not_forked("finalize")
     where = storage.resolve(path)
     expected = _names(expect)
-    handle = workers.FinalizeHandle()
-    workers.finalizing.submit(
-        lambda: handle.run(
-            lambda: finalize(
-                where.final, expect=expected, processes=processes, timeout_secs=timeout_secs
-            )
-        )
+    chosen = None if processes is None else tuple(processes)
+
+    def work(task: Task[CheckpointMetadata]) -> CheckpointMetadata:
+        return _finalize(where, expected, chosen, timeout_secs, task)
+
+    return Task(work, FinalizeHandle())
+
+
+def _finalize(
+    where: CheckpointPath,
+    expected: tuple[str, ...],
+    processes: tuple[int, ...] | None,
+    timeout_secs: float | None,
+    task: Task[CheckpointMetadata],
+) -> CheckpointMetadata:
+    participants = _participants(processes)
+    session = session_of(where)
+
+    def finish_saves() -> tuple[str, ...]:
+        session.wait()
+        session.raise_unseen()
+        return expected
+
+    committed: list[Contents] = []
+
+    def commit(expected_by: Mapping[int, Sequence[str]]) -> None:
+        names = [*dict.fromkeys(name for listed in expected_by.values() for name in listed)]
+        committed.append(_commit_when_whole(session, names, timeout_secs or 0.0, task))
+
+    agree(
+        f"finalize {where.final}",
+        ready=finish_saves,
+        act=commit,
+        participants=participants,
+        awaited=() if expected and processes is None else participants,
+        timeout_secs=DEFAULT_TIMEOUT_SECS if timeout_secs is None else timeout_secs,
+        sleep=task.sleep,
     )
-    return handle
+    forget(session)
+    return described(where, committed[0]) if committed else metadata(where.final)
 
 
 def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
@@ -138,13 +161,17 @@ def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _commit_when_whole(session: Session, expected: Sequence[str], timeout_secs: float) -> Contents:
+def _commit_when_whole(
+    session: Session, expected: Sequence[str], timeout_secs: float, task: Task[Any]
+) -> Contents:
     where = session.where
     storage.require_absent(where)
     if timeout_secs:
-        _wait_for_leaves(where, expected, timeout_secs)
+        _wait_for_leaves(where, expected, timeout_secs, task)
     try:
-        with session.exclusively(), collector.paused():
+        task.check()
+        with storage.locked_exclusively(where), collector.paused():
+            task.check()
             session.remove_failed()
             with TraceAnnotation("flax_partial.finalize", checkpoint=where.final.name):
                 return _commit(session, expected)
@@ -153,7 +180,9 @@ def _commit_when_whole(session: Session, expected: Sequence[str], timeout_secs: 
         raise
 
 
-def _wait_for_leaves(where: CheckpointPath, expected: Sequence[str], timeout_secs: float) -> None:
+def _wait_for_leaves(
+    where: CheckpointPath, expected: Sequence[str], timeout_secs: float, task: Task[Any]
+) -> None:
     """Waits until nothing is missing, or time is up. Holds no lock: saves have to go on."""
     deadline = time.monotonic() + timeout_secs
     pause = 0.01
@@ -166,7 +195,7 @@ def _wait_for_leaves(where: CheckpointPath, expected: Sequence[str], timeout_sec
         left = deadline - time.monotonic()
         if left <= 0:
             return
-        time.sleep(min(pause, left))
+        task.sleep(min(pause, left))
         pause = min(pause * 1.5, 1.0)
 
 
@@ -230,12 +259,11 @@ def _lost(where: CheckpointPath, plan: MergePlan) -> list[str]:
     sizes: dict[str, int] = {}
     lost = []
     for leaf, sources in zip(plan.leaves, plan.sources, strict=True):
-        for part, place in sources:
-            if isinstance(place, bytes):
-                continue
-            if part not in sizes:
+        for part, places in sources:
+            end = max((sum(place) for place in places if not isinstance(place, bytes)), default=0)
+            if end and part not in sizes:
                 sizes[part] = storage.size_of_data(where, data_path(part))
-            if sum(place) > sizes[part]:
+            if end and end > sizes[part]:
                 lost.append(f"{leaf.name}, in {part}")
                 break
     return lost

@@ -3,7 +3,7 @@
 from flax_partial.format.metadata import merge_metadata
 from flax_partial.format.model import Part
 from flax_partial.reports import PartStatus, SessionStatus
-from flax_partial.saving.save import failed_parts
+from flax_partial.sessions.registry import failed_parts
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import CheckpointPath, PathLike
 from flax_partial.storage.parts import SessionParts, read_parts

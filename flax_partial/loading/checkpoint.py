@@ -8,6 +8,7 @@ import numpy as np
 
 from flax_partial.errors import CorruptCheckpointError, NoSessionError
 from flax_partial.format import model as kinds
+from flax_partial.format.assembly import read_inline
 from flax_partial.format.model import Contents, Leaf, Region
 from flax_partial.format.tables import decode_contents
 from flax_partial.loading import data_reader as data_files
@@ -17,9 +18,10 @@ from flax_partial.reports import CheckpointMetadata, LeafMetadata
 from flax_partial.storage import local as storage
 from flax_partial.storage import tensorstore_io as arrays
 from flax_partial.storage.local import CheckpointPath, PathLike
+from flax_partial.storage.parts import part_names
 
 _UNSUSPICIOUS_BYTES = 256 << 20  # reading this much takes longer than asking for the files' sizes
-_MOST_ZSTD = 1 << 15  # bytes that a byte of zstd stands for: its shortest block is 4, for 128 KiB
+_MOST_PACKED = 1 << 15  # bytes that one stands for in zstd: its shortest block is 4, for 128 KiB
 
 
 class Checkpoint(Protocol):
@@ -47,24 +49,30 @@ class OwnCheckpoint:
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
         """Reads regions, as `Checkpoint.read` says."""
+        outcomes: dict[int, np.ndarray | Exception] = {}
+        positions: dict[bool, list[int]] = {True: [], False: []}  # by whether the leaf has runs
+        for at, region in enumerate(regions):
+            if region[0].boxes[0].places:
+                outcomes[at] = _read_inline(region)
+            else:
+                positions[bool(region[0].runs)].append(at)
+        for has_runs, chosen in positions.items():
+            outcomes |= zip(
+                chosen, self._read([regions[at] for at in chosen], has_runs=has_runs), strict=True
+            )
+        return [outcomes[at] for at in range(len(regions))]
+
+    def _read(self, regions: Sequence[Region], *, has_runs: bool) -> list[np.ndarray | Exception]:
+        if not regions:
+            return []
         lie = self._too_large({leaf.name: leaf for leaf, _, _ in regions}.values())
         if lie:
             return [CorruptCheckpointError(f"Leaf {leaf.name!r}: {lie}") for leaf, _, _ in regions]
-        outcomes: dict[int, np.ndarray | Exception] = {}
-        for has_runs in (True, False):
-            places = [i for i, (leaf, _, _) in enumerate(regions) if bool(leaf.runs) == has_runs]
-            some = [regions[i] for i in places]
-            outcomes |= zip(places, self._read(some, has_runs=has_runs), strict=True)
-        return [outcomes[i] for i in range(len(regions))]
-
-    def _read(self, regions: Sequence[Region], *, has_runs: bool) -> list[np.ndarray | Exception]:
         if not has_runs:
             return arrays.read_regions(self._state, regions)
         found = data_files.read(self._state, self.contents.data_parts, regions)
         return [
-            CorruptCheckpointError(f"Leaf {leaf.name!r}: {outcome}")
-            if isinstance(outcome, ValueError)
-            else outcome
+            _damaged(leaf, outcome) if isinstance(outcome, ValueError) else outcome
             for outcome, (leaf, _, _) in zip(found, regions, strict=True)
         ]
 
@@ -74,7 +82,7 @@ class OwnCheckpoint:
         Where there is not enough tensorstore ends the process, so that a table that lies about
         shapes, with the right digest, has to be found out before.
         """
-        sizes = [(leaf.bytes, _MOST_ZSTD if leaf.compression else 1) for leaf in leaves]
+        sizes = [(leaf.bytes, _MOST_PACKED if leaf.compression else 1) for leaf in leaves]
         total = sum(size for size, _ in sizes)
         if total <= _UNSUSPICIOUS_BYTES:
             return None
@@ -82,6 +90,17 @@ class OwnCheckpoint:
         if sum(size // most for size, most in sizes) <= held:
             return None
         return f"what is read would be of {total} bytes, and {self._state} holds {held}"
+
+
+def _read_inline(region: Region) -> np.ndarray | Exception:
+    try:
+        return read_inline(*region)
+    except ValueError as error:
+        return _damaged(region[0], error)
+
+
+def _damaged(leaf: Leaf, error: ValueError) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"Leaf {leaf.name!r}: {error}")
 
 
 def metadata(path: PathLike) -> CheckpointMetadata:
@@ -108,7 +127,7 @@ def open_checkpoint(where: CheckpointPath) -> Checkpoint:
     """
     path = where.final / storage.STATE / storage.CONTENTS
     data = storage.read(path)
-    names = storage.part_names_in(where.final / storage.STATE)
+    names = part_names(where.final / storage.STATE)
     if data is None and names:  # unless it was finalized between these two looks
         data = storage.read(path)
     if data is not None:

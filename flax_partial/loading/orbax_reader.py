@@ -12,11 +12,12 @@ digests to check. Only JSON and arrays are read; nothing that a file names is im
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError, first_few
 from flax_partial.format import model as kinds

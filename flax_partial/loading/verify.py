@@ -72,6 +72,7 @@ def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tup
             derived = derive(
                 plan,
                 committed_ns=contents.committed_ns,
+                has_inline=contents.has_inline,
                 contents_bytes=storage.read(state / storage.CONTENTS),
             )
             files = derived.root_files

@@ -1,5 +1,6 @@
 """The parts of a session, or of a finalized checkpoint, as they are on disk."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,8 @@ from flax_partial.errors import CorruptCheckpointError
 from flax_partial.format.model import Part
 from flax_partial.format.tables import decode_part
 from flax_partial.storage import local as storage
+
+_FOLDER = re.compile(r"p[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ def read_parts(
       OSError: The system refused to read one.
     """
     found = SessionParts()
-    for name in storage.part_names_in(state):
+    for name in part_names(state):
         if process is not None and f".p{process}." not in name:
             continue
         try:
@@ -59,6 +62,22 @@ def read_parts(
     return found
 
 
+def part_names(state: Path) -> list[str]:
+    """Names of the part directories in `state`, torn ones included, oldest first.
+
+    Those in a directory `p<number>` of several processes' parts are called with it.
+    """
+    names = storage.listed(state)
+    for folder in filter(_FOLDER.fullmatch, names[:]):
+        names += [f"{folder}/{name}" for name in storage.listed(state / folder)]
+    found = [name for name in names if _own_name(name).startswith(storage.PART_PREFIX)]
+    return sorted(found, key=lambda name: (_own_name(name), name))
+
+
+def _own_name(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
 def prefix_of_name(part: Part) -> str:
     """What the name of a part's directory begins with: when it was saved, and by which process."""
     return f"{storage.PART_PREFIX}{part.time_ns:019d}.p{part.process}."
@@ -71,6 +90,6 @@ def _read_part(state: Path, name: str) -> Part | None:
     if data is None:
         return None
     part = decode_part(data, where=str(path))
-    if not name.startswith(prefix_of_name(part)):
+    if not _own_name(name).startswith(prefix_of_name(part)):
         raise CorruptCheckpointError(f"{path}: it is the table of another part")
     return part

@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from documents import ROOT, blocks_of
 from stub_trainer import Loop
-from test_readme import ROOT, blocks_of
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback

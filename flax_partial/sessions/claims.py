@@ -4,8 +4,10 @@ Invariant: a leaf is held in at least one generation, and of one generation no c
 costs what the claimed leaves cost, however many are held.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from msgspec import structs
 
 from flax_partial.errors import KeyConflictError
 from flax_partial.format.chunks import chunk_numbers
@@ -26,19 +28,27 @@ class _Generation:
     chunks: set[int] | None
 
 
-class Ledger:
-    """What this process has claimed in one session; says at once which saves conflict.
-
-    Claiming costs what the claimed leaves cost, however many are held.
-    """
+class Claims:
+    """What this process has saved, or is saving, in one session; says at once what conflicts."""
 
     def __init__(self) -> None:
         self._tree = KeyTree()
         self._held: dict[str, dict[int, _Generation]] = {}
+        self._only: Sequence[Leaf] = ()  # claimed by one save before all others, and not yet held
 
     def load(self, part: Part) -> None:
-        """Takes over a part that an earlier run of this process committed."""
-        for leaf in part.leaves:
+        """Claims what a part holds that an earlier run of this process committed."""
+        self.hold(part.leaves)
+
+    def hold(self, leaves: Sequence[Leaf]) -> None:
+        """Claims leaves, each in its generation, whatever else is claimed."""
+        self._hold_only()
+        for leaf in leaves:
+            self._hold(leaf, _chunks_of(leaf))
+
+    def _hold_only(self) -> None:
+        only, self._only = self._only, ()
+        for leaf in only:
             self._hold(leaf, _chunks_of(leaf))
 
     def claim(
@@ -46,26 +56,43 @@ class Ledger:
         leaves: Sequence[Leaf],
         *,
         replace: bool,
-        visible: Callable[[str], int],
-        claimed: list[Leaf],
-    ) -> None:
+        is_tree: bool,
+        visible: Callable[[frozenset[str]], Mapping[str, int]],
+    ) -> Sequence[Leaf]:
         """Claims leaves for a save; all of them or none.
 
         Args:
           leaves: The leaves, with their boxes.
-          replace: Whether to start a new generation of what is held already.
-          visible: Largest generation of a leaf in the parts on disk, -1 if there is none; asked
-            only to replace a leaf that this process never wrote.
-          claimed: Where to put the leaves, each in its generation. They are there before they are
-            claimed, so that whoever is interrupted can release them.
+          replace: Whether to start a new generation of what is claimed already.
+          is_tree: Whether the leaves are known to form a tree: by themselves they have no conflict.
+          visible: From names of leaves to the largest generation of those that parts on disk hold;
+            asked only to replace leaves that this process never wrote.
+
+        Returns:
+          The leaves, each in its generation.
 
         Raises:
           KeyConflictError: Some cannot be claimed; it names all of them.
         """
+        if is_tree and not (replace or self._held or self._only):
+            self._only = leaves
+            return leaves
+        self._hold_only()
+        unknown = frozenset(
+            leaf.name for leaf in leaves if replace and not self._held.get(leaf.name)
+        )
+        newest = visible(unknown) if unknown else {}
         problems: list[str] = []
-        for leaf in leaves:
+        claimed: list[Leaf] = []
+        for given in leaves:
+            leaf = given
+            if replace and given.placeholder:  # it replaces what is there
+                leaf = structs.replace(given, placeholder=False)
             chunks = _chunks_of(leaf)
-            generation = self._generation(leaf, chunks, replace, visible)
+            if leaf.placeholder and leaf.name not in self._held:
+                claimed.append(leaf)  # it gives way to what lies inside of it
+                continue
+            generation = self._generation(leaf, chunks, replace, newest)
             if isinstance(generation, str):
                 problems.append(generation)
                 continue
@@ -74,12 +101,18 @@ class Ledger:
             self._hold(placed, chunks)
         if problems:
             self.release(claimed)
-            claimed.clear()
             raise KeyConflictError("\n".join(problems))
+        return claimed
 
     def release(self, leaves: Sequence[Leaf]) -> None:
         """Takes back the claims of a save that failed."""
+        if leaves is self._only:
+            self._only = ()
+            return
+        self._hold_only()
         for leaf in leaves:
+            if leaf.placeholder:
+                continue
             generations = self._held.get(leaf.name, {})
             held = generations.get(leaf.generation)
             if held is None:
@@ -98,15 +131,15 @@ class Ledger:
         leaf: Leaf,
         chunks: frozenset[int] | None,
         replace: bool,  # noqa: FBT001 - private, and always named where it comes from
-        visible: Callable[[str], int],
+        newest_on_disk: Mapping[str, int],
     ) -> int | str:
         """Returns the generation in which a leaf can be saved, or why it cannot."""
         problem = self._tree.problem_with(leaf.path)
         if problem:
             return problem
         generations = self._held.get(leaf.name)
-        if not generations:  # or an interrupt came before the first was put in
-            return visible(leaf.name) + 1 if replace else 0
+        if not generations:
+            return newest_on_disk.get(leaf.name, -1) + 1 if replace else 0
         newest = max(generations)
         held, others = generations[newest].leaf, generations[newest].chunks
         is_same = _is_same_array(leaf, held)
@@ -127,6 +160,8 @@ class Ledger:
         )
 
     def _hold(self, leaf: Leaf, chunks: frozenset[int] | None) -> None:
+        if leaf.placeholder:
+            return
         generations = self._held.get(leaf.name)
         if not generations:
             if self._tree.problem_with(leaf.path):
@@ -160,4 +195,4 @@ def _is_same_array(one: Leaf, other: Leaf) -> bool:
 
 
 def _in_generation(leaf: Leaf, generation: int) -> Leaf:
-    return leaf if generation == leaf.generation else replace(leaf, generation=generation)
+    return leaf if generation == leaf.generation else structs.replace(leaf, generation=generation)
