@@ -53,14 +53,12 @@ def _export(options: argparse.Namespace, out: Output, checkpoint: Checkpoint, ta
     widened = {leaf.name: leaf.dtype for leaf in arrays if leaf.dtype in safetensors.WIDER}
     texts = [leaf.name for leaf in leaves if not leaf.is_array]
     out.json(
-        {
-            "path": options.path,
-            "out": str(target.absolute()),
-            "tensors": len(arrays),
-            "bytes": layout.bytes,
-            "widened": widened,
-            "in_metadata": texts,
-        }
+        path=options.path,
+        out=target.absolute(),
+        tensors=len(arrays),
+        bytes=layout.bytes,
+        widened=widened,
+        in_metadata=texts,
     )
     tensors = text.counted(len(arrays), "tensor")
     out.line(f"wrote {options.out}: {tensors}, {text.size(layout.bytes)}", GOOD)
