@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from shell import MIXED, write
 from terminal import SLOW_SECS, into, into_closed_pipe, on_terminal
-from things import QUICK
+from things import QUICK, listing
 
 import flax_partial as fp
 from flax_partial.cli.main import INTERRUPTED, PIPE_CLOSED, PROBLEM, TERMINATED
+
+PROGRAM = str(Path(sys.executable).with_name("flax-partial"))
 
 
 @pytest.fixture
@@ -56,15 +58,27 @@ def test_a_bar_shows_how_far_it_is_and_is_gone_at_the_end(
         assert "\x1b[?25h" in terminal.shown  # the cursor is back
 
 
-@pytest.mark.parametrize(("answer", "status"), [("y", 0), ("Yes", 0), ("n", 1), ("", 1)])
-def test_abort_asks_first(answer: str, status: int, tmp_path: Path) -> None:
-    fp.save(tmp_path / "c", {"a": np.ones(2)}, options=QUICK)
-    with on_terminal("abort", tmp_path / "c") as terminal:
-        assert "1 part, 16 B, last saved " in terminal.wait_for("Drop it? [y/N] ")
-        assert (tmp_path / "c.partial_save").exists()
+@pytest.mark.parametrize("answer", ["y", "Yes", "n", ""])
+@pytest.mark.parametrize(
+    ("command", "about"),
+    [
+        ("abort {}/3", "1 part, 16 B, last saved "),
+        ("rm {}/1", "/1: "),
+        ("prune {} --keep-last 1", "1 of "),
+    ],
+)
+def test_what_removes_asks_first(command: str, about: str, answer: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(tmp_path / str(step), {"w": 1})
+    fp.save(tmp_path / "3", {"a": np.ones(2)}, options=QUICK)
+    before = listing(tmp_path)
+    with on_terminal(*command.format(tmp_path).split()) as terminal:
+        assert about in terminal.wait_for("? [y/N] ")
+        assert listing(tmp_path) == before
         terminal.press(answer + "\n")
-        assert terminal.end() == status
-    assert (tmp_path / "c.partial_save").exists() == bool(status)
+        is_agreed = answer in ("y", "Yes")
+        assert terminal.end() == (0 if is_agreed else PROBLEM)
+    assert (listing(tmp_path) != before) == is_agreed
 
 
 def test_ctrl_c_ends_quietly_and_changes_nothing(tmp_path: Path) -> None:
@@ -77,18 +91,19 @@ def test_ctrl_c_ends_quietly_and_changes_nothing(tmp_path: Path) -> None:
     assert fp.status(tmp_path / "c").parts
 
 
-def test_ctrl_c_while_the_package_is_imported_ends_quietly(tmp_path: Path) -> None:
-    slow = tmp_path / "flax_partial" / "__init__.py"
-    slow.parent.mkdir()
-    slow.write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+@pytest.mark.parametrize("program", [[sys.executable, "-Pm", "flax_partial"], [PROGRAM]])
+def test_ctrl_c_while_the_program_is_imported_ends_quietly(
+    program: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "jax.py").write_text("print('slow', flush=True); import time; time.sleep(60)")
     process = subprocess.Popen(
-        [sys.executable, "-Pc", "from flax_partial_program import run; run()"],
+        program,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == b"importing\n"
+    assert process.stdout.readline() == b"slow\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate() == (b"", b"")
     assert process.returncode == INTERRUPTED
@@ -146,10 +161,9 @@ def test_output_that_cannot_be_written_is_a_problem(path: Path) -> None:
 
 
 def test_program_is_installed_and_needs_neither_locale_nor_output(path: Path) -> None:
-    program = Path(sys.executable).with_name("flax-partial")
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
-        [program, "show", path], check=False, capture_output=True, env=environment
+        [PROGRAM, "show", path], check=False, capture_output=True, env=environment
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"\n|-- eighth" in done.stdout
