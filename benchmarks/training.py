@@ -68,18 +68,15 @@ class Training:
         if str(EXAMPLES) not in sys.path:
             sys.path.append(str(EXAMPLES))
         from lm_model import ModelConfig
-        from lm_module import LanguageModel
+        from lm_module import PipelineModel
+        from lm_pipeline import make_stages
+        from lm_text import Batches
 
         self.size = size
-        self.model = LanguageModel(
-            ModelConfig(size.vocabulary, size.length, size.width, size.layers),
-            _random_corpus(size),
-            stages=size.stages,
-            batches_per_epoch=size.every,
-            seed=0,
-            windows=size.windows,
-            micro_batches=1,
-        )
+        config = ModelConfig(size.vocabulary, size.length, size.width, size.layers)
+        batches = Batches(_random_corpus(size), size.length, size.windows, size.every)
+        stages = make_stages(config, size.stages)
+        self.model = PipelineModel(config, batches, stages, seed=0, micro_batches=1)
 
     @property
     def leaves(self) -> list[jax.Array]:
