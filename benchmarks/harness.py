@@ -85,10 +85,10 @@ class Target:
     @classmethod
     def within(cls, ours: Figure, *, of: Figure, at_most: float | None = None) -> Target:
         """Ours takes at most `at_most` times the peer's time, or its own of another metric."""
-        text = f"{ours.metric}: {ours.contender} over {of.contender}"
-        if ours.contender == of.contender:
-            text = f"{ours.contender}: {ours.metric} over {of.metric}"
-        return cls(text, ours, of, at_most=at_most)
+        is_own = ours.contender == of.contender
+        names = (ours.metric, of.metric) if is_own else (ours.contender, of.contender)
+        subject = ours.contender if is_own else ours.metric
+        return cls(f"{subject}: {' over '.join(names)}", ours, of, at_most=at_most)
 
     @classmethod
     def below(cls, figure: Figure, at_most: float, unit_name: str, unit: float = 1.0) -> Target:
@@ -206,16 +206,13 @@ def run_scenario(
 
 
 def _warm_up(
-    trial: Scenario,
-    places: Mapping[Medium, Path],
-    directory: Path,
-    say: Callable[[str], None],
+    trial: Scenario, places: Mapping[Medium, Path], directory: Path, say: Callable[[str], None]
 ) -> None:
     """Pays for imports, compilation and thread pools, once for every contender, by small work."""
     with _prepared(trial, directory, say):
         for contender in trial.contenders:
             if contender.medium in places:
-                say(f"warming up: {contender.name}")
+                say(f"{trial.name}: warming up {contender.name}")
                 _take_turn(contender, places[contender.medium], check=True)
 
 
@@ -229,7 +226,7 @@ def _run_round(
     for contender in _rotated(outcome.scenario.contenders, number):
         limit = rounds if contender.max_rounds is None else contender.max_rounds
         if number < limit and contender.medium in places:
-            say(f"round {number + 1} of {rounds}: {contender.name}")
+            say(f"{outcome.scenario.name}, round {number + 1} of {rounds}: {contender.name}")
             metrics = _take_turn(contender, places[contender.medium], check=number == 0)
             outcome.rounds.setdefault(contender.name, []).append(metrics)
 
@@ -261,7 +258,7 @@ def _prepared(scenario: Scenario, directory: Path, say: Callable[[str], None]) -
         yield
         return
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as place:
-        say("preparing")
+        say(f"{scenario.name}: preparing")
         scenario.prepare(Path(place))
         yield
 

@@ -56,6 +56,8 @@ def test_killed_stage_ends_with_the_bits_of_one_process_that_was_not(
     ]
     assert fp.metadata(newest).leaves.keys() == fp.metadata(alone / "6").leaves.keys()
     assert_same_bits(leaves_of(newest), leaves_of(alone / "6"))
+    drawn = Example("who_wrote_what.py", tmp_path, newest).complete()
+    assert re.findall(r"^process (\d) .*[a-z]", drawn, re.MULTILINE) == list("0123")
 
 
 def test_two_processes_go_on_from_one_with_four_stages_and_it_from_them(
