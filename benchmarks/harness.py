@@ -1,4 +1,4 @@
-"""Runs a scenario's contenders in interleaved rounds, and holds medians against targets."""
+"""Runs a scenario's contenders in interleaved rounds, and compares medians with targets."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class Target:
       text: The claim, as the table prints it.
       numerator: The median that is divided.
       denominator: The median by which it is divided; without one, by `unit`.
-      at_least: The ratio's lower bound, if it has one. A ratio without bounds is only told.
+      at_least: The ratio's lower bound, if it has one. A ratio without bounds is only reported.
       at_most: The ratio's upper bound, if it has one.
-      unit: Divides a median that stands alone, such as bytes to be told in GiB.
+      unit: Divides a median that stands alone, such as bytes to be reported in GiB.
     """
 
     text: str
@@ -111,13 +111,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done, by whom, and what it has to reach.
+    """The work, who does it, and the targets.
 
     Attributes:
       name: Stable, one of `__main__.SCENARIOS`.
       work: The work in a sentence.
       contenders: Ours and the peers; the first round runs them in this order.
-      targets: What the medians are held against.
+      targets: What the medians are compared with.
       touched_bytes: Memory and disk that the work needs at most, touched before measuring.
       prepare: Makes what all contenders use in a directory, which stays until the last round.
       shown: The metric that the plot shows.
@@ -187,7 +187,7 @@ def run_scenario(
       small: Whether to do a fraction of the work, to see that everything runs.
       rounds: How many rounds; a contender may limit its own.
       directory: Where on disk the checkpoints are written; emptied of them after each turn.
-      say: Told what runs at present.
+      say: Called with what runs at present.
 
     Returns:
       What was measured.

@@ -136,7 +136,7 @@ def model_config(options: argparse.Namespace) -> ModelConfig:
 
 
 def _fixed(options: argparse.Namespace, batches: Batches) -> dict[str, int | str]:
-    """What a run cannot change when it goes on; the text differs between Python versions."""
+    """What must be the same when a run is continued; the text differs between Python versions."""
     names = ("seed", "layers", "width", "steps_per_epoch")
     chosen = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
     return {**chosen, "text": batches.corpus.digest}

@@ -19,7 +19,7 @@ RECORD = "run.json"
 
 
 class DirectoryError(Exception):
-    """The directory cannot be used for this run; the message says why and what to do."""
+    """The directory cannot be used for this run; the message gives the reason and the remedy."""
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def claim(directory: Path, options: Mapping[str, Any]) -> Iterator[None]:
 
     Args:
         directory: of the run's checkpoints.
-        options: JSON; a run goes on only with those it began with.
+        options: JSON; a run can be continued only with those it began with.
 
     Raises:
         DirectoryError: It cannot be used, is in use, or holds something else.

@@ -57,7 +57,7 @@ class LanguageModel:
         raise NotImplementedError
 
     def load_trained(self, state: Mapping[str, Tree]) -> None:
-        """Takes over what `trained` returned in another run."""
+        """Replaces the state by what `trained` returned in another run."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tree]:
@@ -67,7 +67,7 @@ class LanguageModel:
         return {**self.trained(), "rngs": self.rngs, **metrics}
 
     def load_state(self, state: Mapping[str, Tree]) -> None:
-        """Takes over a state."""
+        """Replaces the state by one that `state` returned."""
         self.rngs = dict(state["rngs"])
         if self.epoch_loss is not None:
             self.epoch_loss = state["metrics"]["epoch_loss"]

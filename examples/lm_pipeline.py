@@ -2,8 +2,8 @@
 
 Each stage has three jitted functions of its own: forward, backward and update. Backward computes
 the stage's forward again from its input (rematerialisation, as in GPipe: Huang et al. 2019), so
-between the two passes a stage keeps nothing but one input per micro-batch. A stage is told once for
-each pass, for all micro-batches. In one process JAX dispatches without waiting, so while this
+between the two passes a stage keeps nothing but one input per micro-batch. Each pass is issued
+once for all micro-batches. In one process JAX dispatches without waiting, so while this
 thread issues work the stages' devices overlap as their inputs allow.
 
 Dropout, gradients and optimizer state are each layer's own: how layers are spread over stages

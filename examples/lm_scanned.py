@@ -72,7 +72,7 @@ class ScannedModel(LanguageModel):
         return self._trained
 
     def load_trained(self, state: Mapping[str, Tree]) -> None:
-        """Takes over parameters and optimizer state."""
+        """Replaces parameters and optimizer state."""
         self._trained = {root: state[root] for root in self._trained}
 
     def training_step(

@@ -17,14 +17,15 @@ from trainer import Trainer
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lm_module import LanguageModel
+    from lm_module import LanguageModel, PipelineModel
+    from lm_scanned import ScannedModel
 
     from flax_partial.callbacks import CheckpointReport, PartialCheckpointCallback
 
 
 def show_training(
     text: str,
-    make_model: Callable[[], LanguageModel],
+    make_model: Callable[[], PipelineModel | ScannedModel],
     checkpoints: PartialCheckpointCallback | None,
     *,
     max_epochs: int,

@@ -2,7 +2,7 @@
 
 The model is that of `pipeline_lm.py`, but all its blocks are stacked: each of their parameters is
 one array `[layers, ...]`, over which the training step scans, and which is sharded over a stage
-axis. `stacked={"params.blocks": 0}` tells the callback so. It saves layer after layer, with its
+axis. The callback knows it by `stacked={"params.blocks": 0}`. It saves layer after layer, with its
 optimizer state, and takes from the host's memory no more than `--max-inflight-mb` allows.
 
     python examples/scanned_layers.py               train, or go on where the last run stopped

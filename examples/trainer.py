@@ -16,8 +16,8 @@ and two that Lightning has not, for callbacks that save state piece by piece:
 
 A module that can say when a layer's new parameters or optimizer state have been computed, or will
 be without further calls from here, hands them to `Trainer.layer_ready` and
-`Trainer.optimizer_state_ready` from within its training step. It does so in every step: whoever
-does not save this step returns at once. A module that says nothing is saved just as well, from
+`Trainer.optimizer_state_ready` from within its training step, and does so in every step: a callback
+that does not save this step returns at once. A module that hands over nothing is saved from
 `Trainer.state` at the end of the step.
 
 One invariant carries resuming: between two training steps `Trainer.state` is everything that the
@@ -48,7 +48,7 @@ class Module(Protocol):
         """Everything the module's next steps depend on, as a tree of arrays where they are now."""
 
     def load_state(self, state: Mapping[str, Tree]) -> None:
-        """Takes over what `state` returned in another run."""
+        """Replaces the state by what `state` returned in another run."""
 
     def batches(self, epoch: int, start: int) -> Iterable[Any]:
         """The batches of an epoch from number `start` on: the same ones in every run."""

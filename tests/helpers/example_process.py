@@ -39,7 +39,7 @@ class Example:
     """Starts a program with options that stay the same."""
 
     def __init__(self, script: str, cache: Path, *options: object) -> None:
-        self._command = [sys.executable, EXAMPLES / script, *map(str, options)]
+        self._command: list[str | Path] = [sys.executable, EXAMPLES / script, *map(str, options)]
         self._environment = {
             **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
             "JAX_COMPILATION_CACHE_DIR": str(cache),
