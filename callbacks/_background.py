@@ -1,7 +1,8 @@
-"""A thread for what training need not wait for."""
+"""Jobs that training does not wait for."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -15,30 +16,36 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """Does one job after another, in a thread that is there only while there are some.
+    """Does one job after another, in a thread that exists only while there are some.
 
-    A job that raises is logged and stops nothing: whose errors matter hands them on by itself.
+    It is no `ThreadPoolExecutor`, which keeps an idle thread until it is shut down (a loop that
+    fails may never come to that), and refuses all jobs once the main thread has ended.
+
+    A job that raises is logged, and the next one is done: a job reports its errors by itself.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards both below
         self._jobs: deque[tuple[Future[None], Callable[[], None]]] = deque()
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
-        """Has a job done after those before it.
+        """Does a job after those before it.
 
-        Raises:
-          RuntimeError: The interpreter is ending: nothing new can be begun.
+        Where the interpreter is ending, and starts no thread any more, the caller's thread does it.
         """
         future: Future[None] = Future()
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._work, name=self._name)
-                thread.start()  # it waits for the lock
-                self._thread = thread
-            self._jobs.append((future, work))
+                with contextlib.suppress(RuntimeError):
+                    thread.start()  # it waits for the lock
+                    self._thread = thread
+            if self._thread is not None:
+                self._jobs.append((future, work))
+                return future
+        _do(work, future)
         return future
 
     def finish(self) -> None:
@@ -53,9 +60,13 @@ class Worker:
                     self._thread = None
                     return
                 future, work = self._jobs.popleft()
-            try:
-                work()
-            except Exception:
-                logger.exception("Could not tidy up after a checkpoint.")
-            finally:
-                future.set_result(None)
+            _do(work, future)
+
+
+def _do(work: Callable[[], None], future: Future[None]) -> None:
+    try:
+        work()
+    except Exception:
+        logger.exception("Could not tidy up after a checkpoint.")
+    finally:
+        future.set_result(None)

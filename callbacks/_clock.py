@@ -1,10 +1,10 @@
-"""Saving every so often: a decision by the clock, which all processes have to make alike.
+"""Saving at intervals of time, at the same step in all processes.
 
-Their clocks differ, and so does how far each has come. So the first process's clock counts, and
-when it is time every process says, in the background, which step it was last asked about, and holds
-back an answer about a later one. The step after the furthest of these is the one to save: nobody
-has gone past it. That takes two messages each way through JAX's coordination service, and no
-device; nobody waits for another one's training, only for its answer.
+Their clocks differ, and so do the steps that they are at. So the first process's clock decides, and
+when it is time every process posts, in the background, the last step that it was asked about, and
+answers for no later one until all agree. They save the step after the furthest of these: no process
+is past it. That takes two messages each way through JAX's coordination service, and no device; no
+process waits for another one's training, only for its answer.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WAIT_SECS = 7 * 24 * 3600.0  # for it to be time; then all begin to wait anew
-_ANSWER_SECS = 10.0  # for the others to say how far they are
+_WAIT_SECS = 7 * 24 * 3600.0  # for it to be time; then all wait again
+_ANSWER_SECS = 10.0  # for the others to post their steps
 _END_SECS = 5.0
 
 
@@ -33,13 +33,13 @@ class Clock:
 
     def __init__(self, interval: timedelta) -> None:
         self._interval_secs = interval.total_seconds()
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards all below; signals that any has changed
         self._since = time.monotonic()
         self._asked = 0  # the last step that it was asked about
-        self._due: int | None = None  # the last step that it was time at
+        self._due: int | None = None  # the last step to be saved
         # Steps that all have agreed on: this process may be so far behind that there are several.
         self._agreed: list[int] = []
-        self._is_holding = False
+        self._is_agreeing = False  # answers for no later step meanwhile
         self._is_over = False
         self._thread: threading.Thread | None = None
 
@@ -62,7 +62,7 @@ class Clock:
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends it, here and, if this is the first process, in all others."""
+        """Ends it; if this is the first process, in all others, too."""
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
@@ -71,14 +71,14 @@ class Clock:
             thread.join(_END_SECS)  # the first process may come to its end much later
 
     def saved(self) -> None:
-        """Takes note that the clock begins anew: a checkpoint is being saved."""
+        """Starts the interval again: a checkpoint is being saved."""
         with self._changed:
             self._since = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """Whether to save a step; however often it is asked, it answers the same."""
+        """Whether to save a step; the answer is the same each time."""
         with self._changed:
-            while self._is_holding and step > self._asked:
+            while self._is_agreeing and step > self._asked:
                 self._changed.wait()
             if step != self._asked:
                 self._asked = step
@@ -128,19 +128,19 @@ class Clock:
         try:
             step = fp.agree(
                 f"step {name}",
-                ready=self._hold,
+                ready=self._last_asked,
                 act=lambda said: max(said.values()) + 1,
                 timeout_secs=_ANSWER_SECS,
             )
             agreed = [step]
         finally:
             with self._changed:
-                self._is_holding = False
+                self._is_agreeing = False
                 self._agreed += agreed
                 self._since = time.monotonic()
                 self._changed.notify_all()
 
-    def _hold(self) -> int:
+    def _last_asked(self) -> int:
         with self._changed:
-            self._is_holding = True
+            self._is_agreeing = True
             return self._asked

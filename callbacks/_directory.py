@@ -1,6 +1,6 @@
-"""A run's directory of steps: what an ended run left in it, which checkpoints go, which is best.
+"""A run's directory of steps: what an ended run left in it, which are removed, which is the best.
 
-Of several processes one changes the directory, the first; the others wait where they have to see
+Of several processes the first one changes the directory; the others wait for it where they read
 what it has done.
 """
 
@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import re
+import shutil
 import uuid
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,6 +21,7 @@ from flax_partial.runs import completeness
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
+    from pathlib import Path
 
     from flax_partial.callbacks._schedule import Retention
 
@@ -34,13 +33,13 @@ _HALF_DELETED = re.compile(r"\.\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
 
 
 def recover(directory: Path, *, live: Container[Path] = ()) -> str:
-    """Finalizes the sessions whose groups are all there, drops all others, and says which.
+    """Finalizes the sessions whose groups are all there, drops all others, and logs which.
 
-    Under `jax.distributed` all processes call it; the first of them does it, and all wait for that.
+    Under `jax.distributed` all processes call it; the first of them does it, the others wait.
 
     Args:
       directory: A run's directory of steps; it need not exist.
-      live: Checkpoints that this process is writing: they are left alone.
+      live: Checkpoints that this process is writing: their sessions are kept.
 
     Returns:
       A name for the run that begins here, the same in all processes and never used before.
@@ -68,10 +67,7 @@ def _recover(directory: Path, live: Container[Path]) -> str:
 
 
 def check_is_newer(directory: Path, step: int) -> Path | None:
-    """Refuses a step that is not newer than all checkpoints in the directory.
-
-    Returns:
-      The newest of these; None if there is none.
+    """Returns the newest checkpoint, which has to be older than `step`; None if there is none.
 
     Raises:
       CheckpointExistsError: Some checkpoint is of this step, or a later one.
@@ -88,11 +84,11 @@ def check_is_newer(directory: Path, step: int) -> Path | None:
 
 
 def drop_unless_complete(path: Path, step: int, why: str) -> None:
-    """Drops a session that lacks anything of the checkpoint of `step`, and says why.
+    """Drops a session that lacks anything of the checkpoint of `step`, and logs why.
 
     One that lacks nothing is left for `recover` to finalize: it failed for some other reason.
     """
-    if not is_primary():
+    if not _is_primary():
         return
     try:
         if completeness.missing(fp.status(path), step) is not None:
@@ -101,27 +97,26 @@ def drop_unless_complete(path: Path, step: int, why: str) -> None:
         return
 
 
-def is_primary() -> bool:
-    """Whether this is the process, of several, that changes the directory."""
+def _is_primary() -> bool:
     return jax.process_index() == 0
 
 
 def prune(directory: Path, retention: Retention, *, protected: Container[int] = ()) -> None:
     """Removes the checkpoints that are no longer to be kept, oldest first.
 
-    Each disappears at once, and is deleted then: killed anywhere, a checkpoint is whole or none any
-    more, and `sweep` deletes the rest of it. One that is being read stays, for the next time.
+    Each is renamed, then deleted: killed anywhere, a checkpoint is whole or is none, and `sweep`
+    deletes the rest of it. One that is being read stays until the next call.
 
     Args:
       directory: A run's directory of steps.
       retention: Which are kept.
       protected: Steps that are kept in any case.
     """
-    if not (retention.removes and is_primary()):
+    if not (retention.removes and _is_primary()):
         return
     steps = fp.steps(directory)
-    known = _known(directory, steps) if retention.looks_inside else {}
-    times = {step: entry.committed_at for step, entry in known.items()}
+    known = _facts(directory, steps) if retention.looks_inside else {}
+    times = {step: committed_at for step, (_, committed_at) in known.items()}
     for step in retention.expired(steps, _scores(known, retention.monitor), times):
         if step not in protected:
             _remove(directory / str(step))
@@ -133,7 +128,7 @@ def _remove(path: Path) -> None:
     except fp.CheckpointInUseError as error:
         logger.debug("Left %s for now: %s", path, error)
     except fp.NoSessionError:
-        return  # somebody else has removed it
+        return  # another process has removed it
     except OSError:
         logger.exception("Could not remove the checkpoint %s; training goes on.", path)
     else:
@@ -142,15 +137,15 @@ def _remove(path: Path) -> None:
 
 def sweep(directory: Path) -> None:
     """Deletes what is left of checkpoints and sessions whose removal was interrupted."""
-    if not (is_primary() and directory.is_dir()):
+    if not (_is_primary() and directory.is_dir()):
         return
     for entry in directory.iterdir():
         if _HALF_DELETED.fullmatch(entry.name):
-            _delete(entry)
+            shutil.rmtree(entry, ignore_errors=True)  # another process may be deleting it, too
 
 
 def choose(directory: Path, retention: Retention, which: str | int) -> int | None:
-    """The newest step, the best one of those that have a score, or a given one; None if none.
+    """Returns the newest step, the best of those with a score, or a given one; None if none.
 
     Raises:
       ValueError: The best one is asked for, and there is no metric to choose by.
@@ -173,43 +168,37 @@ def choose(directory: Path, retention: Retention, which: str | int) -> int | Non
 
 
 def scores(directory: Path, steps: Iterable[int], monitor: str | None) -> dict[int, float]:
-    """Step to the score that its checkpoint was stored with; those without one are left out."""
-    return _scores(_known(directory, steps), monitor)
+    """Returns step to the score that its checkpoint was stored with; some may have none."""
+    return _scores(_facts(directory, steps), monitor)
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What is remembered of a checkpoint, which never changes."""
-
-    metrics: Mapping[str, Any]
-    committed_at: float
+_Facts = tuple["Mapping[str, Any]", float]
+"""A checkpoint's metrics, and when it was finalized, in seconds since the epoch."""
 
 
-def _known(directory: Path, steps: Iterable[int]) -> dict[int, _Known]:
+def _facts(directory: Path, steps: Iterable[int]) -> dict[int, _Facts]:
     found = {}
     for step in steps:
         path = directory / str(step)
-        # Somebody else may have removed it; and what is damaged has no score.
+        # Another process may have removed it; and what is damaged has no score.
         with contextlib.suppress(FileNotFoundError, fp.CorruptCheckpointError):
             status = path.stat()
-            found[step] = _look(path, status.st_ino, status.st_mtime_ns)
+            found[step] = _facts_of(path, status.st_ino, status.st_mtime_ns)
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _look(path: Path, _inode: int, _mtime_ns: int) -> _Known:
-    """Reads it once: the table of contents of a large model takes a while."""
+def _facts_of(path: Path, _inode: int, _mtime_ns: int) -> _Facts:
+    """Reads them once: the table of contents of a large model takes a while."""
     metadata = fp.metadata(path)
-    return _Known(metadata.custom_metadata.get("metrics", {}), metadata.committed_at)
+    return metadata.custom_metadata.get("metrics", {}), metadata.committed_at
 
 
-def _scores(known: Mapping[int, _Known], monitor: str | None) -> dict[int, float]:
-    if monitor is None:
-        return {}
+def _scores(known: Mapping[int, _Facts], monitor: str | None) -> dict[int, float]:
     return {
-        step: float(entry.metrics[monitor])
-        for step, entry in known.items()
-        if monitor in entry.metrics
+        step: float(metrics[monitor])
+        for step, (metrics, _) in known.items()
+        if monitor is not None and monitor in metrics
     }
 
 
@@ -220,7 +209,7 @@ def _settle(path: Path, step: int) -> None:
         return
     try:
         fp.finalize(path, processes=[jax.process_index()])
-    except fp.PartialCheckpointError as error:  # calling again would not mend it
+    except fp.PartialCheckpointError as error:  # it would be raised again
         _drop(path, f"it was left by an ended run, and cannot be finalized: {error}")
     else:
         logger.warning("Finalized %s, which an ended run had saved but not finalized.", path)
@@ -229,20 +218,7 @@ def _settle(path: Path, step: int) -> None:
 def _drop(path: Path, why: str) -> None:
     try:
         fp.abort(path)
-    except fp.CheckpointExistsError as error:  # somebody's own files lie in it
+    except fp.CheckpointExistsError as error:  # it has files that are not of a session
         logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
     else:
         logger.warning("Dropped the unfinished checkpoint %s: %s", path, why)
-
-
-def _delete(directory: Path) -> None:
-    """Deletes a directory, that another process may be deleting too."""
-    for parent, folders, files in os.walk(directory, topdown=False):
-        for name in files:
-            Path(parent, name).unlink(missing_ok=True)
-        for name in folders:
-            folder = Path(parent, name)
-            with contextlib.suppress(FileNotFoundError):
-                folder.unlink() if folder.is_symlink() else folder.rmdir()
-    with contextlib.suppress(FileNotFoundError):
-        directory.rmdir()

@@ -1,4 +1,4 @@
-"""Loops that are no dependency: what is missing is named, with how to install it."""
+"""Optional packages: an error names the one that is missing, and how to install it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state after the last finished step, held in case that the next one fails."""
+"""The state after the last finished step, kept in case that the next one fails."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 class Finished:
     """A finished step.
 
-    JAX's arrays never change, so that holding them is holding the step: it costs no copy. Whether
-    they are still there, once the next step has failed, depends on whether it was given them to
-    write over.
+    JAX's arrays never change, so keeping references to them costs no copy. Once the next step has
+    failed, those that were donated to it are gone.
 
     Attributes:
       step: The step.
@@ -34,15 +33,15 @@ class Finished:
 
     @classmethod
     def of(cls, trainer: Any, module: Any, state_fn: StateFn | None) -> Finished:
-        """Takes hold of a step that has just been finished."""
+        """Keeps a step that has just been finished."""
         tree = jax.tree.map(_copied, _state.take(trainer, module, state_fn))
         return cls(trainer.global_step, trainer.current_epoch, tree)
 
     def check_is_there(self) -> None:
-        """Refuses a state of which arrays are gone.
+        """Checks that all arrays can still be read.
 
         Raises:
-          ValueError: Some are.
+          ValueError: Some were donated.
         """
         leaves = jax.tree.leaves(self.tree)
         gone = sum(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)

@@ -1,125 +1,60 @@
-"""Names of leaves, and how a state is cut into the groups that are saved one by one.
-
-A group is any subset of a tree's leaves. It is saved as one part, each leaf under the path that it
-has in the whole tree; `subtree` builds what a save takes from such leaves, whatever containers they
-come from.
-"""
+"""How a state is cut into groups: the leaves that a callback saves at once, as one part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-from jax import tree_util
+from flax_partial.callbacks import _stacked
+from flax_partial.callbacks._leaves import (
+    KeyPath,
+    Leaves,
+    flatten,
+    innermost,
+    keys_of,
+    leaf_name,
+    placed,
+    texts,
+)
 
-KeyPath = tuple[Any, ...]
-"""A path as `jax.tree_util.tree_flatten_with_path` gives it."""
+if TYPE_CHECKING:
+    from flax_partial.callbacks._claims import Claims
+    from flax_partial.callbacks._leaves import Name
 
 GroupBy = Callable[[KeyPath], str]
 """Says, by its key path, which group a leaf of the state is saved with."""
 
-Name = str | tuple[str | int, ...]
-"""What a trainer calls a layer: its path below the root, joined with dots or as a tuple."""
-
-Leaves = list[tuple[KeyPath, Any]]
-
 _PARAMS = "params"
 
 
-@tree_util.register_pytree_with_keys_class
-class Branch:
-    """A node of a tree of which only some leaves are there: lists with gaps keep their indices."""
+class Grouping:
+    """How one callback groups what it saves."""
 
-    __slots__ = ("children",)
+    def __init__(self, group_by: GroupBy | None, stacked: _stacked.Stacked) -> None:
+        """Checks what a user gives.
 
-    def __init__(self, children: dict[Any, Any] | None = None) -> None:
-        self.children: dict[Any, Any] = children or {}
+        Raises:
+          TypeError: `stacked` maps something else than names to numbers, or tuples of them.
+        """
+        self._group_by = group_by
+        self._stacked = _stacked.check(stacked)
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
-        """Gives JAX the children with the keys they have in the whole tree."""
-        return tuple(self.children.items()), tuple(self.children)
+    def streamed(self, root: str, name: Name, tree: Any) -> dict[str, Leaves]:
+        """Returns the groups of a streamed layer: it is one, or one for each row of a stack."""
+        leaves = _stacked.spread(flatten(placed(root, name, tree)), self._stacked)
+        return _stacked.by_row({".".join((root, *map(str, keys_of(name)))): leaves})
 
-    @classmethod
-    def tree_unflatten(cls, keys: tuple[Any, ...], children: Iterable[Any]) -> Branch:
-        """Builds the node again, as `jax.tree.map` does."""
-        return cls(dict(zip(keys, children, strict=True)))
+    def rest(self, tree: Any, claims: Claims) -> dict[str, Leaves]:
+        """Returns the groups of what is in a state, and was not saved yet.
 
-
-def flatten(tree: Any) -> Leaves:
-    """The leaves of a tree with their paths; None and empty containers in it are leaves, too."""
-    if _is_leaf(tree):
-        return []
-    return tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]
-
-
-def _is_leaf(node: Any) -> bool:
-    return node is None or (isinstance(node, list | tuple | Mapping) and not node)
-
-
-def subtree(leaves: Iterable[tuple[KeyPath, Any]]) -> Any:
-    """Builds the tree that has only these leaves (or subtrees), each at its own path."""
-    root = Branch()
-    for path, leaf in leaves:
-        if not path:
-            return leaf
-        node = root
-        for key in path[:-1]:
-            node = node.children.setdefault(key, Branch())
-        node.children[path[-1]] = leaf
-    return root
-
-
-def placed(root: str, name: Name, tree: Any) -> Any:
-    """Puts a streamed tree where it belongs in the whole state.
-
-    Args:
-      root: Key of the state that holds it: "params" or "opt_state".
-      name: Path below `root`: "blocks.3", or a tuple of keys, in which an integer is an index of a
-        list. Empty: `tree` is all that `root` holds.
-      tree: The layer's parameters, or their optimizer state.
-    """
-    return subtree([((tree_util.DictKey(root), *map(_entry, _keys(name))), tree)])
-
-
-def group_name(root: str, name: Name) -> str:
-    """What a streamed group is called: the name that all its leaves begin with."""
-    return ".".join((root, *map(str, _keys(name))))
-
-
-def _keys(name: Name) -> tuple[str | int, ...]:
-    if isinstance(name, tuple):
-        return name
-    return tuple(name.split(".")) if name else ()
-
-
-def _entry(key: str | int) -> Any:
-    return tree_util.SequenceKey(key) if isinstance(key, int) else tree_util.DictKey(key)
-
-
-def texts(path: KeyPath) -> tuple[str, ...]:
-    """A path's keys as text, as they stand in the leaf's name."""
-    return tuple(map(_text, path))
-
-
-def _text(key: Any) -> str:
-    if type(key) is tree_util.DictKey:  # by far the most common, and cheaper than the general case
-        return str(key.key)
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def leaf_name(path: KeyPath) -> str:
-    """The name that a leaf has in a checkpoint: its keys, joined with a dot."""
-    return ".".join(texts(path))
-
-
-def innermost(names: tuple[str, ...], stacks: Iterable[str]) -> str | None:
-    """The longest of `stacks`, names of leaves or subtrees, that a path is or lies below."""
-    name = ".".join(names)
-    above = [stack for stack in stacks if name == stack or name.startswith(f"{stack}.")]
-    return max(above, key=len, default=None)
+        Raises:
+          ValueError: `stacked` names no leaf of what is saved.
+        """
+        leaves = flatten(tree)
+        _stacked.check_known(self._stacked, {leaf_name(path) for path, _ in leaves} | claims.names)
+        group_by = self._group_by or layerwise(leaves, self._stacked)
+        spread = _stacked.spread(leaves, self._stacked)
+        return _stacked.by_row(cut([leaf for leaf in spread if not claims.covers(*leaf)], group_by))
 
 
 def cut(leaves: Leaves, group_by: GroupBy) -> dict[str, Leaves]:
@@ -131,7 +66,7 @@ def cut(leaves: Leaves, group_by: GroupBy) -> dict[str, Leaves]:
 
 
 def layerwise(leaves: Leaves, stacks: Iterable[str] = ()) -> GroupBy:
-    """The default grouping of a state: a group for each layer of each root ("params", ...).
+    """Returns the default grouping of a state: a group for each layer of each root ("params", ...).
 
     A layer reaches down to the first number of the path (`params.blocks.3`), or else to the first
     key below the root (`params.embed`); each subtree of `stacks` is a layer, too. A leaf that has
@@ -140,9 +75,10 @@ def layerwise(leaves: Leaves, stacks: Iterable[str] = ()) -> GroupBy:
     moment.
     """
     known = list(stacks)
+    paths = (texts(path) for path, _ in leaves if path)
     params = {
         names[1:]: _layer(names, known)
-        for names in _paths_of(leaves)
+        for names in paths
         if names[0] == _PARAMS or innermost(names, known) is not None
     }
 
@@ -156,10 +92,6 @@ def layerwise(leaves: Leaves, stacks: Iterable[str] = ()) -> GroupBy:
         return ".".join(_layer(names, known))
 
     return group_by
-
-
-def _paths_of(leaves: Leaves) -> Iterable[tuple[str, ...]]:
-    return (texts(path) for path, _ in leaves if path)
 
 
 def _layer(names: tuple[str, ...], stacks: Iterable[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The trainer's metrics, stored with a checkpoint; and what a checkpoint cost, told as metrics."""
+"""The trainer's metrics, stored with a checkpoint; and a checkpoint's cost, sent as metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Those of the metrics that are finite numbers; waits for the ones still being computed."""
+    """Returns the metrics that are finite numbers; waits for those still being computed."""
     numbers = {}
     for name, value in metrics.items():
         try:
@@ -43,7 +43,7 @@ def check_score(path: Path, numbers: Mapping[str, float], monitor: str | None) -
 
 
 def costs(report: CheckpointReport) -> dict[str, float]:
-    """What a checkpoint cost, under the names that loggers show."""
+    """Returns what a checkpoint cost, under the names that loggers show."""
     return {
         "checkpoint/blocked_secs": report.blocked_secs,
         "checkpoint/write_secs": report.write_secs,
@@ -53,7 +53,7 @@ def costs(report: CheckpointReport) -> dict[str, float]:
 
 
 def send(report: CheckpointReport, trainer: Any, on_metrics: OnMetrics | None) -> None:
-    """Tells what a checkpoint cost: a function, or else the trainer's loggers, as Lightning's are.
+    """Sends what a checkpoint cost to a function, or else to the trainer's loggers.
 
     Raises:
       Exception: Whatever the function or the logger raised.
@@ -67,7 +67,7 @@ def send(report: CheckpointReport, trainer: Any, on_metrics: OnMetrics | None) -
 
 
 def log(report: CheckpointReport) -> None:
-    """Writes the one line of a checkpoint."""
+    """Logs the one line of a checkpoint."""
     from rich.filesize import decimal
 
     logger.info(

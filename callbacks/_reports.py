@@ -1,4 +1,4 @@
-"""What each checkpoint of a run held and cost."""
+"""What each checkpoint of a run holds and cost."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class CheckpointReport:
       bytes: Array data, in bytes.
       reused_bytes: Array data that this process did not write: the checkpoint before holds it.
       metrics: The trainer's metrics that are stored with it.
-      blocked_secs: Seconds for which hooks and streaming calls held training, from the first save
-        of this checkpoint to that of the next.
+      blocked_secs: Seconds for which hooks and streaming calls blocked training, from the first
+        save of this checkpoint to that of the next.
       write_secs: Seconds spent writing groups, summed: they are written side by side, so less time
         than this went by.
       finalize_secs: Seconds that finalize took, in the background.
@@ -51,12 +51,12 @@ class CheckpointReport:
 
 
 @dataclass
-class HeldTime:
-    """Time that a checkpoint has held training so far; it outlives the checkpoint.
+class BlockedTime:
+    """For how long a checkpoint has blocked training so far; it outlives the checkpoint.
 
     Attributes:
       step: The checkpoint's; None stands for the time before the first.
-      secs: How long, in seconds.
+      secs: In seconds.
     """
 
     step: int | None = None

@@ -1,7 +1,7 @@
-"""Rows of stacked leaves: which of them this process holds, and how one is cut out of its shards.
+"""Rows of stacked leaves: which of them this process saves, and how one is cut out of its shards.
 
 A row is what lies at one index of each axis along which a leaf stacks layers. It is cut on the
-devices that hold its first replica: nothing is moved, and no other process takes part in it.
+devices of its first replica: nothing is moved between devices or processes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Axes = tuple[int, ...]
 """Axes of a leaf along which it is cut, ascending."""
 
 Index = tuple[int, ...]
-"""Which row: its place along each axis that is cut."""
+"""Which row: its index along each axis that is cut."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a stacked leaf that is not cut out yet.
+    """A row of a stacked leaf, not cut out yet.
 
     Attributes:
       value: The whole leaf: `np.ndarray`, or `jax.Array` under a sharding that `is_cuttable`.
@@ -43,7 +43,7 @@ class Row:
     axes: Axes
 
     def cut(self) -> fp.Slice:
-        """Cuts it out; waits for no computation. A `jax.Array` may be donated afterwards."""
+        """Cuts it out, and waits for no computation. The array may be donated afterwards."""
         size = tuple(self.value.shape[axis] for axis in self.axes)
         if isinstance(self.value, np.ndarray):
             index = [slice(None)] * self.value.ndim
@@ -55,10 +55,7 @@ class Row:
 
 
 def is_cuttable(value: Any) -> bool:
-    """Whether rows of a leaf can be cut out; keys are too small to, and other shardings unheard of.
-
-    An axis without rows leaves nothing to save in pieces.
-    """
+    """Whether rows of a leaf can be cut out: not of keys, empty arrays, or unusual shardings."""
     if isinstance(value, jax.Array):
         is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
         is_known = isinstance(value.sharding, NamedSharding | SingleDeviceSharding)
@@ -67,10 +64,10 @@ def is_cuttable(value: Any) -> bool:
 
 
 def rows_of(piece: fp.Slice) -> tuple[Axes, list[Index]]:
-    """The axes along which a piece of a leaf was cut, and which rows it has.
+    """Returns the axes along which a piece of a leaf was cut, and which rows it has.
 
     Raises:
-      TypeError, AttributeError, IndexError, ValueError: It cannot be saved.
+      TypeError, AttributeError, IndexError, ValueError: It is no valid slice.
     """
     axes, starts = map(_as_tuple, (piece.axis, piece.start))
     rank = piece.value.ndim
@@ -83,7 +80,7 @@ def rows_of(piece: fp.Slice) -> tuple[Axes, list[Index]]:
 
 
 def rows_here(value: Any, axes: Axes) -> Iterable[Index]:
-    """The rows of which this process holds the first replica, or some of it; in order."""
+    """Returns the rows whose first replica is, at least in part, in this process; in order."""
     if isinstance(value, np.ndarray):
         return itertools.product(*(range(value.shape[axis]) for axis in axes))
     return sorted(
@@ -100,17 +97,17 @@ def _first_replicas(value: jax.Array) -> list[Any]:
 
 
 def _ranges_of(shard: Any, shape: tuple[int, ...], axes: Axes) -> list[range]:
-    """Which rows a shard holds, along each axis."""
+    """Returns which rows a shard has, along each axis."""
     return [range(*shard.index[axis].indices(shape[axis])) for axis in axes]
 
 
 def _cut_shards(value: jax.Array, row: Index, axes: Axes) -> jax.Array:
-    """Cuts a row out of the shards that hold its first replica, each on its own device."""
+    """Cuts a row out of the shards of its first replica, each on its own device."""
     pieces = []
     for shard in _first_replicas(value):
-        held = _ranges_of(shard, value.shape, axes)
-        if all(at in rows for at, rows in zip(row, held, strict=True)):
-            start = [at - rows.start for at, rows in zip(row, held, strict=True)]
+        ranges = _ranges_of(shard, value.shape, axes)
+        if all(at in rows for at, rows in zip(row, ranges, strict=True)):
+            start = [at - rows.start for at, rows in zip(row, ranges, strict=True)]
             pieces.append(_cut_one(shard.data, start, axes))
     shape = tuple(1 if axis in axes else size for axis, size in enumerate(value.shape))
     if len(pieces) == 1 and pieces[0].shape == shape:
@@ -120,7 +117,7 @@ def _cut_shards(value: jax.Array, row: Index, axes: Axes) -> jax.Array:
 
 
 def _cut_one(shard: jax.Array, start: Iterable[int], axes: Axes) -> jax.Array:
-    # The mesh that a training loop has set would forbid what runs on one of its devices.
+    # Under the mesh that a training loop has set, nothing may run on one of its devices alone.
     with jax.set_mesh(_NO_MESH):
         cut: jax.Array = _jit_cut(shard, tuple(map(np.int32, start)), axes)
     return cut
@@ -131,7 +128,7 @@ _NO_MESH = Mesh(np.empty((), object), ())
 
 @functools.partial(jax.jit, static_argnums=2)
 def _jit_cut(shard: jax.Array, start: tuple[jax.Array, ...], axes: Axes) -> jax.Array:
-    """With the row as an argument, all rows of all leaves of one shape share one program."""
+    """Cuts by an index that is an argument: all rows of leaves of one shape share one program."""
     begin, shape = [jnp.int32(0)] * shard.ndim, list(shard.shape)
     for axis, at in zip(axes, start, strict=True):
         begin[axis], shape[axis] = at, 1
@@ -139,7 +136,7 @@ def _jit_cut(shard: jax.Array, start: tuple[jax.Array, ...], axes: Axes) -> jax.
 
 
 def _sharding_of_row(value: jax.Array, row: Index, axes: Axes) -> NamedSharding:
-    """The sharding of a row over the devices that hold its first replica.
+    """Returns the sharding of a row over the devices of its first replica.
 
     Of the mesh's axes, those that shard the stack are fixed where the row is, those that replicate
     are fixed at their first place, and those that shard the row remain.

@@ -138,7 +138,7 @@ class Retention:
         return [step for step in ordered if step not in kept]
 
     def _kept_by_steps(self, ordered: Iterable[int]) -> set[int]:
-        """Which of the others are there does not matter: what is kept once is kept for good."""
+        """Whether a step is kept depends on no later one: what is kept once is kept for good."""
         if self.keep_every_n_steps is None:
             return set()
         first: dict[int, int] = {}

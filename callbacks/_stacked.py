@@ -1,9 +1,9 @@
-"""Stacked leaves: which of a state's leaves are, and how one is cut into its layers.
+"""Stacked leaves: which of a state's leaves are stacked, and into which rows they are cut.
 
 Scanned and pipelined models (MaxText, Praxis) keep all layers in one leaf, `[layers, ...]` or
-`[repeats, stages, ...]`. Such a leaf is saved a row at a time (`rows.py`). A row is cut out when it
-is its turn to be saved: the leaf is never assembled, and no more of it is held twice than waits to
-be written. Of a leaf that is spread over several processes, each cuts and saves what it holds.
+`[repeats, stages, ...]`. Such a leaf is saved a row at a time (`_rows.py`). A row is cut out when
+it is its turn to be saved: the leaf is never assembled, and only rows that wait to be written take
+memory twice. Of a leaf that is sharded over several processes, each cuts and saves its own shards.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flax_partial.callbacks import _groups
+from flax_partial.callbacks import _leaves
 from flax_partial.callbacks._rows import Axes, Index, Row, is_cuttable, rows_here
 
 Stacked = Mapping[str, int | tuple[int, ...]]
@@ -19,10 +19,10 @@ Stacked = Mapping[str, int | tuple[int, ...]]
 
 
 def check(stacked: Stacked) -> dict[str, Axes]:
-    """Checks what a user gives, and copies it.
+    """Returns what a user passed, with a tuple of axes for each name.
 
     Raises:
-      TypeError: Something is no name of a leaf, or no number of an axis, nor several.
+      TypeError: A key is no string, or a value neither an axis nor a tuple of several.
     """
     given: Mapping[Any, Any] = stacked
     for name, axes in given.items():
@@ -41,10 +41,10 @@ def _are_axes(given: Any) -> bool:
 
 
 def check_known(stacked: Iterable[str], names: Iterable[str]) -> None:
-    """Refuses what is the name of no leaf or subtree.
+    """Checks that each name is that of a leaf or subtree.
 
     Raises:
-      ValueError: It names all that is not there.
+      ValueError: Some are not; it lists them.
     """
     known = list(names)
     unknown = [
@@ -59,24 +59,24 @@ def check_known(stacked: Iterable[str], names: Iterable[str]) -> None:
         )
 
 
-def spread(leaves: _groups.Leaves, stacked: Mapping[str, Axes]) -> _groups.Leaves:
-    """Puts its rows in the place of each stacked leaf: those that this process has to save."""
+def spread(leaves: _leaves.Leaves, stacked: Mapping[str, Axes]) -> _leaves.Leaves:
+    """Replaces each stacked leaf by the rows that this process has to save."""
     axes = _axes(leaves, stacked) if stacked else {}
     return [
         (path, value if row is None else Row(value, row, axes[names]))
         for path, value in leaves
-        for names in (_groups.texts(path),)
+        for names in (_leaves.texts(path),)
         for row in (rows_here(value, axes[names]) if names in axes else (None,))
     ]
 
 
-def by_row(groups: Mapping[str, _groups.Leaves]) -> dict[str, _groups.Leaves]:
+def by_row(groups: Mapping[str, _leaves.Leaves]) -> dict[str, _leaves.Leaves]:
     """Splits groups: row 3 of what is stacked in group "x" comes into group "x.3", in order.
 
     Along two axes it is "x.3.0", and so on.
     """
-    split: dict[str, _groups.Leaves] = {}
-    rows: dict[tuple[str, Index], _groups.Leaves] = {}
+    split: dict[str, _leaves.Leaves] = {}
+    rows: dict[tuple[str, Index], _leaves.Leaves] = {}
     for group, leaves in groups.items():
         for path, leaf in leaves:
             if isinstance(leaf, Row):
@@ -88,20 +88,20 @@ def by_row(groups: Mapping[str, _groups.Leaves]) -> dict[str, _groups.Leaves]:
     return split
 
 
-def cut(leaves: _groups.Leaves) -> _groups.Leaves:
-    """Cuts out the rows among some leaves."""
+def cut(leaves: _leaves.Leaves) -> _leaves.Leaves:
+    """Returns the leaves with their rows cut out of the arrays that hold them."""
     return [(path, leaf.cut() if isinstance(leaf, Row) else leaf) for path, leaf in leaves]
 
 
 def _axes(
-    leaves: Iterable[tuple[_groups.KeyPath, Any]], stacked: Mapping[str, Axes]
+    leaves: Iterable[tuple[_leaves.KeyPath, Any]], stacked: Mapping[str, Axes]
 ) -> dict[tuple[str, ...], Axes]:
-    """The axes of each leaf that is stacked, by its path as text.
+    """Returns the axes of each stacked leaf, by its path as text.
 
-    That is those that `stacked` names, and those that end in the path of one of them, as Optax's
-    moments do, and have as many rows.
+    Stacked are the leaves that `stacked` names, and those that end in the path of one of them, as
+    Optax's moments do, and have as many rows.
     """
-    values = {_groups.texts(path): value for path, value in leaves}
+    values = {_leaves.texts(path): value for path, value in leaves}
     named = {
         names: axes
         for names, value in values.items()
@@ -120,8 +120,8 @@ def _axes(
 
 
 def _named_axes(names: tuple[str, ...], value: Any, stacked: Mapping[str, Axes]) -> Axes | None:
-    """The axes of a leaf that `stacked` names; None if it names none, or the leaf lacks one."""
-    stack = _groups.innermost(names, stacked)
+    """Returns the axes of a leaf that `stacked` names; None if it is not, or lacks one of them."""
+    stack = _leaves.innermost(names, stacked)
     if stack is None or not is_cuttable(value):
         return None
     rank = value.ndim

@@ -1,6 +1,6 @@
 """From what a training loop holds to the tree that is saved, and back.
 
-Flax is never imported here: a value can only be one of its objects if somebody imported it already.
+Flax is never imported here: a value can only be one of its objects if it was imported already.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ StateFn = Callable[[Any, Any], Any]
 
 
 def take(trainer: Any, module: Any, state_fn: StateFn | None) -> Any:
-    """The tree to save: from `state_fn`, or else from what the loop is known to hold.
+    """Returns the tree to save: from `state_fn`, or else from what the loop is known to have.
 
     Without `state_fn`, the first of these that there is: `module`, then `trainer.state`, if it is
     an NNX module, saved as `{"params": ..., "opt_state": ...}` with the NNX optimizer that
@@ -46,7 +46,7 @@ def take(trainer: Any, module: Any, state_fn: StateFn | None) -> Any:
 
 
 def pure(tree: Any) -> Any:
-    """Replaces every NNX object in a tree by its state, as nested dicts of arrays."""
+    """Returns a tree with the state of every NNX object in its place, as nested dicts of arrays."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return tree
@@ -113,5 +113,5 @@ def _is_train_state(node: Any) -> bool:
 
 
 def _is_tree(state: Any) -> bool:
-    """Whether JAX knows its structure: an opaque object would be one leaf, that of itself."""
+    """Whether JAX knows its structure: an opaque object is a leaf."""
     return state is not None and not jax.tree_util.all_leaves([state])

@@ -1,8 +1,8 @@
-"""Records the timeline of a run as it goes, at next to no cost for training.
+"""Records the timeline of a run while it trains, at next to no cost for training.
 
-What happens is noted in memory, and written by the threads that save and finalize: at most every
-fifth of a second, and once a checkpoint has ended. A process that is killed loses what is not
-written yet, no more. That something cannot be written is said once: it never fails a training run.
+Events are kept in memory, and written by the threads that save and finalize: at most every fifth of
+a second, and when a checkpoint has ended. A process that is killed loses what is not written yet.
+A timeline that cannot be written is logged once; it never fails a training run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MOST_STEPS = 1000  # since the last write: a run that never saves must not fill the memory
-_BRIEF_SECS = 1e-4  # what holds training for less is added up, not listed
+_BRIEF_SECS = 1e-4  # what blocks training for less is added up, not listed
 _FLUSH_SECS = 0.2
 _MOST_BYTES = 16 << 20  # of a file, then another is begun; the one before the last goes
 
@@ -39,8 +39,8 @@ class Recorder:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._lock = threading.Lock()  # of what is noted
-        self._file_lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the events below, for an instant at a time
+        self._file_lock = threading.Lock()  # one thread at a time appends to the file
         self._run = ""
         self._has_begun = False  # whether the file says which run follows
         self._has_failed = False
@@ -52,18 +52,18 @@ class Recorder:
         self._lines: list[str] = []
 
     def begin(self, run: str) -> None:
-        """Takes note that what follows belongs to another run, and what only led up to it, too."""
+        """Has what follows belong to another run, with what led up to it."""
         if self._steps or self._lines:
             self.flush()
         self._run, self._has_begun = run, False
 
     def step_began(self) -> None:
-        """Takes note that a training step begins."""
+        """Records that a training step begins."""
         if self._step_began is None:
             self._step_began = time.time()
 
     def step_ended(self, number: int) -> None:
-        """Takes note that it ends; the last of several callbacks that say so counts."""
+        """Records that it ends; where several callbacks say so, the last one counts."""
         now = time.time()
         with self._lock:
             began, self._step_began = self._step_began, None
@@ -72,8 +72,8 @@ class Recorder:
             if began is not None:
                 self._steps.append((number, began, now))
 
-    def held(self, step: int | None, secs: float, hook: str) -> None:
-        """Takes note that training was held until now, for the checkpoint of a step."""
+    def blocked(self, step: int | None, secs: float, hook: str) -> None:
+        """Records that training was blocked until now, for the checkpoint of a step."""
         now = time.time()
         with self._lock:
             if secs < _BRIEF_SECS:
@@ -104,7 +104,7 @@ class Recorder:
         self.flush()
 
     def flush(self) -> None:
-        """Writes what was noted."""
+        """Writes what was recorded."""
         with self._file_lock:
             self._flushed = time.monotonic()
             lines = self._take()
@@ -152,8 +152,8 @@ class Recorder:
         return timeline.encode("run", run=self._run, process=process, processes=jax.process_count())
 
 
-def where_is(leaves: Iterable[tuple[Any, Any]]) -> str:
-    """On which devices the arrays among some leaves are: "cpu:0", "gpu:4-7"; empty if on none."""
+def devices_of(leaves: Iterable[tuple[Any, Any]]) -> str:
+    """Says on which devices some leaves are: "cpu:0", "gpu:4-7"; "" if in the host's memory."""
     shardings = dict.fromkeys(
         value.sharding
         for _, leaf in leaves

@@ -31,7 +31,8 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
     made in mid-epoch, that epoch is trained anew, on weights that have seen some of it already. So
     results are those of a run that was never stopped if checkpoints are made at epochs' ends.
 
-    Keras tells no callback that `fit` raised: `with checkpoints:` around it does.
+    Keras calls no callback where `fit` raises: put `with checkpoints:` around it. Without that, the
+    next `fit` in the same directory ends the one that failed.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
             self._resume()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Takes note of the step that the epoch follows."""
+        """Remembers the step before the epoch."""
         self._set_initial_epoch(None)  # which would be that of the next `fit`, too
         self._loop.trainer.current_epoch = epoch
         self._step_of_epoch = self._loop.trainer.global_step

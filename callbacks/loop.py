@@ -1,8 +1,8 @@
-"""What the adapters share: a stand-in for the trainer, and the callback's hooks in their order.
+"""What the adapters share: a trainer for the callback, and the callback's hooks in their order.
 
-The callback reads five things of a trainer: `global_step`, `current_epoch`, `callback_metrics`,
-`is_last_batch` and `state`. A loop that has none of them, or has them under other names, is
-followed by a `Loop`, which an adapter tells what the loop has done.
+The callback reads five attributes of a trainer: `global_step`, `current_epoch`, `callback_metrics`,
+`is_last_batch` and `state`. A loop that lacks them has an adapter, which reports to a `Loop` what
+the loop has done.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ class Loop:
         self._has_epochs = False
 
     def start(self, step: int) -> None:
-        """The loop begins, with so many steps done: what an ended run left is recovered."""
+        """Begins, with so many steps done, and recovers what an ended run left."""
         self.trainer.global_step = step
         self.checkpoints.setup(self.trainer, None, "fit")
         self.checkpoints.on_fit_start(self.trainer, None)
         self.is_running = True
 
     def go_on_at(self, step: int) -> None:
-        """The loop goes on where a checkpoint was made."""
+        """Goes on from the step of a checkpoint."""
         self.trainer.global_step = step
         self.checkpoints.on_train_start(self.trainer, None)
 
@@ -92,7 +92,7 @@ class Loop:
     def step(
         self, step: int, metrics: Mapping[str, Any] | None, *, is_last_batch: bool = False
     ) -> None:
-        """A step has ended, and with it so many steps are done."""
+        """Reports that a step has ended, and how many are done now."""
         self._start_if_new()
         self.trainer.global_step = step
         self.trainer.is_last_batch = is_last_batch
@@ -100,7 +100,7 @@ class Loop:
         self.checkpoints.on_train_batch_end(self.trainer, None, None, None, step)
 
     def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None) -> None:
-        """An epoch has ended, the first being 0; without metrics, those of its last step count."""
+        """Reports that an epoch is done; without metrics, those of its last step count."""
         self._has_epochs = True
         self.trainer.current_epoch = epoch
         self.trainer.is_last_batch = True
@@ -111,19 +111,19 @@ class Loop:
         self.trainer.is_last_batch = False
 
     def end(self) -> None:
-        """The loop has ended well: waits until every checkpoint is finalized."""
+        """Reports that the loop is done: waits until every checkpoint is finalized."""
         self.is_running = False
         self.checkpoints.on_train_end(self.trainer, None)
 
     def fail(self, error: BaseException) -> None:
-        """The loop has ended otherwise: lets saves in flight finish, and leaves the rest."""
+        """Reports that the loop failed: lets saves in flight finish, and leaves the rest."""
         self.is_running = False
         self.checkpoints.on_exception(self.trainer, None, error)
 
     def close(self, error: BaseException | None) -> None:
-        """Ends or fails, as `error` tells; where ending fails, nothing is left running either.
+        """Ends, or fails if there is an `error`; nothing is left running, even where ending fails.
 
-        A loop that has told of no epoch is one as a whole, which ends here.
+        A loop that has reported no epoch is one as a whole, which ends here.
         """
         if not self.is_running:
             return
@@ -144,7 +144,7 @@ class Loop:
 
 
 class LoopCheckpoint:
-    """What every adapter is: the owner of a callback, and a context manager around its loop.
+    """Base of every adapter: owns a callback, and is a context manager around the loop.
 
     Where the block ends well, it waits until every checkpoint is finalized. Where it ends by an
     exception, Ctrl-C included, saves in flight finish, the rest is left to the next run, and the
@@ -159,7 +159,7 @@ class LoopCheckpoint:
         return self._loop.checkpoints
 
     def __enter__(self) -> Self:
-        """Begins the block; nothing is written before the loop says something."""
+        """Begins the block; nothing is written before the first step."""
         return self
 
     def __exit__(

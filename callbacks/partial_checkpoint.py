@@ -13,14 +13,15 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
 import flax_partial as fp
-from flax_partial.callbacks import _directory, _groups, _stacked, _state
+from flax_partial.callbacks import _directory, _state
 from flax_partial.callbacks._clock import Clock
 from flax_partial.callbacks._finished import Finished
+from flax_partial.callbacks._groups import Grouping
+from flax_partial.callbacks._member import Failures, Member
 from flax_partial.callbacks._metrics import send
 from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.callbacks.finalize_hook import FinalizeHook
@@ -28,22 +29,25 @@ from flax_partial.callbacks.progress import Bar
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from datetime import timedelta
 
-    from flax_partial.callbacks._checkpoint import PendingCheckpoint
+    from flax_partial.callbacks._checkpoint import Checkpoint
+    from flax_partial.callbacks._groups import GroupBy
+    from flax_partial.callbacks._leaves import Leaves, Name
     from flax_partial.callbacks._metrics import OnMetrics
     from flax_partial.callbacks._reports import CheckpointReport
+    from flax_partial.callbacks._stacked import Stacked
 
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
 
-def _held(
+def _timed(
     method: Callable[Concatenate[PartialCheckpointCallback, P], None],
 ) -> Callable[Concatenate[PartialCheckpointCallback, P], None]:
-    """Counts the time a hook takes, and raises in it what has failed since the hook before."""
+    """Counts the time that a method blocks training; raises in it what has failed meanwhile."""
     name = method.__name__.removeprefix("_")
 
     @functools.wraps(method)
@@ -52,8 +56,8 @@ def _held(
         try:
             method(self, *args, **kwargs)
         finally:
-            self.finalizer.held(self.directory, time.perf_counter() - begun, name)
-        self._raise_failure()
+            self._run.add_blocked(time.perf_counter() - begun, name)
+        self._member.failures.raise_first()
 
     return hook
 
@@ -61,17 +65,15 @@ def _held(
 def _hook(
     method: Callable[Concatenate[PartialCheckpointCallback, Any, P], None],
 ) -> Callable[Concatenate[PartialCheckpointCallback, Any, P], None]:
-    """A hook of the training thread: `_held`, and then tells what has been finalized meanwhile."""
-    held = _held(method)
+    """A hook of the training thread: `_timed`, and then reports what has been finalized."""
+    timed = _timed(method)
 
     @functools.wraps(method)
     def hook(
         self: PartialCheckpointCallback, trainer: Any, /, *args: P.args, **kwargs: P.kwargs
     ) -> None:
-        held(self, trainer, *args, **kwargs)
-        if self.shows_progress:
-            self.finalizer.show_progress()
-        self._tell_costs(trainer)
+        timed(self, trainer, *args, **kwargs)
+        self._send_costs(trainer)
 
     return hook
 
@@ -99,8 +101,8 @@ class PartialCheckpointCallback:
     of it as `fp.Slice`; the rows that it did not stream are taken when the step ends.
 
     Attributes:
+      directory: The run's directory.
       finalizer: The hook that finalizes.
-      failed_saves: Number of checkpoints that were given up.
     """
 
     def __init__(
@@ -110,8 +112,8 @@ class PartialCheckpointCallback:
         every_n_epochs: int | None = 1,
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
-        group_by: _groups.GroupBy | None = None,
-        stacked: _stacked.Stacked | None = None,
+        group_by: GroupBy | None = None,
+        stacked: Stacked | None = None,
         state_fn: _state.StateFn | None = None,
         keep_last: int | None = None,
         monitor: str | None = None,
@@ -158,8 +160,8 @@ class PartialCheckpointCallback:
             no such attribute, `SystemExit(143)`. A handler that was there before is called then,
             in place of that exit. Listens from `on_fit_start` to the end of training.
           save_on_exception: When training fails, save the last step that was finished. Its arrays
-            are held until the next one is; those that the step under way was given to write over
-            (donated) cannot be saved, and that is said.
+            are kept until the next one is; if some were donated to the step under way, it cannot
+            be saved, and that is logged.
           finalizer: Shared by all callbacks that save into one directory; by default, one of its
             own.
           options: How parts are written.
@@ -172,49 +174,45 @@ class PartialCheckpointCallback:
             default, `log_metrics` of the trainer's `loggers` or `logger`, if it has any. What it
             raises is raised by that hook, and harms no checkpoint.
           progress: Show a bar of bytes while training waits for checkpoints, or for one to be
-            loaded, for longer than a second; below a bar of tqdm's, also while training goes on.
+            loaded, for longer than a second; none while a display of rich is running.
 
         Raises:
           ValueError: An option has a value that makes no sense, alone or with another.
           TypeError: `stacked` maps something else than names to numbers, or tuples of them.
         """
-        if on_save_error not in ("raise", "warn"):
-            raise ValueError(f"on_save_error is {on_save_error!r}; it must be 'raise' or 'warn'.")
+        failures = Failures(on_save_error)
         self.directory = Path(directory)
-        self.retention = Retention(
-            keep_last, monitor, mode, save_top_k, keep_every_n_steps, keep_time_interval
-        )
-        self.options = options
-        self.reuse_unchanged = reuse_unchanged
         self.finalizer = finalizer or FinalizeHook()
-        self.failed_saves = 0
-        self._schedule = Schedule(every_n_epochs, every_n_train_steps, train_time_interval)
-        self._clock = Clock(train_time_interval) if train_time_interval is not None else None
-        self._group_by = group_by
-        self._stacked = _stacked.check(stacked or {})
+        self._run = self.finalizer.runs.of(self.directory)
+        self._grouping = Grouping(group_by, stacked or {})
         self._state_fn = state_fn
-        self._on_save_error = on_save_error
         self._on_metrics = on_metrics
-        self._save_on_preemption = save_on_preemption
         self._save_on_exception = save_on_exception
-        self._finished: Finished | None = None
-        self.shows_progress = progress
-        self._state_key = self.finalizer.unique_key(
-            f"{type(self).__qualname__}({every_n_epochs=}, {every_n_train_steps=}, {monitor=})"
+        key = f"{type(self).__qualname__}({every_n_epochs=}, {every_n_train_steps=}, {monitor=})"
+        self._member = Member(
+            key=self.finalizer.runs.unique_key(key),
+            schedule=Schedule(every_n_epochs, every_n_train_steps, train_time_interval),
+            clock=None if train_time_interval is None else Clock(train_time_interval),
+            retention=Retention(
+                keep_last, monitor, mode, save_top_k, keep_every_n_steps, keep_time_interval
+            ),
+            options=options,
+            reuse_unchanged=reuse_unchanged,
+            shows_progress=progress,
+            saves_on_preemption=save_on_preemption,
+            failures=failures,
         )
-        self._failures: deque[BaseException] = deque()
-        self._has_recovered = False
+        self._finished: Finished | None = None
         self._step_before: int | None = None
-        self._last_saved: int | None = None
 
     # What a trainer that streams calls.
 
     def will_save(self, trainer: Any) -> bool:
         """Whether the step under way is saved: cheap enough to ask at every layer."""
         step = self._step_before_batch(trainer) + 1
-        return self.is_due(trainer, step, epoch_ends=trainer.is_last_batch)
+        return self._is_due(trainer, step, epoch_ends=trainer.is_last_batch)
 
-    def on_layer_ready(self, trainer: Any, name: _groups.Name, tree: Any) -> None:
+    def on_layer_ready(self, trainer: Any, name: Name, tree: Any) -> None:
         """Saves a layer's parameters as they are after the step under way, if it is to be saved.
 
         Returns once the arrays may be donated, deleted or written over; they need not be computed
@@ -228,7 +226,7 @@ class PartialCheckpointCallback:
         if self.will_save(trainer):
             self._stream(trainer, "params", name, tree)
 
-    def on_optimizer_state_ready(self, trainer: Any, name: _groups.Name, tree: Any) -> None:
+    def on_optimizer_state_ready(self, trainer: Any, name: Name, tree: Any) -> None:
         """Saves a layer's optimizer state, as `on_layer_ready` does, below "opt_state"."""
         if self.will_save(trainer):
             self._stream(trainer, "opt_state", name, tree)
@@ -237,28 +235,27 @@ class PartialCheckpointCallback:
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         """Joins the callbacks that share its hook."""
-        self.finalizer.join(self)
+        self._run.join(self._member)
 
     @_hook
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         """Finalizes or drops what an ended run has left, and removes what is not to be kept."""
-        self.finalizer.join(self)
+        member = self._member
         self._step_before = trainer.global_step
-        self.recover()
-        self.finalizer.prune(self)
-        if self._clock is not None:
-            self._clock.start(self.finalizer.name_of(self), trainer.global_step)
-        if self._save_on_preemption:
-            self.finalizer.preemption.watch(self.state_key)
+        self._run.start(member)
+        if member.clock is not None:
+            member.clock.start(self._run.name_for(member), trainer.global_step)
+        if member.saves_on_preemption:
+            self._run.preemption.watch(member.key)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Takes note of the step that training, restored by now, starts from."""
+        """Remembers the step that training, restored by now, starts from."""
         self._step_before = trainer.global_step
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        """Takes note of the step that the batch follows."""
+        """Remembers the step before the batch."""
         self._step_before = trainer.global_step
-        self.finalizer.recorder(self.directory).step_began()
+        self._run.recorder.step_began()
 
     @_hook
     def on_train_batch_end(
@@ -266,24 +263,25 @@ class PartialCheckpointCallback:
     ) -> None:
         """Saves what was not streamed of a step that is to be saved."""
         step = trainer.global_step
-        self.finalizer.advance(self.directory, step)
+        self._run.advance(step)
         self._reach(step, "on_train_batch_end")
-        if self.is_due(trainer, step, epoch_ends=trainer.is_last_batch):
+        if self._is_due(trainer, step, epoch_ends=trainer.is_last_batch):
             self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
         if self._save_on_exception:
             self._finished = Finished.of(trainer, module, self._state_fn)
+            self._member.has_finished_step = True
         self._step_before = step
-        self.finalizer.recorder(self.directory).step_ended(step)
+        self._run.recorder.step_ended(step)
         self._stop_after_last(trainer, step)
 
     @_hook
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Finalizes; saves first if the epoch ended with a batch that did not look its last."""
+        """Finalizes; saves first where no batch was said to be the epoch's last."""
         step = trainer.global_step
         self._reach(step, "on_train_epoch_end")
-        if self.is_due(trainer, step, epoch_ends=True):
+        if self._is_due(trainer, step, epoch_ends=True):
             self._save(trainer, module, step, epoch_ends=True)
-        self.finalizer.epoch_ended(trainer)
+        self._run.end_epoch(trainer.callback_metrics)
         self._stop_after_last(trainer, step)
 
     @_hook
@@ -291,7 +289,8 @@ class PartialCheckpointCallback:
         """Waits until every checkpoint is finalized."""
         step = trainer.global_step
         self._reach(step, "on_train_end")
-        if self._is_last(step) and step not in (0, self._last_saved):
+        is_last = self._member.saves_on_preemption and self._run.preemption.is_due(step)
+        if is_last and step not in (0, self._member.last_saved):
             self._save(trainer, module, step, epoch_ends=False)
         try:
             self._stop_after_last(trainer, step)
@@ -303,19 +302,18 @@ class PartialCheckpointCallback:
 
         With `save_on_exception` it saves the last finished step before, if that can be had.
         """
-        self._stop_listening()
+        self._run.stop_listening(self._member)
         if self._save_on_exception:
             self._rescue(trainer)
-        self.finalizer.part(self)
-        if not (self._save_on_exception and self.finalizer.awaits_callbacks):
-            self.finalizer.leave()
+        self._run.end(self._member)
         self._finished = None
-        while self._failures:
-            logger.error("A checkpoint had failed, too.", exc_info=self._failures.popleft())
+        if not (self._save_on_exception and self._run.awaits_members):
+            self._run.leave()
+        self._member.failures.log_all()
         try:
-            self._tell_costs(trainer)
+            self._send_costs(trainer)
         except Exception:
-            logger.exception("What checkpoints cost could not be told.")
+            logger.exception("What checkpoints cost could not be reported.")
 
     @_hook
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
@@ -325,18 +323,23 @@ class PartialCheckpointCallback:
     @property
     def state_key(self) -> str:
         """Tells this callback from others, in a trainer and in a checkpoint."""
-        return self._state_key
+        return self._member.key
 
     def state_dict(self) -> dict[str, Any]:
-        """What a trainer's own checkpoint has to hold of this callback."""
-        return {"last_saved": self._last_saved, "failed_saves": self.failed_saves}
+        """Returns what a trainer's own checkpoint has to hold of this callback."""
+        return {"last_saved": self._member.last_saved, "failed_saves": self.failed_saves}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
-        self._last_saved = state_dict["last_saved"]
-        self.failed_saves = state_dict["failed_saves"]
+        """Restores what `state_dict` returned."""
+        self._member.last_saved = state_dict["last_saved"]
+        self._member.failures.count = state_dict["failed_saves"]
 
     # What a user calls.
+
+    @property
+    def failed_saves(self) -> int:
+        """Number of checkpoints that were given up."""
+        return self._member.failures.count
 
     @property
     def reports(self) -> tuple[CheckpointReport, ...]:
@@ -346,7 +349,7 @@ class PartialCheckpointCallback:
     @property
     def last_model_path(self) -> str:
         """The newest finalized checkpoint of the directory; "" while there is none."""
-        return self._path_of(_directory.choose(self.directory, self.retention, "latest"))
+        return self._path_of("latest")
 
     @property
     def best_model_path(self) -> str:
@@ -354,25 +357,22 @@ class PartialCheckpointCallback:
 
         Like `last_model_path` it is looked up on disk: after a restart it is the same.
         """
-        if self.retention.monitor is None:
-            return self.last_model_path
-        return self._path_of(_directory.choose(self.directory, self.retention, "best"))
+        return self._path_of("latest" if self._member.retention.monitor is None else "best")
 
     @property
     def best_model_score(self) -> float | None:
         """The score that `best_model_path` was stored with; None without a score or a `monitor`."""
-        steps = fp.steps(self.directory)
-        known = _directory.scores(self.directory, steps, self.retention.monitor)
-        best = self.retention.ranked(known, known)[:1]
-        return known[best[0]] if best else None
+        retention = self._member.retention
+        scores = _directory.scores(self.directory, fp.steps(self.directory), retention.monitor)
+        return next((scores[step] for step in retention.ranked(scores, scores)), None)
 
-    def _path_of(self, step: int | None) -> str:
+    def _path_of(self, which: str) -> str:
+        step = _directory.choose(self.directory, self._member.retention, which)
         return "" if step is None else str(self.directory / str(step))
 
     def recover(self) -> None:
         """Finalizes or drops what an ended run has left unfinished, as `on_fit_start` does."""
-        self.finalizer.recover(self.directory)
-        self._has_recovered = True
+        self._run.recover()
 
     def restore(
         self, target: Any = None, *, which: Literal["latest", "best"] | int = "latest"
@@ -399,22 +399,22 @@ class PartialCheckpointCallback:
         """
         self.recover()
         while True:
-            step = _directory.choose(self.directory, self.retention, which)
+            step = _directory.choose(self.directory, self._member.retention, which)
             if step is None:
                 logger.info("There is no checkpoint in %s to restore.", self.directory)
                 return None
-            self.finalizer.resumed(self.directory, step)
+            self._run.finalizer.resume(step)
             try:
                 restored = self._load(self.directory / str(step), target)
             except fp.NoSessionError:
                 if step in fp.steps(self.directory):
                     raise
                 continue  # another process has just removed it
-            self._last_saved = step
+            self._member.last_saved = step
             return restored, step
 
     def _load(self, path: Path, target: Any) -> Any:
-        if not self.shows_progress:
+        if not self._member.shows_progress:
             return _state.load(path, target)
         bar = Bar("Loading a checkpoint")
         try:
@@ -422,74 +422,71 @@ class PartialCheckpointCallback:
         finally:
             bar.close()
 
-    # What the hook calls.
+    # How it saves.
 
-    def is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
-        """Whether to save `step`, which may end its epoch, and is not saved yet; never step 0."""
-        schedule = self._schedule
-        is_time = self._clock is not None and self._clock.is_due(step)  # asked about every step
-        is_due = (
-            is_time
-            or schedule.is_step_due(step)
-            or (epoch_ends and schedule.is_epoch_due(trainer.current_epoch))
-        )
-        is_due = is_due or self._is_last(step) or self._is_rescued(step)
-        return is_due and step not in (0, self._last_saved)
+    def _is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
+        return self._run.is_due(self._member, step, trainer.current_epoch, epoch_ends=epoch_ends)
 
-    def failed(self, error: BaseException) -> None:
-        """Counts a checkpoint that will not be; raises its error at the next hook, or logs it."""
-        self.failed_saves += 1
-        if self._on_save_error == "raise":
-            self._failures.append(error)
-        else:
-            logger.error("A checkpoint failed; training goes on.", exc_info=error)
-
-    @_held
-    def _stream(self, trainer: Any, root: str, name: _groups.Name, tree: Any) -> None:
-        checkpoint = self._open(trainer, self._step_before_batch(trainer) + 1)
+    @_timed
+    def _stream(self, trainer: Any, root: str, name: Name, tree: Any) -> None:
+        step = self._step_before_batch(trainer) + 1
+        checkpoint = self._run.open(self._member, step=step, epoch=trainer.current_epoch)
         try:
-            leaves = _groups.flatten(_groups.placed(root, name, _state.pure(tree)))
-            leaves = _stacked.spread(leaves, self._stacked)
-            groups = {_groups.group_name(root, name): leaves}
-            for group, layer in _stacked.by_row(groups).items():
-                checkpoint.save(self, group, _groups.subtree(layer))
+            groups = self._grouping.streamed(root, name, _state.pure(tree))
         except Exception as error:  # noqa: BLE001 - a tree that JAX cannot flatten
-            checkpoint.fail(error, [self])
+            checkpoint.fail(error, [self._member])
+            return
+        for group, leaves in groups.items():
+            checkpoint.save(self._member, group, leaves)
 
     def _save(self, trainer: Any, module: Any, step: int, *, epoch_ends: bool) -> None:
-        checkpoint = self._open(trainer, step)
-        groups = {}
+        epoch = trainer.current_epoch
+        checkpoint = self._run.open(self._member, step=step, epoch=epoch)
+        groups: dict[str, Leaves] = {}
         try:
-            tree = _state.take(trainer, module, self._state_fn)
-            groups = self._rest(trainer, tree, checkpoint)
-        except Exception as error:  # noqa: BLE001 - state_fn or group_by, or values they cannot take
-            checkpoint.fail(error, [self])
-        self.finalizer.close(self, checkpoint, groups, trainer=trainer, epoch_ends=epoch_ends)
-        self._last_saved = step
-        if self._clock is not None:
-            self._clock.saved()
+            tree = self._take(trainer, module, checkpoint)
+            groups = self._grouping.rest(tree, checkpoint.claims)
+        except Exception as error:  # noqa: BLE001 - of state_fn, group_by, or a tree they cannot take
+            checkpoint.fail(error, [self._member])
+        metrics = None if epoch_ends else trainer.callback_metrics
+        self._close(checkpoint, groups, epoch=epoch, metrics=metrics)
 
-    def _open(self, trainer: Any, step: int) -> PendingCheckpoint:
-        if not self._has_recovered:
-            self.recover()
-        return self.finalizer.open(self, step=step, epoch=trainer.current_epoch)
-
-    def _rest(self, trainer: Any, tree: Any, checkpoint: PendingCheckpoint) -> dict[str, Any]:
-        """The groups of the state that were not streamed."""
-        if tree is None and self._state_fn is None and not checkpoint.names:
+    def _take(self, trainer: Any, module: Any, checkpoint: Checkpoint) -> Any:
+        tree = _state.take(trainer, module, self._state_fn)
+        if tree is None and self._state_fn is None and not checkpoint.claims.names:
             raise TypeError(
                 f"Found no state to save in {type(trainer).__name__}: its module is no NNX module, "
                 "and its `state` no tree. Pass state_fn=, or stream every layer."
             )
-        leaves = _groups.flatten(tree)
-        names = {_groups.leaf_name(path) for path, _ in leaves} | checkpoint.names
-        _stacked.check_known(self._stacked, names)
-        group_by = self._group_by or _groups.layerwise(leaves, self._stacked)
-        rest = [
-            leaf for leaf in _stacked.spread(leaves, self._stacked) if not checkpoint.holds(*leaf)
-        ]
-        groups = _stacked.by_row(_groups.cut(rest, group_by))
-        return {name: _groups.subtree(group) for name, group in groups.items()}
+        return tree
+
+    def _close(
+        self,
+        checkpoint: Checkpoint,
+        groups: dict[str, Leaves],
+        *,
+        epoch: int,
+        metrics: Mapping[str, Any] | None,
+    ) -> None:
+        self._run.close(self._member, checkpoint, groups, epoch=epoch, metrics=metrics)
+        self._member.last_saved = checkpoint.step
+        if self._member.clock is not None:
+            self._member.clock.saved()
+
+    def _rescue(self, trainer: Any) -> None:
+        """Saves the last finished step, and finalizes what is complete; training has failed."""
+        finished, member = self._finished, self._member
+        try:
+            if finished is not None and finished.step not in (0, member.last_saved):
+                finished.check_is_there()
+                checkpoint = self._run.open(member, step=finished.step, epoch=finished.epoch)
+                self._run.rescued_step = finished.step
+                groups = self._grouping.rest(finished.tree, checkpoint.claims)
+                metrics = trainer.callback_metrics
+                self._close(checkpoint, groups, epoch=finished.epoch, metrics=metrics)
+            self._run.end_epoch(trainer.callback_metrics)
+        except Exception:
+            logger.exception("The last finished step could not be saved.")
 
     def _step_before_batch(self, trainer: Any) -> int:
         if self._step_before is None:
@@ -497,55 +494,25 @@ class PartialCheckpointCallback:
         return self._step_before
 
     def _reach(self, step: int, hook: str) -> None:
-        if self._save_on_preemption:
-            self.finalizer.preemption.reach(step, hook)
-
-    def _is_last(self, step: int) -> bool:
-        return self._save_on_preemption and self.finalizer.preemption.is_due(step)
+        if self._member.saves_on_preemption:
+            self._run.preemption.reach(step, hook)
 
     def _stop_after_last(self, trainer: Any, step: int) -> None:
         """Finalizes, and tells training to stop, once all callbacks have saved the last step."""
-        preemption = self.finalizer.preemption
-        if self._save_on_preemption and preemption.is_last(self.state_key, step):
-            self.finalizer.epoch_ended(trainer)
-            self.finalizer.wait(show_progress=self.shows_progress)
+        member, preemption = self._member, self._run.preemption
+        if member.saves_on_preemption and preemption.is_last(member.key, step):
+            for run in self.finalizer.runs:
+                run.end_epoch(trainer.callback_metrics)
+                run.wait(show_progress=member.shows_progress)
             preemption.stop(trainer)
 
-    def _is_rescued(self, step: int) -> bool:
-        return self._finished is not None and self.finalizer.rescued_step == step
-
-    def _rescue(self, trainer: Any) -> None:
-        """Saves the last finished step, and finalizes what is complete; an error is on its way."""
-        finished = self._finished
-        try:
-            if finished is not None and finished.step not in (0, self._last_saved):
-                finished.check_is_there()
-                self.finalizer.rescued_step = finished.step
-                checkpoint = self.finalizer.open(self, step=finished.step, epoch=finished.epoch)
-                groups = self._rest(trainer, finished.tree, checkpoint)
-                self.finalizer.close(self, checkpoint, groups, trainer=trainer, epoch_ends=False)
-                self._last_saved = finished.step
-            self.finalizer.epoch_ended(trainer)
-        except Exception:
-            logger.exception("The last finished step could not be saved.")
-
     def _end(self) -> None:
-        self.finalizer.wait(show_progress=self.shows_progress)
-        self.finalizer.part(self)
-        self._stop_listening()
+        self._run.wait(show_progress=self._member.shows_progress)
+        self._run.end(self._member)
         self._finished = None
 
-    def _stop_listening(self) -> None:
-        self.finalizer.preemption.unwatch(self.state_key)
-        if self._clock is not None:
-            self._clock.stop()
-
-    def _tell_costs(self, trainer: Any) -> None:
-        """Of each finalized checkpoint once: to the function of each callback, or the trainer."""
-        reader = "the trainer" if self._on_metrics is None else self.state_key
-        for report in self.finalizer.new_reports(reader):
+    def _send_costs(self, trainer: Any) -> None:
+        """Sends each finalized checkpoint's cost once: to this callback's function, or loggers."""
+        reader = "the trainer" if self._on_metrics is None else self._member.key
+        for report in self._run.finalizer.new_reports(reader):
             send(report, trainer, self._on_metrics)
-
-    def _raise_failure(self) -> None:
-        if self._failures:
-            raise self._failures.popleft()

@@ -1,4 +1,4 @@
-"""A plain `for` loop, as a context manager: restore, tell of each step, done."""
+"""A plain `for` loop, as a context manager: restore, then report each step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from flax_partial.callbacks import _groups
+    from flax_partial.callbacks import _leaves
 
 StateT = TypeVar("StateT")
 
 
 class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a `with` statement
-    """Checkpoints a loop that is nobody's but yours.
+    """Checkpoints a loop of your own.
 
         with checkpointing("runs/lm", every_n_train_steps=100) as ckpt:
             state = ckpt.restore(state)
@@ -63,7 +63,7 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
         return state if restored is None else restored
 
     def step(self, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
-        """Tells that a step is done, and saves `state` if it is to be saved.
+        """Reports that a step is done, and saves `state` if it is to be saved.
 
         Returns once the state may be donated to the next step; it need not be computed yet. What
         failed in the background since the call before is raised here.
@@ -76,7 +76,7 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
         self._loop.step(self.steps_done + 1, metrics)
 
     def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Tells that an epoch is done, the first being 0, and saves if it is to be saved.
+        """Reports that an epoch is done, the first being 0, and saves if it is to be saved.
 
         Args:
           epoch: Which one.
@@ -84,10 +84,10 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
         """
         self._loop.end_epoch(epoch, metrics)
 
-    def layer_ready(self, name: _groups.Name, tree: Any) -> None:
+    def layer_ready(self, name: _leaves.Name, tree: Any) -> None:
         """Saves a layer's new parameters before the step is done; free if it is not saved."""
         self.callback.on_layer_ready(self._loop.trainer, name, tree)
 
-    def optimizer_state_ready(self, name: _groups.Name, tree: Any) -> None:
+    def optimizer_state_ready(self, name: _leaves.Name, tree: Any) -> None:
         """Saves a layer's new optimizer state, likewise."""
         self.callback.on_optimizer_state_ready(self._loop.trainer, name, tree)

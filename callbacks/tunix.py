@@ -1,7 +1,7 @@
 """tunix: `TrainingHooks` for its `PeftTrainer`.
 
 tunix reports a step's end one step late, and the first one's not at all: its loss is fetched while
-the next step runs. So steps are taken note of by `train_steps`, at each hook between two steps.
+the next step runs. So steps are read from `train_steps`, at each hook between two steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
 
     The last step is saved as well, as the end of an epoch, unless `every_n_epochs=None`. The loss
     that is stored with a checkpoint is the newest that tunix has reported, mostly that of the step
-    before. tunix tells no hook that `train` raised: `with hooks:` around it does.
+    before. tunix calls no hook where `train` raises: put `with hooks:` around it.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
 
     def on_train_step_start(self, train_ctx: Any) -> None:
         """Saves the step before, if it is to be saved and was not."""
-        self._take_note(train_ctx)
+        self._report(train_ctx)
 
     def on_train_step_end(self, train_ctx: Any, train_step: int, train_loss: float) -> None:
         """Saves the step that has just ended, if it is to be saved."""
         self._metrics = self._metrics | {"loss": train_loss}
-        self._take_note(train_ctx)
+        self._report(train_ctx)
 
     def on_train_end(self, train_ctx: Any) -> None:
         """Saves the last step, and waits until every checkpoint is finalized."""
-        self._take_note(train_ctx)
+        self._report(train_ctx)
         self._loop.close(None)
 
     def on_eval_step_start(self, train_ctx: Any) -> None:
@@ -84,6 +84,6 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
         """Stores the loss with the checkpoints to come."""
         self._metrics = self._metrics | {"eval_loss": eval_loss}
 
-    def _take_note(self, train_ctx: Any) -> None:
+    def _report(self, train_ctx: Any) -> None:
         if self._loop.is_running and train_ctx.train_steps > self._loop.trainer.global_step:
             self._loop.step(train_ctx.train_steps, self._metrics)

@@ -1,17 +1,19 @@
 """What a part and a checkpoint hold, as values: leaves, their boxes, and where the chunks lie.
 
-Boxes, leaves and their paths are never changed, but not frozen either: making a frozen one takes
-four times as long, and finalizing makes several for each leaf.
+Boxes, leaves and their paths are never changed once they are made. They are `msgspec` structs
+without cycles, which Python's cycle collector does not have to look at: a checkpoint may have a
+hundred thousand of each.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import ml_dtypes
 import numpy as np
+from msgspec import Meta, Struct
 
 from flax_partial.format.chunks import Shape, chunk_keys
 from flax_partial.format.keypaths import KeyPath, prefix_of
@@ -19,35 +21,81 @@ from flax_partial.format.keypaths import KeyPath, prefix_of
 DATA_FILE = "data"  # of a part: the chunks that its table does not hold itself
 INLINE_BYTES = 1024  # a chunk of at most so many bytes stands in the table
 MOST_AXES = 32  # of what tensorstore, and so Orbax, can open
+_DIRECTORY_PROCESSES = 1000  # whose parts share a directory, where there are more processes
 
-Run = tuple[int, int, int]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""What can be counted: bytes, indices, nanoseconds."""
+
+Run = tuple[Count, Count, Count]
 """Chunks that follow one another in a data file: number of the file, offset, number of chunks."""
 
-Place = bytes | tuple[int, int]
+Place = bytes | tuple[Count, Count]
 """Where a chunk is: the bytes themselves, or their offset and length in the leaf's data file."""
 
-JAX_ARRAY, NUMPY_ARRAY, NUMPY_SCALAR = "jax.Array", "np.ndarray", "np.generic"
-SCALAR, STRING, NONE, PRNG_KEY = "scalar", "string", "None", "prng_key"
-DICT, LIST, TUPLE, NAMED_TUPLE = "dict", "list", "tuple", "namedtuple"
+Compression = Literal["zstd", "blosc"]
+
+Kind = Literal[
+    "jax.Array",
+    "np.ndarray",
+    "np.generic",
+    "scalar",
+    "string",
+    "bytes",
+    "None",
+    "prng_key",
+    "dict",
+    "list",
+    "tuple",
+    "namedtuple",
+]
+JAX_ARRAY = "jax.Array"
+NUMPY_ARRAY = "np.ndarray"
+NUMPY_SCALAR = "np.generic"
+SCALAR = "scalar"
+STRING = "string"
+BYTES = "bytes"
+NONE = "None"
+PRNG_KEY = "prng_key"
+DICT = "dict"
+LIST = "list"
+TUPLE = "tuple"
+NAMED_TUPLE = "namedtuple"
 ARRAY_KINDS = frozenset((JAX_ARRAY, NUMPY_ARRAY, NUMPY_SCALAR, SCALAR, PRNG_KEY))
 EMPTY_CONTAINERS = frozenset((DICT, LIST, TUPLE, NAMED_TUPLE))
-KINDS = ARRAY_KINDS | EMPTY_CONTAINERS | {STRING, NONE}
 
 # dtypes that zarr3 stores, by NumPy's names (tensorstore 0.1.86; raw bytes and zarr's encoding of
 # each were compared and are the same).
-STORABLE_DTYPES = frozenset(
-    (
-        *("bool", "int2", "int4", "int8", "int16", "int32", "int64"),
-        *("uint8", "uint16", "uint32", "uint64"),
-        *("float16", "float32", "float64", "complex64", "complex128", "bfloat16"),
-        *("float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz", "float8_e4m3fn"),
-        *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
-    )
-)
+Dtype = Literal[
+    "bool",
+    "int2",
+    "int4",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+    "bfloat16",
+    "float4_e2m1fn",
+    "float8_e3m4",
+    "float8_e4m3b11fnuz",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+]
+STORABLE_DTYPES = frozenset(get_args(Dtype))
 
 
-@dataclass(slots=True)
-class Box:
+class Box(Struct, gc=False, array_like=True):
     """A range of indices of a leaf, and of each of its chunks the digest and the place.
 
     Attributes:
@@ -56,17 +104,17 @@ class Box:
       digests: xxh3-128 of each chunk's bytes as read (little-endian, C order, without padding), in
         hexadecimal, in C order of the chunks; empty where none were taken. A single digest is `""`
         where only that chunk has none.
-      places: Where each chunk is, as stored, in the same order; of a part only.
+      places: Where each chunk is, as stored, in the same order; in a checkpoint's contents only
+        where all of the leaf's chunks are the bytes themselves.
     """
 
-    start: Shape
-    shape: Shape
+    start: tuple[Count, ...]
+    shape: tuple[Count, ...]
     digests: tuple[str, ...] = ()
     places: tuple[Place, ...] = ()
 
 
-@dataclass(slots=True)
-class Leaf:
+class Leaf(Struct, gc=False):
     """A leaf, or the boxes of it that one part holds.
 
     Attributes:
@@ -75,7 +123,7 @@ class Leaf:
       dtype: NumPy name of the stored elements' dtype; empty for what has no data.
       shape: Global shape of the stored array (of a PRNG key: of its key data).
       chunk: Shape of a chunk of the stored array.
-      compression: `zstd`, or None.
+      compression: `zstd`, `blosc`, or None.
       generation: How often the leaf had been replaced when this was saved.
       sharding: Sharding in Orbax's terms.
       text: Value of a string; for a PRNG key, the name of its implementation.
@@ -84,6 +132,9 @@ class Leaf:
         the database or are compressed.
       file: In a part, which of its data files holds them: 0 for the one written with it, `data`; n
         for `data.n`, which an earlier part shares with it.
+      data: Value of a bytes leaf.
+      placeholder: Whether it is an empty container where other parts may hold something: it gives
+        way to a leaf of its name, and to leaves inside of it.
     """
 
     path: KeyPath
@@ -98,6 +149,8 @@ class Leaf:
     boxes: tuple[Box, ...] = ()
     runs: tuple[Run, ...] = ()
     file: int = 0
+    data: bytes = b""
+    placeholder: bool = False
 
     @property
     def name(self) -> str:
@@ -141,18 +194,20 @@ class Leaf:
     ) -> "Leaf":
         """The same leaf with other boxes, which lie elsewhere."""
         return Leaf(
-            path=self.path,
-            kind=self.kind,
-            dtype=self.dtype,
-            shape=self.shape,
-            chunk=self.chunk,
-            compression=self.compression,
-            generation=self.generation,
-            sharding=self.sharding,
-            text=self.text,
-            boxes=boxes,
-            runs=runs,
-            file=file,
+            self.path,
+            self.kind,
+            self.dtype,
+            self.shape,
+            self.chunk,
+            self.compression,
+            self.generation,
+            self.sharding,
+            self.text,
+            boxes,
+            runs,
+            file,
+            self.data,
+            self.placeholder,
         )
 
     @property
@@ -205,6 +260,8 @@ class Contents:
       data_parts: The data files that the leaves' runs number, each called as by `data_part`.
       first_part: Name of the first of its parts, which no other checkpoint has; empty where Orbax
         wrote it.
+      has_inline: Whether the chunks that stand in the parts' tables stand in this one, too, as
+        version 2 of the format did not have it.
     """
 
     started_ns: int
@@ -214,6 +271,7 @@ class Contents:
     leaves: tuple[Leaf, ...]
     data_parts: tuple[str, ...] = ()
     first_part: str = ""
+    has_inline: bool = True
 
 
 def data_file_bytes(leaves: Iterable[Leaf]) -> dict[int, int]:
@@ -234,7 +292,23 @@ def data_part(part: str, file: int) -> str:
 
 def data_path(name: str) -> str:
     """Path below `state/` of the data file that `data_part` calls so."""
-    return name if "/" in name else f"{name}/{DATA_FILE}"
+    is_file = name.rpartition("/")[2].startswith(f"{DATA_FILE}.")
+    return name if is_file else f"{name}/{DATA_FILE}"
+
+
+def part_path(directory: str, *, process: int, processes: int) -> str:
+    """Path below `state/` of a part: its name everywhere.
+
+    Where many processes save, no directory gets the entries of all of them.
+
+    Args:
+      directory: Name of the part's own directory.
+      process: Index of the process that saves it.
+      processes: How many there are.
+    """
+    if processes <= _DIRECTORY_PROCESSES:
+        return directory
+    return f"p{process // _DIRECTORY_PROCESSES}/{directory}"
 
 
 @lru_cache(maxsize=len(STORABLE_DTYPES))

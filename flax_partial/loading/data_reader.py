@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flax_partial.format.assembly import require_digest
 from flax_partial.format.chunks import (
     Shape,
     are_in_order,
@@ -167,11 +168,7 @@ class _Reading:
         expected = self._leaf.boxes[0].digests
         number = self._numbers[position]
         if expected and expected[number]:
-            found = digest(data.data)
-            if found != expected[number]:
-                raise ValueError(
-                    f"chunk {number} has digest {found}, and {expected[number]} was saved"
-                )
+            require_digest(number, digest(data.data), expected[number])
 
 
 def _segments(

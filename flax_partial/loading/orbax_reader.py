@@ -12,13 +12,14 @@ digests to check. Only JSON and arrays are read; nothing that a file names is im
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
-from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError
+from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError, first_few
 from flax_partial.format import model as kinds
 from flax_partial.format import orbax as orbax_format
 from flax_partial.format.keypaths import INDEX, STR_KEY, KeyPath, KeyTree
@@ -231,7 +232,7 @@ def _open(item: _Item) -> dict[str, Store]:
     if broken:
         raise CorruptCheckpointError(
             f"{directory}: {len(broken)} of {len(names)} arrays cannot be opened: "
-            + "; ".join(broken[:_SHOWN])
+            + "; ".join(first_few(broken, most=_SHOWN, count=len(broken)))
         )
     return stores
 

@@ -1,8 +1,8 @@
-"""What parts say about their checkpoint, from which a later process tells whether all are there.
+"""What parts say about their checkpoint, by which a later process knows whether all are there.
 
-Each part carries, as custom metadata, the step that it belongs to and the group that it holds. Once
-a callback knows all its groups of the step, the last part that it saves lists them. Merged over the
-parts of a session this is
+Each part carries, as custom metadata, the step that it belongs to and the group that it holds. The
+last part that a callback saves in a step, which may hold no leaf, lists all its groups. Merged over
+the parts of a session this is
 
     {"step": 40, "epoch": 3, "metrics": {"loss": 2.1},
      "session": {"processes": 1, "callbacks": ["params", "opt_state"],
@@ -24,22 +24,19 @@ if TYPE_CHECKING:
 
     from flax_partial.reports import SessionStatus
 
-Session = dict[str, Any]
-"""What stands under "session" in the custom metadata."""
 
-
-def saved(*, callback: str, group: str) -> Session:
-    """What the part that holds a group says."""
+def saved(*, callback: str, group: str) -> dict[str, Any]:
+    """Returns what stands under "session" in the part that holds a group."""
     return {"saved": {callback: {str(jax.process_index()): {group: True}}}}
 
 
-def closing(callbacks: Iterable[str], *, callback: str, groups: Sequence[str]) -> Session:
-    """What says that `groups` are all that a callback saves in this step.
+def closing(callbacks: Iterable[str], *, callback: str, groups: Sequence[str]) -> dict[str, Any]:
+    """Returns what stands under "session" in a callback's last part: all that it saves in a step.
 
     Args:
       callbacks: All callbacks that save into the checkpoint.
-      callback: The one that knows its groups now.
-      groups: These, in the order in which they were saved.
+      callback: The one that is done.
+      groups: Its groups, in the order in which they were saved.
     """
     return {
         "processes": jax.process_count(),
@@ -49,7 +46,7 @@ def closing(callbacks: Iterable[str], *, callback: str, groups: Sequence[str]) -
 
 
 def missing(status: SessionStatus, step: int) -> str | None:
-    """Says what a session lacks to be the checkpoint of `step`; None if it is all there."""
+    """Returns what a session lacks to be the checkpoint of `step`; None if it lacks nothing."""
     strangers = [part.name for part in status.parts if part.custom_metadata.get("step") != step]
     if strangers:
         return f"{strangers[0]} does not belong to step {step}"

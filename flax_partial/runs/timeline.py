@@ -44,7 +44,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """A time for which checkpointing held training.
+    """A time for which checkpointing blocked training.
 
     Attributes:
       step: Of the checkpoint that it counts for; None before the first.
@@ -103,7 +103,7 @@ class ProcessTimeline:
     Attributes:
       process: Its index.
       steps: Training steps, in order; of a long time without a checkpoint the last thousand.
-      holds: What held training, in order.
+      holds: What blocked training, in order.
       brief_secs: Step of a checkpoint, or None, to the seconds of those that are too short to list.
       saves: Groups, in the order in which they were committed.
       ends: Checkpoints that were ended.
@@ -117,7 +117,7 @@ class ProcessTimeline:
     ends: list[End] = field(default_factory=list)
 
     def blocked_secs(self, step: int | None) -> float:
-        """For how many seconds a checkpoint held training in this process."""
+        """Returns for how many seconds a checkpoint blocked training in this process."""
         listed = (hold.ended_at - hold.began_at for hold in self.holds if hold.step == step)
         return sum(listed, start=self.brief_secs.get(step, 0.0))
 

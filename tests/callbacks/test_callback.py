@@ -13,16 +13,17 @@ from stub_trainer import EVERYTHING, LAYERS, PARAMS, ROWS, Loop, StubTrainer, ne
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
+from flax_partial.runs import completeness
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def assert_is_step(path: Path, step: int) -> None:
-    """Every array of the checkpoint is of this step: parts of two steps would show."""
-    loaded = fp.load(path)
+    """The checkpoint holds the state of this step, and nothing else; parts of two would show."""
     expected = new_state(step)
-    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    loaded = fp.load(path, target=expected)
+    assert jax.tree.structure(loaded) == jax.tree.structure(fp.load(path))
     for got, want in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
@@ -386,6 +387,22 @@ def test_restore_gives_the_newest_or_the_best_and_its_step(tmp_path: Path) -> No
     everything = again.restore()
     assert everything is not None
     assert sorted(everything[0]) == ["opt_state", "params", "seen"]
+
+
+def test_restore_reads_what_earlier_versions_left(tmp_path: Path) -> None:
+    """They stored metadata beside a leaf `checkpoint_step`, where every other leaf was cut."""
+    for step in (1, 2):
+        session = completeness.saved(callback="a", group="w")
+        closing = completeness.closing(["a"], callback="a", groups=["w"])
+        fp.save(tmp_path / str(step), {"w": np.arange(3)}, custom_metadata={"step": step})
+        metadata = {"step": step, "session": session | closing}
+        fp.save(tmp_path / str(step), {"checkpoint_step": step}, custom_metadata=metadata)
+    fp.finalize(tmp_path / "1")
+    callback = PartialCheckpointCallback(tmp_path)
+    for step in (1, 2):  # the latter was not finalized
+        found = callback.restore({"w": np.zeros(3, int)}, which=step)
+        assert found is not None
+        np.testing.assert_array_equal(found[0]["w"], np.arange(3))
 
 
 def test_restore_of_nothing_is_none(tmp_path: Path) -> None:

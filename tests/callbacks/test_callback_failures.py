@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,17 @@ FAILING = pytest.mark.parametrize(
         pytest.param(TOO_LARGE, OSError, "too large", id="failed in the background"),
     ],
 )
+
+
+class EndsUntold:
+    """A callback that is not told how training ends."""
+
+    def __init__(self, callback: PartialCheckpointCallback) -> None:
+        self._callback = callback
+
+    def __getattr__(self, hook: str) -> Any:
+        is_end = hook in ("on_train_end", "on_exception", "teardown")
+        return (lambda *_: None) if is_end else getattr(self._callback, hook)
 
 
 def streams_in_step(
@@ -193,18 +205,21 @@ def test_exception_lets_saves_finish_and_leaves_the_session(
     assert f"Left {tmp_path / '4'} unfinished" in caplog.text
 
 
+@pytest.mark.usefixtures("_full_disk")
 def test_exception_is_not_hidden_by_a_save_that_failed_since_the_last_hook(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback = PartialCheckpointCallback(tmp_path)
+    callback = PartialCheckpointCallback(tmp_path, every_n_train_steps=1)
 
-    def fail(_: StubTrainer) -> None:
-        callback.failed(OSError("file too large"))
+    def fail(trainer: StubTrainer) -> None:
+        callback.on_layer_ready(trainer, "bad", TOO_LARGE)
+        while not callback.failed_saves:
+            time.sleep(0.01)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         Loop(callback, at={"ready": fail}).fit()
-    assert "file too large" in caplog.text
+    assert "file too large" in caplog.text.lower()
 
 
 def test_session_left_complete_is_finalized_and_said(
@@ -418,6 +433,44 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     assert callback.failed_saves == 3
     assert names_in(tmp_path) == ["2", "4", "6", "8"]
     assert_is_step(tmp_path / "4", 4)
+
+
+def test_run_waits_for_what_one_before_it_in_this_process_still_finalizes(tmp_path: Path) -> None:
+    """Keras tells no callback that `fit` raised, and a second `fit` may follow at once."""
+
+    class Metric:
+        """Is computed by when the second run restores, unless that waits for the first."""
+
+        def __float__(self) -> float:
+            second.start()
+            is_computed.set()
+            second.join(1)
+            return 0.5
+
+    found: list[Any] = []
+    is_computed = threading.Event()
+    first, again = (PartialCheckpointCallback(tmp_path) for _ in range(2))
+    second = threading.Thread(target=lambda: found.append(again.restore(new_state(0))))
+    Loop(EndsUntold(first), batches=1, metrics=lambda _: {"loss": Metric()}).fit()
+    assert is_computed.wait(60)
+    second.join()
+    assert first.failed_saves == 0
+    assert found[0][1] == 1
+    assert fp.metadata(tmp_path / "1").custom_metadata["metrics"] == {"loss": 0.5}
+    Loop(again, batches=1, epochs=2).resume(*found[0]).fit()
+    assert names_in(tmp_path) == ["1", "2"]
+
+
+def test_run_drops_what_one_before_it_in_this_process_never_ended(tmp_path: Path) -> None:
+    def fail(_: StubTrainer) -> None:
+        raise ZeroDivisionError
+
+    first = EndsUntold(PartialCheckpointCallback(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        Loop(first, batches=1, streamed=PARAMS, at={"ready": fail}).fit()
+    Loop(PartialCheckpointCallback(tmp_path), batches=1).fit()
+    assert names_in(tmp_path) == ["1"]
+    assert_is_step(tmp_path / "1", 1)
 
 
 def test_callback_that_left_is_not_waited_for(tmp_path: Path) -> None:

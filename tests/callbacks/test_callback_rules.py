@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
-from flax_partial.callbacks._groups import cut, flatten, layerwise, leaf_name, placed, subtree
+from flax_partial.callbacks._groups import cut, layerwise
+from flax_partial.callbacks._leaves import flatten, leaf_name, placed, subtree
 from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.runs.completeness import closing, missing, saved
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -174,6 +175,44 @@ def test_signal_is_left_alone(tmp_path: Path, handler: Any, options: Any) -> Non
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert seen == [handler]
+
+
+def test_signal_is_for_the_run_that_listened(tmp_path: Path) -> None:
+    loop = Loop(PartialCheckpointCallback(tmp_path, **SELDOM), at={"ready": at_step(1, terminate)})
+    with pytest.raises(SystemExit):
+        loop.fit()
+    later = PartialCheckpointCallback(tmp_path / "later", **SELDOM)
+    trainer = StubTrainer()
+    for trainer.global_step in (1, 2):  # it is told of nothing else, and so does not listen
+        later.on_train_batch_end(trainer, None, None, None, 0)
+    later.on_train_end(trainer, None)
+    assert later.reports == ()
+
+
+def test_run_that_was_never_told_of_its_end_keeps_no_other_from_stopping(tmp_path: Path) -> None:
+    abandoned = PartialCheckpointCallback(tmp_path, **SELDOM)
+    abandoned.on_fit_start(StubTrainer(), None)
+    loop = Loop(
+        PartialCheckpointCallback(tmp_path, **SELDOM),
+        batches=9,
+        at={"ready": at_step(2, terminate)},
+    )
+    with pytest.raises(SystemExit):
+        loop.fit()
+    assert fp.steps(tmp_path) == [2]
+    assert abandoned.failed_saves == 0
+
+
+def test_handler_of_a_run_that_was_forgotten_is_not_taken_for_one_of_before(
+    tmp_path: Path,
+) -> None:
+    PartialCheckpointCallback(tmp_path, **SELDOM).on_fit_start(StubTrainer(), None)
+    gc.collect()
+    callback = PartialCheckpointCallback(tmp_path, **SELDOM)
+    loop = Loop(callback, batches=9, at={"ready": at_step(2, terminate)})
+    with pytest.raises(SystemExit):
+        loop.fit()
+    assert fp.steps(tmp_path) == [2]
 
 
 # Exceptions.

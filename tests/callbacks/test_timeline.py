@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as v0
 import pytest
+from shell import Shell, shell
 from stub_trainer import EVERYTHING, PARAMS, Loop, StubTrainer
-from test_cli import WRONG_USE, Shell, shell
 from things import QUICK
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, _timeline
+from flax_partial.cli.main import WRONG_USE
 from flax_partial.runs import timeline
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def test_preparing_again_begins_no_other_run(tmp_path: Path) -> None:
     callback = PartialCheckpointCallback(tmp_path)
     restored = callback.restore()
     assert restored is not None
-    callback.finalizer.held(tmp_path, 0.001, "restore")
+    callback.finalizer.runs.of(tmp_path).add_blocked(0.001, "restore")
     Loop(callback, epochs=3).resume(*restored).fit()
     first, second = timeline.read(tmp_path)
     assert (first.saved_steps, second.saved_steps) == ([2, 4], [6])

@@ -50,7 +50,7 @@ def leaves(draw: st.DrawFn) -> Leaf:
         dtype,
         shape,
         chunk,
-        compression=draw(st.sampled_from((None, "zstd"))),
+        compression=draw(st.sampled_from((None, "zstd", "blosc"))),
         generation=draw(st.integers(0, 5)),
         sharding=draw(st.sampled_from((None, {"sharding_type": "SingleDeviceSharding"}))),
         text=draw(_texts),
@@ -69,7 +69,7 @@ def _product(counts: tuple[int, ...]) -> int:
 parts = st.builds(
     Part,
     process=st.integers(0, 10_000),
-    time_ns=st.integers(0, 2**63),
+    time_ns=st.integers(0, 2**63 - 1),
     custom_metadata=st.dictionaries(_texts, st.integers() | _texts, max_size=2),
     leaves=st.lists(leaves(), min_size=1, max_size=3).map(tuple),
     bytes=st.integers(0, 2**60),

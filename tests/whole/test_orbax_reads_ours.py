@@ -212,6 +212,7 @@ SESSIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
 OPTIONS = {
     "plain": QUICK,
     "zstd": fp.SaveOptions(durable=False, compression="zstd"),
+    "blosc": fp.SaveOptions(durable=False, compression="blosc"),
     "small-chunks": fp.SaveOptions(durable=False, chunk_bytes=32),
     "no-digests": fp.SaveOptions(durable=False, checksum=False),
 }

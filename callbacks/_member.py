@@ -1,0 +1,79 @@
+"""What a run knows of a callback that saves into it."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import flax_partial as fp
+    from flax_partial.callbacks._clock import Clock
+    from flax_partial.callbacks._schedule import Retention, Schedule
+
+logger = logging.getLogger(__name__)
+
+
+class Failures:
+    """Errors of one callback's checkpoints, from any thread, until the callback raises them.
+
+    Attributes:
+      count: Number of checkpoints that failed.
+    """
+
+    def __init__(self, on_save_error: Literal["raise", "warn"]) -> None:
+        if on_save_error not in ("raise", "warn"):
+            raise ValueError(f"on_save_error is {on_save_error!r}; it must be 'raise' or 'warn'.")
+        self.count = 0
+        self._is_raised = on_save_error == "raise"
+        self._waiting: deque[BaseException] = deque()
+
+    def add(self, error: BaseException) -> None:
+        """Counts a failed checkpoint, and keeps or logs its error."""
+        self.count += 1
+        if self._is_raised:
+            self._waiting.append(error)
+        else:
+            logger.error("A checkpoint failed; training goes on.", exc_info=error)
+
+    def raise_first(self) -> None:
+        """Raises the oldest error that was not raised before, if there is one."""
+        if self._waiting:
+            raise self._waiting.popleft()
+
+    def log_all(self) -> None:
+        """Logs the errors that can no longer be raised, because another one is under way."""
+        while self._waiting:
+            logger.error("A checkpoint had failed, too.", exc_info=self._waiting.popleft())
+
+
+@dataclass(eq=False, kw_only=True)
+class Member:
+    """A callback, as data.
+
+    Attributes:
+      key: Tells it from the other callbacks of its hook, in every run.
+      schedule: At which steps it saves.
+      clock: Says when it is time to save; None if it does not save by time.
+      retention: Which checkpoints it keeps.
+      options: How its parts are written.
+      reuse_unchanged: Whether its parts may share files with the checkpoint before.
+      shows_progress: Whether it shows a bar while training waits.
+      saves_on_preemption: Whether it saves when the process is told to end.
+      failures: Where the run puts its errors.
+      last_saved: The last step that it saved or restored; None before one.
+      has_finished_step: Whether it could save the last finished step, should training fail.
+    """
+
+    key: str
+    schedule: Schedule
+    clock: Clock | None
+    retention: Retention
+    options: fp.SaveOptions | None
+    reuse_unchanged: bool
+    shows_progress: bool
+    saves_on_preemption: bool
+    failures: Failures = field(repr=False)
+    last_saved: int | None = None
+    has_finished_step: bool = False

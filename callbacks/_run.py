@@ -1,0 +1,318 @@
+"""A training run in one directory, as one process sees it.
+
+Callbacks hand over groups of leaves, and learn of errors from `Member.failures`. Once a checkpoint
+is closed, or its epoch has ended, it goes to the finalizer. One that lacks anything is dropped, or
+left to the next run.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import flax_partial as fp
+from flax_partial.callbacks import _directory
+from flax_partial.callbacks._checkpoint import Checkpoint
+from flax_partial.callbacks._finalizer import Finalizer
+from flax_partial.callbacks._preemption import Preemption
+from flax_partial.callbacks._reports import BlockedTime
+from flax_partial.callbacks._timeline import Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from flax_partial.callbacks._leaves import Leaves
+    from flax_partial.callbacks._member import Member
+    from flax_partial.callbacks._schedule import Retention
+
+logger = logging.getLogger(__name__)
+
+_LAST_HOOKS = ("on_train_end", "teardown")  # after which no thread may come to write the timeline
+
+_runs_lock = threading.Lock()  # guards `_runs`
+_runs: WeakSet[Run] = WeakSet()  # of this process
+
+
+class Run:
+    """The callbacks that save into one directory, and the checkpoints that they add to.
+
+    Under `jax.distributed` every process has its own, for the same directory. A checkpoint is
+    finalized when all processes have saved their part of it, and given up in all of them where a
+    save fails in one.
+
+    Attributes:
+      directory: Holds a checkpoint a step.
+      preemption: Whether the process is to end.
+      recorder: Records the timeline.
+      finalizer: Finalizes and removes checkpoints.
+      rescued_step: The step that callbacks save because training failed; None before.
+    """
+
+    def __init__(self, directory: Path, preemption: Preemption, timeout_secs: float) -> None:
+        self.directory = directory
+        self.preemption = preemption
+        self.recorder = Recorder(directory)
+        self.finalizer = Finalizer(directory, self.recorder, timeout_secs)
+        self.rescued_step: int | None = None
+        # Guards all below. Nothing is waited for while it is held, but where a clock or the end of
+        # the interpreter has the caller do it.
+        self._lock = threading.RLock()
+        self._name = ""  # until `recover` gives it one
+        self._members: dict[str, Member] = {}  # callbacks whose groups are waited for, by key
+        self._open: dict[int, Checkpoint] = {}  # by step; those the finalizer does not have yet
+        self._blocked = BlockedTime()  # of the checkpoint that was opened last
+        with _runs_lock:
+            _runs.add(self)
+
+    # Who saves, and when.
+
+    def join(self, member: Member) -> None:
+        """Has checkpoints wait for the groups of a callback that is to save them.
+
+        Raises:
+          ValueError: It and another callback want to keep different checkpoints.
+        """
+        with self._lock:
+            for other in self._members.values():
+                _check_agree(self.directory, member.retention, other.retention)
+            self._members[member.key] = member
+
+    def start(self, member: Member) -> None:
+        """Joins a callback whose training begins, which ends all earlier runs in the directory."""
+        self.join(member)
+        for other in self._others():
+            other.dismiss()
+        self.recover()
+        self.finalizer.prune(member.retention)
+
+    def stop_listening(self, member: Member) -> None:
+        """Ends what tells a callback to save: the handler of SIGTERM, and its clock."""
+        self.preemption.unwatch(member.key)
+        if member.clock is not None:
+            member.clock.stop()
+
+    def end(self, member: Member) -> None:
+        """Waits for a callback no longer: its training has ended."""
+        self.stop_listening(member)
+        member.has_finished_step = False
+        with self._lock:
+            self._members.pop(member.key, None)
+
+    def dismiss(self) -> None:
+        """Ends all callbacks: another run of this process has begun in their directory."""
+        for member in tuple(self._members.values()):
+            self.end(member)
+
+    def is_due(self, member: Member, step: int, epoch: int, *, epoch_ends: bool) -> bool:
+        """Whether a callback is to save `step`, and has not done so; never step 0."""
+        schedule = member.schedule
+        is_time = member.clock is not None and member.clock.is_due(step)  # asked about every step
+        is_due = (
+            is_time
+            or schedule.is_step_due(step)
+            or (epoch_ends and schedule.is_epoch_due(epoch))
+            or (member.saves_on_preemption and self.preemption.is_due(step))
+            or (member.has_finished_step and step == self.rescued_step)
+        )
+        return is_due and step not in (0, member.last_saved)
+
+    def name_for(self, member: Member) -> str:
+        """Returns a name that all processes have for a callback, and no other run has."""
+        return f"{self.directory.absolute()} {member.key} {self._name}"
+
+    # Before training.
+
+    def recover(self) -> None:
+        """Finalizes or drops what ended runs left in the directory.
+
+        One of them may be of this process, and its callbacks were not called when it failed: its
+        jobs are waited for, and its open checkpoints are left.
+        """
+        for other in self._others():
+            other.leave()
+        self.finalizer.wait()
+        with self._lock:
+            live = {checkpoint.path for checkpoint in self._open.values()}
+        self._name = _directory.recover(self.directory, live=live)
+        self.rescued_step = None
+        self.recorder.begin(self._name)
+        self.finalizer.sweep()
+
+    # While training.
+
+    def add_blocked(self, secs: float, hook: str) -> None:
+        """Counts time for which a hook, until now, has blocked training."""
+        with self._lock:
+            self._blocked.secs += secs
+            step = self._blocked.step
+        self.recorder.blocked(step, secs, hook)
+        if hook in _LAST_HOOKS:
+            self.recorder.flush()
+
+    def advance(self, step: int) -> None:
+        """Drops the checkpoints of steps before `step` that are open; finalizes closed ones."""
+        if self._open:
+            self._settle(before=step)
+
+    def open(self, member: Member, *, step: int, epoch: int) -> Checkpoint:
+        """Returns the checkpoint of a step, which is new if no callback has saved into it yet.
+
+        A new one waits until those before it are finalized: where training saves faster than the
+        storage takes it, it slows down, instead of filling the memory with snapshots.
+        """
+        if not self._name:
+            self.recover()
+        with self._lock:
+            known = self._open.get(step)
+            if known is not None:
+                return known
+            self.advance(step)
+            checkpoint = Checkpoint(
+                self.directory / str(step),
+                step=step,
+                epoch=epoch,
+                run_name=self._name,
+                recorder=self.recorder,
+            )
+            self._open[step] = checkpoint
+            self._blocked = checkpoint.blocked
+        self.finalizer.wait([checkpoint], show_progress=member.shows_progress)
+        try:
+            checkpoint.before = _directory.check_is_newer(self.directory, step)
+        except (fp.CheckpointExistsError, OSError) as error:
+            checkpoint.fail(error, [member])
+        return checkpoint
+
+    def close(
+        self,
+        member: Member,
+        checkpoint: Checkpoint,
+        groups: Mapping[str, Leaves],
+        *,
+        epoch: int,
+        metrics: Mapping[str, Any] | None,
+    ) -> None:
+        """Saves the last groups of a callback; once all are done the checkpoint is closed.
+
+        Args:
+          member: The callback that is done.
+          checkpoint: What `open` returned.
+          groups: Group to its leaves.
+          epoch: The epoch under way, the first being 0.
+          metrics: The trainer's; None if the step ends its epoch, whose metrics are yet to come.
+        """
+        with self._lock:
+            if not checkpoint.members:
+                due = {
+                    key: other
+                    for key, other in self._members.items()
+                    if self.is_due(other, checkpoint.step, epoch, epoch_ends=metrics is None)
+                }
+                checkpoint.members = due | {member.key: member}
+        checkpoint.close(member, groups)
+        with self._lock:
+            checkpoint.done.add(member.key)
+            if checkpoint.is_closed and metrics is not None:
+                self._finish(checkpoint, metrics)
+
+    def end_epoch(self, metrics: Mapping[str, Any]) -> None:
+        """Finalizes the closed checkpoints, with the metrics of the whole epoch."""
+        with self._lock:
+            for checkpoint in [one for one in self._open.values() if one.is_closed]:
+                self._finish(checkpoint, metrics)
+
+    # After training.
+
+    @property
+    def awaits_members(self) -> bool:
+        """Whether callbacks that have not ended have yet to add to what others have saved."""
+        with self._lock:
+            awaited = [one.members.keys() - one.done for one in self._open.values()]
+            return any(keys and keys <= self._members.keys() for keys in awaited)
+
+    def wait(self, *, show_progress: bool = False) -> None:
+        """Finalizes what is closed, drops what is open, and waits until nothing is under way."""
+        self._settle()
+        self.finalizer.wait(show_progress=show_progress)
+        self.finalizer.finish()
+        self.recorder.flush()
+
+    def leave(self) -> None:
+        """Waits for all saves and jobs, and leaves what is not finalized to the next run.
+
+        Where a save has failed, the other processes learn it, as if its step had ended.
+        """
+        with self._lock:
+            left = list(self._open.values())
+            self._open.clear()
+        for checkpoint in left:
+            checkpoint.wait()
+            logger.warning("Left %s unfinished, for the next run.", checkpoint.path)
+            checkpoint.tell_others()
+        self.wait()
+
+    def _others(self) -> list[Run]:
+        """Returns the other runs of this process in the same directory."""
+        with _runs_lock:
+            others = [run for run in _runs if run is not self]
+        here = self.directory.resolve()
+        return [run for run in others if run.directory.resolve() == here]
+
+    def _settle(self, *, before: int | None = None) -> None:
+        """Finalizes the closed checkpoints, of steps before `before`, and drops the open ones."""
+        with self._lock:
+            for checkpoint in tuple(self._open.values()):
+                if before is not None and checkpoint.step >= before:
+                    continue
+                if checkpoint.is_closed:
+                    self._finish(checkpoint, {})
+                else:
+                    del self._open[checkpoint.step]
+                    self.finalizer.drop(checkpoint)
+
+    def _finish(self, checkpoint: Checkpoint, metrics: Mapping[str, Any]) -> None:
+        # It is there no more if another run of this process has begun meanwhile.
+        if self._open.pop(checkpoint.step, None) is not None:
+            self.finalizer.finalize(checkpoint, metrics)
+
+
+class Runs:
+    """The runs of the callbacks that share a hook, one for each of their directories.
+
+    Attributes:
+      preemption: Whether they are to save for the last time; all decide alike.
+    """
+
+    def __init__(self, timeout_secs: float) -> None:
+        self.preemption = Preemption()
+        self._timeout_secs = timeout_secs
+        self._by_directory: dict[Path, Run] = {}
+        self._keys: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(tuple(self._by_directory.values()))
+
+    def of(self, directory: Path) -> Run:
+        """Returns the run of a directory, which is new if this is its first callback."""
+        run = self._by_directory.get(directory)
+        if run is None:
+            run = Run(directory, self.preemption, self._timeout_secs)
+            self._by_directory[directory] = run
+        return run
+
+    def unique_key(self, key: str) -> str:
+        """Makes a state key differ from those of the callbacks made before."""
+        self._keys[key] += 1
+        return key if self._keys[key] == 1 else f"{key}#{self._keys[key]}"
+
+
+def _check_agree(directory: Path, one: Retention, other: Retention) -> None:
+    if one.removes and other.removes and one != other:
+        raise ValueError(
+            f"Two callbacks want to keep different checkpoints of {directory}: {one} and {other}. "
+            "Give these options to one of them only."
+        )
