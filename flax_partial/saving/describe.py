@@ -6,6 +6,7 @@ only compares each leaf's type, shape, dtype and sharding.
 """
 
 import operator
+import re
 import threading
 import weakref
 from collections import OrderedDict
@@ -473,12 +474,9 @@ def _sharding_json(sharding: Sharding, cut: frozenset[int]) -> dict[str, Any]:
     """Returns a sharding in Orbax's terms; axes that are cut are not sharded as a whole."""
     devices: set[Any] = sharding.device_set
     if not isinstance(sharding, NamedSharding):
-        device = min(devices, key=lambda device: device.id)
-        number = _device_number(device, is_local=True)
-        return {
-            "sharding_type": "SingleDeviceSharding",
-            "device_str": f"{device.platform}:{number}",
-        }
+        (platform,) = {device.platform for device in devices}
+        first = min(jax.local_devices(backend=platform), key=lambda device: device.id)
+        return {"sharding_type": "SingleDeviceSharding", "device_str": _as_first(str(first))}
     mesh = sharding.mesh
     is_local = len({device.process_index for device in devices}) == 1
     numbers = np.vectorize(lambda device: {"id": _device_number(device, is_local=is_local)})
@@ -491,6 +489,14 @@ def _sharding_json(sharding: Sharding, cut: frozenset[int]) -> dict[str, Any]:
         "partition_spec": spec,
         "device_mesh": {"mesh": numbers(mesh.devices).tolist()},
     }
+
+
+def _as_first(device: str) -> str:
+    """Names a process's first device as the first of all: a reader has one, and may have no more.
+
+    Orbax finds a device by its text in JAX: `cuda:0`, `TPU_0(process=0,(0,0,0,0))`, `TFRT_CPU_0`.
+    """
+    return re.sub(r"process=\d+", "process=0", re.sub(r"(?<=[:_])\d+", "0", device, count=1))
 
 
 def _axes_json(axes: object) -> object:

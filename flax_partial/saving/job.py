@@ -21,7 +21,7 @@ from jax.profiler import TraceAnnotation
 from flax_partial import collector
 from flax_partial.distributed import agreement
 from flax_partial.errors import CorruptCheckpointError
-from flax_partial.format.model import Leaf, Part, data_file_bytes, data_part, data_path
+from flax_partial.format.model import Leaf, Part, data_file_bytes, data_part, data_path, part_path
 from flax_partial.format.tables import encode_part
 from flax_partial.options import SaveOptions
 from flax_partial.reports import SaveReport, SaveTimes
@@ -178,7 +178,8 @@ class SaveJob:
     def _commit(self, task: Task[SaveReport]) -> SaveReport:
         """Writes and commits the part; what it has written is removed where it fails."""
         began = self._reach("begun_at")
-        self._name = prefix_of_name(self._part) + uuid.uuid4().hex[:12]
+        own_name = prefix_of_name(self._part) + uuid.uuid4().hex[:12]
+        self._name = part_path(own_name, process=self._part.process, processes=agreement.count())
         session = self.session
         with storage.full_disk_explained(session.where, lambda: self._needed_bytes):
             session.require_not_aborted()

@@ -14,6 +14,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -34,6 +35,7 @@ PathLike = str | os.PathLike[str]
 
 SESSION_SUFFIX = ".partial_save"
 PART_PREFIX = "part."
+PART_FOLDER = re.compile(r"p[0-9]{1,9}")  # of the parts of some processes among very many
 PART_TABLE = "part.json"
 CONTENTS = "contents.json"
 STATE = "state"
@@ -359,11 +361,17 @@ def sync_session(where: CheckpointPath) -> None:
 
 def _foreign_entries(where: CheckpointPath) -> list[str]:
     known = _STATE_FILES | _STATE_DIRECTORIES
+
+    def is_of_parts(name: str) -> bool:
+        return name.startswith(PART_PREFIX) or PART_FOLDER.fullmatch(name) is not None
+
     found = [name for name in listed(where.session) if name != STATE and name not in _ROOT_FILES]
     found += [
         f"{STATE}/{name}"
         for name in listed(where.state)
-        if name not in known and not name.startswith(PART_PREFIX)
+        if name not in known
+        and not name.startswith(PART_PREFIX)
+        and not PART_FOLDER.fullmatch(name)
     ]
     return found
 
@@ -454,16 +462,6 @@ def has_contents(where: CheckpointPath) -> bool:
         return False
 
 
-def part_names(where: CheckpointPath) -> list[str]:
-    """Names of a session's part directories, torn ones included, oldest first."""
-    return part_names_in(where.state)
-
-
-def part_names_in(state: Path) -> list[str]:
-    """Names of the part directories in `state`, oldest first."""
-    return sorted(name for name in listed(state) if name.startswith(PART_PREFIX))
-
-
 def read(path: Path) -> bytes | None:
     """Returns a file's bytes; None where there is no such file.
 
@@ -506,9 +504,17 @@ def bytes_below(directory: Path) -> int:
 
 
 def create_part(where: CheckpointPath, name: str) -> Path:
-    """Makes the directory of a part."""
+    """Makes the directory of a part, and the folder around it that its name may have."""
     directory = where.state / name
-    os.mkdir(directory)
+    try:
+        os.mkdir(directory)
+    except FileNotFoundError:
+        if directory.parent == where.state:
+            raise
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory.parent)
+        fsync_directory(where.state)
+        os.mkdir(directory)
     return directory
 
 

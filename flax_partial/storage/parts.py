@@ -1,6 +1,5 @@
 """The parts of a session, or of a finalized checkpoint, as they are on disk."""
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,6 @@ from flax_partial.errors import CorruptCheckpointError
 from flax_partial.format.model import Part
 from flax_partial.format.tables import decode_part
 from flax_partial.storage import local as storage
-
-_FOLDER = re.compile(r"p[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,7 @@ def part_names(state: Path) -> list[str]:
     Those in a directory `p<number>` of several processes' parts are called with it.
     """
     names = storage.listed(state)
-    for folder in filter(_FOLDER.fullmatch, names[:]):
+    for folder in filter(storage.PART_FOLDER.fullmatch, names[:]):
         names += [f"{folder}/{name}" for name in storage.listed(state / folder)]
     found = [name for name in names if _own_name(name).startswith(storage.PART_PREFIX)]
     return sorted(found, key=lambda name: (_own_name(name), name))

@@ -10,6 +10,7 @@ import pytest
 import second_reader
 
 import flax_partial as fp
+from flax_partial.distributed import agreement
 from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.merge import merge
 from flax_partial.format.model import BYTES, DICT, LIST, STRING, Leaf, Part, part_path
@@ -130,3 +131,25 @@ def test_parts_of_many_processes_lie_in_directories_of_their_own(tmp_path: Path)
     assert second_reader.read_checkpoint(tmp_path / "c").keys() == expected
     assert ocp.load(tmp_path / "c").keys() == expected
     assert fp.verify(tmp_path / "c").ok
+
+
+def test_process_of_very_many_saves_into_a_folder_of_some_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c"
+    monkeypatch.setattr(agreement, "index", lambda: 2500)
+    monkeypatch.setattr(agreement, "count", lambda: 4000)
+    for number in range(2):
+        report = fp.save(path, {f"{number}": np.arange(1000)})
+        assert report.part.startswith("p2/part.")
+    with pytest.raises(fp.KeyConflictError):
+        fp.save(path, {"1": np.arange(1000)})
+    monkeypatch.undo()
+    fp.save(path, {"2": np.arange(1000)})
+    fp.finalize(path)
+    assert fp.load(path).keys() == {"0", "1", "2"}
+    assert fp.verify(path).ok
+    fp.save(tmp_path / "d", {"a": 1})
+    (tmp_path / "d.partial_save" / "state" / "p7").mkdir()
+    fp.abort(tmp_path / "d")
+    assert not (tmp_path / "d.partial_save").exists()

@@ -16,6 +16,7 @@ from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import BAD, GOOD, WAITING, Column, Output, Row
 from flax_partial.loading.catalog import is_finalized
 from flax_partial.storage import local as storage
+from flax_partial.storage.parts import part_names
 
 _STYLES = {places.FINALIZED: "", places.UNFINISHED: WAITING, places.DAMAGED: BAD}
 _COLUMNS = (
@@ -145,7 +146,7 @@ def _entry(path: Path) -> _Entry | None:
     try:
         if path.name.endswith(storage.SESSION_SUFFIX):
             return _unfinished(path)
-        is_ours = (state / storage.CONTENTS).exists() or storage.part_names_in(state)
+        is_ours = (state / storage.CONTENTS).exists() or part_names(state)
         if is_ours or is_finalized(path):
             return _finalized(path)
     except (fp.PartialCheckpointError, WrongUseError, OSError) as error:

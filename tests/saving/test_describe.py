@@ -1,0 +1,90 @@
+"""How leaves are described: what Orbax is told of devices, and what is remembered of a tree."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trees
+from things import QUICK
+
+import flax_partial as fp
+from flax_partial.saving import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+DEVICES = {
+    "cpu:0": "cpu:0",
+    "cpu:3": "cpu:0",
+    "cpu:2049": "cpu:0",  # of the second process
+    "cuda:5": "cuda:0",
+    "rocm:1": "rocm:0",
+    "METAL:0": "METAL:0",
+    "TFRT_CPU_0": "TFRT_CPU_0",
+    "TFRT_CPU_131072": "TFRT_CPU_0",
+    "TPU_0(process=0,(0,0,0,0))": "TPU_0(process=0,(0,0,0,0))",
+    "TPU_12(process=3,(0,0,0,0))": "TPU_0(process=0,(0,0,0,0))",
+}
+
+
+@pytest.mark.parametrize(("device", "first"), DEVICES.items())
+def test_array_on_one_device_is_said_to_be_on_the_first_of_its_kind(
+    device: str, first: str
+) -> None:
+    assert describe._as_first(device) == first  # noqa: SLF001 - such devices are not here
+
+
+CHANGES: dict[str, Callable[[jax.Array], object]] = {
+    "the same": lambda x: x + 1,
+    "another shape": lambda x: jnp.concatenate([x, x]),
+    "another dtype": lambda x: x.astype(jnp.bfloat16),
+    "another device": lambda x: jax.device_put(x, jax.devices()[1]),
+    "sharded": lambda x: jax.device_put(x, jax.sharding.NamedSharding(trees.mesh("x"), jax.P("x"))),
+    "NumPy's": np.asarray,
+    "a number": lambda _: 3,
+    "a text": lambda _: "text",
+    "a key": lambda _: jax.random.key(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_tree_like_one_before_is_saved_as_it_is_now(
+    tmp_path: Path, change: Callable[[jax.Array], object]
+) -> None:
+    first = jnp.arange(8.0)
+    trees_saved = [{"a": leaf, "none": None, "empty": []} for leaf in (first, change(first), first)]
+    for number, tree in enumerate(trees_saved):
+        path = tmp_path / str(number)
+        fp.save_async(path, tree, options=QUICK)
+        fp.finalize(path)
+        trees.assert_same(fp.load(path, target=tree), tree)
+
+
+def test_deleted_array_of_a_tree_that_was_saved_before_is_refused(tmp_path: Path) -> None:
+    tree = {"a": jnp.arange(8.0)}
+    fp.save(tmp_path / "0", tree)
+    tree["a"].delete()
+    with pytest.raises(fp.UnsupportedLeafError, match="deleted or donated"):
+        fp.save(tmp_path / "1", tree)
+    assert not (tmp_path / "1.partial_save").exists()
+
+
+def test_structure_that_cannot_be_hashed_is_described_each_time(tmp_path: Path) -> None:
+    class Node:
+        def __init__(self, value: object) -> None:
+            self.value = value
+
+    jax.tree_util.register_pytree_with_keys(
+        Node,
+        lambda node: (((jax.tree_util.GetAttrKey("value"), node.value),), ["unhashable"]),
+        lambda _, children: Node(*children),
+    )
+    for number in range(2):
+        fp.save(tmp_path / str(number), Node(jnp.arange(number + 1)), options=QUICK)
+        fp.finalize(tmp_path / str(number))
+        assert fp.load(tmp_path / str(number))["value"].shape == (number + 1,)
