@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SCENARIOS = (
     "stream",
     "many_small",
+    "call",
     "long_session",
     "finalize",
     "train_loop",

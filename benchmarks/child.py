@@ -1,7 +1,12 @@
-"""Processes of their own, for work that needs a fresh one: each prints what it measured as JSON."""
+"""Runs functions of scenarios in fresh processes, for work that another run would distort.
+
+A process is `python -m benchmarks.child MODULE FUNCTION ARGUMENTS`, the last a JSON list. It prints
+the metrics that the function returns, as JSON, in its last line.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from benchmarks.harness import Metrics
 
@@ -19,59 +24,71 @@ _LIMIT_SECS = 300
 
 
 def run(
-    module: str,
+    function: Callable[..., Metrics],
     *arguments: object,
     devices: int = 1,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Metrics:
-    """Runs a module of this package, and waits for it.
+    """Calls a function in a process of its own, and waits for it.
 
     Args:
-      module: Its name below `benchmarks`.
-      arguments: Its command line.
-      devices: Virtual CPU devices that JAX has in it.
-      environment: Added to this process's own.
+      function: A module's own, in this package.
+      arguments: What JSON can hold, and paths, which arrive as strings.
+      devices: Virtual CPU devices that JAX has in the process.
+      environment: Variables added to this process's own.
 
     Returns:
-      What it printed in its last line.
-    """
-    running = start(module, *arguments, devices=devices, environment=environment)
-    try:
-        return answer(running)
-    finally:
-        running.kill()
-
-
-def start(
-    module: str,
-    *arguments: object,
-    devices: int,
-    environment: Mapping[str, str] = MappingProxyType({}),
-) -> subprocess.Popen[str]:
-    """Starts a module of this package; arguments as for `run`."""
-    return subprocess.Popen(  # noqa: S603 - our own module
-        [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)],
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        | dict(environment),
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def answer(running: subprocess.Popen[str]) -> Metrics:
-    """Waits for a process that `start` started, and returns what it measured.
+      What the function returned.
 
     Raises:
-      RuntimeError: It failed.
+      RuntimeError: The process failed.
     """
-    out, err = running.communicate(timeout=_LIMIT_SECS)
-    if running.returncode:
+    (metrics,) = run_together(function, [arguments], devices=devices, environment=environment)
+    return metrics
+
+
+def run_together(
+    function: Callable[..., Metrics],
+    calls: Iterable[Sequence[object]],
+    *,
+    devices: int = 1,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> list[Metrics]:
+    """Calls a function in one process for each list of arguments, all at a time; else as `run`."""
+    command = [sys.executable, "-m", "benchmarks.child", function.__module__, function.__qualname__]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    running = [
+        subprocess.Popen(  # noqa: S603 - our own module
+            [*command, json.dumps(arguments, default=str)],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **environment},
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for arguments in calls
+    ]
+    try:
+        return [_metrics_of(process) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
+def _metrics_of(process: subprocess.Popen[str]) -> Metrics:
+    out, err = process.communicate(timeout=_LIMIT_SECS)
+    if process.returncode:
         raise RuntimeError(f"a process of the benchmark failed:\n{err[-4000:]}")
     metrics: Metrics = json.loads(out.splitlines()[-1])
     return metrics
+
+
+def main() -> None:
+    """Calls the function that the command line names, and prints what it returns."""
+    module, function, arguments = sys.argv[1:]
+    metrics = getattr(importlib.import_module(module), function)(*json.loads(arguments))
+    print(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main()

@@ -85,24 +85,51 @@ def contender(
     )
 
 
+def shape_of(size: int) -> tuple[int, int]:
+    """Returns the shape of a float32 array of `size` bytes, a multiple of 4096."""
+    return size // 4096, 1024
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Returns how long `work` takes; what it returns is dropped after that."""
+    start = time.perf_counter()
+    kept = work()
+    secs = time.perf_counter() - start
+    del kept
+    return secs
+
+
 def timed(save: Callable[[], object], finalize: Callable[[], object] | None = None) -> Metrics:
     """Returns how long `save` and then `finalize` take, in seconds."""
+    metrics = {"save": seconds(save)}
+    if finalize is not None:
+        metrics["finalize"] = seconds(finalize)
+    return metrics | {"total": sum(metrics.values())}
+
+
+def timed_async(save: Callable[[], Any], finalize: Callable[[], object] | None = None) -> Metrics:
+    """Measures saves in the background, whose handles `save` returns, and `finalize` after them.
+
+    Returns:
+      `blocked`: for how long `save` holds its caller, `finalize` where there is such a thing, and
+      `total`, in seconds.
+    """
     start = time.perf_counter()
-    save()
-    saved = time.perf_counter()
-    if finalize is None:
-        return {"save": saved - start, "total": saved - start}
-    finalize()
-    end = time.perf_counter()
-    return {"save": saved - start, "finalize": end - saved, "total": end - start}
+    handles = save()
+    metrics = {"blocked": time.perf_counter() - start}
+    for handle in handles:
+        handle.result()
+    if finalize is not None:
+        metrics["finalize"] = seconds(finalize)
+    return metrics | {"total": time.perf_counter() - start}
 
 
-def save_ours(groups: Sequence[Group], path: Path) -> Metrics:
+def save_ours(groups: Iterable[Group], path: Path) -> Metrics:
     """Saves durably group by group, then finalizes: `flax_partial`, its defaults."""
     return timed(lambda: [fp.save(path, group) for group in groups], lambda: fp.finalize(path))
 
 
-def _save_orbax_partial(groups: Sequence[Group], path: Path) -> Metrics:
+def save_orbax_partial(groups: Iterable[Group], path: Path) -> Metrics:
     """Saves group by group, then finalizes: Orbax `v1.partial`, its defaults."""
     return timed(
         lambda: [ocp.partial.save(path, group) for group in groups],
@@ -195,7 +222,7 @@ def _fsync(path: Path) -> None:
 
 _WAYS: dict[str, tuple[Callable[..., Metrics], Callable[..., None] | None]] = {
     OURS: (save_ours, check_ours),
-    PARTIAL: (_save_orbax_partial, _check_orbax),
+    PARTIAL: (save_orbax_partial, _check_orbax),
     WHOLE: (save_orbax_whole, _check_orbax),
     SAFETENSORS: (_save_safetensors, None),
     PLAIN: (save_plainly, None),

@@ -14,7 +14,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -139,22 +139,11 @@ def _fetch(arrays: list[jax.Array]) -> Metrics:
 
 
 def _save_ours(arrays: dict[str, jax.Array], path: Path) -> Metrics:
-    return _save_in_background(partial(fp.save_async, path, arrays), partial(fp.finalize, path))
+    return by.timed_async(lambda: [fp.save_async(path, arrays)], partial(fp.finalize, path))
 
 
 def _save_orbax(arrays: dict[str, jax.Array], path: Path) -> Metrics:
-    return _save_in_background(partial(ocp.save_async, path, arrays))
-
-
-def _save_in_background(
-    save: Callable[[], Any], finalize: Callable[[], object] = lambda: None
-) -> Metrics:
-    start = time.perf_counter()
-    handle = save()
-    blocked = time.perf_counter() - start
-    handle.result()
-    finalize()
-    return {"blocked": blocked, "total": time.perf_counter() - start}
+    return by.timed_async(lambda: [ocp.save_async(path, arrays)])
 
 
 def _check(arrays: dict[str, jax.Array], path: Path) -> None:

@@ -86,14 +86,6 @@ class Finalizer:
         self._worker.finish()
         self._remover.finish()
 
-    def show_progress(self, unfinished: Iterable[Checkpoint]) -> None:
-        """Draws how much is written of what is under way; takes the bar away when all is."""
-        done, total = self._written(unfinished)
-        if done < total or self._under_way():
-            self._bar.update(done, total, while_waiting=False)
-        else:
-            self._bar.close()
-
     @property
     def reports(self) -> tuple[CheckpointReport, ...]:
         """What each checkpoint finalized so far holds and cost, in the order of finalizing."""

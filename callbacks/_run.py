@@ -225,12 +225,6 @@ class Run:
             for checkpoint in [one for one in self._open.values() if one.is_closed]:
                 self._finish(checkpoint, metrics)
 
-    def show_progress(self) -> None:
-        """Draws how much is written of what is under way, if it takes long."""
-        with self._lock:
-            unfinished = list(self._open.values())
-        self.finalizer.show_progress(unfinished)
-
     # After training.
 
     @property

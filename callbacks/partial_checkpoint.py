@@ -73,8 +73,6 @@ def _hook(
         self: PartialCheckpointCallback, trainer: Any, /, *args: P.args, **kwargs: P.kwargs
     ) -> None:
         timed(self, trainer, *args, **kwargs)
-        if self._member.shows_progress:
-            self._run.show_progress()
         self._send_costs(trainer)
 
     return hook
@@ -176,7 +174,7 @@ class PartialCheckpointCallback:
             default, `log_metrics` of the trainer's `loggers` or `logger`, if it has any. What it
             raises is raised by that hook, and harms no checkpoint.
           progress: Show a bar of bytes while training waits for checkpoints, or for one to be
-            loaded, for longer than a second; below a bar of tqdm's, also while training goes on.
+            loaded, for longer than a second; none while a display of rich is running.
 
         Raises:
           ValueError: An option has a value that makes no sense, alone or with another.

@@ -1,10 +1,9 @@
-"""A bar of bytes, once something takes a second; gone when it is done.
+"""A bar of bytes while training waits for longer than a second; gone when it is done.
 
-It is drawn by the thread that trains, in hooks and while training waits. Below a bar of tqdm's it
-is one more of tqdm's, also while training goes on: those may come and go in any order. Rich's
-displays must end in the order opposite to that in which they began, and other prints would break a
-line of ours: so without tqdm there is a bar only while training waits, for then the terminal is
-ours; inside of the display of rich that is there, if any.
+It is drawn by the thread that waits, and never while training goes on: what else is written then
+would break its line. Where tqdm is imported the bar is tqdm's, which puts it below those that are
+there; else it is rich's. While another display of rich is running there is none: two displays on
+one terminal draw over each other.
 """
 
 from __future__ import annotations
@@ -12,56 +11,41 @@ from __future__ import annotations
 import sys
 import time
 from concurrent import futures
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from rich.console import Console
+    Draw = Callable[[int, int], None]
 
 _PATIENCE_SECS = 1.0
 _REFRESH_SECS = 0.1
 
 
-class _Drawn(Protocol):
-    """A bar on the screen."""
-
-    def update(self, what: str, done: int, total: int) -> None:
-        """Draws how many bytes of how many are done."""
-
-    def close(self) -> None:
-        """Takes it off the screen."""
-
-
 class Bar:
-    """A bar that is not there until it has something to say."""
+    """A bar that appears at the first update after a second; used by one thread at a time."""
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._began: float | None = None
-        self._drawn: _Drawn | None = None
+        self._draw: Draw | None = None
+        self._shown = ExitStack()
 
-    def update(self, done: int, total: int, *, while_waiting: bool = True) -> None:
-        """Draws it if there has been something to be done for a second.
-
-        Args:
-          done: How many bytes are done.
-          total: Of how many.
-          while_waiting: Whether training waits, so that the terminal is ours.
-        """
+    def update(self, done: int, total: int) -> None:
+        """Tells that `done` of `total` bytes are done."""
         now = time.monotonic()
-        self._began = self._began or now
-        if self._drawn is None and now - self._began >= _PATIENCE_SECS:
-            self._drawn = _beside_tqdm() or (_in_rich() if while_waiting else None)
-        if self._drawn is not None:
-            self._drawn.update(self._what, done, total)
+        if self._began is None:
+            self._began = now
+        if self._draw is None and now - self._began >= _PATIENCE_SECS:
+            self._draw = self._shown.enter_context(_bar(self._what, done, total))
+        if self._draw is not None:
+            self._draw(done, total)
 
     def close(self) -> None:
-        """Takes it away; `update` begins anew."""
-        self._began = None
-        drawn, self._drawn = self._drawn, None
-        if drawn is not None:
-            drawn.close()
+        """Removes it from the screen; a later `update` begins anew."""
+        self._began = self._draw = None
+        self._shown.close()
 
 
 def wait(
@@ -78,81 +62,53 @@ def wait(
         bar.close()
 
 
-class _Tqdm:
-    """One more bar below those of tqdm."""
+@contextmanager
+def _bar(what: str, done: int, total: int) -> Iterator[Draw]:
+    """Shows a bar on standard error; yields a function that draws it anew."""
+    from rich.file_proxy import FileProxy  # what a running display of rich replaces streams by
 
-    def __init__(self, neighbour: Any) -> None:
-        kind = type(neighbour)
-        if not kind.__module__.startswith("tqdm."):  # a subclass, which may want other arguments
-            kind = sys.modules["tqdm.std"].tqdm
-        self._bar = kind(
-            total=1, unit="B", unit_scale=True, leave=False, file=neighbour.fp, dynamic_ncols=True
-        )
-
-    def update(self, what: str, done: int, total: int) -> None:
-        self._bar.desc, self._bar.n, self._bar.total = f"{what}: ", done, total
-        self._bar.refresh()
-
-    def close(self) -> None:
-        self._bar.close()
+    is_rich_running = any(isinstance(stream, FileProxy) for stream in (sys.stdout, sys.stderr))
+    if is_rich_running or not sys.stderr.isatty():
+        yield lambda _done, _total: None
+    elif "tqdm" in sys.modules:
+        with _tqdm_bar(what, done, total) as draw:
+            yield draw
+    else:
+        with _rich_bar(what, total) as draw:
+            yield draw
 
 
-def _beside_tqdm() -> _Tqdm | None:
-    std = sys.modules.get("tqdm.std")
-    if std is None:
-        return None
-    shown = [bar for bar in tuple(getattr(std.tqdm, "_instances", ())) if not bar.disable]
-    return _Tqdm(shown[0]) if shown and shown[0].fp.isatty() else None
+@contextmanager
+def _tqdm_bar(what: str, done: int, total: int) -> Iterator[Draw]:
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=what,
+        initial=done,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        dynamic_ncols=True,
+    ) as bar:
+
+        def draw(done: int, total: int) -> None:
+            bar.n, bar.total = done, total
+            bar.refresh()
+
+        yield draw
 
 
-class _Rich:
-    """A display of rich's, inside of the one that is there, if any."""
-
-    def __init__(self, console: Console) -> None:
-        from rich import progress
-
-        columns = (
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.DownloadColumn(),
-        )
-        self._console = console
-        self._progress = progress.Progress(*columns, console=console, transient=True)
-        try:
-            self._progress.start()
-        except BaseException:
-            console.show_cursor()  # which its start hides
-            raise
-        self._task = self._progress.add_task("", total=None)
-
-    def update(self, what: str, done: int, total: int) -> None:
-        self._progress.update(self._task, description=what, completed=done, total=total)
-
-    def close(self) -> None:
-        self._progress.stop()
-
-
-def _in_rich() -> _Rich | None:
-    from rich.errors import LiveError
-
-    console = _console()
-    if not console.is_terminal:
-        return None
-    try:
-        return _Rich(console)
-    except LiveError:  # before 14.1, rich had no display inside of another
-        return None
-
-
-def _console() -> Console:
-    """The console that has a display now; else the one that is a terminal."""
-    import rich
+@contextmanager
+def _rich_bar(what: str, total: int) -> Iterator[Draw]:
     from rich.console import Console
-    from rich.file_proxy import FileProxy
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    if isinstance(sys.stdout, FileProxy):  # a display has taken the place of the standard output
-        shown: Console | None = getattr(sys.stdout, "_FileProxy__console", None)
-        if shown is not None:
-            return shown
-    console = rich.get_console()
-    return console if console.is_terminal else Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    console = Console(stderr=True)
+    try:
+        with Progress(*columns, console=console, transient=True) as shown:
+            task = shown.add_task(what, total=total)
+            yield lambda done, total: shown.update(task, completed=done, total=total)
+    finally:
+        console.show_cursor()  # also where its start, which hides it, was interrupted

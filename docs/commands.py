@@ -33,7 +33,7 @@ def page() -> str:
 
 def commands() -> Iterator[argparse.ArgumentParser]:
     """The parser of each command."""
-    for action in main._parser()._actions:  # noqa: SLF001 - argparse tells it to nobody
+    for action in main.new_parser()._actions:  # noqa: SLF001 - argparse tells it to nobody
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
             yield from action.choices.values()
 

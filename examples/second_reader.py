@@ -23,7 +23,8 @@ import xxhash
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FORMAT = 2
+FORMATS = (2, 3)
+PARTS = ("part.*", "p[0-9]*/part.*")
 WITHOUT_DATA = {"None": None, "dict": {}, "list": [], "tuple": (), "namedtuple": ()}
 HEAD, MIDDLE, END = b'{"xxh3_128":"', b'","table":', b"}\n"
 
@@ -31,22 +32,28 @@ Table = dict[str, Any]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Returns name -> array, string, None or empty container.
+    """Returns name -> array, string, bytes, None or empty container.
 
     Raises:
       ValueError: Something is not what was written, or not all of it is there.
     """
-    parts = [(file.parent, read_table(file)) for file in path.glob("state/part.*/part.json")]
+    files = [file for where in PARTS for file in path.glob(f"state/{where}/part.json")]
+    parts = [(file.parent, read_table(file)) for file in files]
     parts.sort(key=lambda part: (part[1]["time_ns"], part[0].name))
     newest: dict[str, list[tuple[Path, Table]]] = {}
     for directory, table in parts:
         for leaf in table["leaves"]:
             held = newest.setdefault(".".join(leaf["path"]), [])
-            if held and generation(leaf) > generation(held[0][1]):
+            if held and age(leaf) > age(held[0][1]):
                 held.clear()
-            if not held or generation(leaf) == generation(held[0][1]):
+            if not held or age(leaf) == age(held[0][1]):
                 held.append((directory, leaf))
-    return {name: put_together(name, held) for name, held in newest.items()}
+    inner = {name for held in newest.values() for name in nodes_around(held[0][1])}
+    return {
+        name: put_together(name, held)
+        for name, held in newest.items()
+        if not (is_placeholder(held[0][1]) and tuple(held[0][1]["path"]) in inner)
+    }
 
 
 def read_table(file: Path) -> Table:
@@ -57,14 +64,25 @@ def read_table(file: Path) -> Table:
     if data != HEAD + digest + MIDDLE + body + END or digest_of(body) != digest.decode():
         raise ValueError(f"{file} is damaged")
     table: Table = json.loads(body)
-    if table["format"] != FORMAT:
+    if table["format"] not in FORMATS or table.get("requires"):
         raise ValueError(f"{file} is of format {table['format']}")
     return table
 
 
-def generation(leaf: Table) -> int:
-    """How often a leaf had been replaced."""
-    return int(leaf.get("generation", 0))
+def age(leaf: Table) -> tuple[bool, int]:
+    """How often a leaf had been replaced; a placeholder is older than any leaf."""
+    return not is_placeholder(leaf), int(leaf.get("generation", 0))
+
+
+def is_placeholder(leaf: Table) -> bool:
+    """Whether a leaf gives way to others of its name, and inside of it."""
+    return bool(leaf.get("placeholder", False))
+
+
+def nodes_around(leaf: Table) -> list[tuple[str, ...]]:
+    """The paths of the nodes in which a leaf lies; none for a placeholder."""
+    path = () if is_placeholder(leaf) else tuple(leaf["path"])
+    return [path[:depth] for depth in range(len(path))]
 
 
 def put_together(name: str, held: list[tuple[Path, Table]]) -> Any:
@@ -72,24 +90,27 @@ def put_together(name: str, held: list[tuple[Path, Table]]) -> Any:
     leaf = held[0][1]
     if leaf["kind"] == "string":
         return leaf.get("text", "")
+    if leaf["kind"] == "bytes":
+        return base64.b64decode(leaf.get("data", ""))
     if leaf["kind"] in WITHOUT_DATA:
         return WITHOUT_DATA[leaf["kind"]]
     if "compression" in leaf:
         raise ValueError(f"{name} is compressed")
     dtype, inner = stored_as(leaf["dtype"])
-    array = np.zeros((*leaf["shape"], *inner), dtype)
+    shape, chunk_shape = leaf.get("shape", []), leaf.get("chunk", [])
+    array = np.zeros((*shape, *inner), dtype)
     there = set()
     for directory, piece in held:
         for at, digest, place in chunks_of(piece):
             data = read_place(directory / data_file(piece), place)
-            whole = np.frombuffer(data, dtype).reshape([*leaf["chunk"], *inner])
-            index = tuple(map(slice, at, map(add, at, leaf["chunk"])))
+            whole = np.frombuffer(data, dtype).reshape([*chunk_shape, *inner])
+            index = tuple(map(slice, at, map(add, at, chunk_shape)))
             chunk = whole[tuple(map(slice, array[index].shape))]  # without what sticks out
             if digest and digest_of(chunk.tobytes()) != digest:
                 raise ValueError(f"{name} is damaged in its chunk at {list(at)}")
             array[index] = chunk
             there.add(at)
-    if len(there) != math.prod(map(chunk_count, leaf["shape"], leaf["chunk"])):
+    if len(there) != math.prod(map(chunk_count, shape, chunk_shape)):
         raise ValueError(f"{name} is not complete")
     return array
 
@@ -105,7 +126,8 @@ def chunks_of(leaf: Table) -> Iterator[tuple[tuple[int, ...], str, Any]]:
     """Yields the first index of each chunk, its digest and its place."""
     for start, shape, digests, *rest in leaf["boxes"]:
         places = rest[0] if rest else []
-        steps = [range(0, size, step) for size, step in zip(shape, leaf["chunk"], strict=True)]
+        chunk = leaf.get("chunk", [])
+        steps = [range(0, size, step) for size, step in zip(shape, chunk, strict=True)]
         for offset, digest, place in zip(product(*steps), digests, places, strict=True):
             yield tuple(map(add, start, offset)), digest, place
 

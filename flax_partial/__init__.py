@@ -9,6 +9,7 @@ from flax_partial.errors import (
     CheckpointInUseError,
     CorruptCheckpointError,
     EmptyStateError,
+    ForkedProcessError,
     IncompleteCheckpointError,
     KeyConflictError,
     NoSessionError,
@@ -16,9 +17,13 @@ from flax_partial.errors import (
     TargetMismatchError,
     UnsupportedLeafError,
 )
-from flax_partial.finalizing.finalize import abort, finalize, finalize_async, status
+from flax_partial.finalizing.abort import abort
+from flax_partial.finalizing.finalize import finalize, finalize_async
+from flax_partial.finalizing.status import status
 from flax_partial.loading.catalog import latest, remove, steps
-from flax_partial.loading.load import load, metadata, verify
+from flax_partial.loading.checkpoint import metadata
+from flax_partial.loading.load import load
+from flax_partial.loading.verify import verify
 from flax_partial.options import SaveOptions
 from flax_partial.reports import (
     CheckpointMetadata,
@@ -29,8 +34,8 @@ from flax_partial.reports import (
     SessionStatus,
     VerifyReport,
 )
+from flax_partial.saving.describe import Slice
 from flax_partial.saving.save import save, save_async
-from flax_partial.saving.snapshot import Slice
 from flax_partial.sessions.handles import FinalizeHandle, SaveHandle
 
 __version__ = "0.2.0.dev0"
@@ -42,6 +47,7 @@ __all__ = [
     "CorruptCheckpointError",
     "EmptyStateError",
     "FinalizeHandle",
+    "ForkedProcessError",
     "IncompleteCheckpointError",
     "KeyConflictError",
     "LeafMetadata",

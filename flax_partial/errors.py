@@ -9,11 +9,15 @@
     │   └── EmptyStateError     (ValueError)         a state without a single leaf
     ├── IncompleteCheckpointError (RuntimeError)     leaves, or parts of leaves, are missing
     ├── CorruptCheckpointError  (ValueError)         bytes on disk are not those that were written
-    └── TargetMismatchError     (ValueError)         the checkpoint does not fit the target
+    ├── TargetMismatchError     (ValueError)         the checkpoint does not fit the target
+    └── ForkedProcessError      (RuntimeError)       a forked child of a process that used JAX
 
 Each is also the built-in kind that a caller would catch without knowing this package. Failures of
 the storage itself (a full disk, a lost mount) stay the `OSError` they are.
 """
+
+from collections.abc import Iterable
+from itertools import islice
 
 
 class PartialCheckpointError(Exception):
@@ -54,3 +58,22 @@ class CorruptCheckpointError(PartialCheckpointError, ValueError):
 
 class TargetMismatchError(PartialCheckpointError, ValueError):
     """The checkpoint differs from the target in structure, shape, dtype or kind."""
+
+
+class ForkedProcessError(PartialCheckpointError, RuntimeError):
+    """A call that writes, in a forked child of a process that had used JAX; nothing was written."""
+
+
+def first_few(items: Iterable[str], *, most: int, count: int) -> list[str]:
+    """Shortens a list for a message.
+
+    Args:
+      items: The items, of which at most `most` are taken.
+      most: How many are shown.
+      count: How many there are.
+
+    Returns:
+      The first items, and how many more there are.
+    """
+    shown = list(islice(items, most))
+    return [*shown, f"and {count - most} more"] if count > most else shown

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-COMPRESSIONS = frozenset((None, "zstd"))
+COMPRESSIONS = frozenset((None, "zstd", "blosc"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,8 @@ class SaveOptions:
         `checksum` is off too.
       checksum: Whether an xxh3-128 digest of every chunk is stored. Without it damage to array data
         goes unnoticed, and replicated leaves that several processes save cannot be compared.
-      compression: `"zstd"`, or None. Twice the time, for less space.
+      compression: `"zstd"`, `"blosc"`, or None. Blosc (LZ4 over shuffled bits) takes less time than
+        zstd, and more space.
       max_inflight_bytes: Host memory, in bytes, that snapshots waiting to be written may hold in
         this process; past it `save_async` waits. A state that is larger by itself waits until it
         is alone. None sets no bound.
@@ -36,7 +37,7 @@ class SaveOptions:
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no save could honour."""
         if self.compression not in COMPRESSIONS:
-            raise ValueError(f"compression is None or 'zstd', not {self.compression!r}")
+            raise ValueError(f"compression is None, 'zstd' or 'blosc', not {self.compression!r}")
         for name in ("max_inflight_bytes", "chunk_bytes"):
             value = getattr(self, name)
             if value is None and name == "max_inflight_bytes":

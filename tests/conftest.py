@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# A shell's background job, and all that it starts, ignores SIGINT: no Ctrl-C could be tried in it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # JAX reads these once, when it is first imported. Processes that tests start inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -31,12 +36,10 @@ settings.register_profile("dev", deadline=None, suppress_health_check=[HealthChe
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-# In an editable install the callbacks lie elsewhere than the package.
-_OUR_FOLDERS = tuple(
-    str(Path(spec.origin).parent)
-    for name in ("flax_partial", "flax_partial.callbacks")
-    if (spec := importlib.util.find_spec(name)) and spec.origin
-)
+_PACKAGE = importlib.util.find_spec("flax_partial")
+assert _PACKAGE is not None
+assert _PACKAGE.origin is not None
+_OUR_FOLDER = str(Path(_PACKAGE.origin).parent)
 _GRACE_SECS = 10.0
 
 
@@ -47,7 +50,7 @@ def _ours(known: set[threading.Thread]) -> list[threading.Thread]:
     def in_our_code(thread: threading.Thread) -> bool:
         top = frames.get(thread.ident or 0)
         stack = traceback.walk_stack(top) if top else ()
-        return any(frame.f_code.co_filename.startswith(_OUR_FOLDERS) for frame, _ in stack)
+        return any(frame.f_code.co_filename.startswith(_OUR_FOLDER) for frame, _ in stack)
 
     return [
         thread

@@ -1,9 +1,9 @@
 """The command line, `flax-partial`: look into checkpoints without writing code.
 
-Nothing of the package imports it. Each command is a module with `add`, which declares it, and a
-function that gathers what is to be said as data, from which both the text and the JSON are made;
-`main` lists the commands. What they say goes through `output`: tables and lines to standard output,
-where other programs read them, notes, questions and bars to standard error.
+Nothing of the package imports it. `main` lists the commands. Each is a module or a package of
+`commands` with `add`, which declares its arguments, and `run`, which gathers its result as data,
+makes text and JSON of that, and returns whether it found a problem. They write through `output`:
+results to standard output, notes, questions and bars to standard error.
 
 No command starts a device of JAX's: training may hold it.
 """

@@ -1,4 +1,4 @@
-"""The commands, their common options, and how a command ends: status and messages."""
+"""The program: its commands, their common option, exit statuses and error messages."""
 
 import argparse
 import contextlib
@@ -7,23 +7,22 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import NoReturn
 
 from flax_partial import __version__
-from flax_partial.cli import (
-    diffing,
-    ending,
-    exporting,
-    listing,
-    showing,
+from flax_partial.cli.commands import (
+    abort,
+    diff,
+    export,
+    finalize,
+    ls,
+    show,
     status,
     timeline,
-    verifying,
+    verify,
 )
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import Output
-from flax_partial.cli.tables import printable
+from flax_partial.cli.output import Output, printable
 from flax_partial.errors import NoSessionError, PartialCheckpointError
 
 PROGRAM = "flax-partial"
@@ -31,17 +30,17 @@ FINE, PROBLEM, WRONG_USE = 0, 1, 2
 INTERRUPTED, PIPE_CLOSED, TERMINATED = (
     128 + number for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM)
 )
-
-# In the order of the help. Each declares its commands with `add`.
-_COMMANDS: tuple[ModuleType, ...] = (
-    listing,
-    showing,
-    status,
-    verifying,
-    ending,
-    diffing,
-    exporting,
-    timeline,
+# In the order of the help: each command's name, module and summary.
+_COMMANDS = (
+    ("ls", ls, "list a run's checkpoints and unfinished sessions"),
+    ("show", show, "show what is in a checkpoint, as a tree"),
+    ("status", status, "look at an unfinished checkpoint"),
+    ("verify", verify, "read all of a checkpoint, and check every digest"),
+    ("finalize", finalize, "finish an unfinished checkpoint"),
+    ("abort", abort, "drop an unfinished checkpoint"),
+    ("diff", diff, "compare two checkpoints, leaf by leaf"),
+    ("export", export, "write a checkpoint's arrays into a safetensors file"),
+    ("timeline", timeline, "draw what a run's checkpoints did when"),
 )
 
 
@@ -51,7 +50,7 @@ def run() -> NoReturn:
         stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115 - closed: `>&-`
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
-    # An export that is told to stop takes its half file with it, a bar gives back the cursor.
+    # By an exception: `export` removes its unfinished file, a bar shows the cursor again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.exit(main(sys.argv[1:]))
 
@@ -61,19 +60,18 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
       0 if all is fine, 1 if it found a problem, 2 if it was used wrongly, 130 after Ctrl-C, 141 if
-      whoever read its output stopped reading.
+      the reader of its output closed the pipe.
     """
-    parser = _parser()
     try:
+        parser = new_parser()
         parsed = parser.parse_args(arguments)
         if "run" not in parsed:
             parser.print_help(sys.stderr)
             return WRONG_USE
-        out = Output(is_json=parsed.json)
-        problem: bool = parsed.run(parsed, out)
-        out.flush()
+        has_problem: bool = parsed.run(parsed, Output(is_json=parsed.json))
+        sys.stdout.flush()
     except BrokenPipeError:
-        _let_go_of_stdout()
+        _discard_stdout()
         return PIPE_CLOSED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -81,10 +79,11 @@ def main(arguments: Sequence[str]) -> int:
         return _failed(error, WRONG_USE)
     except (PartialCheckpointError, OSError) as error:
         return _failed(error, PROBLEM)
-    return PROBLEM if problem else FINE
+    return PROBLEM if has_problem else FINE
 
 
-def _parser() -> argparse.ArgumentParser:
+def new_parser() -> argparse.ArgumentParser:
+    """Declares all commands."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Look into checkpoints of flax_partial and of Orbax; end unfinished ones.",
@@ -92,22 +91,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in _COMMANDS:
-        module.add(commands)
+    for name, module, summary in _COMMANDS:
+        command = commands.add_parser(name, help=summary)
+        module.add(command)
+        command.add_argument(
+            "--json", action="store_true", help="write JSON; its shape: docs/cli.md"
+        )
+        command.set_defaults(run=module.run)
     return parser
 
 
-def _failed(error: Exception, status: int) -> int:
+def _failed(error: Exception, exit_status: int) -> int:
     try:
         sys.stdout.flush()
-    except OSError:  # such as a full disk: the error that is told
-        _let_go_of_stdout()
+    except OSError:  # such as a full disk: `error` already says it
+        _discard_stdout()
     with contextlib.suppress(BrokenPipeError):
-        text = "\n".join(map(printable, str(error).split("\n")))
-        print(f"{PROGRAM}: {text}", file=sys.stderr)  # noqa: T201
-    return status
+        message = "\n".join(map(printable, str(error).split("\n")))
+        print(f"{PROGRAM}: {message}", file=sys.stderr)  # noqa: T201
+    return exit_status
 
 
-def _let_go_of_stdout() -> None:
-    """Keeps Python from complaining, when it exits, of what it could not write."""
+def _discard_stdout() -> None:
+    """Keeps Python from reporting, when it exits, what it could not write."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,8 +1,7 @@
 """Where commands write to: tables and lines to standard output, all else to standard error.
 
 On a terminal rich draws tables, in colour and folded to its width, and bars. Anywhere else there is
-neither: a table's lines are as long as they have to be, and nothing of rich is imported but the
-width of characters. rich takes 0.35 ms for a row, so that long tables are plain on terminals too.
+neither: a table's lines are as long as they have to be.
 """
 
 from __future__ import annotations
@@ -10,90 +9,163 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flax_partial.cli.tables import FAINT, STRONG, Table, printable
+from rich.cells import cell_len
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from rich.console import Console, RenderableType
+    from rich.console import Console
+    from rich.table import Table as RichTable
 
-_MOST_DRAWN_ROWS = 3000
+GOOD, BAD, WAITING, FAINT, STRONG = "green", "red", "yellow", "dim", "bold"
+_MOST_DRAWN_ROWS = 3000  # rich takes 0.35 ms for each: longer tables are plain on terminals too
+_GAP = "  "
+
+
+def printable(text: str) -> str:
+    """Text in which nothing can move a terminal's cursor, or begin another line."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Column(NamedTuple):
+    """A column of a table.
+
+    Attributes:
+      title: What stands above it.
+      is_number: Whether it is aligned to the right, and never folded.
+      dispensable: Where the terminal is too narrow, columns are left out, the largest number first;
+        0 is never left out.
+    """
+
+    title: str
+    is_number: bool = False
+    dispensable: int = 0
+
+
+class Row(NamedTuple):
+    """A row of a table: its cells, and the style in which a terminal shows them."""
+
+    cells: Sequence[str]
+    style: str = ""
+
+
+class Table:
+    """Rows under titles, without the columns in which every cell is empty.
+
+    Attributes:
+      rows: Their cells can do no more to a terminal than stand in it.
+    """
+
+    def __init__(self, columns: Sequence[Column], rows: Sequence[Row]) -> None:
+        used = [i for i in range(len(columns)) if any(row.cells[i] for row in rows)]
+        self._columns = [columns[i] for i in used]
+        self.rows = [Row([printable(row.cells[i]) for i in used], row.style) for row in rows]
+
+    def lines(self) -> Iterator[str]:
+        """Yields its lines, however wide, without styles."""
+        widths = self._widths()
+        for cells in self._cells():
+            padded = []
+            for cell, width, column in zip(cells, widths, self._columns, strict=True):
+                blank = " " * (width - cell_len(cell))
+                padded.append(blank + cell if column.is_number else cell + blank)
+            yield _GAP.join(padded).rstrip()
+
+    def drawn(self, width: int) -> tuple[RichTable, list[str]]:
+        """Makes it for a terminal.
+
+        Returns:
+          The table, and the titles of the columns that a terminal of this width has no room for.
+        """
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        kept = self._fitting(width)
+        made = RichTable(box=None, pad_edge=False, header_style=STRONG)
+        for title, is_number, _ in (self._columns[i] for i in kept):
+            made.add_column(
+                Text(title),
+                justify="right" if is_number else "left",
+                no_wrap=is_number,
+                overflow="fold",
+            )
+        for row in self.rows:
+            made.add_row(*(Text(row.cells[i]) for i in kept), style=row.style)
+        return made, [column.title for i, column in enumerate(self._columns) if i not in kept]
+
+    def _fitting(self, width: int) -> list[int]:
+        """Returns the columns that fit into a width, and those that are never left out."""
+        widths = [each + len(_GAP) for each in self._widths()]
+        kept = list(range(len(widths)))
+        while sum(widths[i] for i in kept) - len(_GAP) > width:
+            worst = max(kept, key=lambda i: self._columns[i].dispensable)
+            if not self._columns[worst].dispensable:
+                break
+            kept.remove(worst)
+        return kept
+
+    def _widths(self) -> list[int]:
+        """Width of each column, in cells of a terminal."""
+        return [max(map(cell_len, cells)) for cells in zip(*self._cells(), strict=True)]
+
+    def _cells(self) -> Iterator[Sequence[str]]:
+        yield [column.title for column in self._columns]
+        yield from (row.cells for row in self.rows)
 
 
 class Output:
     """Standard output and error of a command.
 
     Attributes:
-      is_json: Whether the result is to be JSON; then lines and tables are left out.
+      is_json: Whether the result is JSON; then lines and tables are left out.
+      console: The terminal that standard output is; None where it is none.
     """
 
     def __init__(self, *, is_json: bool) -> None:
         self.is_json = is_json
-        self._console: Console | None = None
-        if sys.stdout.isatty():
-            self._console = _new_console(is_stderr=False)
-
-    @property
-    def console(self) -> Console | None:
-        """The terminal that standard output is; None where it is none."""
-        return self._console
-
-    def can_write(self, text: str) -> bool:
-        """Whether standard output's encoding has these characters."""
-        try:
-            text.encode(sys.stdout.encoding or "utf-8")
-        except UnicodeEncodeError:
-            return False
-        return True
+        self.console = _console(is_stderr=False) if sys.stdout.isatty() else None
 
     def json(self, value: dict[str, Any]) -> None:
-        """Writes the result as one line of JSON, if it is to be that."""
+        """Writes the result as one line of JSON, if JSON was asked for."""
         if self.is_json:
             # ASCII: valid in every encoding, and file names may hold what none has.
             print(json.dumps(value, allow_nan=False), flush=True)  # noqa: T201
 
     def line(self, text: str, style: str = "") -> None:
-        """Writes a line for people, or several."""
+        """Writes a line, or several."""
         if self.is_json:
             return
         shown = "\n".join(map(printable, text.split("\n")))
-        if self._console is None:
-            print(shown)  # noqa: T201
+        if self.console is None:
+            print(shown, flush=True)  # noqa: T201 - `status --watch` may write into a pipe
             return
         from rich.text import Text
 
-        self._console.print(Text(shown, style))
+        self.console.print(Text(shown, style))
 
-    def table(self, table: Table) -> None:
-        """Writes a table for people."""
-        if self.is_json or not table.rows:
+    def table(self, columns: Sequence[Column], rows: Sequence[Row]) -> None:
+        """Writes a table, unless it has no rows."""
+        if self.is_json or not rows:
             return
-        shown = table.printable().without_empty_columns()
-        if self._console is None or len(table.rows) > _MOST_DRAWN_ROWS:
-            print(*shown.lines(), sep="\n")  # noqa: T201
+        table = Table(columns, rows)
+        if self.console is None or len(rows) > _MOST_DRAWN_ROWS:
+            print(*table.lines(), sep="\n")  # noqa: T201
             return
-        fitted, gone = shown.fitted(self._console.width)
-        self._console.print(_drawn(fitted))
-        if gone:
-            self.line(f"no room for {', '.join(gone)}", FAINT)
-
-    def note(self, text: str) -> None:
-        """Writes a line to standard error."""
-        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
-
-    def ask(self, question: str) -> str:
-        """Asks whoever sits at the terminal; an end of the input is no answer."""
-        print(question, end="", file=sys.stderr, flush=True)  # noqa: T201
-        return sys.stdin.readline().strip()
+        drawn, left_out = table.drawn(self.console.width)
+        self.console.print(drawn)
+        if left_out:
+            self.line(f"no room for {', '.join(left_out)}", FAINT)
 
     @contextmanager
     def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Shows a bar once something is done, gone at the end, if standard error is a terminal.
 
         Yields:
-          What to call with how many bytes of how many are done.
+          A function to call with how many bytes of how many are done.
         """
         if not sys.stderr.isatty():
             yield lambda _done, _total: None
@@ -106,7 +178,7 @@ class Output:
             progress.DownloadColumn(binary_units=True),
             progress.TimeRemainingColumn(),
         )
-        console = _new_console(is_stderr=True)
+        console = _console(is_stderr=True)
         try:
             with progress.Progress(*columns, console=console, transient=True) as shown:
                 task = shown.add_task(what, visible=False)
@@ -114,57 +186,39 @@ class Output:
                     task, completed=done, total=total, visible=True
                 )
         finally:
-            console.show_cursor()  # whatever was interrupted: its start, too, which hides it
+            console.show_cursor()  # also where its start, which hides it, was interrupted
 
     @contextmanager
-    def redrawn(self) -> Iterator[Callable[[Sequence[tuple[str, str]], Table], None]]:
-        """Lets lines and a table be drawn again and again at one place of a terminal.
+    def redrawn(
+        self, columns: Sequence[Column]
+    ) -> Iterator[Callable[[Sequence[tuple[str, str]], Sequence[Row]], None]]:
+        """Draws lines and a table again and again at one place of a terminal.
 
-        What does not fit goes, of the table the first rows. The last of it stays.
+        Where there is no room for all rows the first are left out. What was drawn last stays.
+
+        Args:
+          columns: Of the table.
 
         Yields:
-          What draws them, each line with its style.
+          A function that draws lines, each with its style, and rows.
         """
         from rich.console import Group
         from rich.live import Live
         from rich.text import Text
 
-        with Live(console=self._console, auto_refresh=False) as live:
+        with Live(console=self.console, auto_refresh=False) as live:
 
-            def draw(lines: Sequence[tuple[str, str]], table: Table) -> None:
-                above = Group(*(Text(printable(text), style) for text, style in lines))
-                taken = len(live.console.render_lines(above)) + 1  # and the table's titles
-                most_rows = max(live.console.height - taken - 1, 1)  # and the cursor
-                last = Table(table.columns, table.rows[-most_rows:]).printable()
-                fitted, _ = last.without_empty_columns().fitted(live.console.width)
-                live.update(Group(above, _drawn(fitted)), refresh=True)
+            def draw(lines: Sequence[tuple[str, str]], rows: Sequence[Row]) -> None:
+                above = Group(*(Text(printable(line), style) for line, style in lines))
+                taken = len(live.console.render_lines(above)) + 2  # with titles and cursor
+                last = rows[-max(live.console.height - taken, 1) :]
+                table, _ = Table(columns, last).drawn(live.console.width)
+                live.update(Group(above, table), refresh=True)
 
             yield draw
 
-    def flush(self) -> None:
-        """Has what was written so far leave this process."""
-        sys.stdout.flush()
 
-
-def _new_console(*, is_stderr: bool) -> Console:
+def _console(*, is_stderr: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=is_stderr, highlight=False, markup=False, emoji=False)
-
-
-def _drawn(table: Table) -> RenderableType:
-    """Makes a table for a terminal."""
-    from rich import table as rich_table
-    from rich.text import Text
-
-    made = rich_table.Table(box=None, pad_edge=False, header_style=STRONG)
-    for column in table.columns:
-        made.add_column(
-            Text(column.title),
-            justify="right" if column.is_number else "left",
-            no_wrap=column.is_number,
-            overflow="fold",
-        )
-    for row in table.rows:
-        made.add_row(*map(Text, row.cells), style=row.style)
-    return made

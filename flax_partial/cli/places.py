@@ -1,18 +1,16 @@
-"""What a command's path leads to."""
+"""What a command's path leads to: a finalized checkpoint, or an unfinished one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.errors import NoSessionError
-from flax_partial.finalizing.finalize import status_of
+from flax_partial.finalizing.status import status_of
 from flax_partial.format.merge import MergePlan, merge
-from flax_partial.format.part import Contents, Part
-from flax_partial.loading import load as loading
-from flax_partial.loading.load import Checkpoint
-from flax_partial.reports import SessionStatus
+from flax_partial.format.model import Contents, Part
+from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
+from flax_partial.reports import CheckpointMetadata, SessionStatus
 from flax_partial.runs import completeness
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import CheckpointPath
@@ -34,30 +32,40 @@ def resolve(path: str) -> CheckpointPath:
         raise WrongUseError(str(error)) from error
 
 
-@contextmanager
-def open_finalized(path: str) -> Iterator[Checkpoint]:
-    """Reads the table of contents of a finalized checkpoint, which stays while it is read.
-
-    Raises:
-      WrongUseError: A session is meant by `path`.
-      NoSessionError: There is none.
-      CorruptCheckpointError: It is damaged.
-    """
-    where = resolve(path)
-    if is_session_meant(path, where):
-        raise WrongUseError(f"{where.session} is not finalized: finalize it first")
-    with storage.reading(where.final):
-        yield loading.open_checkpoint(where)
-
-
 def is_session_meant(path: str, where: CheckpointPath) -> bool:
     """Whether a path is that of a session, not of a checkpoint that may lie beside it."""
     return path.rstrip("/").endswith(storage.SESSION_SUFFIX) and storage.is_session(where)
 
 
-def written_by(contents: Contents) -> str:
+def finalized(path: str) -> CheckpointPath:
+    """Takes the path of a checkpoint that has to be finalized.
+
+    Raises:
+      WrongUseError: It cannot name a checkpoint, or is that of a session.
+    """
+    where = resolve(path)
+    if is_session_meant(path, where):
+        raise WrongUseError(f"{where.session} is not finalized: finalize it first")
+    return where
+
+
+@contextmanager
+def open_finalized(path: str) -> Iterator[Checkpoint]:
+    """Opens a finalized checkpoint, which nobody can remove before the context ends.
+
+    Raises:
+      WrongUseError: `path` is that of a session.
+      NoSessionError: There is none.
+      CorruptCheckpointError: Its table of contents is damaged.
+    """
+    where = finalized(path)
+    with storage.reading(where.final):
+        yield open_checkpoint(where)
+
+
+def written_by(described: CheckpointMetadata) -> str:
     """Which program wrote a finalized checkpoint."""
-    return OURS if contents.parts else ORBAX
+    return OURS if described.parts else ORBAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +85,20 @@ class Session:
     plan: MergePlan
 
     @property
-    def written_ns(self) -> int:
-        """When its newest part was begun, in nanoseconds since the epoch; 0 without parts."""
-        return max((part.time_ns for part in self.parts.values()), default=0)
-
-    @property
     def lacking(self) -> str:
         """What the callback that saves into it had not saved yet; empty if it is all there.
 
-        Also empty where no callback saves into it: then nobody has said what is to come.
+        Also empty where no callback saves into it: then nothing says what is to come.
         """
         metadata = self.status.custom_metadata
-        session = metadata.get("session")  # somebody's own, perhaps
+        session = metadata.get("session")  # perhaps the user's own, and of any type
         if not (isinstance(session, dict) and isinstance(session.get("saved"), dict)):
             return ""
         return completeness.missing(self.status, metadata.get("step", -1)) or ""
 
 
 def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) -> Session:
-    """Looks at an unfinished checkpoint, without waiting for those who save into it.
+    """Looks at an unfinished checkpoint, without waiting for saves that are under way.
 
     Args:
       where: Its paths.
@@ -111,7 +114,7 @@ def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) ->
             f"{where.session} is not an unfinished checkpoint of flax_partial: only the program "
             "that began it can finish it, perhaps Orbax."
         )
-    found = read_parts(where, known=known)
+    found = read_parts(where.state, known=known)
     parts = found.committed
     return Session(where, parts, status_of(where, found), merge(parts))
 
@@ -135,26 +138,13 @@ def read_contents(path: str) -> tuple[Contents, str]:
     where = resolve(path)
     is_there = where.final.exists() and not is_session_meant(path, where)
     if is_there or not storage.is_session(where):
-        return loading.open_checkpoint(where).contents, FINALIZED
+        return open_checkpoint(where).contents, FINALIZED
     session = read_session(where)
     contents = Contents(
         started_ns=session.plan.started_ns,
-        committed_ns=session.written_ns,
+        committed_ns=max((part.time_ns for part in session.parts.values()), default=0),
         parts=len(session.parts),
         custom_metadata=session.plan.custom_metadata,
         leaves=session.plan.leaves,
     )
     return contents, UNFINISHED
-
-
-def directory(path: str) -> Path:
-    """Takes the path of a run's directory.
-
-    Raises:
-      WrongUseError: There is none.
-    """
-    found = Path(path)
-    if not found.is_dir():
-        kind = "is not a directory" if found.exists() else "does not exist"
-        raise WrongUseError(f"{path} {kind}")
-    return found

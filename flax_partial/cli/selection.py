@@ -3,28 +3,21 @@
 import argparse
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.format.part import Leaf
+from flax_partial.format.model import Leaf
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares `--only` and `--skip`."""
-    parser.add_argument(
-        "--only",
-        metavar="PATTERN",
-        action="append",
-        default=[],
-        help="only leaves and subtrees of this name; * stands for any text, dots too; repeatable",
-    )
-    parser.add_argument(
-        "--skip",
-        metavar="PATTERN",
-        action="append",
-        default=[],
-        help="all but leaves and subtrees of this name; repeatable",
-    )
+    for option, meaning in (
+        ("--only", "only leaves and subtrees of this name; * stands for any text, dots too"),
+        ("--skip", "all but leaves and subtrees of this name"),
+    ):
+        parser.add_argument(
+            option, metavar="PATTERN", action="append", default=[], help=f"{meaning}; repeatable"
+        )
 
 
 def chosen(leaves: Sequence[Leaf], only: Sequence[str], skip: Sequence[str]) -> list[Leaf]:
@@ -33,34 +26,26 @@ def chosen(leaves: Sequence[Leaf], only: Sequence[str], skip: Sequence[str]) -> 
     Raises:
       WrongUseError: A pattern names nothing, or nothing is left.
     """
-    for pattern in (*only, *skip):
-        if not any(map(_matcher(pattern), leaves)):
+    named = {pattern: _named(pattern, leaves) for pattern in (*only, *skip)}
+    for pattern, names in named.items():
+        if not names:
             example = f"; a name is {leaves[0].name!r}" if leaves else ""
             raise WrongUseError(f"no leaf or subtree is called {pattern!r}{example}")
-    wanted, unwanted = [*map(_matcher, only)], [*map(_matcher, skip)]
-    found = [
-        leaf
-        for leaf in leaves
-        if (not wanted or any(match(leaf) for match in wanted))
-        and not any(match(leaf) for match in unwanted)
-    ]
-    if leaves and not found:
+    names_of_all = {leaf.name for leaf in leaves}
+    kept = set[str]().union(*(named[pattern] for pattern in only)) if only else names_of_all
+    kept -= set[str]().union(*(named[pattern] for pattern in skip))
+    if leaves and not kept:
         raise WrongUseError("--only and --skip leave nothing")
-    return found
+    return [leaf for leaf in leaves if leaf.name in kept]
 
 
-def _matcher(pattern: str) -> Callable[[Leaf], bool]:
-    """Tells whether a pattern is, or stands for, the name of a leaf or of a subtree with it."""
-    expression = re.compile(fnmatch.translate(pattern))
-    inside = re.compile(fnmatch.translate(pattern + ".*"))
-
-    def match(leaf: Leaf) -> bool:
-        name = leaf.name
-        return bool(
-            name == pattern
-            or name.startswith(pattern + ".")
-            or expression.match(name)
-            or inside.match(name)
-        )
-
-    return match
+def _named(pattern: str, leaves: Sequence[Leaf]) -> set[str]:
+    """Returns the names that a pattern is, or stands for, and those inside of such a subtree."""
+    expression = re.compile(rf"{fnmatch.translate(pattern)}|{fnmatch.translate(pattern + '.*')}")
+    return {
+        leaf.name
+        for leaf in leaves
+        if leaf.name == pattern
+        or leaf.name.startswith(f"{pattern}.")
+        or expression.match(leaf.name)
+    }

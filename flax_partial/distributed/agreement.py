@@ -46,6 +46,7 @@ def agree(
     participants: Iterable[int] | None = None,
     awaited: Iterable[int] | None = None,
     timeout_secs: float = DEFAULT_TIMEOUT_SECS,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Any:
     """Has the first of several processes act once, when all are ready; all learn what came of it.
 
@@ -63,6 +64,7 @@ def agree(
       awaited: Those for which it waits before it acts; by default all participants.
       timeout_secs: For how many seconds to wait for other processes. Once the first participant
         acts, the others wait for it as long again.
+      sleep: Sleeps for so many seconds between two looks; what it raises ends the wait.
 
     Returns:
       What `act` returned, in every process.
@@ -79,7 +81,7 @@ def agree(
     needed = those if awaited is None else tuple(sorted(set(awaited)))
     connection = client()
     root = _next_attempt(connection, f"{subject}:{_listed(those)}:{_listed(needed)}")
-    attempt = _Attempt(Service(connection), root, those, needed, timeout_secs)
+    attempt = _Attempt(Service(connection), root, those, needed, timeout_secs, sleep=sleep)
     said = _outcome(ready)
     verdict = attempt.lead(said, act) if index() == those[0] else attempt.follow(said)
     return verdict.value()
@@ -147,7 +149,10 @@ class _Attempt:
         participants: Sequence[int],
         awaited: Sequence[int],
         timeout_secs: float,
+        *,
+        sleep: Callable[[float], None],
     ) -> None:
+        self._sleep = sleep
         self._service = service
         self._root = root
         self._participants = participants
@@ -204,7 +209,7 @@ class _Attempt:
             is_decided = any(one.error for one in said.values()) or said.keys() >= {*self._awaited}
             if is_decided or time.monotonic() >= self._deadline:
                 return said
-            time.sleep(pause)
+            self._sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE_SECS)
 
     def _absence(self, said: Mapping[int, _Outcome]) -> _Outcome | None:
@@ -236,6 +241,7 @@ class _Attempt:
     def _verdict(self, secs: float) -> _Outcome | None:
         deadline = time.monotonic() + secs
         while (left := deadline - time.monotonic()) > 0:
+            self._sleep(0.0)
             wait_secs = min(left, _LONGEST_WAIT_SECS)
             text = self._service.wait_for(f"{self._root}/verdict", secs=wait_secs)
             if text is not None:

@@ -2,8 +2,8 @@
 
 JAX has no public access to its service. Here stand all uses of the private one: the fields of
 `jax._src.distributed.global_state`; of its client, `key_value_set`, `key_value_dir_get`,
-`key_value_delete` and `blocking_key_value_get`; and how the service itself is started. Should they
-move, this module is what to change.
+`key_value_delete` and `blocking_key_value_get`; how the service itself is started; and
+`jax._src.xla_bridge.backends_are_initialized`. Should they move, this module is what to change.
 
 No call takes longer than it is told. JAX's own wait for 100 s where the process that the service
 lives in is stopped, or its machine has gone without closing its connections.
@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from jax._src import distributed
+from jax._src import distributed, xla_bridge
 from jax._src.lib import _jax  # type: ignore[attr-defined] # no stub names it
 from jax.errors import JaxRuntimeError
 
@@ -36,6 +36,11 @@ def index() -> int:
 def count() -> int:
     """Number of processes; 1 where `jax.distributed` was not initialized."""
     return distributed.global_state.num_processes or 1
+
+
+def has_started_a_backend() -> bool:
+    """Whether JAX has threads in this process by now."""
+    return bool(xla_bridge.backends_are_initialized())
 
 
 def client() -> Any:

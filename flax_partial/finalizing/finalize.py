@@ -1,4 +1,4 @@
-"""What ends a session: finalize and abort; and status, which looks at it.
+"""Makes the parts of a session one checkpoint.
 
 Finalize moves nothing: it derives the root files from the parts, makes them durable, and renames
 the session. Killed anywhere before the rename it has changed nothing that counts, and starts over
@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from typing import Any, cast
 
 from jax.profiler import TraceAnnotation
 
@@ -19,18 +20,22 @@ from flax_partial.errors import (
     IncompleteCheckpointError,
     KeyConflictError,
     NoSessionError,
+    first_few,
 )
-from flax_partial.format import orbax as orbax_format
+from flax_partial.format.derive import derive
 from flax_partial.format.keypaths import KeyPath
-from flax_partial.format.merge import MergePlan, merge, merge_metadata
-from flax_partial.format.part import Contents, Leaf, Part, data_path, encode_contents
-from flax_partial.loading.load import database_uuid, described, metadata
-from flax_partial.reports import CheckpointMetadata, PartStatus, SessionStatus
-from flax_partial.saving.save import Session, failed_parts, forget, session_of
-from flax_partial.sessions import handles as workers
+from flax_partial.format.merge import MergePlan, merge
+from flax_partial.format.model import Contents, Leaf, Part, data_path
+from flax_partial.loading.checkpoint import described, metadata
+from flax_partial.reports import CheckpointMetadata
+from flax_partial.sessions import workers
+from flax_partial.sessions.forks import check_not_forked
+from flax_partial.sessions.handles import FinalizeHandle
+from flax_partial.sessions.registry import Session, failed_parts, forget, session_of
+from flax_partial.sessions.workers import Task
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import CheckpointPath, PathLike
-from flax_partial.storage.parts import SessionParts, read_parts
+from flax_partial.storage.parts import read_parts
 
 _MOST_NAMED = 20  # leaves that an error lists
 
@@ -67,32 +72,7 @@ def finalize(
       CorruptCheckpointError: A part is damaged; the session is kept.
       OSError: Writing failed; the session is kept, and finalize can be called again.
     """
-    where = storage.resolve(path)
-    expected = _names(expect)
-    participants = _participants(processes)
-    session = session_of(where)
-
-    def finish_saves() -> tuple[str, ...]:
-        session.wait()
-        session.raise_unseen()
-        return expected
-
-    committed: list[Contents] = []
-
-    def commit(expected_by: Mapping[int, Sequence[str]]) -> None:
-        names = [*dict.fromkeys(name for listed in expected_by.values() for name in listed)]
-        committed.append(_commit_when_whole(session, names, timeout_secs or 0.0))
-
-    agree(
-        f"finalize {where.final}",
-        ready=finish_saves,
-        act=commit,
-        participants=participants,
-        awaited=() if expected and processes is None else participants,
-        timeout_secs=DEFAULT_TIMEOUT_SECS if timeout_secs is None else timeout_secs,
-    )
-    forget(session)
-    return described(where, committed[0]) if committed else metadata(where.final)
+    return workers.finalizing.run(_task(path, expect, processes, timeout_secs))
 
 
 def finalize_async(
@@ -101,7 +81,7 @@ def finalize_async(
     expect: Iterable[str] | None = None,
     processes: Iterable[int] | None = None,
     timeout_secs: float | None = None,
-) -> workers.FinalizeHandle:
+) -> FinalizeHandle:
     """Like `finalize`, in the background.
 
     Args:
@@ -114,83 +94,61 @@ def finalize_async(
       A handle with the interface of `concurrent.futures.Future`; its result is that of `finalize`,
       and it raises what `finalize` would.
     """
+    task = _task(path, expect, processes, timeout_secs)
+    workers.finalizing.submit(task)
+    return cast("FinalizeHandle", task.handle)
+
+
+def _task(
+    path: PathLike,
+    expect: Iterable[str] | None,
+    processes: Iterable[int] | None,
+    timeout_secs: float | None,
+) -> Task[CheckpointMetadata]:
+    """Checks what a caller can get wrong; returns what a worker has to do."""
+    check_not_forked("finalize")
     where = storage.resolve(path)
     expected = _names(expect)
-    handle = workers.FinalizeHandle()
-    workers.finalizing.submit(
-        lambda: handle.run(
-            lambda: finalize(
-                where.final, expect=expected, processes=processes, timeout_secs=timeout_secs
-            )
-        )
-    )
-    return handle
+    chosen = None if processes is None else tuple(processes)
+
+    def work(task: Task[CheckpointMetadata]) -> CheckpointMetadata:
+        return _finalize(where, expected, chosen, timeout_secs, task)
+
+    return Task(work, FinalizeHandle())
 
 
-def abort(path: PathLike) -> None:
-    """Drops the unfinished checkpoint of `path`, and only that.
-
-    Saves of this process that have not begun to write fail with `NoSessionError`; those that have
-    are waited for, like those of other processes.
-
-    Args:
-      path: The checkpoint, or its session `<path>.partial_save`.
-
-    Raises:
-      NoSessionError: There is no session.
-      CheckpointExistsError: What is at its place is not a session, or not only; it is kept.
-      OSError: It cannot be removed.
-    """
-    where = storage.resolve(path)
+def _finalize(
+    where: CheckpointPath,
+    expected: tuple[str, ...],
+    processes: tuple[int, ...] | None,
+    timeout_secs: float | None,
+    task: Task[CheckpointMetadata],
+) -> CheckpointMetadata:
+    participants = _participants(processes)
     session = session_of(where)
-    try:
-        session.end_saves()
-    finally:
-        forget(session, for_good=True)
-    with session.exclusively():
-        storage.remove_session(where)
 
+    def finish_saves() -> tuple[str, ...]:
+        session.wait()
+        session.raise_unseen()
+        return expected
 
-def status(path: PathLike) -> SessionStatus:
-    """Looks at the unfinished checkpoint of `path`; waits for nothing and changes nothing.
+    committed: list[Contents] = []
 
-    Args:
-      path: The checkpoint, or its session `<path>.partial_save`.
+    def commit(expected_by: Mapping[int, Sequence[str]]) -> None:
+        names = [*dict.fromkeys(name for listed in expected_by.values() for name in listed)]
+        committed.append(_commit_when_whole(session, names, timeout_secs or 0.0, task))
 
-    Raises:
-      NoSessionError: There is no session.
-    """
-    where = storage.resolve(path)
-    if not storage.is_session(where):
-        raise storage.no_session(where)
-    return status_of(where, read_parts(where, failed=failed_parts(where)))
-
-
-def status_of(where: CheckpointPath, found: SessionParts) -> SessionStatus:
-    """Returns the public description of a session's parts."""
-    parts = found.committed
-    ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
-    return SessionStatus(
-        path=where.final,
-        parts=tuple(_part_status(name, part) for name, part in ordered),
-        torn=tuple(found.torn),
-        damaged=tuple(found.damaged),
-        leaves=tuple(sorted({leaf.name for part in parts.values() for leaf in part.leaves})),
-        bytes=sum(part.bytes for part in parts.values()),
-        processes=tuple(sorted({part.process for part in parts.values()})),
-        custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
+    agree(
+        f"finalize {where.final}",
+        ready=finish_saves,
+        act=commit,
+        participants=participants,
+        awaited=() if expected and processes is None else participants,
+        timeout_secs=DEFAULT_TIMEOUT_SECS if timeout_secs is None else timeout_secs,
+        sleep=task.sleep,
     )
-
-
-def _part_status(name: str, part: Part) -> PartStatus:
-    return PartStatus(
-        name=name,
-        process=part.process,
-        written_at=part.time_ns / 1e9,
-        leaves=tuple(leaf.name for leaf in part.leaves),
-        bytes=part.bytes,
-        custom_metadata=part.custom_metadata,
-    )
+    forget(session)
+    return described(where, committed[0]) if committed else metadata(where.final)
 
 
 def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
@@ -203,13 +161,17 @@ def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _commit_when_whole(session: Session, expected: Sequence[str], timeout_secs: float) -> Contents:
+def _commit_when_whole(
+    session: Session, expected: Sequence[str], timeout_secs: float, task: Task[Any]
+) -> Contents:
     where = session.where
     storage.require_absent(where)
     if timeout_secs:
-        _wait_for_leaves(where, expected, timeout_secs)
+        _wait_for_leaves(where, expected, timeout_secs, task)
     try:
-        with session.exclusively(), collector.paused():
+        task.check()
+        with storage.locked_exclusively(where), collector.paused():
+            task.check()
             session.remove_failed()
             with TraceAnnotation("flax_partial.finalize", checkpoint=where.final.name):
                 return _commit(session, expected)
@@ -218,20 +180,22 @@ def _commit_when_whole(session: Session, expected: Sequence[str], timeout_secs: 
         raise
 
 
-def _wait_for_leaves(where: CheckpointPath, expected: Sequence[str], timeout_secs: float) -> None:
+def _wait_for_leaves(
+    where: CheckpointPath, expected: Sequence[str], timeout_secs: float, task: Task[Any]
+) -> None:
     """Waits until nothing is missing, or time is up. Holds no lock: saves have to go on."""
     deadline = time.monotonic() + timeout_secs
     pause = 0.01
     known: dict[str, Part] = {}
     while True:
-        known = read_parts(where, known=known, failed=failed_parts(where)).committed
+        known = read_parts(where.state, known=known, failed=failed_parts(where)).committed
         plan = merge(known)
         if known and not plan.missing and not _lacking(expected, plan.leaves):
             return
         left = deadline - time.monotonic()
         if left <= 0:
             return
-        time.sleep(min(pause, left))
+        task.sleep(min(pause, left))
         pause = min(pause * 1.5, 1.0)
 
 
@@ -239,22 +203,12 @@ def _commit(session: Session, expected: Sequence[str]) -> Contents:
     """Makes the checkpoint of a locked session."""
     where = session.where
     storage.require_absent(where)
-    found = read_parts(where, failed=session.not_removed)
+    found = read_parts(where.state, failed=session.not_removed)
     _require_undamaged(where, found.damaged)
     plan = merge(found.committed)
     _require_whole(where, plan, expected)
-    contents = Contents(
-        started_ns=plan.started_ns,
-        committed_ns=time.time_ns(),
-        parts=len(found.committed),
-        custom_metadata=plan.custom_metadata,
-        leaves=plan.leaves,
-        data_parts=plan.data_parts,
-        first_part=min(found.committed),
-    )
-    data = encode_contents(contents)
-    root_files = orbax_format.root_files(contents)
-    root_files |= orbax_format.database_files(contents, plan.sources, uuid=database_uuid(data))
+    derived = derive(plan, committed_ns=time.time_ns())
+    data, root_files = derived.contents_bytes, derived.root_files
     for name in found.torn:  # nobody saves while the session is locked: these are dead
         storage.remove_part(where, name)
     storage.clear_root(where)
@@ -266,7 +220,7 @@ def _commit(session: Session, expected: Sequence[str]) -> Contents:
             with contextlib.suppress(OSError):  # it takes room, and is made anew in any case
                 storage.clear_root(where)
             raise
-    return contents
+    return derived.contents
 
 
 def _require_undamaged(where: CheckpointPath, damaged: Mapping[str, str]) -> None:
@@ -305,12 +259,11 @@ def _lost(where: CheckpointPath, plan: MergePlan) -> list[str]:
     sizes: dict[str, int] = {}
     lost = []
     for leaf, sources in zip(plan.leaves, plan.sources, strict=True):
-        for part, place in sources:
-            if isinstance(place, bytes):
-                continue
-            if part not in sizes:
+        for part, places in sources:
+            end = max((sum(place) for place in places if not isinstance(place, bytes)), default=0)
+            if end and part not in sizes:
                 sizes[part] = storage.size_of_data(where, data_path(part))
-            if sum(place) > sizes[part]:
+            if end and end > sizes[part]:
                 lost.append(f"{leaf.name}, in {part}")
                 break
     return lost
@@ -333,10 +286,8 @@ def _ancestry(path: KeyPath, lengths: frozenset[int]) -> Iterator[str]:
 
 
 def _listed(lines: Sequence[str]) -> str:
-    shown = [f"  {line}" for line in lines[:_MOST_NAMED]]
-    if len(lines) > _MOST_NAMED:
-        shown.append(f"  and {len(lines) - _MOST_NAMED} more")
-    return "\n".join(shown)
+    shown = first_few(lines, most=_MOST_NAMED, count=len(lines))
+    return "\n".join(f"  {line}" for line in shown)
 
 
 def _participants(processes: Iterable[int] | None) -> tuple[int, ...]:

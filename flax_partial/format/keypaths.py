@@ -8,21 +8,20 @@ time linear in its length, whatever the tree holds already.
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 from jax import tree_util
+from msgspec import Struct
 
-from flax_partial.errors import UnsupportedLeafError
+from flax_partial.errors import UnsupportedLeafError, first_few
 
 STR_KEY, INT_KEY, ATTRIBUTE, INDEX = "d", "i", "a", "s"
 TEXT_KEYS = frozenset((STR_KEY, ATTRIBUTE))
 KEY_KINDS = frozenset((STR_KEY, INT_KEY, ATTRIBUTE, INDEX))
 
 
-@dataclass(slots=True)
-class KeyPath:
+class KeyPath(Struct, gc=False):
     """Path from the root of a tree to a leaf.
 
     Attributes:
@@ -34,7 +33,7 @@ class KeyPath:
 
     texts: tuple[str, ...]
     kinds: str
-    name: str = field(init=False, compare=False)
+    name: str = ""
 
     def __post_init__(self) -> None:
         """Joins the name once: it is asked for everywhere."""
@@ -46,38 +45,46 @@ def is_leaf(node: object) -> bool:
     return node is None or (isinstance(node, (list, tuple, Mapping)) and not node)
 
 
-def flatten(
-    tree: Any,
-) -> tuple[list[tuple[tuple[Any, ...], Any]], tree_util.PyTreeDef]:
-    """Returns the leaves of a tree with their key paths, and its structure, as JAX does.
+def values_of(tree: Any) -> tuple[list[Any], tree_util.PyTreeDef]:
+    """Returns what JAX takes for the leaves of a tree, and its structure, in which the others are.
 
     Raises:
       UnsupportedLeafError: JAX cannot flatten it: keys of one dict cannot be compared, or it is
         nested too deeply, or in itself.
     """
     try:
-        _require_flattenable(tree)
-        return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+        return _flatten_with_room(tree)
     except ValueError as error:
-        nodes, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_cannot_be_sorted)
-        where = [tree_util.keystr(path) for path, node in nodes if _cannot_be_sorted(node)]
-        raise UnsupportedLeafError(
-            f"JAX cannot flatten this tree: {error} The keys of one dict must be all strings, or "
-            f"all integers; those of {', '.join(map(repr, where))} are not."
-        ) from error
+        raise _cannot_flatten(tree, error) from error
 
 
-def _require_flattenable(tree: Any, *, frames: int = 24) -> None:
+def flatten(
+    tree: Any,
+) -> tuple[list[tuple[tuple[Any, ...], Any]], tree_util.PyTreeDef]:
+    """Returns the leaves of a tree with their key paths, and its structure; errors: `values_of`."""
+    values_of(tree)
+    return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+
+
+def _cannot_flatten(tree: Any, error: ValueError) -> UnsupportedLeafError:
+    nodes, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_cannot_be_sorted)
+    where = [tree_util.keystr(path) for path, node in nodes if _cannot_be_sorted(node)]
+    return UnsupportedLeafError(
+        f"JAX cannot flatten this tree: {error} The keys of one dict must be all strings, or "
+        f"all integers; those of {', '.join(map(repr, where))} are not."
+    )
+
+
+def _flatten_with_room(tree: Any, *, frames: int = 24) -> tuple[list[Any], tree_util.PyTreeDef]:
     """Refuses what is nested too deeply, with some frames to spare for what is called later.
 
     With `is_leaf` a tree that is too deep must not get to JAX (0.10.2): the thread would be left
     with a recursion depth that is used up for good, so that no further call of anything succeeds.
     """
     if frames:
-        _require_flattenable(tree, frames=frames - 1)
-        return
+        return _flatten_with_room(tree, frames=frames - 1)
     try:
-        tree_util.tree_flatten(tree)
+        return tree_util.tree_flatten(tree)
     except (RecursionError, SystemError) as error:
         raise UnsupportedLeafError(
             "This tree is nested in itself, or deeper than JAX can flatten within Python's "
@@ -162,10 +169,14 @@ def prefix_of(name: str) -> str:
     return name if name.endswith("/") else name + "/"
 
 
-@dataclass(slots=True)
-class _Node:
-    container: Literal["list", "mapping"] | None = None
-    children: dict[str, "_Node"] = field(default_factory=dict)
+class _Node(Struct, gc=False):
+    """What has children: by their keys' texts further nodes, or None for a leaf."""
+
+    container: Literal["list", "mapping"]
+    children: "_Children"
+
+
+_Children = dict[str, _Node | None]
 
 
 class KeyTree:
@@ -173,7 +184,7 @@ class KeyTree:
 
     def __init__(self) -> None:
         self._owners: dict[str, KeyPath] = {}
-        self._root: _Node | None = None
+        self._top: _Children = {}  # the root, under the empty text
 
     def __contains__(self, name: str) -> bool:
         return prefix_of(name) in self._owners
@@ -183,48 +194,59 @@ class KeyTree:
         owner = self._owners.get(prefix_of(path.name))
         if owner is not None:
             return _problem_with_owner(owner, path)
-        node = self._root
-        for depth, text in enumerate(path.texts):
-            if node is None:
+        children, text = self._top, ""
+        for depth, inner in enumerate(path.texts):
+            if text not in children:
                 return None
-            if node.container is None:
+            node = children[text]
+            if node is None:
                 return _leaf_and_subtree(".".join(path.texts[:depth]), path.name)
             if node.container != _container(path.kinds[depth]):
                 return _mixed(".".join(path.texts[:depth]), path.name)
-            node = node.children.get(text)
+            children, text = node.children, inner
+        node = children.get(text)
         if node is None:
             return None
-        return _leaf_and_subtree(path.name, path.name + "." + next(iter(node.children), ""))
+        return _leaf_and_subtree(path.name, path.name + "." + next(iter(node.children)))
 
     def add(self, path: KeyPath) -> None:
         """Adds a leaf with which `problem_with` finds no fault."""
         self._owners[prefix_of(path.name)] = path
-        if self._root is None:
-            self._root = _Node()
-        node = self._root
-        for text, kind in zip(path.texts, path.kinds, strict=True):
-            node.container = _container(kind)
-            node = node.children.setdefault(text, _Node())
+        children, text = self._top, ""
+        for inner, kind in zip(path.texts, path.kinds, strict=True):
+            node = children.get(text)
+            if node is None:
+                node = children[text] = _Node(_container(kind), {})
+            children, text = node.children, inner
+        children[text] = None
 
     def discard(self, path: KeyPath) -> None:
         """Removes a leaf, and the nodes that only it held up."""
         del self._owners[prefix_of(path.name)]
-        trail: list[tuple[_Node, str]] = []
-        node = self._root
+        children = self._top
+        trail = []
+        for text in ("", *path.texts):
+            trail.append((children, text))
+            node = children.get(text)
+            children = {} if node is None else node.children
+        for children, text in reversed(trail):
+            del children[text]
+            if children:
+                return
+
+    def has_inside(self, path: KeyPath) -> bool:
+        """Whether leaves lie inside of `path`."""
+        node = self._top.get("")
         for text in path.texts:
             if node is None:
-                return
-            trail.append((node, text))
+                return False
             node = node.children.get(text)
-        for parent, text in reversed(trail):
-            del parent.children[text]
-            if parent.children:
-                return
-        self._root = None
+        return node is not None
 
     def gaps(self) -> Iterator[str]:
         """Says which lists lack an element; linear in the tree, whatever its indices are."""
-        stack: list[tuple[_Trail | None, _Node]] = [(None, self._root)] if self._root else []
+        root = self._top.get("")
+        stack: list[tuple[_Trail | None, _Node]] = [(None, root)] if root else []
         while stack:
             trail, node = stack.pop()
             if node.container == "list":
@@ -234,7 +256,8 @@ class KeyTree:
                         f"List {_joined(trail)!r} has element {indices[-1]} but lacks "
                         f"{_absent(indices)}. Save what is missing, or use a dict."
                     )
-            stack.extend(((trail, text), child) for text, child in node.children.items())
+            inner = node.children.items()
+            stack.extend(((trail, text), child) for text, child in inner if child is not None)
 
 
 _Trail = tuple["_Trail | None", str]  # the way to a node, innermost key first
@@ -248,12 +271,11 @@ def _joined(trail: _Trail | None) -> str:
     return ".".join(reversed(texts))
 
 
-def _absent(indices: list[int], most: int = 5) -> str:
+def _absent(indices: list[int]) -> str:
     """Names the first few indices that are not among ascending ones, and counts the others."""
     gaps = (range(a + 1, b) for a, b in pairwise([-1, *indices]))
-    shown = ", ".join(map(str, islice(chain.from_iterable(gaps), most)))
-    count = indices[-1] + 1 - len(indices)
-    return shown if count <= most else f"{shown} and {count - most} more"
+    absent = map(str, chain.from_iterable(gaps))
+    return ", ".join(first_few(absent, most=5, count=indices[-1] + 1 - len(indices)))
 
 
 def _problem_with_owner(owner: KeyPath, path: KeyPath) -> str | None:

@@ -6,21 +6,27 @@ The rules, which stand here and nowhere else:
 2. Parts that hold the same generation of a leaf agree on what it is (path, kind, dtype, shape,
    chunks), and a chunk that several of them hold has the same digest in all: it is taken once.
 3. A leaf is complete when its chunks cover its shape.
-4. The leaves form a tree that a reader can represent (`keypaths.KeyTree`), lists without gaps.
-5. Dictionaries of custom metadata merge deeply in the order of the saves; the later value wins.
+4. A placeholder, an empty container, counts only where no part holds a leaf of its name, or inside
+   of it.
+5. The leaves form a tree that a reader can represent (`keypaths.KeyTree`), lists without gaps.
+6. Dictionaries of custom metadata merge deeply in the order of the saves; the later value wins.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flax_partial.format.chunks import chunk_counts
 from flax_partial.format.keypaths import KeyTree
-from flax_partial.format.part import Box, Leaf, Part, Place, Run, data_part
+from flax_partial.format.metadata import merge_metadata
+from flax_partial.format.model import Box, Leaf, Part, Place, Run, data_part
 
-Source = tuple[str, Place]
-"""Where a chunk of the checkpoint is: the data file, as `data_part` calls it, and its place."""
+Source = tuple[str, Sequence[Place]]
+"""Where chunks are that follow one another in C order: their data file, as `data_part` calls it."""
+
+_Holder = tuple[str, Leaf]
+"""The name of a part, and what it holds of a leaf."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,8 @@ class MergePlan:
       data_parts: The data files that the leaves' runs number, each called as by `data_part`.
       custom_metadata: That of all parts, merged.
       started_ns: When the first part was saved, in nanoseconds since the epoch.
+      parts: Number of parts.
+      first_part: The smallest name of a part; empty without parts.
       conflicts: Why the parts do not fit together; nothing but another save can mend these.
       missing: Leaves that are not complete, each with what it lacks; more parts would mend these.
     """
@@ -42,35 +50,27 @@ class MergePlan:
     data_parts: tuple[str, ...]
     custom_metadata: dict[str, Any]
     started_ns: int
+    parts: int
+    first_part: str
     conflicts: tuple[str, ...]
     missing: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class _Held:
-    """The newest generation of a leaf, and who holds it."""
-
-    leaf: Leaf
-    by: list[tuple[str, Leaf]]
 
 
 def merge(parts: Mapping[str, Part]) -> MergePlan:
     """Plans the checkpoint that `parts` (name -> contents) make; linear in their size."""
     ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
-    newest = _newest(ordered)
     conflicts: list[str] = []
     missing: list[str] = []
     leaves: list[Leaf] = []
     sources: list[tuple[Source, ...]] = []
     numbers: dict[str, int] = {}
-    for held in newest.values():
-        problem = _disagreement(held)
+    for holders in _without_placeholders(_newest(ordered)):
+        problem = _disagreement(holders)
         if problem:
             conflicts.append(problem)
             continue
-        leaf, found, lacking = _whole(held, conflicts)
-        runs = _runs(leaf, found, numbers)
-        leaves.append(leaf.with_boxes(leaf.boxes, runs) if runs else leaf)
+        leaf, found, lacking = _whole(holders, conflicts)
+        leaves.append(_located(leaf, found, numbers))
         sources.append(found)
         if lacking:
             missing.append(lacking)
@@ -81,46 +81,61 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
         data_parts=tuple(numbers),
         custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
         started_ns=min((part.time_ns for _, part in ordered), default=0),
+        parts=len(parts),
+        first_part=min(parts, default=""),
         conflicts=tuple(conflicts),
         missing=tuple(missing),
     )
 
 
-def merge_metadata(dictionaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merges dictionaries deeply; the later value wins, and lists are values."""
-    merged: dict[str, Any] = {}
-    stack = [(merged, dictionary) for dictionary in dictionaries][::-1]
-    while stack:  # and no recursion, which would end before the depth that JSON is read to
-        into, dictionary = stack.pop()
-        for key, value in dictionary.items():
-            if not isinstance(value, Mapping):
-                into[key] = value
+def _newest(ordered: Iterable[tuple[str, Part]]) -> Iterable[list[_Holder]]:
+    """Who holds the newest generation of each leaf; a placeholder is older than any leaf."""
+    newest: dict[str, list[_Holder]] = {}
+    for part, contents in ordered:
+        for leaf in contents.leaves:
+            holders = newest.get(leaf.path.name)
+            if holders is None:
+                newest[leaf.path.name] = [(part, leaf)]
                 continue
-            if not isinstance(into.get(key), dict):
-                into[key] = {}  # a dict of our own: what was passed stays as it is
-            stack.append((into[key], value))
-    return merged
+            held, age = _age(holders[0][1]), _age(leaf)
+            if held < age:
+                holders.clear()
+            if held <= age:
+                holders.append((part, leaf))
+    return newest.values()
 
 
-def _newest(ordered: list[tuple[str, Part]]) -> dict[str, _Held]:
-    newest: dict[str, _Held] = {}
-    for name, part in ordered:
-        for leaf in part.leaves:
-            held = newest.get(leaf.name)
-            if held is None or held.leaf.generation < leaf.generation:
-                newest[leaf.name] = _Held(leaf, [(name, leaf)])
-            elif held.leaf.generation == leaf.generation:
-                held.by.append((name, leaf))
-    return newest
+def _age(leaf: Leaf) -> tuple[bool, int]:
+    return not leaf.placeholder, leaf.generation
 
 
-def _disagreement(held: _Held) -> str | None:
-    first = _identity(held.leaf)
-    for name, leaf in held.by[1:]:
-        if _identity(leaf) != first:
+def _without_placeholders(held: Iterable[list[_Holder]]) -> Iterable[list[_Holder]]:
+    """Leaves out the placeholders inside of which other parts hold leaves."""
+    listed = list(held)
+    if not any(holders[0][1].placeholder for holders in listed):
+        return listed
+    tree = KeyTree()
+    for holders in listed:
+        path = holders[0][1].path
+        if not holders[0][1].placeholder and tree.problem_with(path) is None:
+            tree.add(path)
+    return [
+        holders
+        for holders in listed
+        if not (holders[0][1].placeholder and tree.has_inside(holders[0][1].path))
+    ]
+
+
+def _disagreement(holders: Sequence[_Holder]) -> str | None:
+    if len(holders) == 1:
+        return None
+    first_part, first = holders[0]
+    identity = _identity(first)
+    for part, leaf in holders[1:]:
+        if _identity(leaf) != identity:
             return (
-                f"Leaf {leaf.name!r} was saved as {held.leaf.summary} by {held.by[0][0]} and "
-                f"as {leaf.summary} by {name}. Save it again with replace=True."
+                f"Leaf {leaf.name!r} was saved as {first.summary} by {first_part} and "
+                f"as {leaf.summary} by {part}. Save it again with replace=True."
             )
     return None
 
@@ -134,21 +149,22 @@ def _identity(leaf: Leaf) -> tuple[object, ...]:
         leaf.chunk,
         leaf.compression,
         leaf.text,
+        leaf.data,
     )
 
 
-def _whole(held: _Held, conflicts: list[str]) -> tuple[Leaf, tuple[Source, ...], str | None]:
+def _whole(
+    holders: Sequence[_Holder], conflicts: list[str]
+) -> tuple[Leaf, tuple[Source, ...], str | None]:
     """Puts the boxes of a leaf together: the whole leaf, its sources, and what is lacking."""
-    leaf = held.leaf
+    part, leaf = holders[0]
     if not leaf.is_array:
         return leaf, (), None
-    if len(held.by) == 1 and len(leaf.boxes) == 1 and leaf.boxes[0].shape == leaf.shape:
-        (box,), part = leaf.boxes, data_part(held.by[0][0], leaf.file)
-        whole = Box(box.start, box.shape, box.digests)
-        return leaf.with_boxes((whole,)), tuple((part, place) for place in box.places), None
-    chunks: dict[str, tuple[str, Source]] = {}
-    for name, held_leaf in held.by:
-        clash = _collect(name, held_leaf, chunks)
+    if len(holders) == 1 and len(leaf.boxes) == 1 and leaf.boxes[0].shape == leaf.shape:
+        return leaf, ((data_part(part, leaf.file), leaf.boxes[0].places),), None
+    chunks: dict[str, tuple[str, str, Place]] = {}
+    for name, held in holders:
+        clash = _collect(name, held, chunks)
         if clash:
             conflicts.append(
                 f"Leaf {leaf.name!r}: {name} saved {clash}, which another save holds with other "
@@ -159,7 +175,7 @@ def _whole(held: _Held, conflicts: list[str]) -> tuple[Leaf, tuple[Source, ...],
 
 
 def _joined(
-    leaf: Leaf, chunks: Mapping[str, tuple[str, Source]]
+    leaf: Leaf, chunks: Mapping[str, tuple[str, str, Place]]
 ) -> tuple[Leaf, tuple[Source, ...], str | None]:
     """Makes one whole box of a leaf's chunks, by their keys; says what is lacking."""
     whole = Box((0,) * len(leaf.shape), leaf.shape)
@@ -171,44 +187,56 @@ def _joined(
         )
         return leaf.with_boxes((whole,)), (), lacking
     ordered = [chunks[key] for key in leaf.keys_of(whole)]
-    digests = tuple(digest for digest, _ in ordered)
-    if any(digests):
-        whole = Box(whole.start, whole.shape, digests)
-    return leaf.with_boxes((whole,)), tuple(source for _, source in ordered), None
+    digests = tuple(digest for digest, _, _ in ordered)
+    whole.digests = digests if any(digests) else ()
+    whole.places = tuple(place for _, _, place in ordered)
+    sources = tuple((part, (place,)) for _, part, place in ordered)
+    return leaf.with_boxes((whole,)), sources, None
 
 
-def _runs(leaf: Leaf, sources: Iterable[Source], numbers: dict[str, int]) -> tuple[Run, ...]:
+def _located(leaf: Leaf, sources: Iterable[Source], numbers: dict[str, int]) -> Leaf:
+    """The leaf as a checkpoint's contents have it: with the bytes of its chunks, or their runs."""
+    if not leaf.is_array:
+        return leaf
+    (box,) = leaf.boxes[:1]
+    is_plain = leaf.compression is None
+    if is_plain and all(isinstance(place, bytes) for place in box.places):
+        return leaf if not leaf.file else leaf.with_boxes(leaf.boxes)
+    runs = _runs(sources, numbers) if is_plain else ()
+    return leaf.with_boxes((Box(box.start, box.shape, box.digests),), runs)
+
+
+def _runs(sources: Iterable[Source], numbers: dict[str, int]) -> tuple[Run, ...]:
     """Joins chunks that follow one another in a data file; numbers the files as they come."""
-    if leaf.compression is not None:
-        return ()
     runs: list[Run] = []
     end = (-1, 0)
-    for part, place in sources:
-        if isinstance(place, bytes):
-            return ()
-        offset, size = place
-        number = numbers.setdefault(part, len(numbers))
-        if end == (number, offset):
-            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
-        else:
-            runs.append((number, offset, 1))
-        end = number, offset + size
+    for part, places in sources:
+        for place in places:
+            if isinstance(place, bytes):
+                return ()
+            offset, size = place
+            number = numbers.setdefault(part, len(numbers))
+            if end == (number, offset):
+                runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+            else:
+                runs.append((number, offset, 1))
+            end = number, offset + size
     return tuple(runs)
 
 
-def _collect(part: str, leaf: Leaf, chunks: dict[str, tuple[str, Source]]) -> str | None:
+def _collect(part: str, leaf: Leaf, chunks: dict[str, tuple[str, str, Place]]) -> str | None:
     """Adds a part's chunks of a leaf to those known, each once; says what clashes."""
     part = data_part(part, leaf.file)
     for box in leaf.boxes:
         digests = box.digests or ("",) * len(box.places)
         for key, digest, place in zip(leaf.keys_of(box), digests, box.places, strict=True):
-            known = chunks.setdefault(key, (digest, (part, place)))
-            if known[1] != (part, place) and (not digest or known[0] != digest):
+            known = chunks.setdefault(key, (digest, part, place))
+            if known[1:] != (part, place) and (not digest or known[0] != digest):
                 return f"{list(box.shape)} at {list(box.start)}"
     return None
 
 
-def _tree_problems(leaves: list[Leaf]) -> list[str]:
+def _tree_problems(leaves: Iterable[Leaf]) -> list[str]:
     tree = KeyTree()
     problems = []
     for leaf in leaves:

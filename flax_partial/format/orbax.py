@@ -11,6 +11,7 @@ What the files must hold was found out by trying every reader of Orbax 0.12 (v0 
 - `_sharding` lists arrays by the URL-safe base64 of their names.
 - Orbax finds a string by the JSON pointer `/<name>`, so that a slash in a name opens an object.
 - `array_metadatas` is only ever asked how a PRNG key was made.
+- It has no type for bytes: they are an array of `uint8` to it.
 """
 
 import base64
@@ -23,8 +24,9 @@ from flax_partial.format import ocdbt
 from flax_partial.format.chunks import Shape
 from flax_partial.format.keypaths import INDEX
 from flax_partial.format.merge import Source
-from flax_partial.format.part import (
+from flax_partial.format.model import (
     ARRAY_KINDS,
+    BYTES,
     DICT,
     JAX_ARRAY,
     LIST,
@@ -36,9 +38,11 @@ from flax_partial.format.part import (
     SCALAR,
     STRING,
     TUPLE,
+    Box,
     Contents,
     Leaf,
     data_path,
+    numpy_dtype,
 )
 
 CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
@@ -58,6 +62,7 @@ SEQUENCE_KEY, DICT_KEY = 1, 2
 VALUE_TYPES: Mapping[str, str] = {
     JAX_ARRAY: "jax.Array",
     PRNG_KEY: "jax.Array",
+    BYTES: "np.ndarray",
     NUMPY_ARRAY: "np.ndarray",
     NUMPY_SCALAR: "np.ndarray",
     SCALAR: "scalar",
@@ -69,6 +74,8 @@ VALUE_TYPES: Mapping[str, str] = {
     NAMED_TUPLE: "None",
 }
 RANDOM_KEY_IMPL = "random_key_impl"
+
+_BYTES_CHUNK = 64 * 1024  # of the array that Orbax reads a bytes leaf as
 
 Pieces = Sequence[bytes]
 """A file's content, piece by piece: `_sharding` says one thing for many leaves, again and again."""
@@ -113,16 +120,33 @@ def database_files(
 def _database_entries(
     leaves: Sequence[Leaf], sources: Sequence[Sequence[Source]]
 ) -> Iterator[tuple[bytes, ocdbt.Value]]:
-    for leaf, chunks in zip(leaves, sources, strict=True):
-        if not leaf.is_array:
+    for leaf, found in zip(leaves, sources, strict=True):
+        stored, chunks = (_as_array(leaf), _pieces(leaf)) if leaf.kind == BYTES else (leaf, found)
+        if not stored.is_array:
             continue
-        yield f"{leaf.prefix}zarr.json".encode(), zarr_metadata(leaf)
-        (box,) = leaf.boxes
-        for key, (part, place) in zip(leaf.keys_of(box), chunks, strict=True):
-            if isinstance(place, bytes):
-                yield key.encode(), place
-            else:
-                yield key.encode(), ocdbt.Reference(data_path(part), *place)
+        yield f"{leaf.prefix}zarr.json".encode(), zarr_metadata(stored)
+        keys = stored.keys_of(stored.boxes[0])
+        for part, places in chunks:
+            file = data_path(part)
+            for place, key in zip(places, keys, strict=False):
+                if isinstance(place, bytes):
+                    yield key.encode(), place
+                else:
+                    yield key.encode(), ocdbt.Reference(file, *place)
+
+
+def _as_array(leaf: Leaf) -> Leaf:
+    """A bytes leaf as the array of bytes that Orbax reads it as."""
+    shape = (len(leaf.data),)
+    chunk = (min(max(len(leaf.data), 1), _BYTES_CHUNK),)
+    return Leaf(leaf.path, NUMPY_ARRAY, "uint8", shape, chunk, boxes=(Box((0,), shape),))
+
+
+def _pieces(leaf: Leaf) -> Sequence[Source]:
+    """The chunks of a bytes leaf, which stand in the database; the last one is filled up."""
+    size = _as_array(leaf).chunk[0]
+    starts = range(0, len(leaf.data), size)
+    return (("", [leaf.data[at : at + size].ljust(size, b"\0") for at in starts]),)
 
 
 def _text(value: object) -> str:
@@ -176,7 +200,7 @@ def _key_metadata(text: str, kind: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _value_metadata(kind: str, chunk: Shape) -> str:
-    has_data = kind in ARRAY_KINDS or kind == STRING
+    has_data = kind in ARRAY_KINDS or kind in (STRING, BYTES)
     value: dict[str, Any] = {"value_type": VALUE_TYPES[kind], "skip_deserialize": not has_data}
     if value["value_type"] == VALUE_TYPES[JAX_ARRAY]:
         value["write_shape"] = chunk
@@ -249,8 +273,10 @@ def _zarr_metadata(dtype: str, shape: Shape, chunk: Shape, compression: str | No
         if dtype in _ONE_BYTE or dtype.startswith("float8")
         else {"name": "bytes", "configuration": {"endian": "little"}}
     ]
-    if compression is not None:
-        codecs.append({"name": compression, "configuration": {"level": 3, "checksum": False}})
+    if compression == "zstd":
+        codecs.append({"name": "zstd", "configuration": {"level": 3, "checksum": False}})
+    elif compression == "blosc":
+        codecs.append({"name": "blosc", "configuration": _blosc(numpy_dtype(dtype).itemsize)})
     return _dump(
         {
             "zarr_format": 3,
@@ -263,6 +289,16 @@ def _zarr_metadata(dtype: str, shape: Shape, chunk: Shape, compression: str | No
             "codecs": codecs,
         }
     )
+
+
+def _blosc(itemsize: int) -> dict[str, Any]:
+    return {
+        "cname": "lz4",
+        "clevel": 5,
+        "shuffle": "bitshuffle",
+        "typesize": itemsize,
+        "blocksize": 0,
+    }
 
 
 _ONE_BYTE = frozenset(("bool", "int2", "int4", "int8", "uint8", "float4_e2m1fn"))

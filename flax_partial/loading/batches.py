@@ -8,8 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from flax_partial.format.chunks import Shape, chunk_regions
-from flax_partial.format.part import Leaf
-from flax_partial.storage.tensorstore_io import Region
+from flax_partial.format.model import Leaf, Region
 
 
 def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Iterator[list[Region]]:

@@ -4,6 +4,10 @@ from pathlib import Path
 
 from flax_partial.errors import NoSessionError
 from flax_partial.loading import orbax_reader
+from flax_partial.sessions import workers
+from flax_partial.sessions.forks import check_not_forked
+from flax_partial.sessions.handles import Handle
+from flax_partial.sessions.workers import Task
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import PathLike
 
@@ -50,10 +54,11 @@ def remove(path: PathLike) -> None:
       NoSessionError: There is no finalized checkpoint at `path`.
       OSError: It cannot be removed, or only in part: then it is no checkpoint any more.
     """
+    check_not_forked("remove")
     where = storage.resolve(path)
     if not is_finalized(where.final):
         raise NoSessionError(f"There is no finalized checkpoint at {where.final}.")
-    storage.remove_checkpoint(where)
+    workers.finalizing.run(Task(lambda _: storage.remove_checkpoint(where), Handle[None]()))
 
 
 def _is_step(name: str) -> bool:

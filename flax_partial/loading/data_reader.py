@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flax_partial.format.assembly import require_digest
 from flax_partial.format.chunks import (
     Shape,
     are_in_order,
@@ -25,14 +26,13 @@ from flax_partial.format.chunks import (
     covering_box,
     slices,
 )
-from flax_partial.format.part import Leaf, data_path, digest, flat
+from flax_partial.format.digests import bytes_of, digest
+from flax_partial.format.model import Leaf, Region, data_path
 
 _ALIGNED_BYTES = 64  # what JAX's CPU devices ask of memory to take it over
 _MAPPED_BYTES = 4 << 20  # from here on NumPy asks for huge pages
 _AT_ONCE_BYTES = 16 << 20
 _THREADS = min(16, max(4, os.cpu_count() or 1))  # while one waits for a disk, another can copy
-
-Region = tuple[Leaf, Shape, Shape]
 
 
 def read(
@@ -146,7 +146,7 @@ class _Reading:
 
     def _read_in_order(self, segment: _Segment, descriptor: int) -> None:
         """Reads chunks of which the box's memory is made: each to where it lies in it."""
-        whole, size = flat(self._array), self._leaf.chunk_bytes
+        whole, size = bytes_of(self._array), self._leaf.chunk_bytes
         for i in range(segment.chunks):
             begin = (segment.first + i) * size
             piece = whole[begin : begin + size]  # the last one may be without its padding
@@ -159,20 +159,16 @@ class _Reading:
         places = islice(chunk_regions(self._size, leaf.chunk), segment.first, end)
         for i, place in enumerate(places):
             chunk = np.empty(leaf.chunk, leaf.numpy_dtype)
-            _read_whole(descriptor, flat(chunk), segment.offset + i * leaf.chunk_bytes)
+            _read_whole(descriptor, bytes_of(chunk), segment.offset + i * leaf.chunk_bytes)
             piece = chunk[tuple(slice(cut.stop - cut.start) for cut in place)]
-            self._check(segment.first + i, flat(piece))
+            self._check(segment.first + i, bytes_of(piece))
             self._array[place] = piece
 
     def _check(self, position: int, data: np.ndarray) -> None:
         expected = self._leaf.boxes[0].digests
         number = self._numbers[position]
         if expected and expected[number]:
-            found = digest(data.data)
-            if found != expected[number]:
-                raise ValueError(
-                    f"chunk {number} has digest {found}, and {expected[number]} was saved"
-                )
+            require_digest(number, digest(data.data), expected[number])
 
 
 def _segments(

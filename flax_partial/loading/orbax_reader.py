@@ -12,21 +12,22 @@ digests to check. Only JSON and arrays are read; nothing that a file names is im
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
-from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError
+from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError, first_few
+from flax_partial.format import model as kinds
 from flax_partial.format import orbax as orbax_format
-from flax_partial.format import part as kinds
 from flax_partial.format.keypaths import INDEX, STR_KEY, KeyPath, KeyTree
-from flax_partial.format.merge import merge_metadata
-from flax_partial.format.part import STORABLE_DTYPES, Contents, Leaf
+from flax_partial.format.metadata import merge_metadata
+from flax_partial.format.model import STORABLE_DTYPES, Contents, Leaf, Region
 from flax_partial.storage import local as storage
 from flax_partial.storage import tensorstore_io as arrays
-from flax_partial.storage.tensorstore_io import Region, Store
+from flax_partial.storage.tensorstore_io import Store
 
 Table = Mapping[str, Any]
 
@@ -231,7 +232,7 @@ def _open(item: _Item) -> dict[str, Store]:
     if broken:
         raise CorruptCheckpointError(
             f"{directory}: {len(broken)} of {len(names)} arrays cannot be opened: "
-            + "; ".join(broken[:_SHOWN])
+            + "; ".join(first_few(broken, most=_SHOWN, count=len(broken)))
         )
     return stores
 

@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from flax_partial.errors import TargetMismatchError
-from flax_partial.format import part as kinds
+from flax_partial.format import model as kinds
 from flax_partial.format.chunks import Shape
 from flax_partial.format.keypaths import is_leaf
-from flax_partial.format.part import Leaf
+from flax_partial.format.model import Leaf
 
 BoxRange = tuple[Shape, Shape]
 
@@ -122,13 +122,14 @@ def plain_value(leaf: Leaf) -> Any:
         kinds.DICT: {},
         kinds.LIST: [],
         kinds.STRING: leaf.text,
+        kinds.BYTES: leaf.data,
     }
     return values.get(leaf.kind, ())
 
 
 def as_target(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     """Plans to read a leaf as what stands in the target at its place; a string says why not."""
-    if isinstance(target, (str, type(None))) or is_leaf(target):
+    if isinstance(target, (str, bytes, type(None))) or is_leaf(target):
         return _as_plain(leaf, target)
     if not leaf.is_array:
         return f"{leaf.name!r} is {leaf.kind} in the checkpoint, {_said(target)} in the target"
@@ -172,10 +173,15 @@ def _differ(leaf: Leaf, target: Any) -> str:
 
 
 def _as_plain(leaf: Leaf, target: Any) -> Placement | str:
-    fits = leaf.kind == kinds.STRING if isinstance(target, str) else _is_same_empty(leaf, target)
+    value = target
+    if isinstance(target, str):
+        fits, value = leaf.kind == kinds.STRING, leaf.text
+    elif isinstance(target, bytes):
+        fits, value = leaf.kind == kinds.BYTES, type(target)(leaf.data)
+    else:
+        fits = _is_same_empty(leaf, target)
     if not fits:
         return f"{leaf.name!r} is {leaf.kind} in the checkpoint, {_said(target)} in the target"
-    value = leaf.text if isinstance(target, str) else target
     return Placement(leaf, (), lambda _: value)
 
 

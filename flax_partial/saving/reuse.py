@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from flax_partial.format.chunks import chunk_numbers
-from flax_partial.format.part import Box, Leaf, Part, data_file_bytes, data_part, digests_of
+from flax_partial.format.digests import digests_of
+from flax_partial.format.model import Box, Leaf, Part, data_file_bytes, data_part
 
 # A link has to be made durable, in a time in which a disk writes more than this.
 _LEAST_BYTES = 64 * 1024

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flax_partial.format.part import Leaf
+from flax_partial.format.model import Leaf
 from flax_partial.saving.reuse import DataFile, Shared, form_of, plan_of
 
 

@@ -8,16 +8,18 @@ What an earlier checkpoint holds already is not written: that one's data file ge
 the part, `data.1` and so on. Either checkpoint may go, and the other one still has it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from flax_partial.format.chunks import Shape, chunk_regions, count_leading
-from flax_partial.format.part import (
+from flax_partial.format.digests import bytes_of, digests_of
+from flax_partial.format.model import (
     INLINE_BYTES,
     Box,
     Leaf,
@@ -25,11 +27,9 @@ from flax_partial.format.part import (
     data_file_bytes,
     data_part,
     data_path,
-    digests_of,
-    flat,
 )
 from flax_partial.saving.reuse import Earlier, Plan, Shared
-from flax_partial.sessions import handles as workers
+from flax_partial.sessions import workers
 from flax_partial.storage import local as storage
 from flax_partial.storage.direct_io import NewFile
 from flax_partial.storage.tensorstore_io import encoded_chunks
@@ -64,6 +64,7 @@ def write_part(
     earlier: Earlier | None,
     checksum: bool,
     durable: bool,
+    check: Callable[[], None],
 ) -> Written:
     """Fills a part's directory, in which there may be linked files.
 
@@ -74,6 +75,7 @@ def write_part(
       earlier: What may be shared; it may also be gone by now.
       checksum: Whether to take a digest of every chunk. Without, everything is written.
       durable: Whether the data is on disk at the return; the names of its files may not be yet.
+      check: Called between pieces of at most 64 MiB; what it raises ends the writing.
 
     Raises:
       OSError: Writing failed; the directory may hold part of the data, and no table of contents.
@@ -81,14 +83,17 @@ def write_part(
     plan = Plan()
     if earlier is not None and checksum:
         plan = earlier.plan([leaf for leaf, _ in boxes], [data for _, data in boxes])
-    done = link_files(directory, plan.shared, first_file=first_file, durable=durable)
+    done = _link_files(directory, plan.shared, first_file=first_file, durable=durable)
     reused = frozenset(done)
     new = [at for at in range(len(boxes)) if at not in reused and at not in plan.apart]
     for file, positions in ((0, new), (first_file + len(plan.shared), sorted(plan.apart))):
         if not positions:
             continue
         chosen = [boxes[at] for at in positions]
-        leaves = _write_file(directory, chosen, file=file, checksum=checksum, durable=durable)
+        path = directory.parent / data_path(data_part(directory.name, file))
+        leaves = _write_file(
+            path, chosen, file=file, checksum=checksum, durable=durable, check=check
+        )
         done |= zip(positions, leaves, strict=True)
     written = [leaf for at, leaf in done.items() if at not in reused]
     return Written(
@@ -98,7 +103,7 @@ def write_part(
     )
 
 
-def link_files(
+def _link_files(
     directory: Path, shared: Sequence[Shared], *, first_file: int, durable: bool
 ) -> dict[int, Leaf]:
     """Gives files a second name in a part's directory.
@@ -121,23 +126,55 @@ def link_files(
     return done
 
 
+def link_held(directory: Path, held: Sequence[tuple[Shared, BinaryIO]]) -> dict[int, Leaf]:
+    """Gives open files a second name in a part's directory, as `data.1` and so on, or copies them.
+
+    Returns:
+      Position of each leaf that they hold -> the leaf, in its file.
+    """
+    done: dict[int, Leaf] = {}
+    for number, (one, file) in enumerate(held, start=1):
+        target = directory.parent / data_path(data_part(directory.name, number))
+        if not storage.share(one.file.path, target, size=one.file.bytes, sync=False):
+            storage.copy_held(file, target)
+        done |= {at: leaf.with_boxes(leaf.boxes, file=number) for at, leaf in one.leaves.items()}
+    return done
+
+
 def _write_file(
-    directory: Path, boxes: HostBoxes, *, file: int, checksum: bool, durable: bool
+    path: Path,
+    boxes: HostBoxes,
+    *,
+    file: int,
+    checksum: bool,
+    durable: bool,
+    check: Callable[[], None],
 ) -> tuple[Leaf, ...]:
     """Writes boxes of leaves into the data file of that number."""
     size = sum(array.nbytes for leaf, data in boxes if not _is_inline(leaf) for array in data)
-    digests = None
     if checksum and size >= _BESIDE_BYTES:
-        digests = workers.in_background(lambda: _digests(boxes))
-    path = directory.parent / data_path(data_part(directory.name, file))
-    opened = NewFile(path, expected_bytes=size, durable=durable) if size else nullcontext()
+        with workers.beside(lambda: _digests(boxes)) as digests:
+            places = _write_data(path, boxes, size=size, durable=durable, check=check)
+            found = digests.result()
+    else:
+        places = _write_data(path, boxes, size=size, durable=durable, check=check)
+        found = _digests(boxes) if checksum else _no_digests(boxes)
+    leaves = [leaf for leaf, _ in boxes]
+    return tuple(map(_with_chunks, leaves, found, places, repeat(file)))
+
+
+def _write_data(
+    path: Path, boxes: HostBoxes, *, size: int, durable: bool, check: Callable[[], None]
+) -> list[list[tuple[Place, ...]]]:
+    """Writes the chunks that do not stand in the table; returns where all of them are."""
+    opened = (
+        NewFile(path, expected_bytes=size, durable=durable, check=check) if size else nullcontext()
+    )
     with opened as new:
         places = [[tuple(_places(leaf, array, new)) for array in data] for leaf, data in boxes]
         if new is not None:
             new.finish()
-    found = digests.result() if digests else _digests(boxes) if checksum else _no_digests(boxes)
-    leaves = [leaf for leaf, _ in boxes]
-    return tuple(map(_with_chunks, leaves, found, places, repeat(file)))
+    return places
 
 
 def _is_inline(leaf: Leaf) -> bool:
@@ -176,7 +213,7 @@ def _places(leaf: Leaf, array: np.ndarray, file: NewFile | None) -> Iterator[Pla
     size = leaf.chunk_bytes
     leading = count_leading(array.shape, leaf.chunk)
     if leading:
-        start = file.append(flat(array)[: leading * size])
+        start = file.append(bytes_of(array)[: leading * size])
         yield from ((start + number * size, size) for number in range(leading))
     for chunk in _stored_chunks(array, leaf.chunk, skip=leading):
         yield file.append(chunk), size
@@ -186,10 +223,10 @@ def _stored_chunks(array: np.ndarray, chunk: Shape, *, skip: int = 0) -> Iterato
     """Yields the bytes of each chunk of a box's data, in C order, but for the first `skip`."""
     if array.shape == chunk:
         if not skip and array.size:
-            yield flat(array)
+            yield bytes_of(array)
         return
     for region in islice(chunk_regions(array.shape, chunk), skip, None):
-        yield flat(_padded(array[region], chunk))
+        yield bytes_of(_padded(array[region], chunk))
 
 
 def _padded(array: np.ndarray, shape: Shape) -> np.ndarray:

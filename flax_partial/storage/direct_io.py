@@ -15,6 +15,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -39,13 +40,22 @@ class NewFile:
     What is appended must not change until the file is finished.
     """
 
-    def __init__(self, path: Path, *, expected_bytes: int, durable: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        expected_bytes: int,
+        durable: bool,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Creates the file.
 
         Args:
           path: Where; nothing is there.
           expected_bytes: About how large it becomes.
           durable: Whether `finish` has it on the disk.
+          check: Called before each piece of at most 64 MiB is written; what it raises is raised by
+            the call that writes.
 
         Raises:
           OSError: It cannot be created.
@@ -54,6 +64,7 @@ class NewFile:
             path, is_direct=durable and expected_bytes >= _DIRECT_BYTES
         )
         self._durable = durable
+        self._check = check
         self._end = 0
         self._pending: list[memoryview] = []
         self._pending_bytes = 0
@@ -132,6 +143,7 @@ class NewFile:
     def _flush(self) -> None:
         pending, self._pending, self._pending_bytes = self._pending, [], 0
         while pending:
+            self._check()
             try:
                 written = os.writev(self._descriptor, pending)
             except OSError as error:

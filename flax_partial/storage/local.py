@@ -1,12 +1,12 @@
 """The one module that touches files: paths, locks, atomic writes, commit, removal.
 
-A session is the directory `<checkpoint>.partial_save`. Whoever saves into it holds a shared `flock`
-on the directory itself, whoever finalizes or aborts an exclusive one; there is no lock file, and
-the kernel drops the lock of a process that dies. After waiting, the inode behind the path is
-compared with the one that was locked: the session may have been renamed away meanwhile.
+A session is the directory `<checkpoint>.partial_save`. A process holds a shared `flock` on the
+directory itself while it saves into it, an exclusive one while it finalizes or aborts; there is no
+lock file, and the kernel drops the lock of a process that dies. After waiting, the inode behind the
+path is compared with the one that was locked: the session may have been renamed away meanwhile.
 
-A finalized checkpoint is locked the same way: shared by whoever reads it, exclusively by whoever
-removes it, who does not wait.
+A finalized checkpoint is locked the same way: shared while it is read, exclusively while it is
+renamed away to be removed, which waits for no reader.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import fcntl
 import os
 import shutil
 import stat
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,10 +119,11 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-class SessionLock:
-    """An open session directory that can be locked, with the directory's identity.
+class DirectoryLock:
+    """An open directory that can be locked; while it is open, its inode is not used again.
 
-    An interrupt may come between any two steps: what it leaves unreferenced releases itself.
+    Attributes:
+      identity: Device and inode of the directory.
     """
 
     _descriptor = -1
@@ -135,36 +135,55 @@ class SessionLock:
         self.identity = (status.st_dev, status.st_ino)
 
     def acquire(self, kind: int) -> None:
-        """Waits for the `flock`, shared or exclusive."""
+        """Waits for the `flock`, shared or exclusive; with `LOCK_NB`, raises BlockingIOError."""
         fcntl.flock(self._descriptor, kind)
 
     def release(self) -> None:
-        """Gives the lock back; a second call does nothing."""
+        """Gives the lock back; the directory stays open."""
         if self._descriptor >= 0:
-            # Closing would do, unless a forked child still had the descriptor.
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-            descriptor, self._descriptor = self._descriptor, -1
+
+    def close(self) -> None:
+        """Gives the lock back and closes the directory; a second call does nothing."""
+        if self._process == os.getpid():  # closing would do, unless a forked child has it open, too
+            self.release()
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
             os.close(descriptor)
 
     def __del__(self) -> None:
-        if self._descriptor >= 0 and self._process == os.getpid():
-            self.release()
-        elif self._descriptor >= 0:
-            os.close(self._descriptor)  # in a forked child: the lock is the parent's
-
-    def duplicate(self) -> int:
-        """Opens another descriptor of the directory, which holds no lock; the caller closes it."""
-        return os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._descriptor)
+        if self._descriptor >= 0:  # left by an interrupt, or by a fork
+            self.close()
 
 
-def lock_for_saving(where: CheckpointPath) -> SessionLock:
+def open_session(where: CheckpointPath) -> DirectoryLock | None:
+    """Opens the directory of a session; None where there is none.
+
+    Raises:
+      CheckpointExistsError: What is there is no directory.
+    """
+    try:
+        return _open_directory(where.session)
+    except NotADirectoryError as error:
+        raise _no_directory(where, error) from error
+
+
+def lock_for_saving(where: CheckpointPath, known: DirectoryLock | None) -> DirectoryLock:
     """Creates the session if there is none, and locks it against finalize and abort.
+
+    Args:
+      where: The session.
+      known: Its directory, as this process has opened it before.
+
+    Returns:
+      The locked directory; `known`, if that is the one at the path still.
 
     Raises:
       CheckpointExistsError: The finalized checkpoint is there, or something that is not a session.
       OSError: The directory cannot be made.
     """
     is_ours = False
+    directory = known
     while True:
         try:
             require_absent(where)
@@ -173,81 +192,46 @@ def lock_for_saving(where: CheckpointPath) -> SessionLock:
                 with contextlib.suppress(OSError):
                     os.rmdir(where.session)
             raise
-        try:
-            lock = _lock(where.session, fcntl.LOCK_SH)
-        except NotADirectoryError as error:
-            raise _no_directory(where, error) from error
-        if lock is None:
+        if directory is None:
+            directory = open_session(where)
+        if directory is None:
             is_ours = _create_session(where)
             continue
-        try:
-            if not os.path.lexists(where.final):
-                return lock
-        except BaseException:
-            lock.release()
-            raise
-        lock.release()
+        directory.acquire(fcntl.LOCK_SH)
+        if identity(where.session) == directory.identity and not os.path.lexists(where.final):
+            return directory
+        directory.release()
+        directory = None  # it was renamed away while this one waited
 
 
-class ExclusiveLock:
-    """Keeps everybody else out of a session while it is entered.
+@contextmanager
+def locked_exclusively(where: CheckpointPath) -> Iterator[None]:
+    """Keeps everybody else out of a session; waits until nobody saves into it.
 
-    It can be released again and again, from any state: what an interrupt has left locked must not
-    be waited for by the next call.
-
-    Attributes:
-      thread: The thread that made it.
+    Raises:
+      NoSessionError: There is no session, or none any more.
+      CheckpointExistsError: What is at its place is not a session.
     """
-
-    def __init__(self, where: CheckpointPath) -> None:
-        self._where = where
-        self._lock: SessionLock | None = None
-        self.thread = threading.get_ident()
-
-    def __enter__(self) -> None:
-        """Waits until nobody saves into the session.
-
-        Raises:
-          NoSessionError: There is no session, or none any more.
-          CheckpointExistsError: What is at its place is not a session.
-        """
-        where = self._where
-        try:
-            self._lock = _lock(where.session, fcntl.LOCK_EX)
-        except NotADirectoryError as error:
-            raise _no_directory(where, error) from error
-        if self._lock is None:
+    directory = open_session(where)
+    if directory is None:
+        raise no_session(where)
+    try:
+        directory.acquire(fcntl.LOCK_EX)
+        if identity(where.session) != directory.identity:
             raise no_session(where)
         if where.state.is_symlink():  # what is derived would be cleared and written elsewhere
-            self.release()
             raise _not_a_session(where, f"its {STATE!r} is a symbolic link")
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Lets others in again."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        yield
+    finally:
+        directory.close()
 
 
-def _lock(directory: Path, kind: int) -> SessionLock | None:
-    """Returns None where there is no directory, before or after waiting for the lock."""
+def _open_directory(directory: Path, *, follow: bool = False) -> DirectoryLock | None:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return DirectoryLock(os.open(directory, flags if follow else flags | os.O_NOFOLLOW))
     except FileNotFoundError:
         return None
-    lock = SessionLock(descriptor)
-    try:
-        lock.acquire(kind)
-        if identity(directory) == lock.identity:
-            return lock
-    except BaseException:
-        lock.release()
-        raise
-    lock.release()
-    return None
 
 
 @contextmanager
@@ -257,25 +241,27 @@ def reading(checkpoint: Path) -> Iterator[None]:
     Where there is none, or no lock to be had (on a file system that knows none, or without the
     permission to list the directory), nothing is locked: reading it says what is wrong.
     """
-    lock = _lock_for_reading(checkpoint)
+    directory = _lock_for_reading(checkpoint)
     try:
         yield
     finally:
-        if lock is not None:
-            lock.release()
+        if directory is not None:
+            directory.close()
 
 
-def _lock_for_reading(checkpoint: Path) -> SessionLock | None:
+def _lock_for_reading(checkpoint: Path) -> DirectoryLock | None:
     while True:
         try:
-            lock = SessionLock(os.open(checkpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            lock.acquire(fcntl.LOCK_SH)
+            directory = _open_directory(checkpoint, follow=True)
+            if directory is None:
+                return None
+            directory.acquire(fcntl.LOCK_SH)
             status = os.stat(checkpoint)
         except OSError:
             return None
-        if (status.st_dev, status.st_ino) == lock.identity:
-            return lock
-        lock.release()  # another one has taken its place
+        if (status.st_dev, status.st_ino) == directory.identity:
+            return directory
+        directory.close()  # another one has taken its place
 
 
 def remove_checkpoint(where: CheckpointPath) -> None:
@@ -285,19 +271,25 @@ def remove_checkpoint(where: CheckpointPath) -> None:
       CheckpointInUseError: Somebody does.
       NoSessionError: There is none, or none any more.
     """
+    directory = _open_directory(where.final)
+    if directory is None:
+        raise _no_checkpoint(where)
     try:
-        lock = _lock(where.final, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        directory.acquire(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if identity(where.final) != directory.identity:
+            raise _no_checkpoint(where)
+        doomed = _rename_away(where.final)
     except BlockingIOError:
         raise CheckpointInUseError(
             errno.EWOULDBLOCK, "It is being read, and was not removed", str(where.final)
         ) from None
-    if lock is None:
-        raise NoSessionError(f"There is no checkpoint at {where.final}.")
-    try:
-        doomed = _rename_away(where.final)
     finally:
-        lock.release()  # who waits for it to read need not wait for the rest
+        directory.close()  # who waits for it to read need not wait for the rest
     _remove_renamed(where.final, doomed)
+
+
+def _no_checkpoint(where: CheckpointPath) -> NoSessionError:
+    return NoSessionError(f"There is no checkpoint at {where.final}.")
 
 
 def identity(directory: Path) -> tuple[int, int] | None:
@@ -342,12 +334,17 @@ def prepare_session(where: CheckpointPath) -> None:
     Raises:
       CheckpointExistsError: The directory holds what is not a session's.
     """
+    check_is_ours(where)
+    os.makedirs(where.state, exist_ok=True)
+
+
+def check_is_ours(where: CheckpointPath) -> None:
+    """Raises CheckpointExistsError if a session's directory holds what is not a session's."""
     foreign = _foreign_entries(where)
     if foreign:
         raise _not_a_session(where, f"it holds {foreign[0]!r}")
     if where.state.is_symlink():
         raise _not_a_session(where, f"its {STATE!r} is a symbolic link")
-    os.makedirs(where.state, exist_ok=True)
 
 
 def sync_session(where: CheckpointPath) -> None:
@@ -549,6 +546,27 @@ def share(source: Path, target: Path, *, size: int, sync: bool) -> bool:
     return False
 
 
+def hold(path: Path, *, size: int) -> BinaryIO | None:
+    """Opens a file of that size, which outlives its name then; None where there is none."""
+    try:
+        file = _open(path)
+    except (OSError, CorruptCheckpointError):
+        return None
+    if os.fstat(file.fileno()).st_size == size:
+        return file
+    file.close()
+    return None
+
+
+def copy_held(file: BinaryIO, target: Path) -> None:
+    """Copies an open file, from its beginning, to a new one, durably."""
+    with open(target, "xb") as copy:
+        file.seek(0)
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
 def commit_part(directory: Path, table: bytes, *, has_data_file: bool, durable: bool) -> None:
     """Commits a part whose data is durable: its table of contents appears, whole or not at all.
 
@@ -650,9 +668,7 @@ def remove_session(where: CheckpointPath) -> None:
       CheckpointExistsError: The directory holds what is not a session's; nothing is removed.
       NoSessionError: It is gone.
     """
-    foreign = _foreign_entries(where)
-    if foreign:
-        raise _not_a_session(where, f"it holds {foreign[0]!r}")
+    check_is_ours(where)
     try:
         remove_directory(where.session)
     except FileNotFoundError:  # made for nothing by a save that came too late, which removed it

@@ -1,12 +1,16 @@
 """The parts of a session, or of a finalized checkpoint, as they are on disk."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flax_partial.errors import CorruptCheckpointError
-from flax_partial.format.part import Part, decode_part
+from flax_partial.format.model import Part
+from flax_partial.format.tables import decode_part
 from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath
+
+_FOLDER = re.compile(r"p[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class SessionParts:
 
 
 def read_parts(
-    where: CheckpointPath,
+    state: Path,
     *,
     process: int | None = None,
     known: Mapping[str, Part] | None = None,
@@ -34,7 +38,7 @@ def read_parts(
     """Reads the tables of all parts.
 
     Args:
-      where: The session; or a checkpoint, as `CheckpointPath.finalized` gives it.
+      state: The directory of the parts, of a session or a checkpoint.
       process: Only the parts of this process.
       known: Parts read before, by name: a committed part never changes.
       failed: Names of parts whose save failed in this process: they count as torn.
@@ -43,11 +47,11 @@ def read_parts(
       OSError: The system refused to read one.
     """
     found = SessionParts()
-    for name in storage.part_names(where):
+    for name in part_names(state):
         if process is not None and f".p{process}." not in name:
             continue
         try:
-            part = None if name in failed else (known or {}).get(name) or _read_part(where, name)
+            part = None if name in failed else (known or {}).get(name) or _read_part(state, name)
         except CorruptCheckpointError as error:
             found.damaged[name] = str(error)
             continue
@@ -58,18 +62,34 @@ def read_parts(
     return found
 
 
+def part_names(state: Path) -> list[str]:
+    """Names of the part directories in `state`, torn ones included, oldest first.
+
+    Those in a directory `p<number>` of several processes' parts are called with it.
+    """
+    names = storage.listed(state)
+    for folder in filter(_FOLDER.fullmatch, names[:]):
+        names += [f"{folder}/{name}" for name in storage.listed(state / folder)]
+    found = [name for name in names if _own_name(name).startswith(storage.PART_PREFIX)]
+    return sorted(found, key=lambda name: (_own_name(name), name))
+
+
+def _own_name(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
 def prefix_of_name(part: Part) -> str:
     """What the name of a part's directory begins with: when it was saved, and by which process."""
     return f"{storage.PART_PREFIX}{part.time_ns:019d}.p{part.process}."
 
 
-def _read_part(where: CheckpointPath, name: str) -> Part | None:
+def _read_part(state: Path, name: str) -> Part | None:
     """Returns None where there is no table: it appears whole, or not at all."""
-    path = where.state / name / storage.PART_TABLE
+    path = state / name / storage.PART_TABLE
     data = storage.read(path)
     if data is None:
         return None
     part = decode_part(data, where=str(path))
-    if not name.startswith(prefix_of_name(part)):
+    if not _own_name(name).startswith(prefix_of_name(part)):
         raise CorruptCheckpointError(f"{path}: it is the table of another part")
     return part

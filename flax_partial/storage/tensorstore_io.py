@@ -10,29 +10,22 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import tensorstore as ts
+from msgspec.structs import replace
 
 from flax_partial.errors import CorruptCheckpointError
-from flax_partial.format.chunks import (
-    Shape,
-    chunk_numbers,
-    chunk_regions,
-    covering_box,
-    slices,
-)
+from flax_partial.format.assembly import assemble, checked_cut, whole_chunks
+from flax_partial.format.chunks import Shape, slices
 from flax_partial.format.keypaths import prefix_of
+from flax_partial.format.model import Box, Leaf, Region
 from flax_partial.format.orbax import zarr_metadata
-from flax_partial.format.part import Box, Leaf, digests_of
 
 _RAW_CHUNK_BYTES = 128 * 1024  # above this a raw read's extra copy costs more than a zarr open
-
-Region = tuple[Leaf, Shape, Shape]
 
 
 def encoded_chunks(leaf: Leaf, array: np.ndarray) -> Iterator[bytes]:
@@ -108,39 +101,18 @@ class _Reader:
         """Reads the chunks that hold a box, checks them, and cuts the box out of them."""
         if not math.prod(shape):
             return lambda: np.empty(shape, leaf.numpy_dtype)
-        if leaf.is_one_chunk:
-            low, size = (0,) * len(shape), leaf.shape
-        else:
-            low, size = covering_box(start, shape, leaf.chunk, leaf.shape)
-        read = (self._raw if _is_raw(leaf) else self._zarr)(leaf, low, size)
+        box = whole_chunks(leaf, start, shape)
+        read = (self._raw if _is_raw(leaf) else self._zarr)(leaf, box)
+        return lambda: checked_cut(leaf, box, read(), start=start, shape=shape)
 
-        def finish() -> np.ndarray:
-            array = read()
-            _check(leaf, low, array)
-            if size == shape:
-                return array
-            offset = tuple(a - b for a, b in zip(start, low, strict=True))
-            return array[slices(offset, shape)].copy()
+    def _raw(self, leaf: Leaf, box: Box) -> Callable[[], np.ndarray]:
+        reads = [(key, self._database.read(key)) for key in leaf.keys_of(box)]
+        return lambda: assemble(
+            leaf, box.shape, [_value(key, read.result()) for key, read in reads]
+        )
 
-        return finish
-
-    def _raw(self, leaf: Leaf, start: Shape, shape: Shape) -> Callable[[], np.ndarray]:
-        keys = leaf.keys_of(Box(start, shape))
-        reads = [(key, self._database.read(key)) for key in keys]
-
-        def finish() -> np.ndarray:
-            chunks = [_chunk(key, read.result(), leaf) for key, read in reads]
-            if leaf.is_one_chunk:
-                return chunks[0].copy()  # what was read cannot be written to
-            array = np.empty(shape, leaf.numpy_dtype)
-            for chunk, region in zip(chunks, chunk_regions(shape, leaf.chunk), strict=True):
-                array[region] = chunk[tuple(slice(r.stop - r.start) for r in region)]
-            return array
-
-        return finish
-
-    def _zarr(self, leaf: Leaf, start: Shape, shape: Shape) -> Callable[[], np.ndarray]:
-        np.empty(shape, leaf.numpy_dtype)  # raises where tensorstore would end the process
+    def _zarr(self, leaf: Leaf, box: Box) -> Callable[[], np.ndarray]:
+        np.empty(box.shape, leaf.numpy_dtype)  # raises where tensorstore would end the process
         store = ts.open(
             {
                 "driver": "zarr3",
@@ -152,28 +124,15 @@ class _Reader:
             assume_metadata=True,
             context=self._context,
         ).result()
-        reading = store[slices(start, shape)].read()
+        reading = store[slices(box.start, box.shape)].read()
         return lambda: np.asarray(reading.result(), order="C")
 
 
-def _chunk(key: str, result: ts.KvStore.ReadResult, leaf: Leaf) -> np.ndarray:
+def _value(key: str, result: ts.KvStore.ReadResult) -> bytes:
     if result.state != "value":
         raise ValueError(f"chunk {key!r} is missing")
-    return np.frombuffer(result.value, leaf.numpy_dtype).reshape(leaf.chunk)
-
-
-def _check(leaf: Leaf, start: Shape, array: np.ndarray) -> None:
-    """Compares the digests of the chunks that `array`, a union of whole chunks, is made of."""
-    expected = leaf.boxes[0].digests
-    if not expected:
-        return
-    if leaf.is_one_chunk:
-        numbers = iter((0,))
-    else:
-        numbers = chunk_numbers(start, array.shape, leaf.chunk, leaf.shape)
-    for number, found in zip(numbers, digests_of(array, leaf.chunk), strict=True):
-        if expected[number] not in ("", found):
-            raise ValueError(f"chunk {number} has digest {found}, and {expected[number]} was saved")
+    value: bytes = result.value
+    return value
 
 
 def _outcome(finish: Callable[[], np.ndarray], leaf: Leaf, state: Path) -> np.ndarray | Exception:

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as v0
 import pytest
+from shell import Shell, shell
 from stub_trainer import EVERYTHING, PARAMS, Loop, StubTrainer
-from test_cli import WRONG_USE, Shell, shell
 from things import QUICK
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, _timeline
+from flax_partial.cli.main import WRONG_USE
 from flax_partial.runs import timeline
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import flax_partial as fp
-from flax_partial.cli import lanes
-from flax_partial.cli.chrome_trace import trace_of
+from flax_partial.cli.commands.timeline import layout as lanes
+from flax_partial.cli.commands.timeline.chrome_trace import trace_of
 from flax_partial.runs import timeline
 from flax_partial.runs.timeline import End, Hold, ProcessTimeline, Run, Save, Step
 

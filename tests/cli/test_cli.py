@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as v0
 import pytest
 import trees
 from orbax.checkpoint.experimental import v1
+from shell import MIXED, Shell, flip_a_bit_of, write
 from things import QUICK, Element, listing
 
 import flax_partial as fp
-from flax_partial.cli.main import main
+from flax_partial.cli.main import PROBLEM, WRONG_USE, main
 from flax_partial.runs import completeness
-
-FINE, PROBLEM, WRONG_USE = 0, 1, 2
-
-
-class Shell:
-    """Runs commands in this process, and catches what they write."""
-
-    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
-        self._capture = capture
-        self.error = ""
-
-    def run(self, *arguments: object, status: int = FINE) -> str:
-        self._capture.readouterr()
-        got = main([str(argument) for argument in arguments])
-        output, self.error = self._capture.readouterr()
-        assert got == status, output + self.error
-        return output
-
-    def json(self, *arguments: object, status: int = FINE) -> Any:
-        return json.loads(self.run(*arguments, "--json", status=status))
-
-
-@pytest.fixture
-def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(capsys)
-
-
-def write(path: Path, state: Any, **metadata: Any) -> Path:
-    fp.save(path, state, options=QUICK, custom_metadata=metadata)
-    fp.finalize(path)
-    return path
-
-
-def flip_a_bit_of(path: Path, array: np.ndarray) -> None:
-    """Damages an array's data, wherever it lies."""
-    whole = array.tobytes()
-    (file,) = [f for f in path.rglob("*") if f.is_file() and whole in f.read_bytes()]
-    data = bytearray(file.read_bytes())
-    data[data.index(whole)] ^= 1
-    file.write_bytes(data)
-
-
-MIXED = {
-    "params": {"w": np.arange(6000, dtype=np.float32).reshape(60, 100), "b": jnp.zeros(3)},
-    "half": jnp.ones((2, 2), jnp.bfloat16),
-    "tiny": np.arange(4).astype(ml_dtypes.int4),
-    "eighth": np.arange(4).astype(ml_dtypes.float8_e4m3fn),
-    "text": "a\x1b[31m",
-    "nothing": None,
-    "empty": {},
-    "step": 3,
-}
-
 
 # --- ls
 
@@ -286,6 +231,13 @@ def test_status_of_parts_at_odds_is_a_problem(tmp_path: Path, shell: Shell) -> N
     fp.save(path, {"l": [Element(1, np.ones(2))]}, options=QUICK)
     assert shell.json("status", path, status=PROBLEM)["conflicts"]
     assert "at odds: " in shell.run("status", path, status=PROBLEM)
+
+
+def test_status_names_parts_that_are_damaged(tmp_path: Path, shell: Shell) -> None:
+    part = fp.save(tmp_path / "c", {"a": 1}, options=QUICK).part
+    (tmp_path / "c.partial_save" / "state" / part / "part.json").write_text("{}")
+    assert shell.json("status", tmp_path / "c", status=PROBLEM)["damaged"] == [part]
+    assert f"damaged: {part}" in shell.run("status", tmp_path / "c", status=PROBLEM)
 
 
 def test_status_needs_a_session(tmp_path: Path, shell: Shell) -> None:

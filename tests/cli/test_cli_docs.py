@@ -9,9 +9,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from documents import ROOT, blocks_of
 from stub_trainer import Loop
-from test_cli import Shell, shell
-from test_readme import ROOT, blocks_of
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
@@ -19,7 +18,7 @@ from flax_partial.callbacks import PartialCheckpointCallback
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["shell"]  # a fixture
+    from shell import Shell
 
 DOCUMENT = ROOT / "docs" / "cli.md"
 # Maps of names of the user's own.

@@ -1,4 +1,4 @@
-"""What the command line computes without files: differences, layouts, trees, columns, figures."""
+"""What the command line computes without files: differences, layouts, trees, columns, text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import trees
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_partial.cli import figures, safetensors, selection, tree
-from flax_partial.cli.comparing import Difference
+from flax_partial.cli import selection, text
+from flax_partial.cli.commands.diff.difference import Difference
+from flax_partial.cli.commands.export import safetensors
+from flax_partial.cli.commands.show import tree
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.tables import Column, Row, Table, printable
+from flax_partial.cli.output import Column, Row, Table, printable
 from flax_partial.format.keypaths import KeyPath
-from flax_partial.format.part import DICT, NONE, NUMPY_ARRAY, STRING, Leaf
+from flax_partial.format.model import DICT, NONE, NUMPY_ARRAY, STRING, Leaf
 
 # --- by how much two arrays differ
 
@@ -182,45 +184,50 @@ def test_pattern_that_chooses_nothing_is_refused(only: Any, skip: Any) -> None:
 def test_tree_is_drawn_with_its_sums_and_cut_at_a_depth() -> None:
     root = tree.build([leaf("a.b.c", (2,)), leaf("a.b.d", (4,), "int8"), leaf("a.e"), leaf("f")])
     assert (root.leaves, root.bytes) == (4, 20)
-    drawn = [before + key for before, key, _ in tree.lines(root, None, tree.LINES)]
+    drawn = [before + key for before, key, _ in tree.lines(root)]
     assert drawn == ["├── a", "│   ├── b", "│   │   ├── c", "│   │   └── d", "│   └── e", "└── f"]
-    shallow = {before + key: node for before, key, node in tree.lines(root, 2, tree.ASCII)}
-    assert list(shallow) == ["|-- a", "|   |-- b", "|   `-- e", "`-- f"]
-    assert shallow["|   |-- b"].bytes == 12
-    assert shallow["|   |-- b"].dtypes == {"float32", "int8"}
+    shallow = {before + key: node for before, key, node in tree.lines(root, 2)}
+    assert list(shallow) == ["├── a", "│   ├── b", "│   └── e", "└── f"]
+    b = shallow["│   ├── b"]
+    assert (b.bytes, b.dtypes) == (12, {"float32", "int8"})
 
 
 # --- columns
 
 
-TABLE = Table(
-    (Column("NAME"), Column("SIZE", is_number=True, dispensable=1), Column("X", dispensable=2)),
-    [Row(("層", "1", "x")), Row(("abc", "234", ""))],
+COLUMNS = (
+    Column("NAME"),
+    Column("SIZE", is_number=True, dispensable=1),
+    Column("X", dispensable=2),
 )
+TABLE = Table(COLUMNS, [Row(("層", "1", "x")), Row(("abc", "234", ""))])
 
 
 def test_columns_are_as_wide_as_a_terminal_draws_them() -> None:
     assert list(TABLE.lines()) == ["NAME  SIZE  X", "層       1  x", "abc    234"]
 
 
-def test_where_there_is_no_room_the_least_needed_columns_go_first() -> None:
-    assert TABLE.fitted(13)[1] == []
-    assert TABLE.fitted(12)[1] == ["X"]
-    fitted, gone = TABLE.fitted(3)
-    assert gone == ["SIZE", "X"]
-    assert [column.title for column in fitted.columns] == ["NAME"]
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [(13, []), (12, ["X"]), (10, ["X"]), (9, ["SIZE", "X"]), (3, ["SIZE", "X"])],
+)
+def test_where_there_is_no_room_the_least_needed_columns_go_first(
+    width: int, left_out: list[str]
+) -> None:
+    drawn, titles = TABLE.drawn(width)
+    assert titles == left_out
+    assert len(drawn.columns) == 3 - len(left_out)
 
 
 def test_columns_in_which_nothing_stands_are_left_out() -> None:
-    table = Table(TABLE.columns, [Row(("a", "", "b"))])
-    assert [column.title for column in table.without_empty_columns().columns] == ["NAME", "X"]
+    assert list(Table(COLUMNS, [Row(("a", "", "b"))]).lines()) == ["NAME  X", "a     b"]
 
 
-# --- figures
+# --- text
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("value", "expected"),
     [
         (0, "0 B"),
         (1023, "1023 B"),
@@ -230,22 +237,22 @@ def test_columns_in_which_nothing_stands_are_left_out() -> None:
         (1024**5 * 3000, "3000 PiB"),
     ],
 )
-def test_sizes_are_short(value: int, text: str) -> None:
-    assert figures.size(value) == text
+def test_sizes_are_short(value: int, expected: str) -> None:
+    assert text.size(value) == expected
 
 
 @pytest.mark.parametrize(
-    ("secs", "text"), [(-5, "now"), (59.9, "59 s ago"), (3600, "1 h ago"), (200_000, "2 d ago")]
+    ("secs", "expected"), [(-5, "now"), (59.9, "59 s ago"), (3600, "1 h ago"), (200_000, "2 d ago")]
 )
-def test_ages_are_short(secs: float, text: str) -> None:
-    assert figures.age(secs) == text
+def test_ages_are_short(secs: float, expected: str) -> None:
+    assert text.age(secs) == expected
 
 
 NAMED = {"shape": [4, 2], "axis_names": ["data", "model"]}
 
 
 @pytest.mark.parametrize(
-    ("table", "text"),
+    ("table", "expected"),
     [
         (None, ""),
         ({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"}, "cpu:0"),
@@ -256,21 +263,21 @@ NAMED = {"shape": [4, 2], "axis_names": ["data", "model"]}
         ({**NAMED, "partition_spec": ["other"]}, "?"),
     ],
 )
-def test_shardings_are_short(table: Any, text: str) -> None:
-    assert figures.sharding(table) == text
+def test_shardings_are_short(table: Any, expected: str) -> None:
+    assert text.sharding(table) == expected
 
 
 def test_nothing_that_a_checkpoint_holds_moves_the_cursor() -> None:
     assert printable("a\x1b[2J\nb\x9b") == "a\\x1b[2J\\nb\\x9b"
-    row = Row(("a\x1bb", "\n", "ä 層"))
-    assert Table(TABLE.columns, [row]).printable().rows[0].cells == ["a\\x1bb", "\\n", "ä 層"]
-    assert figures.leaf(leaf("s", kind=STRING)) == "'text'"
-    assert [figures.leaf(leaf("n", kind=kind)) for kind in (NONE, DICT)] == ["None", "{}"]
+    cells = Table(COLUMNS, [Row(("a\x1bb", "\n", "ä 層"))]).rows[0].cells
+    assert cells == ["a\\x1bb", "\\n", "ä 層"]
+    assert text.leaf(leaf("s", kind=STRING)) == "'text'"
+    assert [text.leaf(leaf("n", kind=kind)) for kind in (NONE, DICT)] == ["None", "{}"]
 
 
 @pytest.mark.parametrize(
-    ("names", "text"),
+    ("names", "expected"),
     [(["a.b"], "a.b"), (["a.b", "a.c"], "a.*"), (["a.b", "a.b2"], "a.*"), (["a", "b"], "*")],
 )
-def test_a_part_is_known_by_what_its_leaves_share(names: list[str], text: str) -> None:
-    assert figures.common_prefix(names) == text
+def test_a_part_is_known_by_what_its_leaves_share(names: list[str], expected: str) -> None:
+    assert text.common_prefix(names) == expected

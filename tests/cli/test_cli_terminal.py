@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shell import MIXED, write
 from terminal import SLOW_SECS, into, into_closed_pipe, on_terminal
-from test_cli import MIXED, write
 from things import QUICK
 
 import flax_partial as fp
-
-PROBLEM, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 130, 141, 143
+from flax_partial.cli.main import INTERRUPTED, PIPE_CLOSED, PROBLEM, TERMINATED
 
 
 @pytest.fixture
@@ -76,6 +75,23 @@ def test_ctrl_c_ends_quietly_and_changes_nothing(tmp_path: Path) -> None:
         assert terminal.end() == INTERRUPTED
         assert "Traceback" not in terminal.shown
     assert fp.status(tmp_path / "c").parts
+
+
+def test_ctrl_c_while_the_package_is_imported_ends_quietly(tmp_path: Path) -> None:
+    slow = tmp_path / "flax_partial" / "__init__.py"
+    slow.parent.mkdir()
+    slow.write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-Pc", "from flax_partial_program import run; run()"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == (b"", b"")
+    assert process.returncode == INTERRUPTED
 
 
 def test_watch_follows_a_session_until_it_is_finalized(tmp_path: Path) -> None:

@@ -16,14 +16,13 @@ import trees
 from orbax.checkpoint.experimental import v1
 from safetensors import safe_open
 from safetensors.flax import load_file
-from test_cli import FINE, MIXED, PROBLEM, WRONG_USE, Shell, flip_a_bit_of, shell, write
+from shell import MIXED, Shell, flip_a_bit_of, write
 from things import QUICK
 
 import flax_partial as fp
-from flax_partial.cli import diffing, exporting
-
-__all__ = ["shell"]  # a fixture
-
+from flax_partial.cli.commands import diff as diffing
+from flax_partial.cli.commands import export as exporting
+from flax_partial.cli.main import FINE, PROBLEM, WRONG_USE
 
 # --- diff
 

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from cluster import Cluster, errors_of, gather, running, seconds
-from test_orbax_reads_ours import READERS, STEP
+from orbax_side import READERS, STEP
 
 import flax_partial as fp
 

@@ -13,7 +13,7 @@ import trees
 
 from flax_partial.format import orbax as orbax_format
 from flax_partial.format.keypaths import KeyPath
-from flax_partial.format.part import JAX_ARRAY, PRNG_KEY, STRING, Contents, Leaf
+from flax_partial.format.model import JAX_ARRAY, PRNG_KEY, STRING, Contents, Leaf
 
 SINGLE = {"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"}
 
@@ -32,7 +32,7 @@ def string(text: str, *keys: str) -> Leaf:
     return Leaf(KeyPath(keys, "d" * len(keys)), STRING, text=text)
 
 
-@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("compression", [None, "zstd", "blosc"])
 @pytest.mark.parametrize("dtype", trees.DTYPES)
 def test_zarr_metadata_is_what_tensorstore_makes_of_it(dtype: str, compression: str | None) -> None:
     leaf = Leaf(KeyPath(("w",), "d"), JAX_ARRAY, dtype, (5, 3), (2, 3), compression=compression)

@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import second_reader
+from documents import ROOT
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_readme import ROOT
 
 import flax_partial as fp
 
@@ -98,7 +98,7 @@ def test_runs_of_the_merged_table_lead_to_the_chunks(tmp_path: Path) -> None:
     assert with_runs.keys() >= {"large", "sharded", "prime", "rows"}
     for name, leaf in with_runs.items():
         chunks = chunks_by_runs(tmp_path / "ckpt" / "state", table["data_parts"], leaf)
-        ((start, shape, digests),) = leaf["boxes"]
+        ((start, shape, digests, *_),) = leaf["boxes"]
         corners = product(*map(range, start, shape, leaf["chunk"]))
         for corner, digest, data in zip(corners, digests, chunks, strict=True):
             index = tuple(map(slice, corner, map(add, corner, leaf["chunk"])))

@@ -6,6 +6,7 @@ ends it. Peak memory is counted from the beginning of each call.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import os
@@ -50,6 +51,7 @@ class Isolated:
 
     def __init__(self) -> None:
         self._process: Any = None
+        atexit.register(self.end)  # where the caller does not
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Outcome:
         """Calls a function of a module, in the other process."""

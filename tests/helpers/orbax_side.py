@@ -1,19 +1,28 @@
-"""What the tests with Orbax share: leaves that only they need, and what Orbax makes of a tree."""
+"""What the tests with Orbax share: its readers, leaves, and what Orbax makes of a tree."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as v0
 import trees
 from flax.core import FrozenDict
 from flax.training.train_state import TrainState
 from jax import tree_util
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import checkpoint_utils
+from orbax.checkpoint.experimental import v1
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+STEP = 3  # what a checkpoint has to be named for the readers that look for steps
 
 
 class Nothing(NamedTuple):
@@ -105,3 +114,48 @@ def assert_same(got: Any, want: Any) -> None:
     for (path, one), (_, other) in zip(trees.flat(got)[0], trees.flat(want)[0], strict=True):
         if isinstance(other, jax.Array):
             assert one.sharding == other.sharding, tree_util.keystr(path)
+
+
+def read_v1(path: Path, target: Any) -> Any:
+    return v1.load(path, target)
+
+
+def read_v1_training(path: Path, target: Any) -> Any:
+    with v1.training.Checkpointer(path.parent) as checkpointer:
+        latest = checkpointer.latest
+        assert latest is not None
+        assert latest.step == STEP
+        return checkpointer.load(latest, target)
+
+
+def read_v0_standard(path: Path, target: Any) -> Any:
+    with v0.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path / "state", target)
+
+
+def _pytree_restore(target: Any) -> Any:
+    if target is None:
+        return v0.args.PyTreeRestore()
+    restore_args = checkpoint_utils.construct_restore_args(target)
+    return v0.args.PyTreeRestore(item=target, restore_args=restore_args)
+
+
+def read_v0_pytree(path: Path, target: Any) -> Any:
+    with v0.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(path / "state", args=_pytree_restore(target))
+
+
+def read_v0_manager(path: Path, target: Any) -> Any:
+    args = None if target is None else v0.args.Composite(state=_pytree_restore(target))
+    with v0.CheckpointManager(path.parent) as manager:
+        assert manager.latest_step() == STEP
+        return manager.restore(STEP, args=args)["state"]
+
+
+READERS: dict[str, Callable[[Path, Any], Any]] = {
+    "v1": read_v1,
+    "v1-training": read_v1_training,
+    "v0-standard": read_v0_standard,
+    "v0-pytree": read_v0_pytree,
+    "v0-manager": read_v0_manager,
+}

@@ -171,7 +171,7 @@ def _on_files(names: list[str], arguments: list[str]) -> None:
 
 def _run(arguments: list[str], slow_secs: float = 0) -> None:
     from flax_partial.cli import main
-    from flax_partial.loading import load as loading
+    from flax_partial.loading import verify as loading
 
     def slowed(function: Callable[..., object]) -> Callable[..., object]:
         def wrapper(*passed: object, **named: object) -> object:

@@ -217,6 +217,6 @@ options = st.builds(
     fp.SaveOptions,
     durable=st.booleans(),
     checksum=st.booleans(),
-    compression=st.sampled_from((None, None, "zstd")),
+    compression=st.sampled_from((None, None, "zstd", "blosc")),
     chunk_bytes=st.sampled_from((1, 7, 64, 1000, 2 << 20)),
 )

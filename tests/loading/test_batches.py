@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_partial.format.keypaths import KeyPath
-from flax_partial.format.part import NONE, NUMPY_ARRAY, Leaf
+from flax_partial.format.model import NONE, NUMPY_ARRAY, Leaf
 from flax_partial.loading.batches import batches, region_bytes
 
 

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 STATE = {
-    "tiny": np.arange(10),  # lies within the database's own nodes
+    "tiny": np.arange(10),  # stands in the table of contents
     "middle": np.arange(5000),
     "large": np.arange(300_000, dtype=np.float32),
     "packed": {"text": "ä", "number": 2.5},
+    "compressed": np.arange(2000),  # is found through the database
 }
 # Nothing reads them once a checkpoint is finalized, or they hold nothing.
 IDLE = ("commit_success.txt", "orbax.checkpoint")
@@ -29,7 +30,9 @@ IDLE = ("commit_success.txt", "orbax.checkpoint")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("damage") / "c"
     for name, value in STATE.items():
-        fp.save(path, {name: value}, options=fp.SaveOptions(chunk_bytes=100_000))
+        compression = "zstd" if name == "compressed" else None
+        options = fp.SaveOptions(chunk_bytes=100_000, compression=compression)
+        fp.save(path, {name: value}, options=options)
     fp.finalize(path)
     assert fp.verify(path).ok
     return path

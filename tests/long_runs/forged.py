@@ -10,7 +10,9 @@ import json
 import math
 from typing import Any
 
-from flax_partial.format.part import FORMAT_VERSION, digest, numpy_dtype
+from flax_partial.format.digests import digest
+from flax_partial.format.model import numpy_dtype
+from flax_partial.format.tables import FORMAT_VERSION
 
 _HUGE = 10**15
 Row = dict[str, Any]
@@ -65,6 +67,14 @@ ROWS: dict[str, list[Row]] = {
     "runs of too many chunks": [array([3000], [3000], runs=[[0, 0, 10**15]])],
     "run of no chunks": [array([3000], [3000], runs=[[0, 0, 0], [0, 0, 1]])],
     "runs of compressed chunks": [array([3000], [3000], runs=[[0, 0, 1]], compression="zstd")],
+    "data of no bytes": [text(["a"], "d", data="????")],
+    "placeholder of a string": [text(["a"], "d", placeholder=True)],
+    "placeholder, and what is inside of it": [
+        {"path": ["a"], "keys": "d", "kind": "list", "placeholder": True},
+        text(["a", "b"], "dd"),
+    ],
+    "places of other sizes": [array([3], [3], boxes=[([0], [3], [""], ["AAAA"] * 2)])],
+    "places in a file": [array([3], [3], boxes=[([0], [3], [""], [[0, 3]])])],
     "runs of no array": [text(["a"], "d", runs=[[0, 0, 1]])],
     "one run in a thousand leaves": [
         array([30_000], [30_000], runs=[[0, 0, 1]], path=[f"a{number}"]) for number in range(1000)
@@ -116,6 +126,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "format of tomorrow": {"format": FORMAT_VERSION + 1},
     "format as text": {"format": str(FORMAT_VERSION)},
     "format as truth": {"format": True},
+    "feature of tomorrow": {"requires": ["tomorrow"]},
+    "features as text": {"requires": "tomorrow"},
     "metadata as a list": {"custom_metadata": [1]},
     "shardings that are none": {"shardings": ["x", 3]},
     "shardings as a dict": {"shardings": {"0": 1}},
@@ -163,7 +175,7 @@ def _placed(row: Row) -> Row:
     if "boxes" not in row:
         return row
     place = [0, math.prod(row["chunk"]) * numpy_dtype(row["dtype"]).itemsize]
-    boxes = [(*box, [place] * len(box[2])) for box in row["boxes"]]
+    boxes = [(*box, [place] * len(box[2]))[:4] for box in row["boxes"]]
     return row | {"boxes": boxes}
 
 

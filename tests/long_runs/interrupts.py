@@ -19,7 +19,7 @@ import random
 import shutil
 import signal
 import sys
-import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ import trials
 from isolated import Isolated
 
 import flax_partial as fp
+from flax_partial.sessions import workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -148,9 +149,8 @@ def interrupted(call: Any, path: Path, at: int) -> bool:
 
 def go_on(path: Path, kept: Iterable[str]) -> None:
     """Uses the path as if nothing had been; fails where that does not work, or `kept` is lost."""
-    for thread in threading.enumerate():  # what is in the background goes on
-        if thread.name.startswith("flax_partial") and thread.is_alive():
-            thread.join()
+    while workers.saving.unfinished or workers.finalizing.unfinished:  # that goes on
+        time.sleep(1e-4)
     if path.exists():
         assert_whole(path, *kept)
         assert gc.isenabled()

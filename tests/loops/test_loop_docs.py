@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import documents
 import pytest
-import test_readme
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,20 +14,20 @@ MAX_LINES = 15
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("document", test_readme.OF_LOOPS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("document", documents.OF_LOOPS, ids=lambda path: path.stem)
 def test_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, which has imported the package: most of them take seconds."""
     package = document.stem.removeprefix("from_")
     pytest.importorskip(package, reason=f"pip install 'flax-partial[{package}]'")
     monkeypatch.chdir(tmp_path)
-    test_readme.run_blocks(document)
+    documents.run_blocks(document)
     assert list(tmp_path.glob("runs/lm/*/_CHECKPOINT_METADATA"))
 
 
 @pytest.mark.parametrize(
-    "document", [*test_readme.OF_LOOPS, test_readme.PLAIN], ids=lambda path: path.stem
+    "document", [*documents.OF_LOOPS, documents.PLAIN], ids=lambda path: path.stem
 )
 def test_the_example_is_short(document: Path) -> None:
-    example = test_readme.blocks_of(document.read_text())[-1]
+    example = documents.blocks_of(document.read_text())[-1]
     assert example.language == "python"
     assert len(example.code.splitlines()) <= MAX_LINES

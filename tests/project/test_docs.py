@@ -9,7 +9,7 @@ import commands
 import numpy as np
 import pictures
 import pytest
-from test_readme import DOCUMENTS, ROOT
+from documents import DOCUMENTS, ROOT
 
 import flax_partial as fp
 from flax_partial import callbacks
@@ -49,6 +49,14 @@ def test_links_of_the_readme_lead_to_files() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert links
     assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_contributing_names_files_that_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:flax_partial|callbacks|docs|tests)/[\w/.]*)`", text))
+    assert len(named) > 15
+    places = (ROOT, ROOT / "flax_partial")  # an sdist has the callbacks in the package only
+    assert [name for name in named if not any((top / name).exists() for top in places)] == []
 
 
 @pytest.mark.parametrize("picture", DRAWN, ids=lambda path: path.name)

@@ -13,7 +13,7 @@ import pytest
 from test_examples import assert_same_bits
 
 import flax_partial as fp
-from flax_partial.cli import lanes
+from flax_partial.cli.commands.timeline import layout as lanes
 from flax_partial.runs import timeline
 
 if TYPE_CHECKING:

@@ -249,10 +249,12 @@ def test_session_that_another_thread_enters_meanwhile_keeps_its_errors(
     """Saves into other sessions tidy up what this process knows of sessions that are gone."""
     real = storage.lock_for_saving
 
-    def lock(where: storage.CheckpointPath) -> storage.SessionLock:
+    def lock(
+        where: storage.CheckpointPath, known: storage.DirectoryLock | None
+    ) -> storage.DirectoryLock:
         if where.final.name == "c":
             fp.save(tmp_path / f"other{len(list(tmp_path.iterdir()))}", {"a": X})
-        held = real(where)
+        held = real(where, known)
         if where.final.name == "c":
             fp.save(tmp_path / f"other{len(list(tmp_path.iterdir()))}", {"a": X})
         return held

@@ -182,79 +182,98 @@ def test_forked_child_takes_nothing_from_its_parent(tmp_path: Path) -> None:
         assert "saves" not in done.stderr  # the child has none to finish
 
 
-def test_forked_child_may_save_where_its_parent_did(tmp_path: Path) -> None:
-    """A parent that has used the package, though not with arrays, leaves no lock in a child."""
-    script = """
-        import os, sys, warnings
-        warnings.simplefilter("ignore")
-        import flax_partial as fp
+FORKED = """
+    import os, sys, threading, warnings
+    warnings.simplefilter("ignore")
+    import numpy as np
+    import flax_partial as fp
 
-        path = sys.argv[1]
-        fp.save(path, {"parent": "text"})
-        child = os.fork()
-        if child == 0:
-            fp.save(path, {"child": "text"})
+    path = sys.argv[1]
+    {parent}
+    child = os.fork()
+    if child == 0:
+        {child}
+        os._exit(0)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+REFUSED = """
+        for call, arguments in (
+            (fp.save, (path, {"child": "text"})),
+            (fp.save_async, (path, {"child": "text"})),
+            (fp.finalize, (path,)),
+            (fp.finalize_async, (path,)),
+            (fp.abort, (path,)),
+            (fp.remove, (path + "/done",)),
+        ):
             try:
-                fp.save(path, {"parent": "other"})
-            except fp.KeyConflictError:
-                os._exit(7)
-            os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-        fp.finalize(path)
-    """
-    done = run(tmp_path / "c", script)
+                call(*arguments)
+            except fp.ForkedProcessError as error:
+                assert call.__name__.removesuffix("_async") in str(error)
+                assert "spawn" in str(error)
+            else:
+                os._exit(1)
+        assert fp.load(path + "/done") == {"a": "text"}
+"""
+PARENTS = {
+    "saved": "fp.save(path + '/s', {'parent': 'text'})",
+    "used JAX": "import jax; jax.numpy.zeros(3)",
+    "in the middle of saving": (
+        "handles = [fp.save_async(path + '/s', {str(i): np.arange(20_000)}) for i in range(20)]"
+    ),
+}
+
+
+@pytest.mark.parametrize("parent", PARENTS.values(), ids=PARENTS)
+def test_child_forked_from_a_user_gets_one_clear_error_for_what_writes(
+    tmp_path: Path, parent: str
+) -> None:
+    fp.save(tmp_path / "c" / "done", {"a": "text"})
+    fp.finalize(tmp_path / "c" / "done")
+    before = sorted(path.name for path in (tmp_path / "c" / "done").rglob("*"))
+    done = run(tmp_path / "c", FORKED.replace("{parent}", parent).replace("{child}", REFUSED))
     assert done.returncode == 0, done.stderr
-    trees.assert_same(fp.load(tmp_path / "c"), {"parent": "text", "child": "text"})
+    assert sorted(path.name for path in (tmp_path / "c" / "done").rglob("*")) == before
 
 
-def test_children_forked_in_the_middle_of_everything_save_and_finalize(tmp_path: Path) -> None:
-    """Whatever the parent's threads hold at that moment, no child waits for it."""
-    script = """
-        import faulthandler, gc, os, sys, threading, warnings
-        warnings.simplefilter("ignore")
+def test_child_forked_from_a_process_that_only_imported_the_package_saves(tmp_path: Path) -> None:
+    child = "fp.save(path, {'a': np.arange(5)}); fp.finalize(path)"
+    done = run(tmp_path / "c", FORKED.replace("{parent}", "").replace("{child}", child))
+    assert done.returncode == 0, done.stderr
+    trees.assert_same(fp.load(tmp_path / "c"), {"a": np.arange(5)})
+
+
+ENDS = {
+    "atexit": """
+        import atexit
+        atexit.register(lambda: fp.save_async(path, {"late": np.arange(5)}))
+        atexit.register(lambda: fp.save(path, {"later": np.arange(5)}))
+    """,
+    "a thread that outlives main": """
+        def outlive():
+            threading.main_thread().join()
+            handle = fp.save_async(path, {"late": np.arange(5)})
+            fp.save(path, {"later": np.arange(5)})
+            handle.result()
+
+        threading.Thread(target=outlive).start()
+    """,
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_saves_while_the_interpreter_ends_still_finish(tmp_path: Path, end: str) -> None:
+    begin = """
+        import sys, threading
         import numpy as np
         import flax_partial as fp
 
-        root = sys.argv[1]
-        options = fp.SaveOptions(durable=False, max_inflight_bytes=1 << 20)
-        stop = threading.Event()
-
-        def busy(thread):
-            count = 0
-            while not stop.is_set():
-                path = f"{root}/parent{thread}.{count}"
-                for index in range(4):
-                    fp.save_async(path, {f"{index}": np.arange(2000)}, options=options)
-                fp.finalize_async(path).result()
-                count += 1
-
-        threads = [threading.Thread(target=busy, args=(thread,)) for thread in range(3)]
-        for thread in threads:
-            thread.start()
-        failed = []
-        for number in range(12):
-            child = os.fork()
-            if child == 0:
-                faulthandler.dump_traceback_later(20, exit=True)
-                path = f"{root}/child{number}"
-                handle = fp.save_async(path, {"a": np.arange(5)}, options=options)
-                fp.save(path, {"b": np.arange(5)}, options=options)
-                fp.finalize_async(path).result(30)
-                handle.result(30)
-                os._exit(0 if gc.isenabled() else 1)
-            failed += [number] * bool(os.waitpid(child, 0)[1])
-        stop.set()
-        for thread in threads:
-            thread.join()
-        assert not failed, failed
+        path = sys.argv[1]
+        fp.save(path, {"first": np.arange(5)})
     """
-    done = run(tmp_path, script)
-    assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.glob("*.partial_save"))
-    for number in range(12):
-        trees.assert_same(
-            fp.load(tmp_path / f"child{number}"), {"a": np.arange(5), "b": np.arange(5)}
-        )
+    done = run(tmp_path / "c", textwrap.dedent(begin) + textwrap.dedent(end))
+    assert (done.returncode, done.stderr) == (0, "")
+    fp.finalize(tmp_path / "c")
+    assert set(fp.load(tmp_path / "c")) == {"first", "late", "later"}
 
 
 def test_spawned_child_reads_and_saves_beside_its_parent(tmp_path: Path) -> None:

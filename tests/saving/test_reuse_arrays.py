@@ -22,8 +22,7 @@ from things import QUICK
 
 import flax_partial as fp
 from flax_partial.loading.data_reader import aligned_empty
-from flax_partial.saving import save as session
-from flax_partial.saving import snapshot
+from flax_partial.saving import describe, job, snapshot
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,12 +37,12 @@ def copied_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     copied: list[int] = []
     to_host = snapshot.to_host
 
-    def counting(source: snapshot.Source) -> np.ndarray:
+    def counting(source: describe.Source) -> np.ndarray:
         copied.append(source.nbytes)
         return to_host(source)
 
     monkeypatch.setattr(snapshot, "to_host", counting)
-    monkeypatch.setattr(snapshot, "_is_on_accelerator", lambda _: True)
+    monkeypatch.setattr(describe, "_is_on_accelerator", lambda _: True)
     return copied
 
 
@@ -171,7 +170,7 @@ def test_what_is_shared_waits_for_no_memory(tmp_path: Path) -> None:
     options = fp.SaveOptions(durable=False, max_inflight_bytes=ROWS.nbytes)
     checkpoints(tmp_path, state, 2, options=options)
     other = object()
-    budget = session._budget  # noqa: SLF001 - held as a slow save would hold it
+    budget = job._budget  # noqa: SLF001 - held as a slow save would hold it
     budget.acquire(other, ROWS.nbytes, limit=None)
     with ThreadPoolExecutor(1) as thread:
         try:

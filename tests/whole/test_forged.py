@@ -80,11 +80,14 @@ def test_session_with_a_forged_table_is_finalized_or_refused(
     assert_harmless(apart.call(finalize_all, tmp_path / "c"))
 
 
+@pytest.mark.parametrize("compression", ["zstd", "blosc"])
 def test_compressed_chunk_that_unfolds_to_much_more_is_damage(
-    tmp_path: Path, apart: Isolated
+    compression: str, tmp_path: Path, apart: Isolated
 ) -> None:
     """256 MiB of zeros, in a few KiB, in the place of a chunk of 5,000 bytes; without digests."""
-    options = fp.SaveOptions(compression="zstd", checksum=False, durable=False, chunk_bytes=1 << 30)
+    options = fp.SaveOptions(
+        compression=compression, checksum=False, durable=False, chunk_bytes=1 << 30
+    )
     bomb = fp.save(tmp_path / "bomb", {"a": np.zeros(256 << 20, np.uint8)}, options=options)
     data = (tmp_path / "bomb.partial_save" / "state" / bomb.part / "data").read_bytes()
     report = fp.save(tmp_path / "c", {"a": np.arange(5_000, dtype=np.uint8)}, options=options)

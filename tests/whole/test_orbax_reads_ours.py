@@ -20,9 +20,10 @@ from flax import nnx
 from flax.core import FrozenDict
 from hypothesis import assume, given, settings
 from jax import tree_util
-from orbax.checkpoint import checkpoint_utils
 from orbax.checkpoint.experimental import v1
 from orbax_side import (
+    READERS,
+    STEP,
     Nothing,
     abstract,
     as_nested,
@@ -34,6 +35,9 @@ from orbax_side import (
     on,
     on_device,
     optimizer_state,
+    read_v0_pytree,
+    read_v0_standard,
+    read_v1,
     sharded,
     train_state,
 )
@@ -44,7 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 QUICK = fp.SaveOptions(durable=False)
-STEP = 3
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -132,54 +135,6 @@ STRINGS: dict[str, Callable[[], Any]] = {
 }
 
 
-# --- who reads it
-
-
-def read_v1(path: Path, target: Any) -> Any:
-    return v1.load(path, target)
-
-
-def read_v1_training(path: Path, target: Any) -> Any:
-    with v1.training.Checkpointer(path.parent) as checkpointer:
-        latest = checkpointer.latest
-        assert latest is not None
-        assert latest.step == STEP
-        return checkpointer.load(latest, target)
-
-
-def read_v0_standard(path: Path, target: Any) -> Any:
-    with v0.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path / "state", target)
-
-
-def _pytree_restore(target: Any) -> Any:
-    if target is None:
-        return v0.args.PyTreeRestore()
-    restore_args = checkpoint_utils.construct_restore_args(target)
-    return v0.args.PyTreeRestore(item=target, restore_args=restore_args)
-
-
-def read_v0_pytree(path: Path, target: Any) -> Any:
-    with v0.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(path / "state", args=_pytree_restore(target))
-
-
-def read_v0_manager(path: Path, target: Any) -> Any:
-    args = None if target is None else v0.args.Composite(state=_pytree_restore(target))
-    with v0.CheckpointManager(path.parent) as manager:
-        assert manager.latest_step() == STEP
-        return manager.restore(STEP, args=args)["state"]
-
-
-READERS: dict[str, Callable[[Path, Any], Any]] = {
-    "v1": read_v1,
-    "v1-training": read_v1_training,
-    "v0-standard": read_v0_standard,
-    "v0-pytree": read_v0_pytree,
-    "v0-manager": read_v0_manager,
-}
-
-
 # --- all states, by all readers
 
 
@@ -257,6 +212,7 @@ SESSIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
 OPTIONS = {
     "plain": QUICK,
     "zstd": fp.SaveOptions(durable=False, compression="zstd"),
+    "blosc": fp.SaveOptions(durable=False, compression="blosc"),
     "small-chunks": fp.SaveOptions(durable=False, chunk_bytes=32),
     "no-digests": fp.SaveOptions(durable=False, checksum=False),
 }

@@ -1,0 +1,1 @@
+"""The commands of `flax-partial`, a module or package each; none imports another."""

@@ -1,0 +1,46 @@
+"""`abort`: drops an unfinished checkpoint, and asks first."""
+
+import argparse
+import sys
+import time
+
+import flax_partial as fp
+from flax_partial.cli import places, text
+from flax_partial.cli.errors import WrongUseError
+from flax_partial.cli.output import BAD, Output, printable
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.description = "Drop an unfinished checkpoint, and only that."
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def run(options: argparse.Namespace, out: Output) -> bool:
+    """Drops a session; returns whether the answer was no."""
+    where = places.resolve(options.path)
+    session = places.read_session(where)
+    is_wanted = options.yes or _ask(session)
+    if is_wanted:
+        fp.abort(where.final)
+    out.json({"path": str(where.final), "dropped": is_wanted, "parts": len(session.parts)})
+    out.line(f"{'dropped' if is_wanted else 'kept'} {where.session}", "" if is_wanted else BAD)
+    return not is_wanted
+
+
+def _ask(session: places.Session) -> bool:
+    """Asks at the terminal; the end of the input is a no.
+
+    Raises:
+      WrongUseError: Standard input is no terminal.
+    """
+    if not sys.stdin.isatty():
+        raise WrongUseError("nobody can be asked here: pass --yes to drop it")
+    status = session.status
+    about = f"{session.where.session}: {text.counted(len(status.parts), 'part')}"
+    about += f", {text.size(status.bytes)}"
+    if status.parts:
+        about += f", last saved {text.age(time.time() - status.parts[-1].written_at)}"
+    print(f"{printable(about)}\nDrop it? [y/N] ", end="", file=sys.stderr, flush=True)  # noqa: T201
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -1,0 +1,133 @@
+"""`export`: a checkpoint's arrays in one safetensors file."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_partial.cli import places, selection, text
+from flax_partial.cli.commands.export import safetensors
+from flax_partial.cli.commands.export.safetensors import Layout
+from flax_partial.cli.errors import WrongUseError
+from flax_partial.cli.output import GOOD, Output
+from flax_partial.errors import UnsupportedLeafError, first_few
+from flax_partial.format.model import Leaf
+from flax_partial.loading.batches import batches, region_bytes
+from flax_partial.loading.checkpoint import Checkpoint
+from flax_partial.storage import local as storage
+
+_AT_ONCE_BYTES = 64 << 20  # reading takes about as much again
+_MOST_NAMED = 10
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.description = (
+        "Write a checkpoint's arrays into one safetensors file, whatever their size in little "
+        "memory. The file appears whole, or not at all."
+    )
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("out", metavar="OUT")
+    selection.add_options(parser)
+
+
+def run(options: argparse.Namespace, out: Output) -> bool:
+    """Exports a checkpoint."""
+    target = _target(options.out)
+    with places.open_finalized(options.path) as checkpoint:
+        _export(options, out, checkpoint, target)
+    return False
+
+
+def _export(options: argparse.Namespace, out: Output, checkpoint: Checkpoint, target: Path) -> None:
+    leaves = selection.chosen(checkpoint.contents.leaves, options.only, options.skip)
+    arrays = safetensors.ordered(leaves)
+    layout = _lay_out(arrays, leaves, checkpoint.contents.custom_metadata)
+    with storage.new_file(target) as descriptor, out.bar("Exporting") as progress:
+        _write(descriptor, layout.header, 0)
+        _write_tensors(descriptor, layout, arrays, checkpoint, progress)
+    widened = {leaf.name: leaf.dtype for leaf in arrays if leaf.dtype in safetensors.WIDER}
+    texts = [leaf.name for leaf in leaves if not leaf.is_array]
+    out.json(
+        {
+            "path": options.path,
+            "out": str(target.absolute()),
+            "tensors": len(arrays),
+            "bytes": layout.bytes,
+            "widened": widened,
+            "in_metadata": texts,
+        }
+    )
+    tensors = text.counted(len(arrays), "tensor")
+    out.line(f"wrote {options.out}: {tensors}, {text.size(layout.bytes)}", GOOD)
+    if widened:
+        some = text.leaves(len(widened))
+        kinds = ", ".join(sorted({*widened.values()}))
+        out.line(f"{some} of {kinds} became wider: safetensors has no such dtype")
+    if texts:
+        out.line(f"{text.leaves(len(texts))} without array data went into the header's metadata")
+
+
+def _target(path: str) -> Path:
+    target = Path(path)
+    if os.path.lexists(target):
+        raise WrongUseError(f"{path} exists already: remove it, or write to another path")
+    if not target.parent.is_dir():
+        raise WrongUseError(f"{target.parent} is not a directory")
+    return target
+
+
+def _lay_out(
+    arrays: Sequence[Leaf], leaves: Sequence[Leaf], custom_metadata: dict[str, Any]
+) -> Layout:
+    """Lays the file out.
+
+    Raises:
+      UnsupportedLeafError: The format cannot hold some of the leaves.
+    """
+    problems = safetensors.problems(leaves)
+    if problems:
+        raise UnsupportedLeafError(
+            "safetensors cannot hold these leaves; leave them out with --skip:\n  "
+            + "\n  ".join(first_few(problems, most=_MOST_NAMED, count=len(problems)))
+        )
+    try:
+        return safetensors.lay_out(arrays, safetensors.metadata_of(leaves, custom_metadata))
+    except ValueError as error:
+        raise UnsupportedLeafError(f"Too much for one safetensors file: {error}.") from error
+
+
+def _write_tensors(
+    descriptor: int,
+    layout: Layout,
+    arrays: Sequence[Leaf],
+    checkpoint: Checkpoint,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Reads and writes batch by batch.
+
+    Raises:
+      CorruptCheckpointError: Some leaf cannot be read.
+    """
+    done, total = 0, sum(leaf.bytes for leaf in arrays)
+    for batch in batches(arrays, most_bytes=_AT_ONCE_BYTES):
+        for (leaf, start, _), data in zip(batch, checkpoint.read(batch), strict=True):
+            if isinstance(data, Exception):
+                raise data
+            stored = data.astype(safetensors.stored_dtype(leaf), copy=False)
+            for at, index in safetensors.runs(leaf.shape, start, data.shape):
+                run = stored[index]
+                data_bytes = np.ascontiguousarray(run).reshape(-1).view(np.uint8).data
+                _write(descriptor, data_bytes, layout.offsets[leaf.name] + at * run.itemsize)
+        done += sum(map(region_bytes, batch))
+        progress(done, total)
+
+
+def _write(descriptor: int, data: bytes | memoryview, at: int) -> None:
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(descriptor, left, at)
+        left, at = left[written:], at + written

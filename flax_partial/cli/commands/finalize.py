@@ -1,0 +1,43 @@
+"""`finalize`: makes an unfinished checkpoint a finalized one."""
+
+import argparse
+
+import flax_partial as fp
+from flax_partial.cli import places, text
+from flax_partial.cli.output import GOOD, Output
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.description = (
+        "Merge what was saved into one checkpoint: it appears complete, or not at all."
+    )
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument(
+        "--anyway",
+        action="store_true",
+        help="even if the callback that saves into it had not saved everything",
+    )
+
+
+def run(options: argparse.Namespace, out: Output) -> bool:
+    """Finalizes a session."""
+    session = places.read_session(places.resolve(options.path))
+    if session.lacking and not options.anyway:
+        raise fp.IncompleteCheckpointError(
+            f"{session.where.session} is not complete: {session.lacking}. A trainer could not "
+            "resume from it. Abort it, or finalize what is there with --anyway."
+        )
+    done = fp.finalize(session.where.final)
+    out.json(
+        {
+            "path": str(done.path),
+            "committed_at": done.committed_at,
+            "parts": done.parts,
+            "leaves": len(done.leaves),
+            "bytes": done.bytes,
+        }
+    )
+    amount = text.leaves(len(done.leaves), done.bytes)
+    out.line(f"finalized {done.path}: {text.counted(done.parts, 'part')}, {amount}", GOOD)
+    return False

@@ -1,0 +1,106 @@
+"""`show`: what is in a checkpoint, as a tree."""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flax_partial.cli import places, selection, text
+from flax_partial.cli.commands.show import tree
+from flax_partial.cli.errors import WrongUseError
+from flax_partial.cli.output import STRONG, Column, Output, Row
+from flax_partial.format.model import Leaf
+from flax_partial.loading.checkpoint import described as described_contents
+from flax_partial.reports import CheckpointMetadata
+
+_COLUMNS = (
+    Column("NAME"),
+    Column("SHAPE"),
+    Column("DTYPE", dispensable=2),
+    Column("SHARDING", dispensable=3),
+    Column("SIZE", is_number=True, dispensable=1),
+    Column("SHARE", is_number=True, dispensable=4),
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.description = "Show what is in a checkpoint, or was saved so far into an unfinished one."
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("--depth", type=int, metavar="N", help="go down N levels only")
+    selection.add_options(parser)
+
+
+def run(options: argparse.Namespace, out: Output) -> bool:
+    """Shows a checkpoint."""
+    if options.depth is not None and options.depth < 1:
+        raise WrongUseError(f"--depth is at least 1, not {options.depth}")
+    where = places.resolve(options.path)
+    contents, state = places.read_contents(options.path)
+    leaves = selection.chosen(contents.leaves, options.only, options.skip)
+    described = described_contents(where, contents)
+    is_finalized = state == places.FINALIZED
+    if out.is_json:
+        writer = places.written_by(described) if is_finalized else places.OURS
+        out.json(_as_json(described, state, writer, leaves))
+        return False
+    out.line(str(where.final if is_finalized else where.session), STRONG)
+    out.line(_summary(described, state))
+    metadata = text.custom_metadata(contents.custom_metadata)
+    if metadata:
+        out.line(f"custom metadata: {metadata}")
+    out.line("")
+    out.table(_COLUMNS, [*_rows(leaves, described, options.depth)])
+    return False
+
+
+def _summary(described: CheckpointMetadata, state: str) -> str:
+    amount = text.leaves(len(described.leaves), described.bytes)
+    made = text.counted(described.parts, "part")
+    if state == places.UNFINISHED:
+        return f"{state}: {made}, {amount}"
+    written = text.age(time.time() - described.committed_at)
+    return f"{state} {written}: {made if described.parts else 'written by Orbax'}, {amount}"
+
+
+def _rows(
+    leaves: Sequence[Leaf], described: CheckpointMetadata, depth: int | None
+) -> Iterator[Row]:
+    root = tree.build(leaves)
+    if root.leaf is not None:
+        yield _row(text.name(""), root, described)
+        return
+    for guide, key, node in tree.lines(root, depth):
+        yield _row(guide + text.name(key), node, described)
+    yield _row("total", root, described)
+
+
+def _row(label: str, node: tree.Node, described: CheckpointMetadata) -> Row:
+    leaf = node.leaf
+    sizes = "", ""
+    if leaf is None or leaf.is_array:
+        share = node.bytes / described.bytes if described.bytes else 0
+        sizes = text.size(node.bytes), f"{100 * share:.1f} %"
+    if leaf is None:
+        dtype = "" if len(node.dtypes) != 1 else next(iter(node.dtypes))
+        return Row((label, text.leaves(node.leaves), dtype, "", *sizes), STRONG)
+    metadata = described.leaves[leaf.name]
+    value = text.shape(metadata.shape) if leaf.is_array else text.plain_value(leaf)
+    return Row((label, value, metadata.dtype, text.sharding(metadata.sharding), *sizes))
+
+
+def _as_json(
+    described: CheckpointMetadata, state: str, written_by: str, leaves: Sequence[Leaf]
+) -> dict[str, Any]:
+    return {
+        "path": str(described.path),
+        "state": state,
+        "format": written_by,
+        "started_at": described.started_at,
+        "written_at": described.committed_at,
+        "parts": described.parts,
+        "bytes": described.bytes,
+        "custom_metadata": described.custom_metadata,
+        "leaves": [dataclasses.asdict(described.leaves[leaf.name]) for leaf in leaves],
+    }

@@ -1,0 +1,51 @@
+"""Looks at an unfinished checkpoint."""
+
+from flax_partial.format.metadata import merge_metadata
+from flax_partial.format.model import Part
+from flax_partial.reports import PartStatus, SessionStatus
+from flax_partial.sessions.registry import failed_parts
+from flax_partial.storage import local as storage
+from flax_partial.storage.local import CheckpointPath, PathLike
+from flax_partial.storage.parts import SessionParts, read_parts
+
+
+def status(path: PathLike) -> SessionStatus:
+    """Looks at the unfinished checkpoint of `path`; waits for nothing and changes nothing.
+
+    Args:
+      path: The checkpoint, or its session `<path>.partial_save`.
+
+    Raises:
+      NoSessionError: There is no session.
+    """
+    where = storage.resolve(path)
+    if not storage.is_session(where):
+        raise storage.no_session(where)
+    return status_of(where, read_parts(where.state, failed=failed_parts(where)))
+
+
+def status_of(where: CheckpointPath, found: SessionParts) -> SessionStatus:
+    """Returns the public description of a session's parts."""
+    parts = found.committed
+    ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
+    return SessionStatus(
+        path=where.final,
+        parts=tuple(_part_status(name, part) for name, part in ordered),
+        torn=tuple(found.torn),
+        damaged=tuple(found.damaged),
+        leaves=tuple(sorted({leaf.name for part in parts.values() for leaf in part.leaves})),
+        bytes=sum(part.bytes for part in parts.values()),
+        processes=tuple(sorted({part.process for part in parts.values()})),
+        custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
+    )
+
+
+def _part_status(name: str, part: Part) -> PartStatus:
+    return PartStatus(
+        name=name,
+        process=part.process,
+        written_at=part.time_ns / 1e9,
+        leaves=tuple(leaf.name for leaf in part.leaves),
+        bytes=part.bytes,
+        custom_metadata=part.custom_metadata,
+    )

@@ -1,0 +1,317 @@
+"""What a part and a checkpoint hold, as values: leaves, their boxes, and where the chunks lie.
+
+Boxes, leaves and their paths are never changed once they are made. They are `msgspec` structs
+without cycles, which Python's cycle collector does not have to look at: a checkpoint may have a
+hundred thousand of each.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, Literal, get_args
+
+import ml_dtypes
+import numpy as np
+from msgspec import Meta, Struct
+
+from flax_partial.format.chunks import Shape, chunk_keys
+from flax_partial.format.keypaths import KeyPath, prefix_of
+
+DATA_FILE = "data"  # of a part: the chunks that its table does not hold itself
+INLINE_BYTES = 1024  # a chunk of at most so many bytes stands in the table
+MOST_AXES = 32  # of what tensorstore, and so Orbax, can open
+_DIRECTORY_PROCESSES = 1000  # whose parts share a directory, where there are more processes
+
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""What can be counted: bytes, indices, nanoseconds."""
+
+Run = tuple[Count, Count, Count]
+"""Chunks that follow one another in a data file: number of the file, offset, number of chunks."""
+
+Place = bytes | tuple[Count, Count]
+"""Where a chunk is: the bytes themselves, or their offset and length in the leaf's data file."""
+
+Compression = Literal["zstd", "blosc"]
+
+Kind = Literal[
+    "jax.Array",
+    "np.ndarray",
+    "np.generic",
+    "scalar",
+    "string",
+    "bytes",
+    "None",
+    "prng_key",
+    "dict",
+    "list",
+    "tuple",
+    "namedtuple",
+]
+JAX_ARRAY = "jax.Array"
+NUMPY_ARRAY = "np.ndarray"
+NUMPY_SCALAR = "np.generic"
+SCALAR = "scalar"
+STRING = "string"
+BYTES = "bytes"
+NONE = "None"
+PRNG_KEY = "prng_key"
+DICT = "dict"
+LIST = "list"
+TUPLE = "tuple"
+NAMED_TUPLE = "namedtuple"
+ARRAY_KINDS = frozenset((JAX_ARRAY, NUMPY_ARRAY, NUMPY_SCALAR, SCALAR, PRNG_KEY))
+EMPTY_CONTAINERS = frozenset((DICT, LIST, TUPLE, NAMED_TUPLE))
+
+# dtypes that zarr3 stores, by NumPy's names (tensorstore 0.1.86; raw bytes and zarr's encoding of
+# each were compared and are the same).
+Dtype = Literal[
+    "bool",
+    "int2",
+    "int4",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+    "bfloat16",
+    "float4_e2m1fn",
+    "float8_e3m4",
+    "float8_e4m3b11fnuz",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+]
+STORABLE_DTYPES = frozenset(get_args(Dtype))
+
+
+class Box(Struct, gc=False, array_like=True):
+    """A range of indices of a leaf, and of each of its chunks the digest and the place.
+
+    Attributes:
+      start: First index along each axis; a multiple of the chunk's length.
+      shape: Number of indices along each axis.
+      digests: xxh3-128 of each chunk's bytes as read (little-endian, C order, without padding), in
+        hexadecimal, in C order of the chunks; empty where none were taken. A single digest is `""`
+        where only that chunk has none.
+      places: Where each chunk is, as stored, in the same order; in a checkpoint's contents only
+        where all of the leaf's chunks are the bytes themselves.
+    """
+
+    start: tuple[Count, ...]
+    shape: tuple[Count, ...]
+    digests: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
+
+
+class Leaf(Struct, gc=False):
+    """A leaf, or the boxes of it that one part holds.
+
+    Attributes:
+      path: Where it stands in the tree.
+      kind: One of the kinds named at the top of this module.
+      dtype: NumPy name of the stored elements' dtype; empty for what has no data.
+      shape: Global shape of the stored array (of a PRNG key: of its key data).
+      chunk: Shape of a chunk of the stored array.
+      compression: `zstd`, `blosc`, or None.
+      generation: How often the leaf had been replaced when this was saved.
+      sharding: Sharding in Orbax's terms.
+      text: Value of a string; for a PRNG key, the name of its implementation.
+      boxes: What is held of it.
+      runs: In a checkpoint's contents, where its chunks are, in C order; empty where some stand in
+        the database or are compressed.
+      file: In a part, which of its data files holds them: 0 for the one written with it, `data`; n
+        for `data.n`, which an earlier part shares with it.
+      data: Value of a bytes leaf.
+      placeholder: Whether it is an empty container where other parts may hold something: it gives
+        way to a leaf of its name, and to leaves inside of it.
+    """
+
+    path: KeyPath
+    kind: str
+    dtype: str = ""
+    shape: Shape = ()
+    chunk: Shape = ()
+    compression: str | None = None
+    generation: int = 0
+    sharding: dict[str, Any] | None = None
+    text: str = ""
+    boxes: tuple[Box, ...] = ()
+    runs: tuple[Run, ...] = ()
+    file: int = 0
+    data: bytes = b""
+    placeholder: bool = False
+
+    @property
+    def name(self) -> str:
+        """The path's keys joined with a dot."""
+        return self.path.name
+
+    @property
+    def is_array(self) -> bool:
+        """Whether it has data in the database."""
+        return self.kind in ARRAY_KINDS
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """NumPy dtype of the stored elements."""
+        return numpy_dtype(self.dtype)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk in memory, in bytes."""
+        return math.prod(self.chunk) * self.numpy_dtype.itemsize if self.is_array else 0
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole leaf's data in memory, in bytes."""
+        return math.prod(self.shape) * self.numpy_dtype.itemsize if self.is_array else 0
+
+    @property
+    def prefix(self) -> str:
+        """What the keys of its chunks, and of its zarr metadata, begin with."""
+        return prefix_of(self.name)
+
+    @property
+    def summary(self) -> str:
+        """What it is, for an error message."""
+        if not self.is_array:
+            return f"{self.kind} {self.text!r}" if self.text else self.kind
+        return f"{self.kind} {self.dtype}{list(self.shape)} in chunks of {list(self.chunk)}"
+
+    def with_boxes(
+        self, boxes: tuple[Box, ...], runs: tuple[Run, ...] = (), file: int = 0
+    ) -> "Leaf":
+        """The same leaf with other boxes, which lie elsewhere."""
+        return Leaf(
+            self.path,
+            self.kind,
+            self.dtype,
+            self.shape,
+            self.chunk,
+            self.compression,
+            self.generation,
+            self.sharding,
+            self.text,
+            boxes,
+            runs,
+            file,
+            self.data,
+            self.placeholder,
+        )
+
+    @property
+    def is_one_chunk(self) -> bool:
+        """Whether a single chunk holds the whole array."""
+        return self.shape == self.chunk
+
+    def keys_of(self, box: Box) -> Iterator[str]:
+        """Yields the database key of each chunk of a box, in C order."""
+        if self.shape == self.chunk and all(self.shape):
+            return iter((f"{self.prefix}c" + "/0" * len(self.shape),))
+        return chunk_keys(self.prefix, box.start, box.shape, self.chunk)
+
+
+Region = tuple[Leaf, Shape, Shape]
+"""A box of a leaf to be read: the leaf, the box's start and its shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one save by one process committed.
+
+    Attributes:
+      process: Index of the process.
+      time_ns: When the save began, in nanoseconds since the epoch.
+      custom_metadata: What was passed with it.
+      leaves: What it holds.
+      bytes: Array data in it, in bytes.
+      durable: Whether its data files were on the disk when it was committed.
+    """
+
+    process: int
+    time_ns: int
+    custom_metadata: dict[str, Any]
+    leaves: tuple[Leaf, ...]
+    bytes: int
+    durable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a finalized checkpoint holds: every leaf whole, as one box.
+
+    Attributes:
+      started_ns: When its first part was saved, in nanoseconds since the epoch.
+      committed_ns: When it was finalized, in nanoseconds since the epoch.
+      parts: Number of parts it was merged from.
+      custom_metadata: That of all parts, merged.
+      leaves: Its leaves, in the order in which they were saved.
+      data_parts: The data files that the leaves' runs number, each called as by `data_part`.
+      first_part: Name of the first of its parts, which no other checkpoint has; empty where Orbax
+        wrote it.
+      has_inline: Whether the chunks that stand in the parts' tables stand in this one, too, as
+        version 2 of the format did not have it.
+    """
+
+    started_ns: int
+    committed_ns: int
+    parts: int
+    custom_metadata: dict[str, Any]
+    leaves: tuple[Leaf, ...]
+    data_parts: tuple[str, ...] = ()
+    first_part: str = ""
+    has_inline: bool = True
+
+
+def data_file_bytes(leaves: Iterable[Leaf]) -> dict[int, int]:
+    """How large each data file of a part with these leaves is at least, by its number."""
+    sizes: dict[int, int] = {}
+    for leaf in leaves:
+        for box in leaf.boxes:
+            for place in box.places:
+                if isinstance(place, tuple):
+                    sizes[leaf.file] = max(sizes.get(leaf.file, 0), sum(place))
+    return sizes
+
+
+def data_part(part: str, file: int) -> str:
+    """What a data file is called among all of a checkpoint: by its part, and its number if any."""
+    return f"{part}/{DATA_FILE}.{file}" if file else part
+
+
+def data_path(name: str) -> str:
+    """Path below `state/` of the data file that `data_part` calls so."""
+    is_file = name.rpartition("/")[2].startswith(f"{DATA_FILE}.")
+    return name if is_file else f"{name}/{DATA_FILE}"
+
+
+def part_path(directory: str, *, process: int, processes: int) -> str:
+    """Path below `state/` of a part: its name everywhere.
+
+    Where many processes save, no directory gets the entries of all of them.
+
+    Args:
+      directory: Name of the part's own directory.
+      process: Index of the process that saves it.
+      processes: How many there are.
+    """
+    if processes <= _DIRECTORY_PROCESSES:
+        return directory
+    return f"p{process // _DIRECTORY_PROCESSES}/{directory}"
+
+
+@lru_cache(maxsize=len(STORABLE_DTYPES))
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The dtype called `name`, one of `STORABLE_DTYPES`."""
+    return np.dtype(getattr(ml_dtypes, name, name))

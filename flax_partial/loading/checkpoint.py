@@ -1,0 +1,177 @@
+"""A finalized checkpoint, ours or Orbax's, opened: what it holds, and reads of its data."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from flax_partial.errors import CorruptCheckpointError, NoSessionError
+from flax_partial.format import model as kinds
+from flax_partial.format.assembly import read_inline
+from flax_partial.format.model import Contents, Leaf, Region
+from flax_partial.format.tables import decode_contents
+from flax_partial.loading import data_reader as data_files
+from flax_partial.loading import orbax_reader
+from flax_partial.loading import target as placing
+from flax_partial.reports import CheckpointMetadata, LeafMetadata
+from flax_partial.storage import local as storage
+from flax_partial.storage import tensorstore_io as arrays
+from flax_partial.storage.local import CheckpointPath, PathLike
+from flax_partial.storage.parts import part_names
+
+_UNSUSPICIOUS_BYTES = 256 << 20  # reading this much takes longer than asking for the files' sizes
+_MOST_PACKED = 1 << 15  # bytes that one stands for in zstd: its shortest block is 4, for 128 KiB
+
+
+class Checkpoint(Protocol):
+    """A finalized checkpoint, ours or Orbax's."""
+
+    @property
+    def contents(self) -> Contents:
+        """What it holds."""
+        ...
+
+    def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
+        """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf.
+
+        An `OSError` where the system refused to read it.
+        """
+        ...
+
+
+class OwnCheckpoint:
+    """A checkpoint of this package's."""
+
+    def __init__(self, path: Path, contents: Contents) -> None:
+        self.contents = contents
+        self._state = path / storage.STATE
+
+    def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
+        """Reads regions, as `Checkpoint.read` says."""
+        outcomes: dict[int, np.ndarray | Exception] = {}
+        positions: dict[bool, list[int]] = {True: [], False: []}  # by whether the leaf has runs
+        for at, region in enumerate(regions):
+            if region[0].boxes[0].places:
+                outcomes[at] = _read_inline(region)
+            else:
+                positions[bool(region[0].runs)].append(at)
+        for has_runs, chosen in positions.items():
+            outcomes |= zip(
+                chosen, self._read([regions[at] for at in chosen], has_runs=has_runs), strict=True
+            )
+        return [outcomes[at] for at in range(len(regions))]
+
+    def _read(self, regions: Sequence[Region], *, has_runs: bool) -> list[np.ndarray | Exception]:
+        if not regions:
+            return []
+        lie = self._too_large({leaf.name: leaf for leaf, _, _ in regions}.values())
+        if lie:
+            return [CorruptCheckpointError(f"Leaf {leaf.name!r}: {lie}") for leaf, _, _ in regions]
+        if not has_runs:
+            return arrays.read_regions(self._state, regions)
+        found = data_files.read(self._state, self.contents.data_parts, regions)
+        return [
+            _damaged(leaf, outcome) if isinstance(outcome, ValueError) else outcome
+            for outcome, (leaf, _, _) in zip(found, regions, strict=True)
+        ]
+
+    def _too_large(self, leaves: Iterable[Leaf]) -> str | None:
+        """Says why there is no use in asking for the memory of leaves: the files hold less.
+
+        Where there is not enough tensorstore ends the process, so that a table that lies about
+        shapes, with the right digest, has to be found out before.
+        """
+        sizes = [(leaf.bytes, _MOST_PACKED if leaf.compression else 1) for leaf in leaves]
+        total = sum(size for size, _ in sizes)
+        if total <= _UNSUSPICIOUS_BYTES:
+            return None
+        held = storage.bytes_below(self._state)
+        if sum(size // most for size, most in sizes) <= held:
+            return None
+        return f"what is read would be of {total} bytes, and {self._state} holds {held}"
+
+
+def _read_inline(region: Region) -> np.ndarray | Exception:
+    try:
+        return read_inline(*region)
+    except ValueError as error:
+        return _damaged(region[0], error)
+
+
+def _damaged(leaf: Leaf, error: ValueError) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"Leaf {leaf.name!r}: {error}")
+
+
+def metadata(path: PathLike) -> CheckpointMetadata:
+    """Describes a finalized checkpoint, ours or one that Orbax wrote, without reading array data.
+
+    Args:
+      path: The checkpoint.
+
+    Raises:
+      NoSessionError: There is no finalized checkpoint at `path`.
+      CorruptCheckpointError: Its table of contents is damaged.
+    """
+    where = storage.resolve(path)
+    with storage.reading(where.final):
+        return described(where, open_checkpoint(where).contents)
+
+
+def open_checkpoint(where: CheckpointPath) -> Checkpoint:
+    """Reads the table of contents of a finalized checkpoint.
+
+    Raises:
+      NoSessionError: There is none.
+      CorruptCheckpointError: It is damaged.
+    """
+    path = where.final / storage.STATE / storage.CONTENTS
+    data = storage.read(path)
+    names = part_names(where.final / storage.STATE)
+    if data is None and names:  # unless it was finalized between these two looks
+        data = storage.read(path)
+    if data is not None:
+        contents = decode_contents(data, where=str(path))
+        if contents.first_part not in names:
+            raise CorruptCheckpointError(
+                f"{path} is of another checkpoint, or {contents.first_part} beside it is lost."
+            )
+        return OwnCheckpoint(where.final, contents)
+    if names:
+        raise CorruptCheckpointError(
+            f"{path} is missing, and {where.final} holds parts: it is damaged, or was renamed "
+            f"before it was finalized. Rename it to {where.session} and finalize it."
+        )
+    foreign = orbax_reader.find(where.final)
+    if foreign is None:
+        raise _nothing_to_load(where)
+    return foreign
+
+
+def _nothing_to_load(where: CheckpointPath) -> NoSessionError:
+    if storage.is_session(where):
+        return NoSessionError(
+            f"{where.final} is not finalized: its parts are in {where.session}. Finalize it first."
+        )
+    return NoSessionError(f"There is no checkpoint at {where.final}.")
+
+
+def described(where: CheckpointPath, contents: Contents) -> CheckpointMetadata:
+    """Returns the public description of a table of contents."""
+    leaves = {leaf.name: _describe_leaf(leaf) for leaf in contents.leaves}
+    return CheckpointMetadata(
+        path=where.final,
+        leaves=leaves,
+        custom_metadata=contents.custom_metadata,
+        bytes=sum(leaf.bytes for leaf in leaves.values()),
+        started_at=contents.started_ns / 1e9,
+        committed_at=contents.committed_ns / 1e9,
+        parts=contents.parts,
+    )
+
+
+def _describe_leaf(leaf: Leaf) -> LeafMetadata:
+    shape, dtype = leaf.shape, leaf.dtype
+    if leaf.kind == kinds.PRNG_KEY:
+        shape, dtype = placing.key_shape_and_dtype(leaf)
+    return LeafMetadata(leaf.name, leaf.kind, shape, dtype, leaf.bytes, leaf.sharding)

@@ -1,0 +1,518 @@
+"""A state -> its leaves, and where the data of their boxes is; touches no data, waits for nothing.
+
+Arrays are described shard by shard, each box once (the shard that is replica 0): no array is ever
+assembled. How a tree was described is remembered by its structure: the next save of a tree like it
+only compares each leaf's type, shape, dtype and sharding.
+"""
+
+import operator
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+
+from flax_partial.distributed import agreement
+from flax_partial.errors import UnsupportedLeafError
+from flax_partial.format import keypaths
+from flax_partial.format import model as kinds
+from flax_partial.format.chunks import Shape, choose_chunk_shape
+from flax_partial.format.keypaths import KeyPath, is_leaf
+from flax_partial.format.model import STORABLE_DTYPES, Box, Leaf
+
+Source = np.ndarray | jax.Array
+_How = tuple[int, str | None]
+"""Wanted size of a chunk, in bytes; the chunks' codec."""
+
+_MOST_KNOWN_LEAVES = 1 << 19  # of all trees whose description is remembered
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Rows of a leaf that is saved piece by piece, such as one layer of a stacked `[layers, ...]`.
+
+    On disk, and when loaded, the leaf is one ordinary array. Where it is cut along several axes,
+    `start`, `size` and `axis` are tuples, an item for each: `Slice(x, (2, 0), (4, 3), (0, 1))` is
+    stage 0 of repeat 2 of a `[repeats=4, stages=3, ...]`. All pieces of a leaf are cut along the
+    same axes.
+
+    Attributes:
+      value: `jax.Array` or `np.ndarray`; holds rows `start : start + value.shape[axis]`.
+      start: First row that `value` holds.
+      size: Number of rows of the whole leaf.
+      axis: The axis that is cut; negative counts from the end.
+      sharding: That of the whole leaf, where `value` was cut out of its shards: Orbax restores the
+        leaf as it was. None if it has none, and `value`'s own is as good.
+    """
+
+    value: Any
+    start: int | tuple[int, ...]
+    size: int | tuple[int, ...]
+    axis: int | tuple[int, ...] = 0
+    sharding: Sharding | None = None
+
+
+@dataclass(slots=True)
+class Described:
+    """The leaves of a state, in order.
+
+    Attributes:
+      tree: What is known of trees like it.
+      leaves: What each is, with the boxes that this process has to write, without digests.
+      sources: The data of each leaf's boxes: host arrays, or arrays on a single device.
+      sizes: Size of each leaf's boxes, in bytes.
+      arrays: Weak references to those leaves that nothing can change as long as they live.
+    """
+
+    tree: "KnownTree"
+    leaves: list[Leaf] = field(default_factory=list)
+    sources: list[Sequence[Source]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    arrays: "Sequence[weakref.ref[jax.Array] | None]" = ()
+
+
+@dataclass(slots=True)
+class _Template:
+    """How a leaf was described, and what another value has to be for that to be right again.
+
+    Attributes:
+      leaf: The description.
+      path: Its path.
+      at: Its position among the values that JAX flattens a tree to; None for what is no value to
+        JAX, which is part of the structure: None, and empty containers.
+      value_type: The value's exact type; None where each value is to be described anew.
+      shape: Its shape.
+      dtype: Its dtype.
+      sharding: Its sharding; None for a NumPy array.
+      shards: Positions of its shards that are written; None where its one shard is the value.
+      size: Size of its boxes, in bytes.
+    """
+
+    leaf: Leaf
+    path: KeyPath
+    at: int | None
+    value_type: Any = None
+    shape: Shape = ()
+    dtype: Any = None
+    sharding: Sharding | None = None
+    shards: tuple[int, ...] | None = None
+    size: int = 0
+
+
+@dataclass(slots=True)
+class KnownTree:
+    """What is known of the trees of one structure.
+
+    Attributes:
+      templates: How their leaves were described.
+      is_tree: Whether their leaves were claimed before: among themselves they have no conflict.
+    """
+
+    templates: list[_Template] = field(default_factory=list)
+    is_tree: bool = False
+
+
+class _KnownTrees:
+    """Trees by structure: those that were described last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[Any, KnownTree] = OrderedDict()
+        self._leaves = 0
+
+    def get(self, key: Any) -> KnownTree | None:
+        try:
+            return self._known.get(key)
+        except (TypeError, ValueError):  # a structure that holds what cannot be hashed or compared
+            return None
+
+    def put(self, key: Any, tree: KnownTree) -> None:
+        with self._lock:
+            try:
+                self._known[key] = tree
+            except (TypeError, ValueError):
+                return
+            self._leaves += len(tree.templates)
+            while self._leaves > _MOST_KNOWN_LEAVES:
+                _, dropped = self._known.popitem(last=False)
+                self._leaves -= len(dropped.templates)
+
+
+_known_trees = _KnownTrees()
+
+
+def describe(
+    state: Any, *, chunk_bytes: int, compression: str | None, remember: bool = False
+) -> Described:
+    """Says how a state is stored.
+
+    Args:
+      state: Any pytree of what can be saved.
+      chunk_bytes: Wanted size of a chunk, in bytes.
+      compression: Codec of the chunks.
+      remember: Whether to refer to arrays that live on, weakly.
+
+    Raises:
+      UnsupportedLeafError: No checkpoint can hold some leaf or key.
+    """
+    values, structure = keypaths.values_of(state)
+    how = chunk_bytes, compression
+    key = structure, how, agreement.count()
+    tree = _known_trees.get(key)
+    if tree is None:
+        flat, _ = keypaths.flatten(state)
+        if len(flat) == 1 and not flat[0][0] and is_leaf(flat[0][1]):
+            flat = []
+        described = _anew(flat, how)
+        _known_trees.put(key, described.tree)
+    else:
+        described = _again(tree, values, how)
+    if remember:
+        described.arrays = [
+            None if one.at is None else _lasting(values[one.at]) for one in described.tree.templates
+        ]
+    return described
+
+
+def _anew(flat: Sequence[tuple[Any, Any]], how: _How) -> Described:
+    described = Described(KnownTree())
+    count = 0
+    for keys, value in flat:
+        at = None if is_leaf(value) else count
+        count += at is not None
+        template = _add(described, keypaths.from_jax(keys), value, at, how)
+        described.tree.templates.append(template)
+    return described
+
+
+def _again(tree: KnownTree, values: Sequence[Any], how: _How) -> Described:
+    described = Described(tree)
+    leaves, sources, sizes = described.leaves, described.sources, described.sizes
+    for number, one in enumerate(tree.templates):
+        if one.at is None:
+            leaves.append(one.leaf)
+            sources.append(())
+            sizes.append(0)
+            continue
+        value: Any = values[one.at]
+        if (
+            type(value) is one.value_type
+            and value.shape == one.shape
+            and value.dtype == one.dtype
+            and (one.sharding is None or _is_at(value, one.sharding))
+        ):
+            leaves.append(one.leaf)
+            sizes.append(one.size)
+            if one.shards is None:
+                sources.append((value,))
+            else:
+                sources.append([value.addressable_data(shard) for shard in one.shards])
+        else:
+            tree.templates[number] = _add(described, one.path, value, one.at, how)
+    return described
+
+
+def _is_at(value: jax.Array, sharding: Sharding) -> bool:
+    is_same = value.sharding is sharding or value.sharding == sharding
+    return is_same and not value.is_deleted()
+
+
+def _add(
+    described: Described,
+    path: KeyPath,
+    value: Any,
+    at: int | None,
+    how: _How,
+) -> _Template:
+    """Describes a leaf; returns what is to be remembered of it."""
+    leaf, sources = _describe(path, value, *how)
+    size = sum(source.nbytes for source in sources)
+    described.leaves.append(leaf)
+    described.sources.append(sources)
+    described.sizes.append(size)
+    template = _Template(leaf, path, at, size=size)
+    if type(value) is np.ndarray and value.dtype.isnative:
+        template.value_type, template.shape, template.dtype = np.ndarray, value.shape, value.dtype
+    elif leaf.kind == kinds.JAX_ARRAY and isinstance(value, jax.Array):
+        template.value_type, template.shape, template.dtype = type(value), value.shape, value.dtype
+        template.sharding = value.sharding
+        if not isinstance(value.sharding, SingleDeviceSharding):
+            template.shards = tuple(
+                number
+                for number, shard in enumerate(value.addressable_shards)
+                if shard.replica_id == 0
+            )
+    return template
+
+
+def _describe(
+    path: KeyPath, value: object, chunk_bytes: int, compression: str | None
+) -> tuple[Leaf, Sequence[Source]]:
+    if isinstance(value, str):  # np.str_ too
+        _require_utf8(path, value)
+        return Leaf(path, kinds.STRING, text=str(value)), ()
+    if isinstance(value, bytes):  # np.bytes_ too
+        return Leaf(path, kinds.BYTES, data=bytes(value)), ()
+    if isinstance(value, (jax.Array, np.ndarray, np.generic, Slice)):
+        return _describe_array(path, value, chunk_bytes, compression)
+    if isinstance(value, (bool, int, float, complex)):
+        return _describe_scalar(path, value)
+    if value is None:
+        return Leaf(path, kinds.NONE), ()
+    if is_leaf(value):
+        return Leaf(path, _empty_kind(value), placeholder=True), ()
+    raise _unsupported(
+        path,
+        f"is a {type(value).__module__}.{type(value).__qualname__}",
+        "Leaves are arrays, numbers, strings, bytes and None; convert it, for example with "
+        "np.asarray(), or leave it out.",
+    )
+
+
+def _unsupported(path: KeyPath, what: str, way_out: str) -> UnsupportedLeafError:
+    return UnsupportedLeafError(f"Leaf {path.name!r} {what}, which cannot be saved. {way_out}")
+
+
+def _empty_kind(value: object) -> str:
+    if isinstance(value, Mapping):
+        return kinds.DICT
+    if isinstance(value, list):
+        return kinds.LIST
+    return kinds.NAMED_TUPLE if hasattr(value, "_fields") else kinds.TUPLE
+
+
+def _require_utf8(path: KeyPath, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _unsupported(path, "holds a lone surrogate", "Encode the text first.") from error
+
+
+def _describe_scalar(path: KeyPath, value: complex) -> tuple[Leaf, Sequence[Source]]:
+    try:
+        array = _scalar_array(value)
+    except OverflowError as error:
+        raise _unsupported(
+            path, f"is {value}", "Integers go from -2**63 to 2**64 - 1; save a string instead."
+        ) from error
+    return Leaf(path, kinds.SCALAR, array.dtype.name, boxes=(Box((), ()),)), (array,)
+
+
+def _scalar_array(value: complex) -> np.ndarray:
+    if isinstance(value, bool):
+        return np.array(value)
+    if isinstance(value, int):
+        return np.array(value, np.int64 if value < 2**63 else np.uint64)
+    return np.array(value, np.float64 if isinstance(value, float) else np.complex128)
+
+
+def _describe_array(
+    path: KeyPath, value: Any, chunk_bytes: int, compression: str | None
+) -> tuple[Leaf, Sequence[Source]]:
+    cut = None
+    if isinstance(value, Slice):
+        cut, value = value, value.value
+    rank = np.ndim(value)  # a key's data has more axes than the key
+    if isinstance(value, jax.Array):
+        kind, text, value = _jax_kind(path, value)
+    elif isinstance(value, (np.ndarray, np.generic)):
+        kind = kinds.NUMPY_ARRAY if isinstance(value, np.ndarray) else kinds.NUMPY_SCALAR
+        text, value = "", _native(path, value)
+    else:
+        raise _unsupported(path, f"is a Slice of a {type(value).__name__}", "Slice arrays only.")
+    dtype = _dtype_name(value.dtype)
+    if dtype not in STORABLE_DTYPES:
+        raise _unsupported(
+            path,
+            f"has dtype {dtype}",
+            f"Convert it to one of: {', '.join(sorted(STORABLE_DTYPES))}.",
+        )
+    if value.ndim > kinds.MOST_AXES:
+        raise _unsupported(
+            path, f"has {value.ndim} axes, more than {kinds.MOST_AXES}", "Reshape it to fewer."
+        )
+    rows = {} if cut is None else _rows_of(path, value.shape, cut, rank)
+    shape = _whole(value.shape, rows)
+    axes = frozenset(rows)
+    placed, unit, sharding = _boxes(value, axes)
+    if cut is not None and cut.sharding is not None:
+        sharding = _sharding_json(cut.sharding, frozenset())
+    if cut is None and unit == shape and value.nbytes <= chunk_bytes and value.size:
+        chunk = shape
+    else:
+        chunk = choose_chunk_shape(
+            shape,
+            unit=unit,
+            pinned=axes,
+            itemsize=value.dtype.itemsize,
+            target_bytes=chunk_bytes,
+        )
+    leaf = Leaf(
+        path,
+        kind,
+        dtype,
+        shape,
+        chunk,
+        compression=compression,
+        sharding=sharding,
+        text=text,
+        boxes=tuple(Box(_moved(start, rows), source.shape) for start, source in placed),
+    )
+    return leaf, tuple(source for _, source in placed)
+
+
+def _jax_kind(path: KeyPath, value: jax.Array) -> tuple[str, str, jax.Array]:
+    if isinstance(value, jax.core.Tracer):
+        raise _unsupported(path, "is being traced", "Save outside of jit, grad and vmap.")
+    if value.is_deleted():
+        raise _unsupported(
+            path, "was deleted or donated", "Save it before the call that donates it."
+        )
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return kinds.PRNG_KEY, str(jax.random.key_impl(value)), jax.random.key_data(value)
+    return kinds.JAX_ARRAY, "", value
+
+
+@lru_cache(maxsize=256)
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    """NumPy works it out each time: 4 us."""
+    return dtype.name
+
+
+def _native(path: KeyPath, value: np.ndarray | np.generic) -> np.ndarray:
+    if isinstance(value, np.ma.MaskedArray):
+        raise _unsupported(path, "is a masked array", "Save its data and its mask.")
+    array = np.asarray(value)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Where a piece lies along an axis that is cut: its first row, of how many."""
+
+    start: int
+    size: int
+
+
+def _rows_of(path: KeyPath, shape: Shape, cut: Slice, rank: int) -> dict[int, _Rows]:
+    """Returns where a piece of that shape lies, by axis, each one of the leaf's first `rank`."""
+    rows = _rows_given(cut, rank)
+    if not rows:
+        raise _unsupported(
+            path,
+            f"is a Slice with start={cut.start!r}, size={cut.size!r}, axis={cut.axis!r} of an "
+            f"array of shape {shape}",
+            "start and size are integers, and axis is one of the array's; or all three are tuples "
+            "of the same length, of different axes.",
+        )
+    for axis, held in rows.items():
+        if held.start < 0 or held.start + shape[axis] > held.size or not shape[axis]:
+            raise _unsupported(
+                path,
+                f"is a Slice of rows {held.start} to {held.start + shape[axis]} of {held.size} "
+                f"along axis {axis}",
+                "Give at least one row, all of them inside the leaf.",
+            )
+    return rows
+
+
+def _rows_given(cut: Slice, rank: int) -> dict[int, _Rows]:
+    """What a slice says, by axis; nothing if it makes no sense."""
+    try:
+        starts, sizes, given = map(_integers, (cut.start, cut.size, cut.axis))
+        axes = [range(rank)[axis] for axis in given]
+    except (TypeError, IndexError):
+        return {}
+    if not len(set(axes)) == len(axes) == len(starts) == len(sizes):
+        return {}
+    return dict(zip(axes, map(_Rows, starts, sizes), strict=True))
+
+
+def _integers(given: int | tuple[int, ...]) -> list[int]:
+    return [*map(operator.index, given if isinstance(given, tuple) else (given,))]
+
+
+def _whole(shape: Shape, rows: Mapping[int, _Rows]) -> Shape:
+    if not rows:
+        return shape
+    return tuple(rows[axis].size if axis in rows else size for axis, size in enumerate(shape))
+
+
+def _moved(start: Shape, rows: Mapping[int, _Rows]) -> Shape:
+    if not rows:
+        return start
+    return tuple(at + rows[axis].start if axis in rows else at for axis, at in enumerate(start))
+
+
+def _boxes(
+    value: Source, axes: frozenset[int]
+) -> tuple[list[tuple[Shape, Source]], Shape, dict[str, Any] | None]:
+    """Returns the boxes to write, each its start and data; the shape of a shard; the sharding."""
+    origin = (0,) * value.ndim
+    if isinstance(value, np.ndarray):
+        return [(origin, value)], value.shape, None
+    sharding = value.sharding
+    if isinstance(sharding, SingleDeviceSharding):
+        return [(origin, value)], value.shape, _sharding_json(sharding, axes)
+    shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
+    placed = [(tuple(cut.start or 0 for cut in shard.index), shard.data) for shard in shards]
+    return placed, sharding.shard_shape(value.shape), _sharding_json(sharding, axes)
+
+
+@lru_cache(maxsize=1024)
+def _sharding_json(sharding: Sharding, cut: frozenset[int]) -> dict[str, Any]:
+    """Returns a sharding in Orbax's terms; axes that are cut are not sharded as a whole."""
+    devices: set[Any] = sharding.device_set
+    if not isinstance(sharding, NamedSharding):
+        device = min(devices, key=lambda device: device.id)
+        number = _device_number(device, is_local=True)
+        return {
+            "sharding_type": "SingleDeviceSharding",
+            "device_str": f"{device.platform}:{number}",
+        }
+    mesh = sharding.mesh
+    is_local = len({device.process_index for device in devices}) == 1
+    numbers = np.vectorize(lambda device: {"id": _device_number(device, is_local=is_local)})
+    spec = [None if i in cut else _axes_json(axes) for i, axes in enumerate(sharding.spec)]
+    return {
+        "sharding_type": "NamedSharding",
+        "shape": list(mesh.devices.shape),
+        "axis_names": list(mesh.axis_names),
+        "axis_types": [f"AxisType.{axis_type.name}" for axis_type in mesh.axis_types],
+        "partition_spec": spec,
+        "device_mesh": {"mesh": numbers(mesh.devices).tolist()},
+    }
+
+
+def _axes_json(axes: object) -> object:
+    return list(axes) if isinstance(axes, tuple) else axes if isinstance(axes, str) else None
+
+
+def _device_number(device: Any, *, is_local: bool) -> int:
+    """A device of one process among several has a number that no other run would know."""
+    if is_local and jax.process_count() > 1:
+        return int(device.local_hardware_id)
+    return int(device.id)
+
+
+def _lasting(value: object) -> "weakref.ref[jax.Array] | None":
+    """Refers to an array that nothing can change as long as it lives; None for any other leaf."""
+    if isinstance(value, jax.Array) and _is_on_accelerator(value.sharding):
+        return weakref.ref(value)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _is_on_accelerator(sharding: Sharding) -> bool:
+    """Whether memory is an array's alone: on a CPU it may be that of a NumPy array, and change."""
+    devices: set[Any] = sharding.device_set
+    return all(device.platform != "cpu" for device in devices)

@@ -1,0 +1,347 @@
+"""One save, from its claims to its commit.
+
+`claim` and `take_snapshot` are the caller's: short steps in memory, which `release` undoes. `write`
+is a worker's, and undoes itself where it fails.
+"""
+
+import dataclasses
+import logging
+import os
+import threading
+import time
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+from jax.profiler import TraceAnnotation
+
+from flax_partial import collector
+from flax_partial.distributed import agreement
+from flax_partial.errors import CorruptCheckpointError
+from flax_partial.format.model import Leaf, Part, data_file_bytes, data_part, data_path
+from flax_partial.format.tables import encode_part
+from flax_partial.options import SaveOptions
+from flax_partial.reports import SaveReport, SaveTimes
+from flax_partial.saving import snapshot
+from flax_partial.saving.describe import Described, Source
+from flax_partial.saving.memory_budget import MemoryBudget
+from flax_partial.saving.reuse import DataFile, Earlier, Shared
+from flax_partial.saving.saved_arrays import SavedArrays
+from flax_partial.saving.write import link_held, write_part
+from flax_partial.sessions import registry
+from flax_partial.sessions.handles import SaveHandle
+from flax_partial.sessions.workers import Task
+from flax_partial.storage import local as storage
+from flax_partial.storage.local import CheckpointPath
+from flax_partial.storage.parts import prefix_of_name, read_parts
+
+_LOG = logging.getLogger("flax_partial")
+_budget = MemoryBudget()
+_saved_arrays = SavedArrays()
+_earlier: "weakref.WeakKeyDictionary[registry.Session, dict[CheckpointPath, Earlier | None]]" = (
+    weakref.WeakKeyDictionary()
+)
+_reading_earlier = threading.Lock()  # one worker reads an earlier checkpoint, for all saves
+
+
+class SaveJob:
+    """One save on its way."""
+
+    def __init__(
+        self,
+        where: CheckpointPath,
+        described: Described,
+        *,
+        custom_metadata: dict[str, Any],
+        options: SaveOptions,
+        reuse: CheckpointPath | None,
+        started: float,
+    ) -> None:
+        self.session = registry.begin_save(where, self)
+        self.is_background = False
+        self._leaves: Sequence[Leaf] = described.leaves
+        self._sources: Sequence[Sequence[Source]] = described.sources
+        self._sizes = described.sizes
+        self._tree = described.tree
+        self._arrays = described.arrays  # that may be remembered; none without `reuse`
+        self._options = options
+        self._reuse = reuse
+        self._held: list[tuple[Shared, BinaryIO]] = []  # open files that hold some of them
+        self._reused_bytes = 0
+        self._started = started
+        self._instants = {"called_at": started}  # those of `SaveTimes`, on the monotonic clock
+        self._part = Part(
+            process=agreement.index(),
+            time_ns=0,
+            custom_metadata=custom_metadata,
+            leaves=(),
+            bytes=sum(described.sizes),
+            durable=options.durable,
+        )
+        self._name = ""
+        self._needed_bytes = self._part.bytes  # on the disk, as far as it is known
+        self._blocked_secs = 0.0  # of a save in the background; the other kind is all blocked
+        self._budget_secs = 0.0
+        handle = SaveHandle()
+        self.task: Task[SaveReport] = Task(
+            self._run,
+            handle,
+            subject=self.session,
+            withdrawn=self.release,
+            skipped=self.session.skip,
+        )
+
+    # What the caller does.
+
+    def claim(self, *, replace: bool) -> None:
+        """Claims the leaves; errors of earlier saves in the background are raised first."""
+        self.session.require_not_aborted()
+        self.session.raise_unseen()
+        tree = self._tree
+        self._leaves, time_ns = self.session.claim(
+            self, self._leaves, replace=replace, is_tree=tree.is_tree
+        )
+        tree.is_tree = True
+        self._part = dataclasses.replace(self._part, time_ns=time_ns)
+        if self._reuse is not None and self._options.checksum:
+            self._hold_shared(self._reuse)
+        self._reach("entered_at")
+
+    def _hold_shared(self, earlier: CheckpointPath) -> None:
+        """Opens the files that hold arrays that still live: after the call they may not.
+
+        No more is shared than needs no fsync, and what is open can be copied where no link is made.
+        """
+        shared = _saved_arrays.shared_with(
+            earlier.final, self._arrays, self._leaves, durable=self._options.durable
+        )
+        if not shared or not storage.has_contents(earlier.finalized):
+            return
+        for one in shared:
+            file = storage.hold(one.file.path, size=one.file.bytes)
+            if file is not None:
+                self._held.append((one, file))
+                self._reused_bytes += sum(self._sizes[at] for at in one.leaves)
+        held = {at for one, _ in self._held for at in one.leaves}
+        self._sources = [() if at in held else sources for at, sources in enumerate(self._sources)]
+
+    def take_snapshot(self) -> None:
+        """Makes what is to be written safe from the caller, within the memory budget."""
+        self.is_background = True
+        limit = self._options.max_inflight_bytes
+        copied_bytes = self._part.bytes - self._reused_bytes
+        self._budget_secs = _budget.acquire(self, copied_bytes, limit=limit)
+        self._reach("admitted_at")
+        with TraceAnnotation("flax_partial.snapshot"):
+            self._sources = snapshot.detach(self._sources)
+        self._reach("taken_at")
+        if not self.note_if_computed():
+            _uncomputed.append(self)
+        self._blocked_secs = time.perf_counter() - self._started
+
+    def release(self) -> None:
+        """Gives back all that it holds in memory; can be called again if it is interrupted."""
+        self._let_go()
+        self.session.release(self)
+
+    def _let_go(self) -> None:
+        """Lets go of the snapshot."""
+        self._sources = ()
+        held, self._held = self._held, []
+        for _, file in held:
+            file.close()
+        _budget.release(self, limit=self._options.max_inflight_bytes)
+
+    def note_if_computed(self) -> bool:
+        """Notes when the arrays were computed, if they are; returns whether."""
+        is_computed = snapshot.is_computed(self._sources)
+        if is_computed:
+            self._instants.setdefault("ready_at", time.perf_counter())
+        return is_computed
+
+    # What a worker does.
+
+    def _run(self, task: Task[SaveReport]) -> SaveReport:
+        try:
+            return self._commit(task)
+        except BaseException:
+            self.release()
+            if self.is_background:
+                handle = task.handle
+                assert isinstance(handle, SaveHandle)  # noqa: S101
+                self.session.fail(handle)
+            raise
+
+    def _commit(self, task: Task[SaveReport]) -> SaveReport:
+        """Writes and commits the part; what it has written is removed where it fails."""
+        began = self._reach("begun_at")
+        self._name = prefix_of_name(self._part) + uuid.uuid4().hex[:12]
+        session = self.session
+        with storage.full_disk_explained(session.where, lambda: self._needed_bytes):
+            session.require_not_aborted()
+            task.check()
+            with session.entered(durable=self._options.durable):
+                try:
+                    first = self._leaves[0].name if self._leaves else ""
+                    with TraceAnnotation("flax_partial.save", first=first):
+                        self._write(task)
+                except BaseException:
+                    session.remove(self._name)
+                    raise
+                self._let_go()
+                session.keep(self)
+        note_computed()
+        ended = time.perf_counter()
+        times = self._times(ended)
+        return SaveReport(
+            path=session.where.final,
+            part=self._name,
+            leaves=len(self._leaves),
+            bytes=self._part.bytes,
+            reused_bytes=self._reused_bytes,
+            blocked_secs=self._blocked_secs or ended - self._started,
+            budget_secs=self._budget_secs,
+            write_secs=ended - began,
+            committed_at=times.committed_at,
+            times=times,
+        )
+
+    def _write(self, task: Task[SaveReport]) -> None:
+        directory = storage.create_part(self.session.where, self._name)
+        durable = self._options.durable
+        linked = link_held(directory, self._held)
+        left = [at for at in range(len(self._leaves)) if at not in linked]
+        data = self._host_data(left)
+        task.check()
+        with TraceAnnotation("flax_partial.write"):
+            written = write_part(
+                directory,
+                data,
+                first_file=1 + len(self._held),
+                earlier=self._find_earlier(),
+                checksum=self._options.checksum,
+                durable=durable,
+                check=task.check,
+            )
+        self._reach("written_at")
+        self._reused_bytes += sum(self._sizes[left[at]] for at in written.reused)
+        done = linked | dict(zip(left, written.leaves, strict=True))
+        part = dataclasses.replace(self._part, leaves=tuple(done[at] for at in sorted(done)))
+        table = encode_part(part)
+        self._needed_bytes = written.bytes + len(table)
+        has_data_file = bool(written.bytes or written.reused or linked)
+        task.check()  # the last chance: from here on the save happens
+        with TraceAnnotation("flax_partial.commit"):
+            storage.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
+        self._reach("committed_at")
+        self._remember(part)
+
+    def _host_data(self, positions: Sequence[int]) -> list[tuple[Leaf, list[np.ndarray]]]:
+        """Waits until some of the leaves are computed, and brings them into the host's memory."""
+        with TraceAnnotation("flax_partial.wait"):
+            snapshot.wait_until_computed(self._sources)
+        self._instants.setdefault("ready_at", time.perf_counter())
+        note_computed()
+        with TraceAnnotation("flax_partial.copy"):
+            data = [
+                (
+                    self._leaves[at],
+                    [snapshot.to_host(source) for source in self._sources[at]],
+                )
+                for at in positions
+            ]
+        self._reach("copied_at")
+        return data
+
+    def _remember(self, part: Part) -> None:
+        """Has the next save know those of its arrays that live on."""
+        if not any(self._arrays) or not self._options.checksum:
+            return
+        try:
+            files = _data_files(self.session.where, {self._name: part})
+        except OSError:  # no reason to fail a save that is committed
+            return
+        for array, leaf in zip(self._arrays, part.leaves, strict=True):
+            file = files.get(data_part(self._name, leaf.file))
+            if array is not None and file is not None:
+                final = self.session.where.final
+                _saved_arrays.remember(array, checkpoint=final, file=file, leaf=leaf)
+
+    def _find_earlier(self) -> Earlier | None:
+        """What this process's parts of the checkpoint to share with hold; None if there is none."""
+        if self._reuse is None:
+            return None
+        with _reading_earlier:
+            known = _earlier.setdefault(self.session, {})
+            if self._reuse not in known:
+                known[self._reuse] = _read_earlier(self._reuse)
+            return known[self._reuse]
+
+    def _reach(self, name: str) -> float:
+        """Notes that the save is at one of the instants of its report; returns the time."""
+        now = self._instants[name] = time.perf_counter()
+        return now
+
+    def _times(self, now: float) -> SaveTimes:
+        """The instants on the system's clock, which is read once: it may be set at any time."""
+        at, epoch = self._instants, time.time() - now
+        for name in ("admitted_at", "taken_at"):  # a `save` waits for neither
+            at.setdefault(name, at["entered_at"])
+        return SaveTimes(**{name: epoch + instant for name, instant in at.items()})
+
+
+# Saves in the background, in the order of their calls; bounded, should no worker look any more.
+_uncomputed: deque[SaveJob] = deque(maxlen=4096)
+_noting = threading.Lock()
+
+
+def note_computed() -> None:
+    """Looks at the saves that wait for a worker: which are computed by now.
+
+    Nothing in JAX tells when that is. The workers look whenever they come by; what was handed over
+    later is computed later, as a rule, so that one that is not yet ends the look.
+    """
+    if _noting.acquire(blocking=False):
+        try:
+            while _uncomputed and _uncomputed[0].note_if_computed():
+                _uncomputed.popleft()
+        finally:
+            _noting.release()
+
+
+def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
+    """Nothing that is wrong with an earlier checkpoint keeps a save from being written."""
+    finalized = checkpoint.finalized
+    try:
+        if storage.has_contents(finalized):
+            with collector.paused():
+                parts = read_parts(finalized.state, process=agreement.index()).committed
+                return Earlier(parts, _data_files(finalized, parts))
+    except (OSError, CorruptCheckpointError) as error:
+        _LOG.warning("flax_partial: cannot reuse data of %s: %s", checkpoint.final, error)
+    return None
+
+
+def _data_files(where: CheckpointPath, parts: Mapping[str, Part]) -> dict[str, DataFile]:
+    """The data files of some parts, as they are once finalized, each called as by `data_part`."""
+    found = {}
+    for name, part in parts.items():
+        for number in data_file_bytes(part.leaves):
+            file = data_part(name, number)
+            size = storage.size_of_data(where, data_path(file))
+            place = where.finalized.state / data_path(file)
+            found[file] = DataFile(place, size, part.durable)
+    return found
+
+
+def _forget_all() -> None:
+    """A forked child has none of its parent's threads."""
+    global _budget, _noting, _reading_earlier
+    _budget, _noting, _reading_earlier = MemoryBudget(), threading.Lock(), threading.Lock()
+    _uncomputed.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,294 @@
+"""Threads that do what callers ask for, and how a caller waits for them.
+
+All that writes, locks or waits for other processes is done by workers. CPython delivers signals to
+the main thread alone, so that an interrupt meets a caller who waits, or one of the few steps by
+which a task is handed over: never a lock that is held, or half a file.
+
+Invariants: a worker that has nothing to do ends after a while, and at once when the interpreter
+does; an interpreter that exits normally finishes all work first, and says so. Callers meet no
+`threading.Condition`, in which an interrupt can leave the lock held: they wait for plain locks.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import InvalidStateError
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from flax_partial.sessions.handles import Handle
+
+T = TypeVar("T")
+_LOG = logging.getLogger("flax_partial")
+_IDLE_SECS = 1.0
+_MOST_LOOKED_AT = 64  # tasks that `WorkerPool.has_queued` looks through
+
+
+class StoppedError(InterruptedError):
+    """The caller who waited for this was interrupted; it was undone."""
+
+
+class Task(Generic[T]):
+    """Work that one worker does once, for a caller who may wait for it, or want it no more."""
+
+    def __init__(
+        self,
+        work: Callable[["Task[T]"], T],
+        handle: Handle[T],
+        *,
+        subject: object = None,
+        withdrawn: Callable[[], None] = lambda: None,
+        skipped: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Prepares a task.
+
+        Args:
+          work: What is to be done; given the task, whose `check` it calls between its steps.
+          handle: Becomes the outcome.
+          subject: What the work is about, by which `WorkerPool.tasks_about` finds it.
+          withdrawn: Called by the thread that withdraws it: undoes what was done for it.
+          skipped: Called by the worker that comes to the task and finds it withdrawn.
+        """
+        self.handle = handle
+        self.subject = subject
+        self._work: Callable[[Task[T]], T] | None = work
+        self._withdrawn = withdrawn
+        self._skipped = skipped
+        self._turn = threading.Lock()  # the first to acquire it decides: begun, or withdrawn
+        self._over = threading.Lock()  # held until the task has ended
+        self._over.acquire()
+        self._stop = threading.Event()
+        self.is_over = False
+
+    def run(self) -> None:
+        """Does the work, unless it was withdrawn; raises nothing."""
+        if not self._turn.acquire(blocking=False):
+            self._skipped()
+            return
+        work, self._work = self._work, None  # it refers to what is saved
+        try:
+            assert work is not None  # noqa: S101 - only one thread has the turn
+            outcome = work(self)
+        except BaseException as error:  # noqa: BLE001 - raised to those who wait for the handle
+            self._end(functools.partial(self.handle.set_exception, error))
+        else:
+            self._end(functools.partial(self.handle.set_result, outcome))
+
+    def withdraw(self) -> bool:
+        """Keeps the work from beginning; returns whether it had not."""
+        if not self._turn.acquire(blocking=False):
+            return False
+        self._work = None
+        self._withdrawn()
+        self._end(lambda: self.handle.abandon(StoppedError(StoppedError.__doc__)))
+        return True
+
+    def stop(self) -> bool:
+        """Withdraws the task, or asks its worker to stop; returns whether it was withdrawn."""
+        self._stop.set()
+        return self.withdraw()
+
+    def check(self) -> None:
+        """Raises StoppedError if the caller has asked the worker to stop."""
+        if self._stop.is_set():
+            raise StoppedError(StoppedError.__doc__)
+
+    def sleep(self, secs: float) -> None:
+        """Sleeps, unless the caller asks the worker to stop: raises StoppedError then."""
+        self._stop.wait(secs)
+        self.check()
+
+    def wait(self) -> None:
+        """Waits until the task has ended; for the one caller who has handed it over."""
+        if not self.is_over:
+            self._over.acquire()
+
+    def _end(self, tell: Callable[[], None]) -> None:
+        with contextlib.suppress(InvalidStateError):
+            tell()
+        self.is_over = True
+        self._over.release()
+
+
+class WorkerPool:
+    """At most `most` threads, which do tasks in the order in which they were submitted."""
+
+    def __init__(self, name: str, most: int) -> None:
+        self._name = name
+        self._most = most
+        self._reset()
+        _pools.add(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: deque[Task[Any]] = deque()
+        self._running: dict[int, Task[Any]] = {}  # by the thread
+        self._threads: set[int] = set()
+        self._idle: list[threading.Lock] = []  # each held by a worker that waits for its release
+
+    def submit(self, task: Task[Any]) -> None:
+        """Has a worker do a task, after those submitted before it."""
+        if _exit.is_near():  # no thread can be started any more, and none would be waited for
+            task.run()
+            return
+        with self._lock:
+            self._queue.append(task)
+            if self._idle:
+                self._idle.pop().release()
+                return
+            is_full = len(self._threads) >= self._most
+        if not is_full:
+            try:
+                threading.Thread(target=self._work, name=self._name).start()
+            except RuntimeError:  # the system, or an interpreter that is ending, starts no more
+                self._drain()
+
+    def run(self, task: Task[T]) -> T:
+        """Has a worker do a task, and returns its outcome.
+
+        A first interrupt of the caller stops the task, and goes on once that has ended; a second
+        one does not wait.
+        """
+        try:
+            if threading.get_ident() in self._threads:  # it would wait for itself
+                task.run()
+            else:
+                self.submit(task)
+                task.wait()
+        except BaseException:
+            task.stop()
+            task.wait()
+            raise
+        return task.handle.result()
+
+    def tasks_about(self, subject: object) -> list[Task[Any]]:
+        """The tasks that are queued or being done about something."""
+        with self._lock:
+            tasks = [*self._running.values(), *self._queue]
+        return [task for task in tasks if task.subject is subject and not task.is_over]
+
+    def has_queued(self, subject: object) -> bool:
+        """Whether one of the tasks to be done next is about something."""
+        with self._lock:
+            return any(
+                task.subject is subject and not task.is_over
+                for task in islice(self._queue, _MOST_LOOKED_AT)
+            )
+
+    @property
+    def unfinished(self) -> int:
+        """Number of tasks that are queued or being done."""
+        with self._lock:
+            return len(self._running) + sum(not task.is_over for task in self._queue)
+
+    def release_idle(self) -> None:
+        """Has the workers that wait for a task end, unless there is one."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for gate in idle:
+            gate.release()
+
+    def _work(self) -> None:
+        thread = threading.get_ident()
+        with self._lock:
+            if len(self._threads) >= self._most:  # several callers have started one at once
+                return
+            self._threads.add(thread)
+        while (task := self._next(thread)) is not None:
+            task.run()
+            del task  # it may hold a snapshot
+
+    def _drain(self) -> None:
+        """Does what is queued in the caller's thread."""
+        while True:
+            with self._lock:
+                if not self._queue:
+                    return
+                task = self._queue.popleft()
+            task.run()
+
+    def _next(self, thread: int) -> Task[Any] | None:
+        """Waits for a task for a while; None where there is none, and the worker is to end."""
+        gate = threading.Lock()
+        for is_last in (False, True):
+            with self._lock:
+                self._running.pop(thread, None)
+                if gate in self._idle:  # nobody has released it
+                    self._idle.remove(gate)
+                if self._queue:
+                    task = self._running[thread] = self._queue.popleft()
+                    return task
+                if is_last or _exit.is_near():
+                    self._threads.discard(thread)
+                    return None
+                gate.acquire()
+                self._idle.append(gate)
+            gate.acquire(timeout=_IDLE_SECS)
+        raise AssertionError
+
+    def forget_threads(self) -> None:
+        """Begins anew in a forked child, which has none of its parent's threads."""
+        self._reset()
+
+
+_pools: "weakref.WeakSet[WorkerPool]" = weakref.WeakSet()
+
+
+class _Exit:
+    """The end of the interpreter: what is in flight is finished first, and that is said."""
+
+    def __init__(self) -> None:
+        self._is_near = False
+        # What concurrent.futures uses too: called before threads are joined, atexit comes after.
+        threading._register_atexit(self._come)  # type: ignore[attr-defined] # noqa: SLF001
+
+    def is_near(self) -> bool:
+        """Whether the main thread has ended."""
+        return self._is_near
+
+    def _come(self) -> None:
+        self._is_near = True
+        saves, finalizes = saving.unfinished, finalizing.unfinished
+        if saves or finalizes:
+            _LOG.warning(
+                "flax_partial: finishing %d saves and %d finalizes in flight before the process "
+                "exits",
+                saves,
+                finalizes,
+            )
+        for pool in list(_pools):
+            pool.release_idle()
+
+
+# One hashes while the other waits for the disk. More of them take the interpreter lock from the
+# training thread: with four it was held twice as long by the saves of one step.
+_MOST_WRITERS = 2
+
+saving = WorkerPool("flax_partial-save", _MOST_WRITERS)
+helping = WorkerPool("flax_partial-help", _MOST_WRITERS)
+finalizing = WorkerPool("flax_partial-finalize", 64)  # a finalize may wait for other processes
+_exit = _Exit()
+
+
+@contextlib.contextmanager
+def beside(work: Callable[[], T]) -> Iterator[Handle[T]]:
+    """Does a share of a worker's work on another thread; it has ended when the context has."""
+    task = Task(lambda _: work(), Handle[T]())
+    helping.submit(task)
+    try:
+        yield task.handle
+    finally:
+        task.wait()
+
+
+def _forget_threads() -> None:
+    for pool in list(_pools):
+        pool.forget_threads()
+
+
+os.register_at_fork(after_in_child=_forget_threads)

@@ -1,0 +1,174 @@
+"""A caller who waits for a save, and is interrupted; and callers that Python does not know."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import trees
+
+import flax_partial as fp
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def run(path: Path, script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script), str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# The worker sends SIGINT in the middle of its first piece, and goes on once the caller has had it.
+INTERRUPTED = """
+    import os, signal, sys, threading
+    import numpy as np
+    import flax_partial as fp
+    from flax_partial.sessions.workers import Task
+    from flax_partial.storage import direct_io
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    path, main = sys.argv[1], threading.main_thread().ident
+    direct_io._AT_ONCE_BYTES = 1 << 20
+    fp.save(path, {"first": 1})
+    pieces, stopped, may_go_on = [], threading.Event(), threading.Event()
+    writev, stop = os.writev, Task.stop
+
+    def write(descriptor, buffers):
+        pieces.append(sum(map(len, buffers)))
+        if len(pieces) == 1:
+            signal.pthread_kill(main, signal.SIGINT)
+            assert stopped.wait(60)
+            if TWICE:
+                signal.pthread_kill(main, signal.SIGINT)
+                assert may_go_on.wait(60)
+        return writev(descriptor, buffers)
+
+    def stop_and_tell(task):
+        outcome = stop(task)
+        stopped.set()
+        return outcome
+
+    os.writev, Task.stop = write, stop_and_tell
+    large = {"large": np.ones(8 << 20, np.uint8)}
+    try:
+        fp.save(path, large)
+    except KeyboardInterrupt:
+        assert not TWICE or not may_go_on.is_set()
+        may_go_on.set()
+    else:
+        sys.exit("it was not interrupted")
+    os.writev, Task.stop = writev, stop
+    if TWICE:  # it has returned at once, and its worker is undoing it
+        from flax_partial.sessions import registry, workers
+        from flax_partial.storage import local
+        registry.session_of(local.resolve(path)).wait()
+    assert len(pieces) == 1, pieces
+    assert fp.status(path).leaves == ("first",)
+    assert not fp.status(path).torn
+    fp.save(path, large)
+    fp.finalize(path)
+"""
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+def test_interrupted_save_stops_at_the_next_piece_and_is_undone(
+    tmp_path: Path, *, twice: bool
+) -> None:
+    run(tmp_path / "c", INTERRUPTED.replace("TWICE", repr(twice)))
+    trees.assert_same(fp.load(tmp_path / "c"), {"first": 1, "large": np.ones(8 << 20, np.uint8)})
+
+
+# Each starts a thread that `threading` does not list, as XLA does for its callbacks.
+STARTS = {
+    "_thread": """
+        import _thread
+        def start(work):
+            _thread.start_new_thread(work, ())
+    """,
+    "C": """
+        import ctypes
+        C = ctypes.CDLL(None)
+        Work = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+        kept = []
+        def start(work):
+            function = Work(lambda _: work())
+            kept.append(function)
+            identity = ctypes.c_ulong()
+            assert C.pthread_create(ctypes.byref(identity), None, function, None) == 0
+    """,
+}
+FOREIGN = """
+    import sys, threading
+    import numpy as np
+    import flax_partial as fp
+
+    path, call = sys.argv[1], fp.{call}
+    errors, ended = [], threading.Semaphore(0)
+
+    def worker(number):
+        def work():
+            try:
+                for i in range(12):
+                    saved = call(path, {{f"{{number}}.{{i}}": np.full((64, 64), 100 * number + i)}})
+                    if call is fp.save_async:
+                        saved.result()
+            except BaseException as error:
+                errors.append(repr(error))
+            finally:
+                ended.release()
+        return work
+
+    for number in range(6):
+        start(worker(number))
+    for _ in range(6):
+        assert ended.acquire(timeout=60)
+    assert not errors, errors
+    fp.finalize(path)
+"""
+
+
+@pytest.mark.parametrize("call", ["save", "save_async"])
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+def test_threads_that_python_does_not_know_save_like_others(
+    tmp_path: Path, start: str, call: str
+) -> None:
+    run(tmp_path / "c", textwrap.dedent(start) + textwrap.dedent(FOREIGN.format(call=call)))
+    loaded = fp.load(tmp_path / "c")
+    assert set(loaded) == {f"{number}.{i}" for number in range(6) for i in range(12)}
+    assert (loaded["3.7"] == 307).all()
+    assert fp.verify(tmp_path / "c").ok
+
+
+def test_callback_of_a_handle_may_save_and_finalize(tmp_path: Path) -> None:
+    """It is called by a worker, which must not wait for itself."""
+    script = """
+        import sys, threading
+        import numpy as np
+        import flax_partial as fp
+
+        path, ended, errors = sys.argv[1], threading.Event(), []
+
+        def follow(handle):
+            try:
+                fp.save(path, {"second": 2})
+                fp.finalize(path)
+            except BaseException as error:
+                errors.append(repr(error))
+            ended.set()
+
+        fp.save_async(path, {"first": np.arange(5)}).add_done_callback(follow)
+        assert ended.wait(60)
+        assert not errors, errors
+    """
+    run(tmp_path / "c", script)
+    assert set(fp.load(tmp_path / "c")) == {"first", "second"}
