@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _OURS, _CALLBACKS, _ORBAX = "flax_partial", "flax_partial.callbacks", "Orbax v1"
-_PACKAGES = {name: name for name in (_OURS, _CALLBACKS)} | {
-    _ORBAX: "orbax.checkpoint.experimental.v1"
+_PACKAGES = {
+    _OURS: "flax_partial._public",  # what its first name that is used imports
+    _CALLBACKS: _CALLBACKS,
+    _ORBAX: "orbax.checkpoint.experimental.v1",
 }
 
 

@@ -3,78 +3,31 @@
 `save` and `save_async` add parts to an unfinished checkpoint, `finalize` makes it appear, whole.
 """
 
-from flax_partial.distributed.agreement import agree
-from flax_partial.errors import (
-    CheckpointExistsError,
-    CheckpointInUseError,
-    CorruptCheckpointError,
-    EmptyStateError,
-    ForkedProcessError,
-    IncompleteCheckpointError,
-    KeyConflictError,
-    NoSessionError,
-    PartialCheckpointError,
-    TargetMismatchError,
-    UnsupportedLeafError,
-)
-from flax_partial.finalizing.abort import abort
-from flax_partial.finalizing.finalize import finalize, finalize_async
-from flax_partial.finalizing.status import status
-from flax_partial.loading.catalog import latest, remove, steps
-from flax_partial.loading.checkpoint import metadata
-from flax_partial.loading.load import load
-from flax_partial.loading.verify import verify
-from flax_partial.options import SaveOptions
-from flax_partial.reports import (
-    CheckpointMetadata,
-    LeafMetadata,
-    PartStatus,
-    SaveReport,
-    SaveTimes,
-    SessionStatus,
-    VerifyReport,
-)
-from flax_partial.saving.describe import Slice
-from flax_partial.saving.save import save, save_async
-from flax_partial.sessions.handles import FinalizeHandle, SaveHandle
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
 
 __version__ = "0.2.0.dev0"
 
-__all__ = [
-    "CheckpointExistsError",
-    "CheckpointInUseError",
-    "CheckpointMetadata",
-    "CorruptCheckpointError",
-    "EmptyStateError",
-    "FinalizeHandle",
-    "ForkedProcessError",
-    "IncompleteCheckpointError",
-    "KeyConflictError",
-    "LeafMetadata",
-    "NoSessionError",
-    "PartStatus",
-    "PartialCheckpointError",
-    "SaveHandle",
-    "SaveOptions",
-    "SaveReport",
-    "SaveTimes",
-    "SessionStatus",
-    "Slice",
-    "TargetMismatchError",
-    "UnsupportedLeafError",
-    "VerifyReport",
-    "__version__",
-    "abort",
-    "agree",
-    "finalize",
-    "finalize_async",
-    "latest",
-    "load",
-    "metadata",
-    "remove",
-    "save",
-    "save_async",
-    "status",
-    "steps",
-    "verify",
-]
+if TYPE_CHECKING:
+    from flax_partial._public import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> object:
+        """Imports what was not asked for before (PEP 562).
+
+        Importing the package itself is light: the command line can answer Ctrl-C from the start.
+        The first public name imports all of them, and with them JAX, so that no later one is slow.
+        """
+        if name in {module.name for module in pkgutil.iter_modules(__path__)}:
+            return importlib.import_module(f"{__name__}.{name}")
+        public = importlib.import_module("flax_partial._public")
+        names = ["__version__", *public.__all__]
+        globals().update({each: vars(public)[each] for each in public.__all__}, __all__=names)
+        try:
+            return globals()[name]
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

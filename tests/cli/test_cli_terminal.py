@@ -18,6 +18,8 @@ from things import QUICK
 import flax_partial as fp
 from flax_partial.cli.main import INTERRUPTED, PIPE_CLOSED, PROBLEM, TERMINATED
 
+PROGRAM = str(Path(sys.executable).with_name("flax-partial"))
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -77,18 +79,19 @@ def test_ctrl_c_ends_quietly_and_changes_nothing(tmp_path: Path) -> None:
     assert fp.status(tmp_path / "c").parts
 
 
-def test_ctrl_c_while_the_package_is_imported_ends_quietly(tmp_path: Path) -> None:
-    slow = tmp_path / "flax_partial" / "__init__.py"
-    slow.parent.mkdir()
-    slow.write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+@pytest.mark.parametrize("program", [[sys.executable, "-Pm", "flax_partial"], [PROGRAM]])
+def test_ctrl_c_while_the_program_is_imported_ends_quietly(
+    program: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "jax.py").write_text("print('slow', flush=True); import time; time.sleep(60)")
     process = subprocess.Popen(
-        [sys.executable, "-Pc", "from flax_partial_program import run; run()"],
+        program,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == b"importing\n"
+    assert process.stdout.readline() == b"slow\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate() == (b"", b"")
     assert process.returncode == INTERRUPTED
@@ -146,10 +149,9 @@ def test_output_that_cannot_be_written_is_a_problem(path: Path) -> None:
 
 
 def test_program_is_installed_and_needs_neither_locale_nor_output(path: Path) -> None:
-    program = Path(sys.executable).with_name("flax-partial")
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
-        [program, "show", path], check=False, capture_output=True, env=environment
+        [PROGRAM, "show", path], check=False, capture_output=True, env=environment
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"\n|-- eighth" in done.stdout

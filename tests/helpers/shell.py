@@ -58,10 +58,15 @@ def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
     return Shell(capsys)
 
 
+def begin(path: Path, state: Any, **metadata: Any) -> Path:
+    """Saves one part of an unfinished checkpoint."""
+    fp.save(path, state, options=QUICK, custom_metadata=metadata)
+    return path
+
+
 def write(path: Path, state: Any, **metadata: Any) -> Path:
     """Writes a finalized checkpoint."""
-    fp.save(path, state, options=QUICK, custom_metadata=metadata)
-    fp.finalize(path)
+    fp.finalize(begin(path, state, **metadata))
     return path
 
 
