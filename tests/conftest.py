@@ -41,11 +41,13 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 _BOUNDS = frozenset(
     f"test_{name}"
     for name in (
-        *("callback_flax", "plain_loop", "progress", "cli", "cli_terminal", "distributed"),
-        *("chunks", "keypaths", "ocdbt", "orbax_format", "second_reader"),
+        *("callback_flax", "plain_loop", "progress", "commands", "cli_terminal", "distributed"),
+        *("chunks", "keypaths", "ocdbt", "orbax_format", "second_reader", "tables"),
         *("load_target", "orbax_is_read", "background", "sharded", "direct_io", "roundtrip"),
     )
 )
+_GONE = _BOUNDS - {path.stem for path in Path(__file__).parent.rglob("test_*.py")}
+assert not _GONE, f"no such modules, or under another name: {sorted(_GONE)}"
 
 _PACKAGE = importlib.util.find_spec("flax_partial")
 assert _PACKAGE is not None
