@@ -36,8 +36,9 @@ settings.register_profile("dev", deadline=None, suppress_health_check=[HealthChe
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-# What other packages do differently from version to version: JAX's arrays, shardings, devices and coordination service, Flax's
-# states, the dtypes and codecs of tensorstore, Orbax's files, rich's terminal. `pytest -m bounds` runs these.
+# What other packages do differently from version to version: JAX's arrays, shardings, devices and
+# coordination service, Flax's states, msgspec's structs, the dtypes and codecs of tensorstore,
+# Orbax's files, rich's terminal. `pytest -m bounds` runs these.
 _BOUNDS = frozenset(
     f"test_{name}"
     for name in (
