@@ -44,8 +44,8 @@ def save(
     Args:
       path: Where the finalized checkpoint will be; until then parts wait in `<path>.partial_save`.
       state: Any JAX pytree; an empty one (`{}`) saves `custom_metadata` alone. Leaves: `jax.Array`,
-        `np.ndarray`, NumPy scalars, typed PRNG keys, bool, int, float, complex, str, None, empty
-        containers, `Slice`.
+        `np.ndarray`, NumPy scalars, typed PRNG keys, bool, int, float, complex, str, bytes, None,
+        empty containers, `Slice`.
       custom_metadata: JSON values under string keys. Those of several saves merge deeply; the later
         value wins.
       replace: Whether leaves that the session holds already are replaced; an error otherwise.
