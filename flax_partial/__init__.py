@@ -19,7 +19,7 @@ else:
         Importing the package itself is light: the command line can answer Ctrl-C from the start.
         The first public name imports all of them, and with them JAX, so that no later one is slow.
         """
-        if name in {module.name for module in pkgutil.iter_modules(__path__)}:
+        if name in {module.name for module in pkgutil.iter_modules(globals()["__path__"])}:
             return importlib.import_module(f"{__name__}.{name}")
         public = importlib.import_module("flax_partial._public")
         names = ["__version__", *public.__all__]

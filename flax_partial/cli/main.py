@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flax_partial import __version__
 from flax_partial.cli.commands import (
@@ -15,7 +15,10 @@ from flax_partial.cli.commands import (
     diff,
     export,
     finalize,
+    latest,
     ls,
+    prune,
+    rm,
     show,
     status,
     timeline,
@@ -38,6 +41,9 @@ _COMMANDS = (
     ("verify", verify, "read all of a checkpoint, and check every digest"),
     ("finalize", finalize, "finish an unfinished checkpoint"),
     ("abort", abort, "drop an unfinished checkpoint"),
+    ("latest", latest, "print the path of a run's newest checkpoint"),
+    ("rm", rm, "remove a checkpoint"),
+    ("prune", prune, "remove a run's older checkpoints"),
     ("diff", diff, "compare two checkpoints, leaf by leaf"),
     ("export", export, "write a checkpoint's arrays into a safetensors file"),
     ("timeline", timeline, "draw what a run's checkpoints did when"),
@@ -90,13 +96,13 @@ def new_parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 fine, 1 found a problem, 2 wrong use.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    as_json: dict[str, Any] = {"action": "store_true", "help": "write JSON; its shape: docs/cli.md"}
+    parser.add_argument("--json", **as_json)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, module, summary in _COMMANDS:
         command = commands.add_parser(name, help=summary)
         module.add(command)
-        command.add_argument(
-            "--json", action="store_true", help="write JSON; its shape: docs/cli.md"
-        )
+        command.add_argument("--json", **as_json, default=argparse.SUPPRESS)  # else: not said here
         command.set_defaults(run=module.run)
     return parser
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.cells import cell_len
 
+from flax_partial.cli.errors import WrongUseError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -134,6 +136,26 @@ class Output:
         if self.is_json:
             # ASCII: valid in every encoding, and file names may hold what none has.
             print(json.dumps(value, allow_nan=False), flush=True)  # noqa: T201
+
+    def note(self, text: str) -> None:
+        """Writes a line beside the result, to standard error."""
+        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+
+    def is_agreed(self, about: str, do: str) -> bool:
+        """Asks at the terminal whether to do something; the end of the input is a no.
+
+        Args:
+          about: What it is about.
+          do: What is to be done, such as `drop it`.
+
+        Raises:
+          WrongUseError: Standard input is no terminal.
+        """
+        if not sys.stdin.isatty():
+            raise WrongUseError(f"nobody can be asked here: pass --yes to {do}")
+        self.note(about)
+        print(f"{do.capitalize()}? [y/N] ", end="", file=sys.stderr, flush=True)  # noqa: T201
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def line(self, text: str, style: str = "") -> None:
         """Writes a line, or several."""

@@ -34,6 +34,7 @@ from flax_partial.errors import (
 PathLike = str | os.PathLike[str]
 
 SESSION_SUFFIX = ".partial_save"
+DELETED_SUFFIX = ".deleted"  # of what is being removed, or was when it was killed
 PART_PREFIX = "part."
 PART_FOLDER = re.compile(r"p[0-9]{1,9}")  # of the parts of some processes among very many
 PART_TABLE = "part.json"
@@ -687,7 +688,7 @@ def remove_directory(directory: Path) -> None:
 
 
 def _rename_away(directory: Path) -> Path:
-    doomed = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.deleted")
+    doomed = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}{DELETED_SUFFIX}")
     os.rename(directory, doomed)
     return doomed
 

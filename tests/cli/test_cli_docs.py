@@ -81,6 +81,9 @@ def test_fields_of_json_are_those_that_the_document_lists(shell: Shell) -> None:
         "timeline": [["trained"]],
         "finalize": [[f"{run}/400"]],
         "abort": [[f"{run}/500", "--yes"]],
+        "latest": [[run]],
+        "rm": [[f"{run}/400", "--yes"]],
+        "prune": [[run, "--keep-last", "1", "--dry-run"]],
     }
     assert set(commands) == set(rows)
     Loop(PartialCheckpointCallback("trained")).fit()

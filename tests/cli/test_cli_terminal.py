@@ -58,6 +58,21 @@ def test_a_bar_shows_how_far_it_is_and_is_gone_at_the_end(
         assert "\x1b[?25h" in terminal.shown  # the cursor is back
 
 
+@pytest.mark.parametrize(("answer", "status"), [("y", 0), ("n", 1)])
+@pytest.mark.parametrize("command", ["rm {}/1", "prune {} --keep-last 1"])
+def test_a_finalized_checkpoint_is_removed_once_it_was_agreed(
+    command: str, answer: str, status: int, tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        write(tmp_path / str(step), {"w": 1})
+    with on_terminal(*command.format(tmp_path).split()) as terminal:
+        terminal.wait_for("? [y/N] ")
+        assert fp.steps(tmp_path) == [1, 2]
+        terminal.press(answer + "\n")
+        assert terminal.end() == status
+    assert fp.steps(tmp_path) == [1, 2][1 - status :]
+
+
 @pytest.mark.parametrize(("answer", "status"), [("y", 0), ("Yes", 0), ("n", 1), ("", 1)])
 def test_abort_asks_first(answer: str, status: int, tmp_path: Path) -> None:
     fp.save(tmp_path / "c", {"a": np.ones(2)}, options=QUICK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from things import Element, listing
 import flax_partial as fp
 from flax_partial.cli.main import PROBLEM, WRONG_USE, main
 from flax_partial.runs import completeness
+from flax_partial.storage import local as storage
 
 HALF = fp.Slice(np.ones((1, 3)), start=0, size=2)  # of a stacked leaf
 
@@ -128,6 +130,73 @@ def test_names_and_metadata_cannot_act_on_a_terminal(tmp_path: Path, shell: Shel
 def test_ls_of_an_empty_directory_is_fine(tmp_path: Path, shell: Shell) -> None:
     assert shell.run("ls", tmp_path) == f"no checkpoints in {tmp_path}\n"
     assert shell.json("ls", tmp_path, "--monitor", "loss")["checkpoints"] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "newest"),
+    [
+        ("show .", "100"),
+        ("verify .", "100"),
+        ("export . out", "100"),
+        ("diff . 100", "100"),
+        ("status .", "110.partial_save"),
+    ],
+)
+def test_run_stands_for_its_newest_checkpoint(
+    command: str, newest: str, run_directory: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_directory)
+    told = shell.json(*command.split())
+    path = Path(told.get("path", told.get("a"))).absolute()
+    assert path == run_directory / newest.removesuffix(".partial_save")
+    assert shell.error.startswith(". is a run: its newest ")
+    assert shell.error.endswith(f" checkpoint is {newest}\n")
+
+
+def test_latest_prints_a_path_for_scripts(run_directory: Path, shell: Shell) -> None:
+    newest = str(run_directory / "100")
+    assert shell.run("latest", run_directory) == f"{newest}\n"
+    assert json.loads(shell.run("--json", "latest", run_directory)) == {"path": newest}
+    assert shell.run("latest", run_directory / "logs", status=PROBLEM) == ""
+    assert "no finalized checkpoint" in shell.error
+
+
+def test_what_is_left_of_a_removed_checkpoint_is_none(run_directory: Path, shell: Shell) -> None:
+    before = shell.json("ls", run_directory)
+    for name in ("100", "110.partial_save"):
+        shutil.copytree(run_directory / name, run_directory / f".{name}.0123abcd.deleted")
+    assert shell.json("ls", run_directory) == before
+
+
+# --- rm and prune
+
+
+def test_rm_removes_a_checkpoint_even_a_damaged_one(run_directory: Path, shell: Shell) -> None:
+    (run_directory / "100" / "state" / "contents.json").write_text("{}")
+    for name in ("10", "100"):
+        assert shell.json("rm", run_directory / name, "--yes")["removed"]
+    assert fp.steps(run_directory) == [5]
+
+
+@pytest.mark.parametrize("command", ["rm {}/10", "prune {} --keep-last 1"])
+def test_what_is_read_is_not_removed(command: str, run_directory: Path, shell: Shell) -> None:
+    with storage.reading(run_directory / "10"):
+        shell.run(*command.format(run_directory).split(), "--yes", status=PROBLEM)
+    assert 10 in fp.steps(run_directory)
+
+
+def test_prune_keeps_the_last_and_what_is_not_called_by_a_step(
+    run_directory: Path, shell: Shell
+) -> None:
+    write(run_directory / "best", {"w": 1}, step=1)
+    prune = "prune", run_directory, "--keep-last", 1
+    assert "would remove 5 10 of " in shell.run(*prune, "--dry-run")
+    shell.run(*prune, status=WRONG_USE)  # nobody can be asked
+    assert fp.steps(run_directory) == [5, 10, 100]
+    assert shell.json(*prune, "--yes")["removed"] == ["5", "10"]
+    left = [entry["name"] for entry in shell.json("ls", run_directory)["checkpoints"]]
+    assert left == ["best", "100", "110.partial_save"]
+    assert shell.run(*prune) == "removed nothing\n"
 
 
 # --- show
@@ -356,6 +425,11 @@ def test_wrong_arguments_are_told_with_the_usage(
         ("verify run/d.partial_save", "finalize it first"),
         ("verify run/absent", "no checkpoint"),
         ("verify \0", "does not name a checkpoint"),
+        ("verify run", "has no finalized checkpoint of a step"),
+        ("status run", "has no unfinished checkpoint of a step"),
+        ("rm run --yes", "no finalized checkpoint"),
+        ("rm run/d.partial_save", "not finalized"),
+        ("prune run --keep-last 0", "--keep-last is at least 1"),
         ("diff run/c run/d", "not finalized"),
         ("diff run/d.partial_save run/c", "finalize it first"),
         ("diff run/c run/absent", "no checkpoint"),

@@ -72,8 +72,8 @@ def test_diff_tells_every_kind_of_change(tmp_path: Path, shell: Shell) -> None:
     assert found["text"]["b"] == {"kind": "string", "shape": [], "dtype": "", "text": "b"}
     lines = shell.run("diff", a, b, status=PROBLEM).splitlines()
     assert lines[-1] == "changed: 9 leaves, the same: 1 leaf"
-    (row,) = [line.split() for line in lines if line.startswith("values")]
-    assert row == "values values float64(4,) 2 of 4 3, 1 nan/inf 1".split()
+    (row,) = [" ".join(line.split()) for line in lines if line.startswith("values")]
+    assert row == "values values float64(4,) 2 of 4 3, 1 nan/inf 1"
 
 
 def test_diff_of_what_orbax_wrote_is_by_value(tmp_path: Path, shell: Shell) -> None:
@@ -279,12 +279,13 @@ def resident_bytes(field: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments", "status"), [(diff, "diff a b", PROBLEM), (export, "export a out", 0)]
+    ("module", "command", "status"), [(diff, "diff a b", PROBLEM), (export, "export a out", 0)]
 )
 def test_a_leaf_takes_no_more_memory_than_a_batch(
     module: Any,
-    arguments: str,
+    command: str,
     status: int,
+    *,
     tmp_path: Path,
     shell: Shell,
     monkeypatch: pytest.MonkeyPatch,
@@ -297,5 +298,5 @@ def test_a_leaf_takes_no_more_memory_than_a_batch(
     del array
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak (proc(5))
     before = resident_bytes("VmRSS")
-    shell.run(*arguments.split(), status=status)
+    shell.run(*command.split(), status=status)
     assert resident_bytes("VmHWM") - before < 64 << 20

@@ -1,13 +1,11 @@
 """`abort`: drops an unfinished checkpoint, and asks first."""
 
 import argparse
-import sys
 import time
 
 import flax_partial as fp
 from flax_partial.cli import places, text
-from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import BAD, Output, printable
+from flax_partial.cli.output import BAD, Output
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +19,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     """Drops a session; returns whether the answer was no."""
     where = places.resolve(options.path)
     session = places.read_session(where)
-    is_wanted = options.yes or _ask(session)
+    is_wanted = options.yes or out.is_agreed(_described(session), "drop it")
     if is_wanted:
         fp.abort(where.final)
     out.json({"path": str(where.final), "dropped": is_wanted, "parts": len(session.parts)})
@@ -29,18 +27,10 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     return not is_wanted
 
 
-def _ask(session: places.Session) -> bool:
-    """Asks at the terminal; the end of the input is a no.
-
-    Raises:
-      WrongUseError: Standard input is no terminal.
-    """
-    if not sys.stdin.isatty():
-        raise WrongUseError("nobody can be asked here: pass --yes to drop it")
+def _described(session: places.Session) -> str:
     status = session.status
     about = f"{session.where.session}: {text.counted(len(status.parts), 'part')}"
     about += f", {text.size(status.bytes)}"
     if status.parts:
         about += f", last saved {text.age(time.time() - status.parts[-1].written_at)}"
-    print(f"{printable(about)}\nDrop it? [y/N] ", end="", file=sys.stderr, flush=True)  # noqa: T201
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    return about

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from flax_partial.cli import places, text
+from flax_partial.cli import listing, places, text
 from flax_partial.cli.output import BAD, FAINT, GOOD, STRONG, WAITING, Column, Output, Row
 from flax_partial.cli.places import Session
 from flax_partial.errors import NoSessionError, first_few
@@ -35,7 +35,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Looks at a session; returns whether its parts conflict, or are damaged."""
-    session = places.read_session(places.resolve(options.path))
+    session = places.read_session(
+        places.resolve(listing.one_checkpoint(options.path, out, places.UNFINISHED))
+    )
     if options.watch:
         _watch(session, out)
         return False

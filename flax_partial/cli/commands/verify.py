@@ -3,7 +3,7 @@
 import argparse
 import time
 
-from flax_partial.cli import places, text
+from flax_partial.cli import listing, places, text
 from flax_partial.cli.output import BAD, GOOD, Column, Output, Row
 from flax_partial.loading.verify import verify_with
 
@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Verifies a checkpoint; returns whether it is damaged."""
-    where = places.finalized(options.path)
+    where = places.finalized(listing.one_checkpoint(options.path, out))
     began = time.perf_counter()
     with out.bar("Verifying") as progress:
         report = verify_with(where.final, progress=progress)

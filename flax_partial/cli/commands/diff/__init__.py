@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from flax_partial.cli import places, selection, text
+from flax_partial.cli import listing, places, selection, text
 from flax_partial.cli.commands.diff import changes
 from flax_partial.cli.commands.diff.changes import Change
 from flax_partial.cli.commands.diff.difference import Difference
@@ -39,11 +39,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Compares two checkpoints; returns whether they differ."""
-    with places.open_finalized(options.a) as a, places.open_finalized(options.b) as b:
+    paths = [listing.one_checkpoint(path, out) for path in (options.a, options.b)]
+    with places.open_finalized(paths[0]) as a, places.open_finalized(paths[1]) as b:
         names, found = _compare(a, b, options, out)
     ordered = [found[name] for name in names if name in found]
     same = len(names) - len(ordered)
-    out.json({"a": options.a, "b": options.b, "same": same, "changes": [*map(_as_json, ordered)]})
+    out.json({"a": paths[0], "b": paths[1], "same": same, "changes": [*map(_as_json, ordered)]})
     out.table(_COLUMNS, [*map(_row, ordered)])
     for change in ordered:
         if change.problem:

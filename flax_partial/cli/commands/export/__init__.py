@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_partial.cli import places, selection, text
+from flax_partial.cli import listing, places, selection, text
 from flax_partial.cli.commands.export import safetensors
 from flax_partial.cli.commands.export.safetensors import Layout
 from flax_partial.cli.errors import WrongUseError
@@ -37,6 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Exports a checkpoint."""
     target = _target(options.out)
+    options.path = listing.one_checkpoint(options.path, out)
     with places.open_finalized(options.path) as checkpoint:
         _export(options, out, checkpoint, target)
     return False

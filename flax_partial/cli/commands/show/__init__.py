@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flax_partial.cli import places, selection, text
+from flax_partial.cli import listing, places, selection, text
 from flax_partial.cli.commands.show import tree
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import STRONG, Column, Output, Row
@@ -36,8 +36,9 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     """Shows a checkpoint."""
     if options.depth is not None and options.depth < 1:
         raise WrongUseError(f"--depth is at least 1, not {options.depth}")
-    where = places.resolve(options.path)
-    contents, state = places.read_contents(options.path)
+    path = listing.one_checkpoint(options.path, out)
+    where = places.resolve(path)
+    contents, state = places.read_contents(path)
     leaves = selection.chosen(contents.leaves, options.only, options.skip)
     described = described_contents(where, contents)
     is_finalized = state == places.FINALIZED

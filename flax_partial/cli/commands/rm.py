@@ -1,0 +1,34 @@
+"""`rm`: removes a finalized checkpoint, and asks first."""
+
+import argparse
+
+import flax_partial as fp
+from flax_partial.cli import places, text
+from flax_partial.cli.errors import WrongUseError
+from flax_partial.cli.output import BAD, Output
+from flax_partial.loading.catalog import is_finalized
+from flax_partial.storage import local as storage
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.description = (
+        "Remove a finalized checkpoint, unless somebody is reading it. For an unfinished one there "
+        "is abort."
+    )
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def run(options: argparse.Namespace, out: Output) -> bool:
+    """Removes a checkpoint; returns whether the answer was no."""
+    final = places.finalized(options.path).final
+    if not is_finalized(final):
+        raise WrongUseError(f"there is no finalized checkpoint at {final}")
+    size = storage.bytes_below(final)
+    is_wanted = options.yes or out.is_agreed(f"{final}: {text.size(size)}", "remove it")
+    if is_wanted:
+        fp.remove(final)
+    out.json({"path": str(final), "removed": is_wanted, "bytes": size})
+    out.line(f"{'removed' if is_wanted else 'kept'} {final}", "" if is_wanted else BAD)
+    return not is_wanted

@@ -1,0 +1,201 @@
+"""What lies in a run's directory: its checkpoints and unfinished sessions."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax_partial as fp
+from flax_partial.cli import places
+from flax_partial.cli.errors import WrongUseError
+from flax_partial.cli.output import Output
+from flax_partial.loading.catalog import is_finalized
+from flax_partial.storage import local as storage
+from flax_partial.storage.parts import part_names
+
+# What `CheckpointManager` of Orbax keeps beside a checkpoint's tree.
+_ORBAX_METRICS = Path("metrics", "metrics")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One checkpoint or session in a directory, as far as it can be read; as `--json` has it.
+
+    Attributes:
+      name: Of its directory.
+      state: `FINALIZED`, `UNFINISHED` or `DAMAGED`.
+      format: `OURS` or `ORBAX`.
+      step: The step that it is of; None where nothing tells.
+      written_at: When it was finalized, or last saved to, in seconds since the epoch.
+      bytes: Array data in it, in bytes.
+      leaves: Number of leaves.
+      metrics: Those that are stored with it.
+      problem: What is wrong with it; None if nothing is.
+    """
+
+    name: str
+    state: str
+    format: str = places.OURS
+    step: int | None = None
+    written_at: float | None = None
+    bytes: int = 0
+    leaves: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def directory(path: str) -> Path:
+    """Takes the path of a run's directory.
+
+    Raises:
+      WrongUseError: There is none.
+    """
+    found = Path(path)
+    if not found.is_dir():
+        kind = "is not a directory" if found.exists() else "does not exist"
+        raise WrongUseError(f"{path} {kind}")
+    if found.resolve().name.endswith(storage.SESSION_SUFFIX) or is_finalized(found):
+        raise WrongUseError(f"{path} is a checkpoint, not a directory of them: use show or status")
+    return found
+
+
+def entries(directory: Path) -> list[Entry]:
+    """Reads what is in a directory: by step, then by name."""
+    paths = (directory / name for name in storage.listed(directory) if not _is_removed(name))
+    found = [entry for path in paths if path.is_dir() and (entry := _entry(path))]
+    return sorted(found, key=lambda one: (one.step is None, one.step or 0, one.name))
+
+
+def one_checkpoint(path: str, out: Output, state: str = places.FINALIZED) -> str:
+    """Takes the path of a checkpoint; that of a run means the newest in it, and a note says so.
+
+    Args:
+      path: As it stands on the command line.
+      out: Where the note goes.
+      state: Of the checkpoint, `FINALIZED` or `UNFINISHED`.
+
+    Raises:
+      WrongUseError: It cannot name a checkpoint, or is a run that has none in this state.
+    """
+    found, where = Path(path), places.resolve(path)
+    if (found / storage.STATE).exists() or storage.is_session(where) or is_finalized(found):
+        return path
+    held = entries(found)
+    if not held:
+        return path
+    name = latest(held, state)
+    if name is None:
+        raise WrongUseError(f"{path} is a run that has no {state} checkpoint of a step")
+    out.note(f"{path} is a run: its newest {state} checkpoint is {found / name}")
+    return str(found / name)
+
+
+def latest(entries: Sequence[Entry], state: str = places.FINALIZED) -> str | None:
+    """Returns the checkpoint of the last step; of two that which is called by it."""
+    ranked = [
+        (one.step, one.name == str(one.step), one.name)
+        for one in entries
+        if one.state == state and one.step is not None
+    ]
+    return max(ranked)[-1] if ranked else None
+
+
+def best(entries: Sequence[Entry], monitor: str | None, mode: str) -> str | None:
+    """Returns the finalized checkpoint with the best score, the newer of equals.
+
+    Raises:
+      WrongUseError: None of them has this metric, though there are some.
+    """
+    finalized = [entry for entry in entries if entry.state == places.FINALIZED]
+    if monitor is None or not finalized:
+        return None
+    sign = 1 if mode == "min" else -1
+    scored = [one for one in finalized if monitor in one.metrics]
+    if not scored:
+        known = ", ".join(sorted({name for one in finalized for name in one.metrics}))
+        raise WrongUseError(f"no checkpoint has a metric {monitor!r}; they have {known or 'none'}")
+    return min(scored, key=lambda one: (sign * one.metrics[monitor], -(one.step or 0))).name
+
+
+def _entry(path: Path) -> Entry | None:
+    """Returns None for what is neither a checkpoint nor a session."""
+    state = path / storage.STATE
+    try:
+        if path.name.endswith(storage.SESSION_SUFFIX):
+            return _unfinished(path)
+        is_ours = (state / storage.CONTENTS).exists() or part_names(state)
+        if is_ours or is_finalized(path):
+            return _finalized(path)
+    except (fp.PartialCheckpointError, WrongUseError, OSError) as error:
+        return Entry(path.name, places.DAMAGED, step=_step(path, {}), problem=str(error))
+    return None
+
+
+def _finalized(path: Path) -> Entry:
+    described = fp.metadata(places.resolve(str(path)).final)
+    metadata = described.custom_metadata
+    is_whole = is_finalized(path)
+    return Entry(
+        name=path.name,
+        state=places.FINALIZED if is_whole else places.DAMAGED,
+        format=places.written_by(described),
+        step=_step(path, metadata),
+        written_at=described.committed_at,
+        bytes=described.bytes,
+        leaves=len(described.leaves),
+        metrics=_numbers(metadata.get("metrics") or _orbax_metrics(path)),
+        problem=None if is_whole else "_CHECKPOINT_METADATA or state/_METADATA is missing",
+    )
+
+
+def _unfinished(path: Path) -> Entry | None:
+    where = places.resolve(str(path))
+    if places.is_foreign(where):
+        return Entry(path.name, places.UNFINISHED, places.ORBAX, _step(where.final, {}))
+    try:
+        status = fp.status(where.final)
+    except fp.NoSessionError:  # finalized or dropped meanwhile
+        return None
+    return Entry(
+        name=path.name,
+        state=places.UNFINISHED,
+        step=_step(where.final, status.custom_metadata),
+        written_at=max((part.written_at for part in status.parts), default=None),
+        bytes=status.bytes,
+        leaves=len(status.leaves),
+        metrics=_numbers(status.custom_metadata.get("metrics")),
+    )
+
+
+def _is_removed(name: str) -> bool:
+    return name.startswith(".") and name.endswith(storage.DELETED_SUFFIX)
+
+
+def _step(path: Path, metadata: dict[str, Any]) -> int | None:
+    step = metadata.get("step")
+    if isinstance(step, int) and not isinstance(step, bool):
+        return step
+    return step_in_name(path.name)
+
+
+def step_in_name(name: str) -> int | None:
+    """Returns the step that a checkpoint or session is called by: 12 in `prefix_0000012`."""
+    digits = name.removesuffix(storage.SESSION_SUFFIX).rpartition("_")[2]
+    return int(digits) if digits.isascii() and digits.isdecimal() else None
+
+
+def _orbax_metrics(path: Path) -> object:
+    try:
+        return json.loads(storage.read(path / _ORBAX_METRICS) or b"{}")
+    except ValueError:
+        return {}
+
+
+def _numbers(metrics: object) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in (metrics.items() if isinstance(metrics, dict) else ())
+        if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    }
