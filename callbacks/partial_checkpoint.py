@@ -263,11 +263,8 @@ class PartialCheckpointCallback:
     ) -> None:
         """Saves what was not streamed of a step that is to be saved."""
         step, member = trainer.global_step, self._member
-        is_new = self._step_before is not None and step not in (
-            self._step_before,
-            member.last_saved,
-        )
-        if is_new and member.failures.are_raised:
+        is_new = step not in (self._step_before, member.last_saved)
+        if is_new and self._step_before is not None and member.failures.are_raised:
             self._run.check_first_step(step)
         self._run.advance(step)
         self._reach(step, "on_train_batch_end")

@@ -437,7 +437,7 @@ def test_missing_monitor_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     callback = fitted(tmp_path, monitor="val_loss", metrics=lambda _: metrics)
     assert "'val_loss' is not among the trainer's metrics (loss)" in caplog.text
     assert callback.best_model_path == ""
-    with pytest.raises(ValueError, match="'val_loss'.* stored: loss"):
+    with pytest.raises(ValueError, match=r"'val_loss'.* stored: loss"):
         callback.restore(which="best")
 
 

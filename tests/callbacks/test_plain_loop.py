@@ -129,9 +129,9 @@ def test_forgotten_restore_is_told_after_the_first_step(tmp_path: Path, earlier:
 
 def test_directory_that_cannot_be_made_is_told_after_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with checkpointing(tmp_path / "file" / "run", every_n_epochs=None, every_n_train_steps=5) as c:
-        with pytest.raises(NotADirectoryError):
-            c.step(new_state())
+    ckpt = checkpointing(tmp_path / "file" / "run", every_n_train_steps=5)
+    with pytest.raises(NotADirectoryError):
+        ckpt.step(new_state())
 
 
 def test_epochs_are_saved_with_the_metrics_of_the_epoch(tmp_path: Path) -> None:
