@@ -65,6 +65,8 @@ class Run:
         self._members: dict[str, Member] = {}  # callbacks whose groups are waited for, by key
         self._open: dict[int, Checkpoint] = {}  # by step; those the finalizer does not have yet
         self._blocked = BlockedTime()  # of the checkpoint that was opened last
+        self._is_dismissed = False
+        self._is_checked = False  # whether the first step of training was
         with _runs_lock:
             _runs.add(self)
 
@@ -84,6 +86,7 @@ class Run:
     def start(self, member: Member) -> None:
         """Joins a callback whose training begins, which ends all earlier runs in the directory."""
         self.join(member)
+        self._is_dismissed = self._is_checked = False
         for other in self._others():
             other.dismiss()
         self.recover()
@@ -104,6 +107,7 @@ class Run:
 
     def dismiss(self) -> None:
         """Ends all callbacks: another run of this process has begun in their directory."""
+        self._is_dismissed = True
         for member in tuple(self._members.values()):
             self.end(member)
 
@@ -153,6 +157,18 @@ class Run:
         if hook in _LAST_HOOKS:
             self.recorder.flush()
 
+    def check_first_step(self, step: int) -> None:
+        """Checks, after the first step of training only, that later ones can be saved.
+
+        Raises:
+          CheckpointExistsError: The directory holds this step, or a later one.
+          OSError: The directory cannot be made.
+        """
+        if not self._is_checked:
+            self._is_checked = True
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _directory.check_is_newer(self.directory, step)
+
     def advance(self, step: int) -> None:
         """Drops the checkpoints of steps before `step` that are open; finalizes closed ones."""
         if self._open:
@@ -163,7 +179,15 @@ class Run:
 
         A new one waits until those before it are finalized: where training saves faster than the
         storage takes it, it slows down, instead of filling the memory with snapshots.
+
+        Raises:
+          ValueError: Another run has begun in the directory since this one did.
         """
+        if self._is_dismissed:
+            raise ValueError(
+                f"Another callback has begun to save into {self.directory}, which ended this one. "
+                "Give both of them one FinalizeHook (finalizer=), or use one callback."
+            )
         if not self._name:
             self.recover()
         with self._lock:

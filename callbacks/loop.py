@@ -70,6 +70,7 @@ class Loop:
     def start(self, step: int) -> None:
         """Begins, with so many steps done, and recovers what an ended run left."""
         self.trainer.global_step = step
+        self._has_epochs = False
         self.checkpoints.setup(self.trainer, None, "fit")
         self.checkpoints.on_fit_start(self.trainer, None)
         self.is_running = True

@@ -262,14 +262,17 @@ class PartialCheckpointCallback:
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves what was not streamed of a step that is to be saved."""
-        step = trainer.global_step
+        step, member = trainer.global_step, self._member
+        is_new = step not in (self._step_before, member.last_saved)
+        if is_new and self._step_before is not None and member.failures.are_raised:
+            self._run.check_first_step(step)
         self._run.advance(step)
         self._reach(step, "on_train_batch_end")
         if self._is_due(trainer, step, epoch_ends=trainer.is_last_batch):
             self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
         if self._save_on_exception:
             self._finished = Finished.of(trainer, module, self._state_fn)
-            self._member.has_finished_step = True
+            member.has_finished_step = True
         self._step_before = step
         self._run.recorder.step_ended(step)
         self._stop_after_last(trainer, step)
@@ -349,7 +352,7 @@ class PartialCheckpointCallback:
     @property
     def last_model_path(self) -> str:
         """The newest finalized checkpoint of the directory; "" while there is none."""
-        return self._path_of("latest")
+        return self._path_of(max(fp.steps(self.directory), default=None))
 
     @property
     def best_model_path(self) -> str:
@@ -357,17 +360,18 @@ class PartialCheckpointCallback:
 
         Like `last_model_path` it is looked up on disk: after a restart it is the same.
         """
-        return self._path_of("latest" if self._member.retention.monitor is None else "best")
+        if self._member.retention.monitor is None:
+            return self.last_model_path
+        best = _directory.best(self.directory, self._member.retention)
+        return self._path_of(best[0] if best else None)
 
     @property
     def best_model_score(self) -> float | None:
         """The score that `best_model_path` was stored with; None without a score or a `monitor`."""
-        retention = self._member.retention
-        scores = _directory.scores(self.directory, fp.steps(self.directory), retention.monitor)
-        return next((scores[step] for step in retention.ranked(scores, scores)), None)
+        best = _directory.best(self.directory, self._member.retention)
+        return best[1] if best else None
 
-    def _path_of(self, which: str) -> str:
-        step = _directory.choose(self.directory, self._member.retention, which)
+    def _path_of(self, step: int | None) -> str:
         return "" if step is None else str(self.directory / str(step))
 
     def recover(self) -> None:
@@ -393,7 +397,7 @@ class PartialCheckpointCallback:
           The state and its step; None if there is no checkpoint yet.
 
         Raises:
-          ValueError: `which` is "best" and there is no `monitor`.
+          ValueError: `which` is "best", and there is no `monitor`, or no checkpoint that has it.
           NoSessionError: There is no checkpoint of the step that `which` is.
           TargetMismatchError: The checkpoint does not fit `target`; nothing was updated.
         """
@@ -479,6 +483,7 @@ class PartialCheckpointCallback:
         try:
             if finished is not None and finished.step not in (0, member.last_saved):
                 finished.check_is_there()
+                logger.warning("Training failed: step %d is saved before it ends.", finished.step)
                 checkpoint = self._run.open(member, step=finished.step, epoch=finished.epoch)
                 self._run.rescued_step = finished.step
                 groups = self._grouping.rest(finished.tree, checkpoint.claims)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import signal
+import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,14 +28,14 @@ from stub_trainer import (
     restored,
     run_program,
 )
-from test_callback import assert_is_step, names_in
+from test_callback import assert_is_step, names_in, wait_for_leaves
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
+from flax_partial.runs import completeness
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("_logged")
 
@@ -166,27 +169,30 @@ def test_nothing_to_save_is_said(tmp_path: Path) -> None:
     assert names_in(tmp_path) == []
 
 
-def test_failed_finalize_is_raised_and_nothing_is_lost(tmp_path: Path) -> None:
-    def block(trainer: StubTrainer) -> None:
-        (tmp_path / str(trainer.global_step)).mkdir()
+@pytest.fixture
+def blocked(tmp_path: Path) -> dict[str, Callable[[StubTrainer], None]]:
+    """A loop's `at` in which the place of step 2 is taken once all of it is saved."""
 
+    def block(_: StubTrainer) -> None:
+        wait_for_leaves(tmp_path / "2", 17)
+        (tmp_path / "2").mkdir()
+
+    return {"on_train_epoch_end": block}
+
+
+def test_failed_finalize_is_raised_and_nothing_is_lost(tmp_path: Path, blocked: Any) -> None:
     with pytest.raises(fp.CheckpointExistsError):
-        fitted(tmp_path, at={"on_train_epoch_end": block})
+        fitted(tmp_path, at=blocked)
     assert names_in(tmp_path) == ["2", "2.partial_save"]
     (tmp_path / "2").rmdir()
     begun(PartialCheckpointCallback(tmp_path))
     assert_is_step(tmp_path / "2", 2)
 
 
-def test_failed_finalize_is_counted_by_all_callbacks(tmp_path: Path) -> None:
-    def block(trainer: StubTrainer) -> None:
-        (tmp_path / str(trainer.global_step)).mkdir(exist_ok=trainer.global_step > 2)
-
-    hook = FinalizeHook()
-    callbacks = [
-        PartialCheckpointCallback(tmp_path, finalizer=hook, on_save_error="warn") for _ in range(2)
-    ]
-    Loop(*callbacks, at={"on_train_epoch_end": block}).fit()
+def test_failed_finalize_is_counted_by_all_callbacks(tmp_path: Path, blocked: Any) -> None:
+    shared: Any = {"finalizer": FinalizeHook(), "on_save_error": "warn"}
+    callbacks = [PartialCheckpointCallback(tmp_path, **shared) for _ in range(2)]
+    Loop(*callbacks, at=blocked).fit()
     assert [callback.failed_saves for callback in callbacks] == [1, 1]
 
 
@@ -217,7 +223,7 @@ def test_exception_is_not_hidden_by_a_save_that_failed_since_the_last_hook(
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Loop(callback, at={"ready": raise_zero_division}).fit()
+        Loop(callback, at={"ready": fail}).fit()
     assert "file too large" in caplog.text.lower()
 
 
@@ -403,6 +409,39 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     assert callback.failed_saves == 3
     assert names_in(tmp_path) == ["2", "4", "6", "8"]
     assert_is_step(tmp_path / "4", 4)
+
+
+def test_two_callbacks_in_one_directory_are_told_to_share_a_hook(tmp_path: Path) -> None:
+    callbacks = [PartialCheckpointCallback(tmp_path, every_n_train_steps=1) for _ in range(2)]
+    with pytest.raises(ValueError, match="one FinalizeHook"):
+        Loop(*callbacks).fit()
+
+
+_READER = """
+import os, sys
+import jax.experimental.multihost_utils  # before this process may not read what root installed
+from pathlib import Path
+from flax_partial.callbacks import PartialCheckpointCallback
+
+os.seteuid(65534)
+state, step = PartialCheckpointCallback(sys.argv[1]).restore({"a": 0})
+assert (state, step) == ({"a": 1}, 1)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize("is_whole", [True, False], ids=["to be finalized", "to be dropped"])
+def test_restore_by_a_user_who_may_only_read_changes_nothing(*, is_whole: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name)
+        fp.save(run / "1", {"a": 1})
+        fp.finalize(run / "1")
+        session = completeness.saved(callback="c", group="a")
+        session |= completeness.closing(["c"], callback="c", groups=["a"]) if is_whole else {}
+        fp.save(run / "2", {"a": 2}, custom_metadata={"step": 2, "session": session})
+        run.chmod(0o755)
+        run_program(_READER, run)
+        assert names_in(run) == ["1", "2.partial_save"]
 
 
 def test_run_waits_for_what_one_before_it_in_this_process_still_finalizes(tmp_path: Path) -> None:
