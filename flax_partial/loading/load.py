@@ -5,7 +5,7 @@ that does not fit is told in one error, before any array data is read. Then only
 this process's devices hold are read.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from jax import tree_util
 from flax_partial import collector
 from flax_partial.errors import CorruptCheckpointError, TargetMismatchError
 from flax_partial.format import keypaths
+from flax_partial.format.keypaths import ATTRIBUTE, KeyPath
 from flax_partial.format.model import Leaf, Region
 from flax_partial.loading import target as placing
 from flax_partial.loading.batches import region_bytes
@@ -22,6 +23,7 @@ from flax_partial.loading.target import Placement
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import CheckpointPath, PathLike
 
+_NNX_VALUE = "value"
 _PIECE_BYTES = 96 << 20  # of a load that says how far it is
 
 
@@ -30,6 +32,7 @@ def load(
     target: Any = None,
     *,
     partial: bool = False,
+    keep_missing: bool = False,
     cast: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
@@ -41,6 +44,7 @@ def load(
         numbers, strings, None. Its leaves are found by their names, so that a dict, a dataclass and
         a Flax state with the same keys are interchangeable. None reads everything.
       partial: Whether `target` may lack leaves of the checkpoint; those are not read.
+      keep_missing: Whether the checkpoint may lack leaves of `target`; those stay as they are.
       cast: Whether a dtype that differs is converted; an error otherwise.
       progress: Called in this thread, before the first and after each piece of some 100 MiB, with
         how many bytes of how many are read.
@@ -58,7 +62,9 @@ def load(
     """
     where = storage.resolve(path)
     with collector.paused(), storage.reading(where.final):
-        return _load(where, target, partial=partial, cast=cast, progress=progress)
+        return _load(
+            where, target, partial=partial, keep_missing=keep_missing, cast=cast, progress=progress
+        )
 
 
 def _load(
@@ -66,6 +72,7 @@ def _load(
     target: Any,
     *,
     partial: bool,
+    keep_missing: bool,
     cast: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Any:
@@ -74,37 +81,62 @@ def _load(
         placements = [placing.as_saved(leaf) for leaf in checkpoint.contents.leaves]
         return _nested(checkpoint.contents.leaves, _read(checkpoint, placements, progress))
     flat, structure = keypaths.flatten(target)
-    wanted = [(keypaths.from_jax(path).name, value) for path, value in flat]
-    placements = _plan(checkpoint.contents.leaves, wanted, partial=partial, cast=cast)
+    wanted = [(keypaths.from_jax(path), value) for path, value in flat]
+    placements = _plan(
+        checkpoint.contents.leaves, wanted, partial=partial, keep_missing=keep_missing, cast=cast
+    )
     return tree_util.tree_unflatten(structure, _read(checkpoint, placements, progress))
 
 
 def _plan(
-    leaves: Sequence[Leaf], wanted: Sequence[tuple[str, Any]], *, partial: bool, cast: bool
+    leaves: Sequence[Leaf],
+    wanted: Sequence[tuple[KeyPath, Any]],
+    *,
+    partial: bool,
+    keep_missing: bool,
+    cast: bool,
 ) -> list[Placement]:
     by_name = {leaf.name: leaf for leaf in leaves}
     placements: list[Placement] = []
     problems: list[str] = []
-    for name, value in wanted:
-        leaf = by_name.get(name)
-        if leaf is None:
-            problems.append(f"{name!r} is not in the checkpoint")
-            continue
-        placement = placing.as_target(leaf, value, cast=cast)
+    found: set[str] = set()
+    for path, value in wanted:
+        leaf = _find(path, by_name)
+        if leaf is not None:
+            found.add(leaf.name)
+            placement = placing.as_target(leaf, value, cast=cast)
+        elif keep_missing:
+            placement = placing.as_it_is(path, value)
+        else:
+            placement = f"{path.name!r} is not in the checkpoint"
         if isinstance(placement, str):
             problems.append(placement)
         else:
             placements.append(placement)
     if not partial:
-        names = {name for name, _ in wanted}
-        problems += [f"{name!r} is not in the target" for name in by_name if name not in names]
+        problems += [f"{name!r} is not in the target" for name in by_name if name not in found]
     if problems:
         raise TargetMismatchError(
             f"The checkpoint does not fit the target in {len(problems)} places "
-            "(partial=True lets the target lack leaves, cast=True converts dtypes):\n  "
-            + "\n  ".join(problems)
+            "(partial=True lets the target lack leaves, keep_missing=True lets the checkpoint lack "
+            "some, which stay as they are, cast=True converts dtypes):\n  " + "\n  ".join(problems)
         )
     return placements
+
+
+def _find(path: KeyPath, by_name: Mapping[str, Leaf]) -> Leaf | None:
+    """The leaf at a path: with or without the attribute in which NNX's variables hold their value.
+
+    What NNX flattens has it (`params.kernel.value`), its pure dicts and the callback's do not.
+    """
+    leaf = by_name.get(path.name)
+    if leaf is None and path.texts[-1:] == (_NNX_VALUE,) and path.kinds[-1] == ATTRIBUTE:
+        return by_name.get(path.name.removesuffix(f".{_NNX_VALUE}"))
+    if leaf is None:
+        leaf = by_name.get(f"{path.name}.{_NNX_VALUE}")
+        is_variable = leaf is not None and leaf.path.kinds[-1] == ATTRIBUTE
+        return leaf if is_variable else None
+    return leaf
 
 
 def _read(

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from flax_partial.errors import TargetMismatchError
 from flax_partial.format import model as kinds
 from flax_partial.format.chunks import Shape
-from flax_partial.format.keypaths import is_leaf
+from flax_partial.format.keypaths import KeyPath, is_leaf
 from flax_partial.format.model import Leaf
 
 BoxRange = tuple[Shape, Shape]
@@ -25,11 +25,13 @@ class OnDevice:
 
     Attributes:
       array: Its data.
-      sharding: Where to put it; None for the default device.
+      sharding: Where to put it; None for the default device, uncommitted.
+      is_weak: Whether its type is weak in JAX, as that of Python's numbers.
     """
 
     array: np.ndarray
     sharding: Sharding | None
+    is_weak: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +40,17 @@ class OnDevices:
 
     Attributes:
       shape: Global shape of the array.
+      dtype: Its dtype.
       sharding: Its sharding.
-      shards: This process's shards.
+      shards: This process's shards; none where it lives on devices of other processes.
+      is_weak: Whether its type is weak in JAX.
     """
 
     shape: Shape
+    dtype: np.dtype[Any]
     sharding: Sharding
     shards: Sequence[OnDevice]
+    is_weak: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +114,35 @@ def _shards_of(value: Any) -> Sequence[OnDevice]:
 
 def _placed(value: Any, found: Mapping[int, jax.Array]) -> Any:
     if isinstance(value, OnDevice):
-        return found[id(value)]
-    if isinstance(value, OnDevices):
+        array = found[id(value)]
+    elif isinstance(value, OnDevices):
         shards = [found[id(shard)] for shard in value.shards]
-        return jax.make_array_from_single_device_arrays(value.shape, value.sharding, shards)
-    return value
+        array = jax.make_array_from_single_device_arrays(
+            value.shape, value.sharding, shards, dtype=value.dtype
+        )
+    else:
+        return value
+    return _weakened(array) if value.is_weak else array
+
+
+def _weakened(array: jax.Array) -> jax.Array:
+    """The same array with JAX's weak type, which computing with it depends on.
+
+    An array takes it over from what it is written into. Only the default dtypes can be weak.
+    """
+    number = {"f": 1.0, "i": 1, "c": 1j}.get(_family(np.dtype(array.dtype)), 1)
+
+    def weaken(values: jax.Array) -> jax.Array:
+        return (jnp.zeros(values.shape, bool) * number).at[...].set(values)
+
+    is_on_one = isinstance(array.sharding, SingleDeviceSharding)
+    with jax.numpy_dtype_promotion("standard"):  # strict, it makes no array of a number
+        if jax.eval_shape(weaken, array).dtype != array.dtype:
+            return array
+        weak: jax.Array = jax.jit(weaken, out_shardings=None if is_on_one else array.sharding)(
+            array
+        )
+    return weak
 
 
 def plain_value(leaf: Leaf) -> Any:
@@ -141,6 +171,13 @@ def as_target(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     if is_key != (leaf.kind == kinds.PRNG_KEY):
         return _differ(leaf, target)
     return _as_key(leaf, target) if is_key else _as_array(leaf, target, cast=cast)
+
+
+def as_it_is(path: KeyPath, target: Any) -> Placement | str:
+    """Plans to keep what stands in the target, which the checkpoint lacks."""
+    if isinstance(target, jax.ShapeDtypeStruct):
+        return f"{path.name!r} is not in the checkpoint, and the target holds no value to keep"
+    return Placement(Leaf(path, kinds.NONE), (), lambda _: target)
 
 
 def key_shape_and_dtype(leaf: Leaf) -> tuple[Shape, str]:
@@ -212,7 +249,9 @@ def _family(dtype: np.dtype[Any]) -> str:
 def _as_key(leaf: Leaf, target: Any) -> Placement | str:
     if key_shape_and_dtype(leaf) != (tuple(target.shape), str(target.dtype)):
         return _differ(leaf, target)
-    sharding = getattr(target, "sharding", None)
+    sharding = _wanted_sharding(leaf, target)
+    if isinstance(sharding, str):
+        return sharding
 
     def build(data: Sequence[np.ndarray]) -> jax.Array:
         key = _key(leaf, data[0])
@@ -220,9 +259,29 @@ def _as_key(leaf: Leaf, target: Any) -> Placement | str:
             return key if sharding is None else jax.device_put(key, sharding)
         indices = sharding.addressable_devices_indices_map(key.shape)
         shards = [jax.device_put(key[index], device) for device, index in indices.items()]
-        return jax.make_array_from_single_device_arrays(key.shape, sharding, shards)
+        return jax.make_array_from_single_device_arrays(
+            key.shape, sharding, shards, dtype=key.dtype
+        )
 
     return Placement(leaf, _whole(leaf), build)
+
+
+def _wanted_sharding(leaf: Leaf, target: Any) -> Sharding | str | None:
+    """Where a target wants an array; None for the default device; a string says what is wrong."""
+    sharding: Sharding | None = getattr(target, "sharding", None)
+    if isinstance(target, jax.Array) and not target.committed:
+        return None  # JAX moves it to whatever it is computed with; a committed one it does not
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, AbstractMesh):
+        return sharding
+    if sharding.mesh.empty:
+        return None
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or mesh.abstract_mesh != sharding.mesh:
+        return (
+            f"{leaf.name!r}: the target's sharding has an abstract mesh, {sharding.mesh}. Load "
+            "inside of jax.set_mesh(mesh), with a mesh like it, or give the target a concrete one"
+        )
+    return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
 def _key(leaf: Leaf, data: np.ndarray) -> jax.Array:
@@ -254,10 +313,15 @@ def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     problem = _unknown_to_jax(leaf, dtype)
     if problem:
         return problem
-    sharding = getattr(target, "sharding", None)
+    sharding = _wanted_sharding(leaf, target)
+    if isinstance(sharding, str):
+        return sharding
+    is_weak = bool(getattr(target, "weak_type", False))
     if sharding is None or isinstance(sharding, SingleDeviceSharding):
-        return Placement(leaf, _whole(leaf), lambda data: OnDevice(convert(data[0]), sharding))
-    return _as_sharded(leaf, sharding, convert)
+        return Placement(
+            leaf, _whole(leaf), lambda data: OnDevice(convert(data[0]), sharding, is_weak)
+        )
+    return _as_sharded(leaf, sharding, dtype, convert, is_weak=is_weak)
 
 
 def _converted(
@@ -284,7 +348,12 @@ def _unknown_to_jax(leaf: Leaf, dtype: np.dtype[Any]) -> str | None:
 
 
 def _as_sharded(
-    leaf: Leaf, sharding: Sharding, convert: Callable[[np.ndarray], np.ndarray]
+    leaf: Leaf,
+    sharding: Sharding,
+    dtype: np.dtype[Any],
+    convert: Callable[[np.ndarray], np.ndarray],
+    *,
+    is_weak: bool,
 ) -> Placement | str:
     try:
         indices = sharding.addressable_devices_indices_map(leaf.shape)
@@ -306,6 +375,6 @@ def _as_sharded(
             for array, devices in zip(data, boxes.values(), strict=True)
             for device in devices
         ]
-        return OnDevices(leaf.shape, sharding, shards)
+        return OnDevices(leaf.shape, dtype, sharding, shards, is_weak)
 
     return Placement(leaf, tuple(boxes), build)

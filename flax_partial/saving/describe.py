@@ -505,9 +505,14 @@ def _axes_json(axes: object) -> object:
 
 def _device_number(device: Any, *, is_local: bool) -> int:
     """A device of one process among several has a number that no other run would know."""
-    if is_local and jax.process_count() > 1:
-        return int(device.local_hardware_id)
-    return int(device.id)
+    if not is_local or jax.process_count() == 1:
+        return int(device.id)
+    beside = [
+        other.id
+        for other in jax.devices(device.platform)
+        if other.process_index == device.process_index
+    ]
+    return sorted(beside).index(device.id)
 
 
 def _lasting(value: object) -> "weakref.ref[jax.Array] | None":
