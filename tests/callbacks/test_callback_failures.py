@@ -419,7 +419,9 @@ def test_two_callbacks_in_one_directory_are_told_to_share_a_hook(tmp_path: Path)
 
 _READER = """
 import os, sys
-import jax.experimental.multihost_utils  # before this process may not read what root installed
+# All of it, before this process may not read what root installed.
+import jax.experimental.multihost_utils
+from flax_partial import load
 from pathlib import Path
 from flax_partial.callbacks import PartialCheckpointCallback
 
