@@ -43,6 +43,8 @@ def main() -> None:
 
 def _named(leaves: list[dict[str, Any]]) -> str:
     """What all leaves of a part have in common of their names, or the first of them."""
+    if not leaves:
+        return "metadata alone"
     paths = [leaf["path"] for leaf in leaves]
     common = [keys[0] for keys in zip(*paths, strict=False) if len(set(keys)) == 1]
     return ".".join(common or paths[0])

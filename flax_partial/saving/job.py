@@ -5,46 +5,34 @@ is a worker's, and undoes itself where it fails.
 """
 
 import dataclasses
-import logging
 import os
 import threading
 import time
 import uuid
-import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jax.profiler import TraceAnnotation
 
-from flax_partial import collector
 from flax_partial.distributed import agreement
-from flax_partial.errors import CorruptCheckpointError
-from flax_partial.format.model import Leaf, Part, data_file_bytes, data_part, data_path, part_path
+from flax_partial.format.model import Leaf, Part, part_path
 from flax_partial.format.tables import encode_part
 from flax_partial.options import SaveOptions
 from flax_partial.reports import SaveReport, SaveTimes
-from flax_partial.saving import snapshot
+from flax_partial.saving import sharing, snapshot
 from flax_partial.saving.describe import Described, Source
 from flax_partial.saving.memory_budget import MemoryBudget
-from flax_partial.saving.reuse import DataFile, Earlier, Shared
-from flax_partial.saving.saved_arrays import SavedArrays
 from flax_partial.saving.write import link_held, write_part
 from flax_partial.sessions import registry
 from flax_partial.sessions.handles import SaveHandle
 from flax_partial.sessions.workers import Task
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import CheckpointPath
-from flax_partial.storage.parts import prefix_of_name, read_parts
+from flax_partial.storage.parts import prefix_of_name
 
-_LOG = logging.getLogger("flax_partial")
 _budget = MemoryBudget()
-_saved_arrays = SavedArrays()
-_earlier: "weakref.WeakKeyDictionary[registry.Session, dict[CheckpointPath, Earlier | None]]" = (
-    weakref.WeakKeyDictionary()
-)
-_reading_earlier = threading.Lock()  # one worker reads an earlier checkpoint, for all saves
 
 
 class SaveJob:
@@ -69,7 +57,7 @@ class SaveJob:
         self._arrays = described.arrays  # that may be remembered; none without `reuse`
         self._options = options
         self._reuse = reuse
-        self._held: list[tuple[Shared, BinaryIO]] = []  # open files that hold some of them
+        self._held: sharing.Held = []  # open files that hold some of them
         self._reused_bytes = 0
         self._started = started
         self._instants = {"called_at": started}  # those of `SaveTimes`, on the monotonic clock
@@ -85,10 +73,10 @@ class SaveJob:
         self._needed_bytes = self._part.bytes  # on the disk, as far as it is known
         self._blocked_secs = 0.0  # of a save in the background; the other kind is all blocked
         self._budget_secs = 0.0
-        handle = SaveHandle()
+        self.handle = SaveHandle()
         self.task: Task[SaveReport] = Task(
             self._run,
-            handle,
+            self.handle,
             subject=self.session,
             withdrawn=self.release,
             skipped=self.session.skip,
@@ -107,26 +95,13 @@ class SaveJob:
         tree.is_tree = True
         self._part = dataclasses.replace(self._part, time_ns=time_ns)
         if self._reuse is not None and self._options.checksum:
-            self._hold_shared(self._reuse)
+            self._held = sharing.hold_files(
+                self._reuse, self._arrays, self._leaves, durable=self._options.durable
+            )
+            held = {at for one, _ in self._held for at in one.leaves}
+            self._reused_bytes = sum(self._sizes[at] for at in held)
+            self._sources = [() if at in held else boxes for at, boxes in enumerate(self._sources)]
         self._reach("entered_at")
-
-    def _hold_shared(self, earlier: CheckpointPath) -> None:
-        """Opens the files that hold arrays that still live: after the call they may not.
-
-        No more is shared than needs no fsync, and what is open can be copied where no link is made.
-        """
-        shared = _saved_arrays.shared_with(
-            earlier.final, self._arrays, self._leaves, durable=self._options.durable
-        )
-        if not shared or not storage.has_contents(earlier.finalized):
-            return
-        for one in shared:
-            file = storage.hold(one.file.path, size=one.file.bytes)
-            if file is not None:
-                self._held.append((one, file))
-                self._reused_bytes += sum(self._sizes[at] for at in one.leaves)
-        held = {at for one, _ in self._held for at in one.leaves}
-        self._sources = [() if at in held else sources for at, sources in enumerate(self._sources)]
 
     def take_snapshot(self) -> None:
         """Makes what is to be written safe from the caller, within the memory budget."""
@@ -170,9 +145,7 @@ class SaveJob:
         except BaseException:
             self.release()
             if self.is_background:
-                handle = task.handle
-                assert isinstance(handle, SaveHandle)  # noqa: S101
-                self.session.fail(handle)
+                self.session.fail(self.handle)
             raise
 
     def _commit(self, task: Task[SaveReport]) -> SaveReport:
@@ -222,7 +195,7 @@ class SaveJob:
                 directory,
                 data,
                 first_file=1 + len(self._held),
-                earlier=self._find_earlier(),
+                earlier=sharing.find_earlier(self.session, self._reuse),
                 checksum=self._options.checksum,
                 durable=durable,
                 check=task.check,
@@ -238,7 +211,8 @@ class SaveJob:
         with TraceAnnotation("flax_partial.commit"):
             storage.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
         self._reach("committed_at")
-        self._remember(part)
+        if self._options.checksum:
+            sharing.remember(self.session.where, self._name, part, self._arrays)
 
     def _host_data(self, positions: Sequence[int]) -> list[tuple[Leaf, list[np.ndarray]]]:
         """Waits until some of the leaves are computed, and brings them into the host's memory."""
@@ -256,30 +230,6 @@ class SaveJob:
             ]
         self._reach("copied_at")
         return data
-
-    def _remember(self, part: Part) -> None:
-        """Has the next save know those of its arrays that live on."""
-        if not any(self._arrays) or not self._options.checksum:
-            return
-        try:
-            files = _data_files(self.session.where, {self._name: part})
-        except OSError:  # no reason to fail a save that is committed
-            return
-        for array, leaf in zip(self._arrays, part.leaves, strict=True):
-            file = files.get(data_part(self._name, leaf.file))
-            if array is not None and file is not None:
-                final = self.session.where.final
-                _saved_arrays.remember(array, checkpoint=final, file=file, leaf=leaf)
-
-    def _find_earlier(self) -> Earlier | None:
-        """What this process's parts of the checkpoint to share with hold; None if there is none."""
-        if self._reuse is None:
-            return None
-        with _reading_earlier:
-            known = _earlier.setdefault(self.session, {})
-            if self._reuse not in known:
-                known[self._reuse] = _read_earlier(self._reuse)
-            return known[self._reuse]
 
     def _reach(self, name: str) -> float:
         """Notes that the save is at one of the instants of its report; returns the time."""
@@ -313,35 +263,10 @@ def note_computed() -> None:
             _noting.release()
 
 
-def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
-    """Nothing that is wrong with an earlier checkpoint keeps a save from being written."""
-    finalized = checkpoint.finalized
-    try:
-        if storage.has_contents(finalized):
-            with collector.paused():
-                parts = read_parts(finalized.state, process=agreement.index()).committed
-                return Earlier(parts, _data_files(finalized, parts))
-    except (OSError, CorruptCheckpointError) as error:
-        _LOG.warning("flax_partial: cannot reuse data of %s: %s", checkpoint.final, error)
-    return None
-
-
-def _data_files(where: CheckpointPath, parts: Mapping[str, Part]) -> dict[str, DataFile]:
-    """The data files of some parts, as they are once finalized, each called as by `data_part`."""
-    found = {}
-    for name, part in parts.items():
-        for number in data_file_bytes(part.leaves):
-            file = data_part(name, number)
-            size = storage.size_of_data(where, data_path(file))
-            place = where.finalized.state / data_path(file)
-            found[file] = DataFile(place, size, part.durable)
-    return found
-
-
 def _forget_all() -> None:
     """A forked child has none of its parent's threads."""
-    global _budget, _noting, _reading_earlier
-    _budget, _noting, _reading_earlier = MemoryBudget(), threading.Lock(), threading.Lock()
+    global _budget, _noting
+    _budget, _noting = MemoryBudget(), threading.Lock()
     _uncomputed.clear()
 
 

@@ -8,7 +8,7 @@ own leaves.
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from flax_partial.errors import EmptyStateError
 from flax_partial.format.metadata import check_metadata
@@ -18,15 +18,13 @@ from flax_partial.saving.describe import describe
 from flax_partial.saving.job import SaveJob
 from flax_partial.sessions import workers
 from flax_partial.sessions.forks import check_not_forked
+from flax_partial.sessions.handles import SaveHandle
 from flax_partial.storage import local as storage
 from flax_partial.storage.local import PathLike
 
-if TYPE_CHECKING:
-    from flax_partial.sessions.handles import SaveHandle
-
 _DEFAULTS = SaveOptions()
-# The save that the main thread is about to hand over. Signals reach that thread alone: if it calls
-# anew, an interrupt has kept it from clearing this, and perhaps from taking the claims back.
+# The save that the main thread is preparing. Signals reach that thread alone: where it calls anew
+# and this was not handed over, an interrupt has kept it from taking the claims back.
 _of_main_thread: list[SaveJob] = []
 
 
@@ -45,7 +43,7 @@ def save(
       path: Where the finalized checkpoint will be; until then parts wait in `<path>.partial_save`.
       state: Any JAX pytree; an empty one (`{}`) saves `custom_metadata` alone. Leaves: `jax.Array`,
         `np.ndarray`, NumPy scalars, typed PRNG keys, bool, int, float, complex, str, bytes, None,
-        empty containers, `Slice`.
+        empty containers, `Slice`. An empty container holds a place: other saves may fill it.
       custom_metadata: JSON values under string keys. Those of several saves merge deeply; the later
         value wins.
       replace: Whether leaves that the session holds already are replaced; an error otherwise.
@@ -64,7 +62,10 @@ def save(
       KeyConflictError: A leaf is in the session already, or cannot stand beside others in one tree.
       UnsupportedLeafError: No checkpoint can hold some leaf, key, or value of `custom_metadata`.
       EmptyStateError: `state` has no leaves, and there is no `custom_metadata`.
-      OSError: Writing failed. Like after every other error, the session is as it was before.
+      ForkedProcessError: This is a forked child of a process that had used JAX.
+      OSError: Writing failed. Like after every other error, the session is as it was before. So it
+        is after a `KeyboardInterrupt`, unless the commit had begun; the call then waits for the
+        piece that is being written, of at most 64 MiB. A second interrupt does not wait.
     """
     job = _prepare(path, state, custom_metadata, options or _DEFAULTS, reuse=reuse)
     try:
@@ -73,8 +74,6 @@ def save(
     except BaseException:
         job.task.withdraw()
         raise
-    finally:
-        _clear(job)
 
 
 def save_async(
@@ -85,7 +84,7 @@ def save_async(
     replace: bool = False,
     options: SaveOptions | None = None,
     reuse: PathLike | None = None,
-) -> "SaveHandle":
+) -> SaveHandle:
     """Like `save`, but returns as soon as the caller may donate, delete or overwrite its arrays.
 
     It waits for no computation. Any number may be in flight, from any threads. An error of writing
@@ -113,9 +112,7 @@ def save_async(
     except BaseException:
         job.task.withdraw()
         raise
-    finally:
-        _clear(job)
-    return cast("SaveHandle", job.task.handle)
+    return job.handle
 
 
 def _prepare(
@@ -154,13 +151,8 @@ def _prepare(
         started=started,
     )
     if threading.current_thread() is threading.main_thread():
-        while _of_main_thread:
-            left = _of_main_thread.pop()
-            left.task.withdraw()
-        _of_main_thread.append(job)
+        for before in _of_main_thread:
+            if not before.task.is_submitted:
+                before.task.withdraw()
+        _of_main_thread[:] = [job]
     return job
-
-
-def _clear(job: SaveJob) -> None:
-    if job in _of_main_thread:
-        _of_main_thread.remove(job)

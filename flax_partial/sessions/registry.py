@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from pathlib import Path
@@ -42,7 +43,7 @@ class Session:
         self.not_removed: frozenset[str] = frozenset()
         self._lock = threading.Lock()  # guards what follows
         self._claims = Claims()
-        self._begun: set[object] = set()  # saves under way
+        self._begun = weakref.WeakSet[object]()  # saves under way
         self._pending: dict[object, Sequence[Leaf]] = {}  # what those have claimed
         self._directory: storage.DirectoryLock | None = None  # what the claims are about
         self._failed: list[SaveHandle] = []

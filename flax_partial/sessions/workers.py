@@ -63,6 +63,7 @@ class Task(Generic[T]):
         self._over = threading.Lock()  # held until the task has ended
         self._over.acquire()
         self._stop = threading.Event()
+        self.is_submitted = False
         self.is_over = False
 
     def run(self) -> None:
@@ -133,6 +134,7 @@ class WorkerPool:
 
     def submit(self, task: Task[Any]) -> None:
         """Has a worker do a task, after those submitted before it."""
+        task.is_submitted = True
         if _exit.is_near():  # no thread can be started any more, and none would be waited for
             task.run()
             return
@@ -156,6 +158,7 @@ class WorkerPool:
         """
         try:
             if threading.get_ident() in self._threads:  # it would wait for itself
+                task.is_submitted = True
                 task.run()
             else:
                 self.submit(task)
@@ -184,7 +187,7 @@ class WorkerPool:
     def unfinished(self) -> int:
         """Number of tasks that are queued or being done."""
         with self._lock:
-            return len(self._running) + sum(not task.is_over for task in self._queue)
+            return sum(not task.is_over for task in [*self._running.values(), *self._queue])
 
     def release_idle(self) -> None:
         """Has the workers that wait for a task end, unless there is one."""

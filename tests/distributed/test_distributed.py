@@ -623,3 +623,24 @@ def test_what_such_processes_lack_is_named_and_nothing_is_lost(
     loose.call("save_stage", str(path), [2], count=None, on=[2])
     loose.call("finalize", str(path), expect=["params/blocks/2"], on=[1])
     worker.load_stage(str(path), range(3))
+
+
+@pytest.mark.parametrize("replace", [False, True], ids=["", "again"])
+def test_tree_whose_arrays_live_on_one_process_each_is_saved_once_by_all(
+    two: Cluster, tmp_path: Path, *, replace: bool
+) -> None:
+    path = str(tmp_path / "c")
+    for _ in range(1 + replace):
+        assert two.call("save_of_each_process", path, replace=replace) == [40, 32]
+    two.call("finalize", path)
+    assert two.call("load_of_each_process", path) == [[2, 0], [0, 2]]
+    loaded = fp.load(path)
+    assert loaded.keys() == {"stage0", "stage1", "step"}
+    np.testing.assert_array_equal(loaded["stage1"], np.arange(8.0) + 100)
+
+
+def test_array_that_its_own_process_did_not_save_is_missing(two: Cluster, tmp_path: Path) -> None:
+    path = str(tmp_path / "c")
+    assert two.processes[0].call("save_of_each_process", path).result() == 40
+    with pytest.raises(fp.IncompleteCheckpointError, match="stage1"):
+        two.processes[0].call("finalize", path, processes=[0]).result()

@@ -357,6 +357,42 @@ def _global_keys(mesh: Mesh) -> jax.Array:
 # Anything else.
 
 
+def _of_each_process() -> dict[str, jax.Array]:
+    """An array for each process, on its devices alone, as frameworks for MPMD hand them to all."""
+    arrays = {}
+    for process in range(jax.process_count()):
+        devices = [device for device in jax.devices() if device.process_index == process]
+        sharding = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec("x"))
+        value = np.arange(8.0, dtype=np.float32) + 100 * process
+        shards = [
+            jax.device_put(value[index], device)
+            for device, index in sharding.addressable_devices_indices_map(value.shape).items()
+        ]
+        arrays[f"stage{process}"] = jax.make_array_from_single_device_arrays(
+            value.shape, sharding, shards, dtype=value.dtype
+        )
+    return arrays
+
+
+def save_of_each_process(path: str, **options: Any) -> int:
+    """Saves the whole tree, of which this process holds one array; returns the bytes written."""
+    state = {"step": 3, **_of_each_process()} if jax.process_index() == 0 else _of_each_process()
+    handle = fp.save_async(path, state, **options)
+    return handle.result().bytes
+
+
+def load_of_each_process(path: str) -> list[int]:
+    """Loads the whole tree onto the shardings; returns the number of shards of each array here."""
+    target = {"step": 0, **_of_each_process()}
+    loaded = fp.load(path, target)
+    for process, (name, wanted) in enumerate(_of_each_process().items()):
+        assert loaded[name].sharding == wanted.sharding
+        for shard in loaded[name].addressable_shards:
+            value = np.arange(8.0, dtype=np.float32)[shard.index] + 100 * process
+            np.testing.assert_array_equal(shard.data, value)
+    return [len(loaded[name].addressable_shards) for name in target if name != "step"]
+
+
 def save(path: str, state: Any, **options: Any) -> str:
     return fp.save(path, state, options=QUICK, **options).part
 
