@@ -6,13 +6,17 @@ import argparse
 import importlib
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import plots, report
 from benchmarks.harness import run_scenario
 
 if TYPE_CHECKING:
-    from rich.status import Status
+    from collections.abc import Callable, Iterable
+
+    from rich.console import Console
+
+    from benchmarks.harness import Scenario
 
 # Each is a module here. A new scenario is a new name and a new module.
 SCENARIOS = (
@@ -40,52 +44,57 @@ def main() -> None:
         console.print("[yellow]The directory is in memory: its figures are no disk's.[/yellow]")
     if arguments.small:
         console.print("[yellow]Small work, to see that all runs; no target stands for it.[/yellow]")
+    names = arguments.scenarios or SCENARIOS
+    builds = [importlib.import_module(f"benchmarks.{name}").build for name in names]
+    report.print_summary(run_all(builds, arguments, console, machine), console)
+
+
+def run_all(
+    builds: Iterable[Callable[..., Scenario]],
+    arguments: argparse.Namespace,
+    console: Console,
+    machine: dict[str, Any],
+) -> list[report.Result]:
+    """Runs scenarios as the options of `make_parser` say; returns what they measured.
+
+    Prints each result, and writes JSON after each, so that an interrupted run keeps what it
+    measured; draws all of them at the end.
+    """
     results = []
-    for name in arguments.scenarios or SCENARIOS:
-        with console.status(name) as status:
-
-            def say(text: str, name: str = name, status: Status = status) -> None:
-                status.update(f"{name}: {text}")
-
+    with console.status("") as status:
+        for build in builds:
             outcome = run_scenario(
-                importlib.import_module(f"benchmarks.{name}").build,
+                build,
                 small=arguments.small,
                 rounds=arguments.rounds,
                 directory=arguments.directory,
-                say=say,
+                say=status.update,
             )
-        results.append(report.as_result(outcome))
-        report.print_result(results[-1], console)
-        # After each, so that an interrupted run keeps what it measured.
-        report.write_json(results, arguments.json, machine=machine)
-    report.print_summary(results, console)
+            results.append(report.as_result(outcome))
+            report.print_result(results[-1], console)
+            report.write_json(results, arguments.json, machine=machine)
     written = [arguments.json, *plots.draw(results, arguments.json.with_suffix(".png"))]
     console.print(f"Written: {', '.join(map(str, written))}")
+    return results
+
+
+def make_parser(name: str, description: str | None, json: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options that every run of scenarios has."""
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
+    add = parser.add_argument
+    add("--rounds", type=int, default=5, help="interleaved rounds; default 5")
+    place = "where checkpoints are written and removed again; default %(default)s"
+    add("--directory", type=Path, default=Path(tempfile.gettempdir()), help=place)
+    figures = "the figures, and beside it the plot; default %(default)s"
+    add("--json", type=Path, metavar="FILE", default=Path(json), help=figures)
+    add("--small", action="store_true", help="a fraction of the work, as a trial")
+    return parser
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
-    parser.add_argument(
-        "scenarios",
-        nargs="*",
-        metavar="scenario",
-        help=f"any of {', '.join(SCENARIOS)}; default all",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; default 5")
-    parser.add_argument(
-        "--directory",
-        type=Path,
-        default=Path(tempfile.gettempdir()),
-        help="where checkpoints are written and removed again; default %(default)s",
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        default=Path("benchmarks/results/latest.json"),
-        help="the figures, and beside it the plot; default %(default)s",
-    )
-    parser.add_argument("--small", action="store_true", help="a fraction of the work, as a trial")
+    parser = make_parser("benchmarks", main.__doc__, "benchmarks/results/latest.json")
+    known = f"any of {', '.join(SCENARIOS)}; default all"
+    parser.add_argument("scenarios", nargs="*", metavar="scenario", help=known)
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.scenarios) - set(SCENARIOS)):
         parser.error(f"no such scenario: {', '.join(unknown)}")

@@ -92,7 +92,7 @@ def measure_trees(calls: int, leaves: int, path: str) -> Metrics:
       `later/leaf` (the median) and `later/leaf 95 %`.
     """
     for number in range(_WARM_UP_CALLS):
-        _call_ready(Path(f"{path}.warm_up"), number)
+        _WAYS[_READY](Path(f"{path}.warm_up"), number)
     secs = []
     with peak_growth() as growth:
         for number in range(calls):
@@ -136,9 +136,8 @@ def _products(number: int) -> jax.Array:
     return jax.lax.fori_loop(0, _PRODUCTS, lambda _, made: made @ matrix / _WIDTH, matrix)
 
 
-def _call_ready(path: Path, number: int) -> float:
-    state = {f"array_{number}": _new_array(number)}
-    return _call(partial(fp.save_async, path, state))
+def _call_ours(path: Path, number: int, *, make: Callable[[int], jax.Array]) -> float:
+    return _call(partial(fp.save_async, path, {f"array_{number}": make(number)}))
 
 
 def _call_busy(path: Path, number: int) -> float:
@@ -151,19 +150,14 @@ def _call_busy(path: Path, number: int) -> float:
     return secs
 
 
-def _call_computing(path: Path, number: int) -> float:
-    state = {f"array_{number}": _products(number)}
-    return _call(partial(fp.save_async, path, state))
-
-
 def _call_orbax(path: Path, number: int) -> float:
     state = {"array": _new_array(number)}
     return _call(partial(ocp.save_async, path / str(number), state))
 
 
 _WAYS: dict[str, Callable[[Path, int], float]] = {
-    _READY: _call_ready,
+    _READY: partial(_call_ours, make=_new_array),
     _BUSY: _call_busy,
-    _COMPUTING: _call_computing,
+    _COMPUTING: partial(_call_ours, make=_products),
     _ORBAX: _call_orbax,
 }

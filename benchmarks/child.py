@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,24 +26,13 @@ _LIMIT_SECS = 300
 def run(
     function: Callable[..., Metrics],
     *arguments: object,
-    devices: int = 1,
-    environment: Mapping[str, str] = MappingProxyType({}),
+    **options: Any,
 ) -> Metrics:
-    """Calls a function in a process of its own, and waits for it.
+    """Calls a function in one process, as `run_together` with these options; returns its metrics.
 
-    Args:
-      function: A module's own, in this package.
-      arguments: What JSON can hold, and paths, which arrive as strings.
-      devices: Virtual CPU devices that JAX has in the process.
-      environment: Variables added to this process's own.
-
-    Returns:
-      What the function returned.
-
-    Raises:
-      RuntimeError: The process failed.
+    The arguments are what JSON can hold, and paths, which arrive as strings.
     """
-    (metrics,) = run_together(function, [arguments], devices=devices, environment=environment)
+    (metrics,) = run_together(function, [arguments], **options)
     return metrics
 
 
@@ -54,7 +43,20 @@ def run_together(
     devices: int = 1,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Metrics]:
-    """Calls a function in one process for each list of arguments, all at a time; else as `run`."""
+    """Calls a function in one process for each list of arguments, all at a time.
+
+    Args:
+      function: A module's own, in this package.
+      calls: The arguments of each process: what JSON can hold, and paths, which arrive as strings.
+      devices: Virtual CPU devices that JAX has in each process.
+      environment: Variables added to this process's own.
+
+    Returns:
+      What the function returned in each process.
+
+    Raises:
+      RuntimeError: A process failed.
+    """
     command = [sys.executable, "-m", "benchmarks.child", function.__module__, function.__qualname__]
     flags = f"--xla_force_host_platform_device_count={devices}"
     running = [

@@ -75,7 +75,7 @@ def contender(
       medium: As in `Contender`.
       is_checked: Whether what it leaves is read back, by Orbax too, and compared.
     """
-    save, check = _WAYS[name]
+    save, check = WAYS[name]
     return Contender(
         name=label or name,
         run=partial(save, groups),
@@ -140,6 +140,18 @@ def save_orbax_partial(groups: Iterable[Group], path: Path) -> Metrics:
 def save_orbax_whole(groups: Sequence[Group], path: Path) -> Metrics:
     """Saves everything at once: Orbax `v1.save`, its defaults."""
     return timed(lambda: ocp.save(path, merged(groups)))
+
+
+def save_ours_async(groups: Iterable[Any], path: Path | str) -> Metrics:
+    """Saves group by group in the background, then finalizes: `flax_partial`, its defaults."""
+    return timed_async(
+        lambda: [fp.save_async(path, group) for group in groups], lambda: fp.finalize(path)
+    )
+
+
+def save_orbax_whole_async(groups: Sequence[Any], path: Path | str) -> Metrics:
+    """Saves everything at once in the background: Orbax `v1.save_async`, its defaults."""
+    return timed_async(lambda: [ocp.save_async(path, merged(groups))])
 
 
 def _save_safetensors(groups: Sequence[Group], path: Path) -> Metrics:
@@ -220,10 +232,11 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-_WAYS: dict[str, tuple[Callable[..., Metrics], Callable[..., None] | None]] = {
+WAYS: dict[str, tuple[Callable[..., Metrics], Callable[..., None] | None]] = {
     OURS: (save_ours, check_ours),
     PARTIAL: (save_orbax_partial, _check_orbax),
     WHOLE: (save_orbax_whole, _check_orbax),
     SAFETENSORS: (_save_safetensors, None),
     PLAIN: (save_plainly, None),
 }
+"""Each contender's save and, where it can be read back, its check; in the order of tables."""

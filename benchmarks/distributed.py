@@ -141,12 +141,6 @@ def _group(number: int, array: jax.Array) -> by.Group:
     return {f"group_{number}": {"kernel": array.block_until_ready()}}
 
 
-def _save_ours(groups: Sequence[by.Group], path: str) -> Metrics:
-    return by.timed_async(
-        lambda: [fp.save_async(path, group) for group in groups], lambda: fp.finalize(path)
-    )
-
-
 def _save_orbax_partial(groups: Sequence[by.Group], path: str) -> Metrics:
     """Saves one group after the other: with two in flight, Orbax loses one."""
 
@@ -158,13 +152,9 @@ def _save_orbax_partial(groups: Sequence[by.Group], path: str) -> Metrics:
     return by.timed_async(save, lambda: ocp.partial.finalize(path))
 
 
-def _save_orbax_whole(groups: Sequence[by.Group], path: str) -> Metrics:
-    return by.timed_async(lambda: [ocp.save_async(path, by.merged(groups))])
-
-
 _WAYS: dict[str, tuple[Callable[[int, int], list[by.Group]], Callable[..., Metrics]]] = {
-    _OURS_MPMD: (_own_groups, _save_ours),
-    _OURS_SPMD: (_shared_groups, _save_ours),
+    _OURS_MPMD: (_own_groups, by.save_ours_async),
+    _OURS_SPMD: (_shared_groups, by.save_ours_async),
     _PARTIAL_SPMD: (_shared_groups, _save_orbax_partial),
-    _WHOLE_SPMD: (_shared_groups, _save_orbax_whole),
+    _WHOLE_SPMD: (_shared_groups, by.save_orbax_whole_async),
 }

@@ -6,7 +6,7 @@ quadratic in their number, so that 1,000 would take hours.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import contenders as by
 from benchmarks.harness import Contender, Figure, Scenario, Target
@@ -55,12 +55,5 @@ def _label(name: str, parts: int) -> str:
     return f"{name}, {parts:,} parts"
 
 
-def _contender(
-    name: str,
-    groups: Sequence[by.Group],
-    *,
-    max_rounds: int | None = None,
-    is_checked: bool = True,
-) -> Contender:
-    label = _label(name, len(groups))
-    return by.contender(name, groups, label=label, max_rounds=max_rounds, is_checked=is_checked)
+def _contender(name: str, groups: Sequence[by.Group], **options: Any) -> Contender:
+    return by.contender(name, groups, label=_label(name, len(groups)), **options)

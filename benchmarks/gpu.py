@@ -8,7 +8,6 @@ checkpoint, in all and for each GB; and steps per second with and without, ours 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -19,15 +18,16 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 from jax.extend.backend import get_backend
 
 import flax_partial as fp
 from benchmarks import contenders as by
-from benchmarks import plots, report, train_loop, training
-from benchmarks.harness import Contender, Metrics, Scenario, Target, run_scenario
+from benchmarks import report, train_loop, training
+from benchmarks.__main__ import make_parser, run_all
+from benchmarks.harness import Contender, Metrics, Scenario, Target
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
 
 _MIB = 1 << 20
@@ -48,30 +48,12 @@ def main() -> None:
     }
     console.print(machine)
     console.print(f"Saved while donated, six steps on: {_check_donation(arguments.directory)}")
-    results = []
-    for build in (_transfer, _training):
-        outcome = run_scenario(
-            build,
-            small=arguments.small,
-            rounds=arguments.rounds,
-            directory=arguments.directory,
-            say=lambda text: print(text, file=sys.stderr),
-        )
-        results.append(report.as_result(outcome))
-        report.print_result(results[-1], console)
-        report.write_json(results, arguments.json, machine=machine)
-    written = [arguments.json, *plots.draw(results, arguments.json.with_suffix(".png"))]
-    console.print(f"Written: {', '.join(map(str, written))}")
+    run_all((_transfer, _training), arguments, console, machine)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=main.__doc__)
-    add = parser.add_argument
-    add("--rounds", type=int, default=5, help="interleaved rounds; default 5")
-    add("--directory", type=Path, default=Path(tempfile.gettempdir()), help="default %(default)s")
-    add("--json", type=Path, default=Path("benchmarks/results/gpu.json"), metavar="FILE")
-    add("--small", action="store_true", help="a fraction of the work, as a trial")
-    add("--allow-cpu", action="store_true", help="run even where there is no GPU")
+    parser = make_parser("benchmarks.gpu", main.__doc__, "benchmarks/results/gpu.json")
+    parser.add_argument("--allow-cpu", action="store_true", help="run even where there is no GPU")
     return parser.parse_args()
 
 
@@ -113,8 +95,8 @@ def _transfer(*, small: bool) -> Scenario:
         contenders=(
             Contender(_LINK, rated(lambda _: _fetch([one]))),
             Contender(_MANY, rated(lambda _: _fetch(list(many.values())))),
-            Contender(by.OURS, rated(partial(_save_ours, many)), partial(_check, many)),
-            Contender("Orbax v1, async", rated(partial(_save_orbax, many))),
+            Contender(by.OURS, rated(partial(by.save_ours_async, [many])), partial(_check, many)),
+            Contender("Orbax v1, async", rated(partial(by.save_orbax_whole_async, [many]))),
             Contender(by.PLAIN, rated(partial(by.save_plainly, [many]))),
         ),
         targets=(
@@ -138,14 +120,6 @@ def _fetch(arrays: list[jax.Array]) -> Metrics:
     return {"blocked": issued - start, "total": time.perf_counter() - start}
 
 
-def _save_ours(arrays: dict[str, jax.Array], path: Path) -> Metrics:
-    return by.timed_async(lambda: [fp.save_async(path, arrays)], partial(fp.finalize, path))
-
-
-def _save_orbax(arrays: dict[str, jax.Array], path: Path) -> Metrics:
-    return by.timed_async(lambda: [ocp.save_async(path, arrays)])
-
-
 def _check(arrays: dict[str, jax.Array], path: Path) -> None:
     assert fp.verify(path).ok
     jax.tree.map(np.testing.assert_array_equal, arrays, fp.load(path))
@@ -158,12 +132,14 @@ def _step(arrays: list[jax.Array]) -> list[jax.Array]:
 
 def _check_donation(directory: Path) -> str:
     """Saves arrays that are not yet computed, and are donated at once, again and again."""
-    arrays = [jnp.full((1024, 1024), number, jnp.float32) for number in range(16)]
-    arrays = _step(arrays)
-    expected = [np.asarray(array).copy() for array in arrays]
+
+    def begin() -> list[jax.Array]:
+        return _step([jnp.full((1024, 1024), number, jnp.float32) for number in range(16)])
+
+    expected = [np.asarray(array).copy() for array in begin()]
     with tempfile.TemporaryDirectory(dir=directory) as place:
         path = Path(place) / "donated"
-        arrays = _step([jnp.full((1024, 1024), n, jnp.float32) for n in range(16)])
+        arrays = begin()
         fp.save_async(path, arrays)
         for _ in range(6):
             arrays = _step(arrays)

@@ -1,4 +1,4 @@
-"""Runs a scenario's contenders in interleaved rounds, and holds medians against targets."""
+"""Runs a scenario's contenders in interleaved rounds, and compares medians with targets."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class Target:
       text: The claim, as the table prints it.
       numerator: The median that is divided.
       denominator: The median by which it is divided; without one, by `unit`.
-      at_least: The ratio's lower bound, if it has one. A ratio without bounds is only told.
+      at_least: The ratio's lower bound, if it has one. A ratio without bounds is only reported.
       at_most: The ratio's upper bound, if it has one.
-      unit: Divides a median that stands alone, such as bytes to be told in GiB.
+      unit: Divides a median that stands alone, such as bytes to be reported in GiB.
     """
 
     text: str
@@ -85,10 +85,10 @@ class Target:
     @classmethod
     def within(cls, ours: Figure, *, of: Figure, at_most: float | None = None) -> Target:
         """Ours takes at most `at_most` times the peer's time, or its own of another metric."""
-        text = f"{ours.metric}: {ours.contender} over {of.contender}"
-        if ours.contender == of.contender:
-            text = f"{ours.contender}: {ours.metric} over {of.metric}"
-        return cls(text, ours, of, at_most=at_most)
+        is_own = ours.contender == of.contender
+        names = (ours.metric, of.metric) if is_own else (ours.contender, of.contender)
+        subject = ours.contender if is_own else ours.metric
+        return cls(f"{subject}: {' over '.join(names)}", ours, of, at_most=at_most)
 
     @classmethod
     def below(cls, figure: Figure, at_most: float, unit_name: str, unit: float = 1.0) -> Target:
@@ -111,13 +111,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done, by whom, and what it has to reach.
+    """The work, who does it, and the targets.
 
     Attributes:
       name: Stable, one of `__main__.SCENARIOS`.
       work: The work in a sentence.
       contenders: Ours and the peers; the first round runs them in this order.
-      targets: What the medians are held against.
+      targets: What the medians are compared with.
       touched_bytes: Memory and disk that the work needs at most, touched before measuring.
       prepare: Makes what all contenders use in a directory, which stays until the last round.
       shown: The metric that the plot shows.
@@ -187,7 +187,7 @@ def run_scenario(
       small: Whether to do a fraction of the work, to see that everything runs.
       rounds: How many rounds; a contender may limit its own.
       directory: Where on disk the checkpoints are written; emptied of them after each turn.
-      say: Told what runs at present.
+      say: Called with what runs at present.
 
     Returns:
       What was measured.
@@ -206,16 +206,13 @@ def run_scenario(
 
 
 def _warm_up(
-    trial: Scenario,
-    places: Mapping[Medium, Path],
-    directory: Path,
-    say: Callable[[str], None],
+    trial: Scenario, places: Mapping[Medium, Path], directory: Path, say: Callable[[str], None]
 ) -> None:
     """Pays for imports, compilation and thread pools, once for every contender, by small work."""
     with _prepared(trial, directory, say):
         for contender in trial.contenders:
             if contender.medium in places:
-                say(f"warming up: {contender.name}")
+                say(f"{trial.name}: warming up {contender.name}")
                 _take_turn(contender, places[contender.medium], check=True)
 
 
@@ -229,7 +226,7 @@ def _run_round(
     for contender in _rotated(outcome.scenario.contenders, number):
         limit = rounds if contender.max_rounds is None else contender.max_rounds
         if number < limit and contender.medium in places:
-            say(f"round {number + 1} of {rounds}: {contender.name}")
+            say(f"{outcome.scenario.name}, round {number + 1} of {rounds}: {contender.name}")
             metrics = _take_turn(contender, places[contender.medium], check=number == 0)
             outcome.rounds.setdefault(contender.name, []).append(metrics)
 
@@ -261,7 +258,7 @@ def _prepared(scenario: Scenario, directory: Path, say: Callable[[str], None]) -
         yield
         return
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as place:
-        say("preparing")
+        say(f"{scenario.name}: preparing")
         scenario.prepare(Path(place))
         yield
 

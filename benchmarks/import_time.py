@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import importlib
 import time
-from typing import TYPE_CHECKING
 
 from benchmarks import child
 from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
 from benchmarks.memory_use import peak_growth
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _OURS, _CALLBACKS, _ORBAX = "flax_partial", "flax_partial.callbacks", "Orbax v1"
 _PACKAGES = {
@@ -30,19 +26,15 @@ def build(*, small: bool) -> Scenario:
     return Scenario(
         name="import_time",
         work="import after jax and tensorstore, each in a fresh process",
-        contenders=tuple(_contender(name, package) for name, package in _PACKAGES.items()),
+        contenders=tuple(
+            Contender(name, lambda _, package=package: child.run(import_package, package))
+            for name, package in _PACKAGES.items()
+        ),
         targets=(
             Target.below(Figure(_OURS), 50, "ms", unit=1e-3),
             Target.faster(_OURS, than=_ORBAX),
         ),
     )
-
-
-def _contender(name: str, package: str) -> Contender:
-    def run(_: Path) -> Metrics:
-        return child.run(import_package, package)
-
-    return Contender(name, run)
 
 
 def import_package(package: str) -> Metrics:

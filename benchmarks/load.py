@@ -1,7 +1,7 @@
 """`load`: reading checkpoints back, whole, in part and sharded, all of it in the page cache.
 
-Orbax reads our checkpoint and one that it wrote itself, and every target stands for both: for the
-faster of them. Both readers are given the same target.
+Orbax reads our checkpoint and one that it wrote itself, and every target applies to both.
+Both readers are given the same target.
 """
 
 from __future__ import annotations

@@ -13,13 +13,10 @@ def build(*, small: bool) -> Scenario:
     return Scenario(
         name="many_small",
         work=f"{count} saves x 16 leaves of 64 float32, then finalize",
-        contenders=(
-            by.contender(by.OURS, groups),
-            # Its saves grow with all before them: the whole work takes minutes, so once is all.
-            by.contender(by.PARTIAL, groups, max_rounds=1),
-            by.contender(by.WHOLE, groups),
-            by.contender(by.SAFETENSORS, groups),
-            by.contender(by.PLAIN, groups),
+        contenders=tuple(
+            # Orbax's partial saves grow with all before them and take minutes, so once is all.
+            by.contender(way, groups, max_rounds=1 if way == by.PARTIAL else None)
+            for way in by.WAYS
         ),
         targets=(
             Target.faster(by.OURS, than=by.PARTIAL, metric="save", at_least=200),

@@ -1,7 +1,7 @@
-"""Tells saved results in Markdown: `python -m benchmarks.markdown RESULTS.json...`.
+"""Prints saved results in Markdown: `python -m benchmarks.markdown RESULTS.json...`.
 
 For documents, so that no figure is copied by hand. With `--plot` it also draws the scenarios of all
-files, which may be of several runs: ratios are of one run each, all the same.
+files, which may be of several runs, since every ratio is of one run.
 """
 
 from __future__ import annotations

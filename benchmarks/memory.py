@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,8 @@ def build(*, small: bool) -> Scenario:
     """Returns the scenario: 64 layers of 2 x 16 MiB, 2 GiB in all (small: 4 of 2 x 1 MiB)."""
     layers, size = (4, _MIB) if small else (64, 16 * _MIB)
 
-    def run(way: str, path: Path, environment: dict[str, str] | None = None) -> Metrics:
-        return child.run(measure, way, layers, size, path, environment=environment or {})
+    def run(way: str, path: Path, **options: Any) -> Metrics:
+        return child.run(measure, way, layers, size, path, **options)
 
     return Scenario(
         name="memory",
@@ -98,13 +98,9 @@ def _save_ours(layers: Iterable[by.Group], path: Path) -> None:
     fp.finalize(path)
 
 
-def _save_orbax_whole(layers: Iterable[by.Group], path: Path) -> None:
-    by.save_orbax_whole(list(layers), path)
-
-
 _WAYS: dict[str, Callable[[Iterable[by.Group], Path], object]] = {
     by.OURS: _save_ours,
     by.PARTIAL: by.save_orbax_partial,
-    by.WHOLE: _save_orbax_whole,
+    by.WHOLE: lambda layers, path: by.save_orbax_whole(list(layers), path),
     by.PLAIN: by.save_plainly,
 }

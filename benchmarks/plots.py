@@ -94,9 +94,7 @@ def _draw_targets(results: Sequence[Result], path: Path) -> bool:
 def _margin(target: Result) -> float:
     """How many times better than its bound a target's ratio is; below 1 where it is missed."""
     ratio = max(target["ratio"], _LEAST_RATIO)
-    margins = []
-    if target["at_least"] is not None:
-        margins.append(ratio / target["at_least"])
-    if target["at_most"] is not None:
-        margins.append(target["at_most"] / ratio)
-    return min(margins)
+    inf = float("inf")
+    above = inf if target["at_least"] is None else ratio / target["at_least"]
+    below = inf if target["at_most"] is None else target["at_most"] / ratio
+    return float(min(above, below))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Profiles what the command line says."""
+    """Profiles the contenders that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
     add = parser.add_argument
     add("scenario", choices=SCENARIOS)

@@ -1,4 +1,4 @@
-"""Tells outcomes: tables for people, JSON for programs."""
+"""Reports outcomes: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ UNITS = {
     **dict.fromkeys(("memory", "growth", "beside the state", "written"), "MiB"),
     **dict.fromkeys(("steps/s", "GB/s"), ""),
 }
-"""The unit in which a metric is told, else seconds; what is told in MiB is measured in bytes."""
+"""The unit in which a metric is reported, else seconds; MiB are measured in bytes."""
 
 
 def make_console() -> Console:
-    """Returns where to print; as wide as its tables need where nobody watches."""
+    """Returns where to print; as wide as its tables need where it is not a terminal."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _LOG_WIDTH
@@ -70,7 +70,7 @@ def _file_system(directory: Path) -> str:
 def as_result(outcome: Outcome) -> Result:
     """Returns an outcome as JSON has it: every round, the medians, the targets with their ratios.
 
-    All that is told of a run is told from this, so that it can be told again from a file.
+    Every table and plot is made from this, so that it can be made again from a file.
     """
     scenario = outcome.scenario
     metrics = _metrics(outcome)
@@ -149,7 +149,7 @@ def medians(result: Result) -> list[list[str]]:
 
 
 def judged(target: Result) -> list[str]:
-    """Returns a target's row: what it says, what was measured, its bound, the verdict."""
+    """Returns a target's row: its text, what was measured, its bound, the verdict."""
     ratio = target["ratio"]
     measured = "not measured" if ratio is None else f"{ratio:,.3g}"
     verdict = {True: "met", False: "not met"}.get(target["is_met"], "")

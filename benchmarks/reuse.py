@@ -15,7 +15,7 @@ import numpy as np
 
 import flax_partial as fp
 from benchmarks import contenders as by
-from benchmarks.harness import Contender, Figure, Medium, Metrics, Scenario, Target
+from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,17 +69,11 @@ def _reusing(before: Sequence[by.Group], groups: Sequence[by.Group], path: Path)
     )
 
 
-def _contender(
-    name: str,
-    save: Callable[[Path], Metrics],
-    check: Callable[[Path], None] | None = None,
-    medium: Medium = "disk",
-) -> Contender:
+def _contender(name: str, save: Callable[[Path], Metrics], *options: Any, **more: Any) -> Contender:
     def run(path: Path) -> Metrics:
-        metrics = save(path)
-        return metrics | {"written": float(_bytes_of_its_own(path))}
+        return save(path) | {"written": float(_bytes_of_its_own(path))}
 
-    return Contender(name, run, check, medium=medium)
+    return Contender(name, run, *options, **more)
 
 
 def _bytes_of_its_own(path: Path) -> int:

@@ -17,11 +17,7 @@ def build(*, small: bool) -> Scenario:
         name="stream",
         work=f"{count} synchronous saves of 2 x {size // _MIB} MiB float32, then finalize",
         contenders=(
-            by.contender(by.OURS, groups),
-            by.contender(by.PARTIAL, groups),
-            by.contender(by.WHOLE, groups),
-            by.contender(by.SAFETENSORS, groups),
-            by.contender(by.PLAIN, groups),
+            *(by.contender(way, groups) for way in by.WAYS),
             by.contender(by.OURS, groups, label=_OURS_TMPFS, medium="tmpfs"),
             by.contender(by.PLAIN, groups, label=_PLAIN_TMPFS, medium="tmpfs"),
         ),

@@ -1,4 +1,4 @@
-"""`train_loop`: what checkpoints cost a training loop, which goes on while they are written.
+"""`train_loop`: what checkpoints cost a training loop, which continues while they are written.
 
 The batch is so small that a step takes about a second on two cores. Steps of a real model take
 longer for each byte of its state, which leaves more time to write it.

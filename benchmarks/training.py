@@ -1,4 +1,4 @@
-"""A training loop with checkpoints by us, by Orbax and by a plain thread, and what they cost it.
+"""What checkpoints by flax_partial, by Orbax and by a plain thread cost a training loop.
 
 The model and the trainer are those of `examples/pipeline_lm.py`. A checkpoint is a
 callback with Lightning's hooks. Measured is a whole interval, from one checkpoint to the next: the
@@ -61,25 +61,22 @@ SMALL = Size(vocabulary=256, length=8, windows=8, width=32, layers=2, stages=2, 
 
 
 class Training:
-    """A model that goes on being trained, with one callback after the other."""
+    """A model that is trained further by each run, with one callback after the other."""
 
     def __init__(self, size: Size) -> None:
         """Draws the model; its functions are compiled in the first step."""
         if str(EXAMPLES) not in sys.path:
             sys.path.append(str(EXAMPLES))
         from lm_model import ModelConfig
-        from lm_module import LanguageModel
+        from lm_module import PipelineModel
+        from lm_pipeline import make_stages
+        from lm_text import Batches
 
         self.size = size
-        self.model = LanguageModel(
-            ModelConfig(size.vocabulary, size.length, size.width, size.layers),
-            _random_corpus(size),
-            stages=size.stages,
-            batches_per_epoch=size.every,
-            seed=0,
-            windows=size.windows,
-            micro_batches=1,
-        )
+        config = ModelConfig(size.vocabulary, size.length, size.width, size.layers)
+        batches = Batches(_random_corpus(size), size.length, size.windows, size.every)
+        stages = make_stages(config, size.stages)
+        self.model = PipelineModel(config, batches, stages, seed=0, micro_batches=1)
 
     @property
     def leaves(self) -> list[jax.Array]:
@@ -99,7 +96,7 @@ class Training:
           `drain`: the part of it after the last step.
           `blocked`: for how long the checkpoint held training in its hooks.
           `blocked/GB`: that, for each 10^9 bytes.
-          `own`: that without waiting for computations, where a callback tells how long it did.
+          `own`: that without waiting for computations, where a callback reports them.
           `cpu`: processor time of all threads.
           `steps/s`.
         """

@@ -1,7 +1,7 @@
-"""Keeps a run's directory to one run: one process at a time, always with the same model and data.
+"""Locks a run's directory: one process at a time, always with the same model and data.
 
 The directory holds the callback's checkpoints and `run.json`: the options that the state depends
-on, locked for as long as the run lasts. The lock goes with the process, however that ends.
+on, locked for as long as the run lasts. The system releases it when the process ends in any way.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ RECORD = "run.json"
 
 
 class DirectoryError(Exception):
-    """The directory cannot be used for this run; the message says why and what to do."""
+    """The directory cannot be used for this run; the message gives the reason and the remedy."""
 
 
 @contextlib.contextmanager
 def claim(directory: Path, options: Mapping[str, Any]) -> Iterator[None]:
-    """Keeps the directory for this run, making it if need be.
+    """Locks the directory for this run; makes it if it does not exist.
 
     Args:
         directory: of the run's checkpoints.
-        options: JSON; a run goes on only with those it began with.
+        options: JSON; a run can be continued only with those it began with.
 
     Raises:
-        DirectoryError: It cannot be used, is in use, or belongs to something else.
+        DirectoryError: It cannot be used, is in use, or holds something else.
     """
     with _open_record(directory) as record:
         try:

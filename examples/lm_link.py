@@ -1,14 +1,16 @@
-"""What passes between two neighbouring stages that live in different processes.
+"""How activations and gradients pass between two neighbouring stages.
 
-A link is a mesh of two devices, one of each process, and one program that both run: it moves the
-array of one device to the other (`ppermute`, which is point to point on every backend). Nobody else
-takes part, so the other stages need not know. On CPU, JAX's collectives are those of gloo, which
-wants them one after the other: both ends wait until each is done.
+In one process they are moved from device to device. Between two processes a link is a mesh of two
+devices, one of each, and one program that both run: it moves the array of one device to the other
+(`ppermute`, which is point to point on every backend). The other stages do not take part. On CPU,
+JAX's collectives are those of gloo, which have to be run one after the other: both ends wait until
+each is done.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import deque
 from typing import TYPE_CHECKING
 
 import jax
@@ -22,15 +24,28 @@ if TYPE_CHECKING:
 _ENDS = "ends"
 
 
-class Link:
-    """One of the two ends of the way between a stage and the next one."""
+class DeviceLink:
+    """A link between two devices of this process, as `ProcessLink`; never waits for a result."""
+
+    def __init__(self, above: jax.Device, below: jax.Device) -> None:
+        """Connects a stage on `above` to the next, on `below`."""
+        down: deque[jax.Array] = deque()
+        up: deque[jax.Array] = deque()
+        self.send_down = lambda x: down.append(jax.device_put(x, below))
+        self.send_up = lambda dx: up.append(jax.device_put(dx, above))
+        self.receive_down = down.popleft
+        self.receive_up = up.popleft
+
+
+class ProcessLink:
+    """One of the two ends of a link between processes; waits for the other end."""
 
     def __init__(self, stage: int, *, shape: Sequence[int]) -> None:
         """Connects a stage to the next.
 
         Args:
             stage: the one nearer to the input; its number is that of its process.
-            shape: of what passes, float32.
+            shape: of the arrays that pass, float32.
         """
         ends = [_device_of(stage), _device_of(stage + 1)]
         self._here = next(one for one in ends if one.process_index == jax.process_index())
@@ -40,7 +55,7 @@ class Link:
         self._up = self._mover([(1, 0)])
 
     def send_down(self, x: jax.Array) -> None:
-        """Hands an activation to the next stage; returns when it has it."""
+        """Sends an activation to the next stage; returns when it has arrived."""
         self._move(self._down, x[None])
 
     def receive_down(self) -> jax.Array:
@@ -48,7 +63,7 @@ class Link:
         return self._move(self._down, self._nothing)
 
     def send_up(self, dx: jax.Array) -> None:
-        """Hands a gradient to the stage before; returns when it has it."""
+        """Sends a gradient to the stage before; returns when it has arrived."""
         self._move(self._up, dx[None])
 
     def receive_up(self) -> jax.Array:
@@ -68,6 +83,9 @@ class Link:
         (shard,) = moved.addressable_shards
         received: jax.Array = shard.data[0]
         return received
+
+
+Link = DeviceLink | ProcessLink
 
 
 def _device_of(process: int) -> jax.Device:

@@ -1,6 +1,6 @@
 """The model: a small pre-norm transformer in Flax NNX, as a sequence of layers.
 
-A layer is whatever a pipeline stage owns whole: the embedding, one block, or the head. All of them
+A layer is the embedding, one block, or the head; a pipeline stage owns whole layers. All of them
 are called as `layer(x, dropout_key)`, so a stage is simply a run of consecutive layers.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,16 @@ Layer = Embed | Block | Head
 
 
 def layer_kinds(config: ModelConfig) -> dict[str, type[Layer]]:
-    """The model's layers in order, by their global names: embed, blocks.0, ..., head."""
+    """Returns the model's layers in order, by global name: embed, blocks.0, ..., head."""
     blocks = {f"blocks.{index}": Block for index in range(config.layers)}
     return {"embed": Embed, **blocks, "head": Head}
+
+
+def draw_params(kind: type[Layer], config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Draws a layer's parameters, as nested dicts of arrays."""
+    return nnx.to_pure_dict(nnx.state(kind(config, nnx.Rngs(key)), nnx.Param))
+
+
+def graph_of(kind: type[Layer], config: ModelConfig) -> nnx.GraphDef[Layer]:
+    """Returns a layer without its parameters; computes nothing."""
+    return nnx.split(nnx.eval_shape(lambda: kind(config, nnx.Rngs(0))))[0]

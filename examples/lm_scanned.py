@@ -16,15 +16,15 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from lm_model import Block, Embed, Head
+from lm_model import Block, Embed, Head, draw_params, graph_of
+from lm_module import LanguageModel
 from lm_pipeline import make_optimizer
-from lm_text import epoch_batches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from lm_model import Layer, ModelConfig
-    from lm_text import Corpus
+    from lm_text import Batches
     from numpy.typing import NDArray
     from trainer import Trainer
 
@@ -34,34 +34,20 @@ WINDOWS = 8
 Tree = Any
 
 
-class ScannedModel:
-    """A scanned language model, for `trainer.Trainer`.
+class ScannedModel(LanguageModel):
+    """A scanned language model.
 
-    Its state:
-
-        params.embed, params.blocks, params.head    of the blocks, arrays [layers, ...]
-        opt_state                                   Optax's, of all parameters together
-        rngs.dropout, rngs.shuffle                  never changed: step and epoch are folded in
-        metrics.epoch_loss                          mean over the epoch's steps so far
-
-    Attributes:
-        batches_per_epoch: how many batches, drawn without repetition, an epoch has.
-        epoch_loss: float32 scalar, of the last epoch that was trained on.
+    Its parameters are `params.embed`, `params.blocks` (arrays [layers, ...]) and `params.head`;
+    `opt_state` is Optax's, of all of them together.
     """
 
-    def __init__(
-        self, config: ModelConfig, corpus: Corpus, *, stages: int, batches_per_epoch: int, seed: int
-    ) -> None:
-        """Draws the model at its start; `load_state` takes it somewhere else."""
-        self.batches_per_epoch = batches_per_epoch
-        self.epoch_loss: Any = np.float32(0)
-        self._corpus = corpus
-        self._config = config
+    def __init__(self, config: ModelConfig, batches: Batches, *, stages: int, seed: int) -> None:
+        """Draws the model at its start; `load_state` replaces it."""
+        super().__init__(batches, seed=seed)
         mesh = Mesh(np.array(jax.devices()[:stages]), ("stage",))
         self._over_stages = NamedSharding(mesh, PartitionSpec("stage"))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
-        keys = jax.device_put(jax.random.split(jax.random.key(seed), 3), self._everywhere)
-        init_key, self._dropout_key, self._shuffle_key = keys
+        self.rngs, init_key = jax.device_put((self.rngs, self._init_key), self._everywhere)
         init = functools.partial(_init, config)
         shardings = self._shardings(jax.eval_shape(init, init_key))
         self._train = jax.jit(
@@ -73,7 +59,7 @@ class ScannedModel:
         self._trained = jax.jit(init, out_shardings=shardings)(init_key)
 
     def _shardings(self, tree: Tree) -> Tree:
-        """Over the stages whatever belongs to the blocks, everything else everywhere."""
+        """What belongs to the blocks is sharded over the stages, everything else replicated."""
 
         def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
             is_stacked = any(getattr(key, "key", None) == STACK for key in path)
@@ -81,53 +67,30 @@ class ScannedModel:
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
-    def state(self) -> dict[str, Tree]:
-        """Everything that later steps depend on, where it is now."""
-        return {
-            **self._trained,
-            "rngs": {"dropout": self._dropout_key, "shuffle": self._shuffle_key},
-            "metrics": {"epoch_loss": self.epoch_loss},
-        }
+    def trained(self) -> dict[str, Tree]:
+        """Returns the parameters and optimizer state, sharded over the stages."""
+        return self._trained
 
-    def load_state(self, state: Mapping[str, Tree]) -> None:
-        """Takes over a state."""
+    def load_trained(self, state: Mapping[str, Tree]) -> None:
+        """Replaces parameters and optimizer state."""
         self._trained = {root: state[root] for root in self._trained}
-        self._dropout_key = state["rngs"]["dropout"]
-        self._shuffle_key = state["rngs"]["shuffle"]
-        self.epoch_loss = state["metrics"]["epoch_loss"]
-
-    def batches(self, epoch: int, start: int) -> Iterator[NDArray[np.int32]]:
-        """The epoch's batches from number `start` on: int32 [windows, length + 1]."""
-        return epoch_batches(
-            self._corpus,
-            jax.random.fold_in(self._shuffle_key, epoch),
-            windows=WINDOWS,
-            length=self._config.length,
-            numbers=range(start, self.batches_per_epoch),
-        )
 
     def training_step(
         self, trainer: Trainer, batch: NDArray[np.int32], batch_idx: int
     ) -> dict[str, jax.Array]:
         """Issues a step, which uses up the state of the one before."""
-        key = jax.random.fold_in(self._dropout_key, np.uint32(trainer.global_step))
+        key = jax.random.fold_in(self.rngs["dropout"], np.uint32(trainer.global_step))
         self._trained, loss = self._train(self._trained, batch, key)
-        before = jnp.where(batch_idx == 0, 0.0, self.epoch_loss)
-        self.epoch_loss = before + (loss - before) / (batch_idx + 1)
-        return {"loss": loss, "epoch_loss": self.epoch_loss}
-
-
-def _init_layer(kind: type[Layer], config: ModelConfig, key: jax.Array) -> Tree:
-    return nnx.to_pure_dict(nnx.state(kind(config, nnx.Rngs(key)), nnx.Param))
+        return self.metrics_of([loss], batch_idx)
 
 
 def _init(config: ModelConfig, key: jax.Array) -> dict[str, Tree]:
     embed_key, blocks_key, head_key = jax.random.split(key, 3)
-    init_block = functools.partial(_init_layer, Block, config)
+    draw_block = functools.partial(draw_params, Block, config)
     params = {
-        "embed": _init_layer(Embed, config, embed_key),
-        STACK: jax.vmap(init_block)(jax.random.split(blocks_key, config.layers)),
-        "head": _init_layer(Head, config, head_key),
+        "embed": draw_params(Embed, config, embed_key),
+        STACK: jax.vmap(draw_block)(jax.random.split(blocks_key, config.layers)),
+        "head": draw_params(Head, config, head_key),
     }
     return {"params": params, "opt_state": make_optimizer().init(params)}
 
@@ -135,10 +98,7 @@ def _init(config: ModelConfig, key: jax.Array) -> dict[str, Tree]:
 def _graphs(config: ModelConfig) -> dict[str, nnx.GraphDef[Any]]:
     """The three kinds of layers without their parameters, by where their parameters are."""
     kinds: dict[str, type[Layer]] = {"embed": Embed, STACK: Block, "head": Head}
-    return {
-        name: nnx.split(nnx.eval_shape(lambda kind=kind: kind(config, nnx.Rngs(0))))[0]
-        for name, kind in kinds.items()
-    }
+    return {name: graph_of(kind, config) for name, kind in kinds.items()}
 
 
 def _loss(

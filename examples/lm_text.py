@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -56,15 +56,29 @@ def count_windows(corpus: Corpus, length: int) -> int:
     return (len(corpus.tokens) - 1) // length
 
 
-def epoch_batches(
-    corpus: Corpus, key: jax.Array, *, windows: int, length: int, numbers: Iterable[int]
-) -> Iterator[NDArray[np.int32]]:
-    """Yields batches of the epoch that `key` shuffles, those with the given numbers.
+@dataclass(frozen=True)
+class Batches:
+    """What an epoch reads.
 
-    Yields:
-        int32 [windows, length + 1]: the tokens to read, and shifted by one, those to predict.
+    Attributes:
+        corpus: the text.
+        length: tokens of a window.
+        windows: windows of a batch.
+        per_epoch: how many batches, drawn without repetition, an epoch has.
     """
-    order = np.asarray(jax.random.permutation(key, count_windows(corpus, length)))
-    for batch in numbers:
-        chosen = order[batch * windows : (batch + 1) * windows]
-        yield corpus.tokens[chosen[:, None] * length + np.arange(length + 1)]
+
+    corpus: Corpus
+    length: int
+    windows: int
+    per_epoch: int
+
+    def of_epoch(self, key: jax.Array, start: int) -> Iterator[NDArray[np.int32]]:
+        """Yields the batches of the epoch that `key` shuffles, from number `start` on.
+
+        Yields:
+            int32 [windows, length + 1]: the tokens to read, and shifted by one, those to predict.
+        """
+        order = np.asarray(jax.random.permutation(key, count_windows(self.corpus, self.length)))
+        for batch in range(start, self.per_epoch):
+            chosen = order[batch * self.windows : (batch + 1) * self.windows]
+            yield self.corpus.tokens[chosen[:, None] * self.length + np.arange(self.length + 1)]

@@ -14,112 +14,45 @@ Kill it at any moment and run it again: it ends with the very bits that it would
 
 from __future__ import annotations
 
-import argparse
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import lm_directory
+import lm_command
+from lm_command import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    import argparse
+    from collections.abc import Sequence
 
-    from lm_text import Corpus
+    from lm_text import Batches
 
     from flax_partial.callbacks import PartialCheckpointCallback
 
-DEVICES = 4
-VOCABULARY = 4096
-LENGTH = 64
-KEEP_LAST = 3
 MAX_INFLIGHT_BYTES = 256 * 2**20
 
 
-class UsageError(Exception):
-    """The options do not fit each other, the text, or what is in the directory."""
-
-
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a small language model on pipeline stages, checkpointed layer by layer.",
-        epilog="Run the same command again to go on where the last run stopped.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    """Returns the parser of the command line."""
+    return lm_command.make_parser(
+        "Train a small language model on pipeline stages, checkpointed layer by layer.",
+        "runs/pipeline_lm",
     )
-    add = parser.add_argument
-    add("--directory", type=Path, default=Path("runs/pipeline_lm"), help="of the checkpoints")
-    add("--epochs", type=_at_least(1), default=4, metavar="N", help="train up to this epoch")
-    add("--stages", type=_at_least(1), default=4, metavar="N", help="pipeline stages")
-    add(
-        "--checkpoint-every",
-        type=_at_least(1),
-        metavar="STEPS",
-        help="checkpoint after each so many steps too, not only after each epoch",
-    )
-    add(
-        "--timeline",
-        type=_drawable,
-        metavar="FILE",
-        help="draw there what the newest checkpoint did when: .png, .svg, or .json for Perfetto",
-    )
-    add("--no-checkpoint", action="store_true", help="neither resume nor save anything")
-    add("--seed", type=_at_least(0), default=0, metavar="N", help="of model, dropout and shuffling")
-    size = parser.add_argument_group("size of the model and of an epoch")
-    size.add_argument("--layers", type=_at_least(1), default=8, metavar="N", help="blocks")
-    size.add_argument("--width", type=_at_least(1), default=128, metavar="N", help="features")
-    size.add_argument(
-        "--steps-per-epoch", type=_at_least(1), default=48, metavar="N", help="batches of an epoch"
-    )
-    return parser
-
-
-def _drawable(text: str) -> Path:
-    if Path(text).suffix not in (".png", ".svg", ".json"):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .svg or .json")
-    return Path(text)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not (text.isdecimal() and least <= int(text) < 2**32):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-        return int(text)
-
-    return number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the example; returns its exit status: 2 for wrong options, 130 for Ctrl-C."""
+    """Runs the example; returns its exit status."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    # Before JAX is imported, which is why this module's other imports stand in functions.
-    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={DEVICES}")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    try:
-        corpus = check_options(options)
-        if options.no_checkpoint:
-            train(options, corpus)
-        else:
-            with lm_directory.claim(options.directory, identity(options, corpus)):
-                train(options, corpus)
-            return draw_timeline(options)
-    except UsageError as error:
-        parser.error(str(error))
-    except lm_directory.DirectoryError as error:
-        parser.error(f"argument --directory: {error}")
-    except KeyboardInterrupt:
-        print(how_to_continue(options), file=sys.stderr)
-        return 130
-    return 0
+    return lm_command.run(
+        parser, options, check=check_options, work=train, claims=not options.no_checkpoint
+    )
 
 
-def check_options(options: argparse.Namespace) -> Corpus:
-    """Checks the options against each other and the text, which it returns.
+def check_options(options: argparse.Namespace) -> Batches:
+    """Checks the options against each other and the text; returns the batches.
 
     Raises:
-        UsageError: They ask for what cannot be built.
+        UsageError: they conflict.
     """
     if options.no_checkpoint and options.timeline is not None:
         raise UsageError("argument --timeline: --no-checkpoint leaves nothing to draw")
@@ -128,31 +61,13 @@ def check_options(options: argparse.Namespace) -> Corpus:
             f"argument --stages: {options.stages} is not between 1 and the number of layers, "
             f"{options.layers}"
         )
-    from lm_model import HEAD_WIDTH
     from lm_module import WINDOWS
-    from lm_text import count_windows, read_corpus
 
-    if options.width % HEAD_WIDTH:
-        raise UsageError(f"argument --width: {options.width} is not a multiple of {HEAD_WIDTH}")
-    corpus = read_corpus(VOCABULARY)
-    most = count_windows(corpus, LENGTH) // WINDOWS
-    if options.steps_per_epoch > most:
-        raise UsageError(
-            f"argument --steps-per-epoch: {options.steps_per_epoch} batches are more than the "
-            f"{most} that the text has"
-        )
-    return corpus
-
-
-def identity(options: argparse.Namespace, corpus: Corpus) -> dict[str, int | str]:
-    """What a run cannot change when it goes on; the help texts differ between Python versions."""
-    names = ("seed", "layers", "width", "steps_per_epoch")
-    chosen = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
-    return {**chosen, "text": corpus.digest}
+    return lm_command.read_text(options, windows=WINDOWS)
 
 
 def make_callback(options: argparse.Namespace) -> PartialCheckpointCallback:
-    """The callback that saves at the end of every epoch, and whenever else the options say."""
+    """Returns the callback that saves after every epoch, and as often as the options ask."""
     import flax_partial as fp
     from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
 
@@ -161,54 +76,29 @@ def make_callback(options: argparse.Namespace) -> PartialCheckpointCallback:
         every_n_epochs=1,
         every_n_train_steps=options.checkpoint_every,
         group_by=lambda path: str(path[0].key),  # what no stage streams: keys, counters, metrics
-        keep_last=KEEP_LAST,
+        keep_last=lm_command.KEEP_LAST,
         finalizer=FinalizeHook(),
         # Saving after every step, training would otherwise run further and further ahead.
         options=fp.SaveOptions(max_inflight_bytes=MAX_INFLIGHT_BYTES),
     )
 
 
-def train(options: argparse.Namespace, corpus: Corpus) -> None:
-    """Trains from the newest checkpoint, or from the beginning, and shows what came of it."""
-    from lm_model import ModelConfig
-    from lm_module import LanguageModel
-    from lm_screen import Screen
-    from trainer import Trainer
+def train(options: argparse.Namespace, batches: Batches) -> int:
+    """Trains from the newest checkpoint, or from the beginning; returns the exit status."""
+    from lm_module import PipelineModel
+    from lm_pipeline import make_stages
+    from lm_screen import show_training
 
-    checkpoints = None if options.no_checkpoint else make_callback(options)
-    screen = Screen(checkpoints)
-    screen.say("Building the model and its pipeline stages.")
-    module = LanguageModel(
-        ModelConfig(VOCABULARY, LENGTH, options.width, options.layers),
-        corpus,
-        stages=options.stages,
-        batches_per_epoch=options.steps_per_epoch,
-        seed=options.seed,
+    config = lm_command.model_config(options)
+    show_training(
+        "Building the model and its pipeline stages.",
+        lambda: PipelineModel(
+            config, batches, make_stages(config, options.stages), seed=options.seed
+        ),
+        None if options.no_checkpoint else make_callback(options),
+        max_epochs=options.epochs,
     )
-    callbacks = [screen] if checkpoints is None else [screen, checkpoints]
-    Trainer(max_epochs=options.epochs, callbacks=callbacks).fit(module)
-    screen.show_result(module)
-
-
-def draw_timeline(options: argparse.Namespace) -> int:
-    """Draws the newest checkpoint's timeline, or says how; returns the status of the program."""
-    if options.timeline is None:
-        print(f"When each layer was saved: flax-partial timeline {options.directory}")
-        return 0
-    command = [sys.executable, "-P", "-m", "flax_partial", "timeline", options.directory]
-    return subprocess.run([*command, "--out", options.timeline], check=False).returncode  # noqa: S603
-
-
-def how_to_continue(options: argparse.Namespace) -> str:
-    """What to say to who stopped a run by Ctrl-C."""
-    if options.no_checkpoint:
-        return "Interrupted. Nothing was saved, as --no-checkpoint asks."
-    import flax_partial as fp
-
-    newest = fp.latest(options.directory)
-    if newest is None:
-        return "Interrupted before the first checkpoint. Run the same command again to start over."
-    return f"Interrupted. Run the same command again to go on from {newest}, or a newer one."
+    return 0 if options.no_checkpoint else lm_command.draw_timeline(options)
 
 
 if __name__ == "__main__":

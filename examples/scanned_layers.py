@@ -2,7 +2,7 @@
 
 The model is that of `pipeline_lm.py`, but all its blocks are stacked: each of their parameters is
 one array `[layers, ...]`, over which the training step scans, and which is sharded over a stage
-axis. `stacked={"params.blocks": 0}` tells the callback so. It saves layer after layer, with its
+axis. The callback knows it by `stacked={"params.blocks": 0}`. It saves layer after layer, with its
 optimizer state, and takes from the host's memory no more than `--max-inflight-mb` allows.
 
     python examples/scanned_layers.py               train, or go on where the last run stopped
@@ -17,19 +17,19 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lm_directory
-import pipeline_lm
-from pipeline_lm import DEVICES, KEEP_LAST, LENGTH, VOCABULARY, UsageError
+import lm_command
+from lm_command import UsageError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
     from lm_scanned import ScannedModel
-    from lm_text import Corpus
+    from lm_text import Batches
     from trainer import Trainer
 
     from flax_partial.callbacks import PartialCheckpointCallback
@@ -40,69 +40,40 @@ MEASURED_STEPS, SAVED_STEP = 4, 2
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line: that of `pipeline_lm.py`, and what it has no use for."""
-    parser = pipeline_lm.make_parser()
-    parser.description = "Train a scanned language model, its stacked layers saved one at a time."
-    parser.set_defaults(directory=Path("runs/scanned_layers"), epochs=2, layers=16, width=192)
-    parser.set_defaults(steps_per_epoch=4)
-    memory = parser.add_argument_group("host memory")
-    memory.add_argument(
-        "--max-inflight-mb",
-        type=pipeline_lm._at_least(1),  # noqa: SLF001 - of the same program
-        default=16,
-        metavar="MB",
-        help="what layers that wait to be written may take",
+    """Returns the parser of the command line: the shared one, and how memory is bounded."""
+    parser = lm_command.make_parser(
+        "Train a scanned language model, its stacked layers saved one at a time.",
+        "runs/scanned_layers",
     )
-    memory.add_argument("--no-measure", action="store_true", help="skip what is measured last")
-    memory.add_argument(
-        "--measure",
-        choices=MEASURED,
-        help="only measure one step, saved so, in this process, and print bytes",
-    )
+    parser.set_defaults(epochs=2, layers=16, width=192, steps_per_epoch=4)
+    add = parser.add_argument_group("host memory").add_argument
+    at_least_1, waiting = lm_command.at_least(1), "what layers that wait to be written may take"
+    add("--max-inflight-mb", type=at_least_1, default=16, metavar="MB", help=waiting)
+    add("--no-measure", action="store_true", help="skip what is measured last")
+    only = "only measure one step, saved so, in this process, and print bytes"
+    add("--measure", choices=MEASURED, help=only)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the example; returns its exit status: 2 for wrong options, 130 for Ctrl-C."""
+    """Runs the example, or one of its measurements; returns its exit status."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    # Before JAX is imported, which is why this module's other imports stand in functions.
-    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={DEVICES}")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    try:
-        corpus = check_options(options)
-        if options.measure is not None:
-            print(*measure(options, corpus))
-        elif options.no_checkpoint:
-            train(options, corpus)
-        else:
-            with lm_directory.claim(options.directory, pipeline_lm.identity(options, corpus)):
-                train(options, corpus)
-        if options.measure is None and not options.no_measure:
-            compare(options)
-    except UsageError as error:
-        parser.error(str(error))
-    except lm_directory.DirectoryError as error:
-        parser.error(f"argument --directory: {error}")
-    except KeyboardInterrupt:
-        print(pipeline_lm.how_to_continue(options), file=sys.stderr)
-        return 130
-    return 0
+    work, claims = train, not options.no_checkpoint
+    if options.measure is not None:
+        work, claims = measure, False
+    return lm_command.run(parser, options, check=check_options, work=work, claims=claims)
 
 
-def check_options(options: argparse.Namespace) -> Corpus:
-    """Checks the options against each other and the text, which it returns.
+def check_options(options: argparse.Namespace) -> Batches:
+    """Checks the options against each other, the devices and the text; returns the batches.
 
     Raises:
-        UsageError: They ask for what cannot be built.
+        UsageError: they conflict.
     """
     import jax
-    from lm_model import HEAD_WIDTH
     from lm_scanned import WINDOWS
-    from lm_text import count_windows, read_corpus
 
-    if options.width % HEAD_WIDTH:
-        raise UsageError(f"argument --width: {options.width} is not a multiple of {HEAD_WIDTH}")
     most = len(jax.devices())
     if options.stages > most:
         raise UsageError(f"argument --stages: {options.stages} are more than the {most} devices")
@@ -112,34 +83,21 @@ def check_options(options: argparse.Namespace) -> Corpus:
                 f"argument --stages: the {number} {what} cannot be spread evenly over "
                 f"{options.stages} stages"
             )
-    corpus = read_corpus(VOCABULARY)
-    most = count_windows(corpus, LENGTH) // WINDOWS
-    if options.steps_per_epoch > most:
-        raise UsageError(
-            f"argument --steps-per-epoch: {options.steps_per_epoch} batches are more than the "
-            f"{most} that the text has"
-        )
-    return corpus
+    return lm_command.read_text(options, windows=WINDOWS)
 
 
-def make_module(options: argparse.Namespace, corpus: Corpus, *, steps: int) -> ScannedModel:
-    """The model at its start."""
-    from lm_model import ModelConfig
+def make_module(options: argparse.Namespace, batches: Batches) -> ScannedModel:
+    """Returns the model at its start."""
     from lm_scanned import ScannedModel
 
-    return ScannedModel(
-        ModelConfig(VOCABULARY, LENGTH, options.width, options.layers),
-        corpus,
-        stages=options.stages,
-        batches_per_epoch=steps,
-        seed=options.seed,
-    )
+    config = lm_command.model_config(options)
+    return ScannedModel(config, batches, stages=options.stages, seed=options.seed)
 
 
 def make_callback(
     options: argparse.Namespace, *, by_layer: bool = True, **schedule: Any
 ) -> PartialCheckpointCallback:
-    """The callback, which is told that the blocks are stacked; or not, to compare."""
+    """Returns the callback, which knows that the blocks are stacked, unless not `by_layer`."""
     from lm_scanned import STACK
 
     import flax_partial as fp
@@ -149,7 +107,7 @@ def make_callback(
         options.directory,
         **schedule,
         stacked={f"params.{STACK}": 0} if by_layer else None,
-        keep_last=KEEP_LAST,
+        keep_last=lm_command.KEEP_LAST,
         finalizer=FinalizeHook(),
         options=fp.SaveOptions(
             max_inflight_bytes=options.max_inflight_mb << 20 if by_layer else None
@@ -157,19 +115,20 @@ def make_callback(
     )
 
 
-def train(options: argparse.Namespace, corpus: Corpus) -> None:
-    """Trains from the newest checkpoint, or from the beginning, and shows what came of it."""
-    from lm_screen import Screen
-    from trainer import Trainer
+def train(options: argparse.Namespace, batches: Batches) -> int:
+    """Trains from the newest checkpoint, or from the beginning, then measures what saving takes."""
+    from lm_screen import show_training
 
     schedule = {"every_n_epochs": 1, "every_n_train_steps": options.checkpoint_every}
-    checkpoints = None if options.no_checkpoint else make_callback(options, **schedule)
-    screen = Screen(checkpoints)
-    screen.say("Building the model.")
-    module = make_module(options, corpus, steps=options.steps_per_epoch)
-    callbacks = [screen] if checkpoints is None else [screen, checkpoints]
-    Trainer(max_epochs=options.epochs, callbacks=callbacks).fit(module)
-    screen.show_result(module)
+    show_training(
+        "Building the model.",
+        lambda: make_module(options, batches),
+        None if options.no_checkpoint else make_callback(options, **schedule),
+        max_epochs=options.epochs,
+    )
+    if not options.no_measure:
+        compare(options)
+    return 0
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -201,11 +160,10 @@ def compare(options: argparse.Namespace) -> None:
     print(f"  (the state has {state / 1e6:.0f} MB)")
 
 
-def measure(options: argparse.Namespace, corpus: Corpus) -> tuple[int, int, int]:
+def measure(options: argparse.Namespace, batches: Batches) -> int:
     """Trains some steps, of which one is saved.
 
-    Returns:
-        Bytes of the state; of the process when that step had ended; and its peak from then on.
+    Prints bytes of the state; of the process when that step had ended; its peak from then on.
     """
     import jax
     from trainer import Trainer
@@ -216,16 +174,17 @@ def measure(options: argparse.Namespace, corpus: Corpus) -> tuple[int, int, int]
         by_layer = options.measure == "layers"
         schedule = {"every_n_epochs": None, "every_n_train_steps": SAVED_STEP}
         callbacks.append(make_callback(options, by_layer=by_layer, **schedule))
-    module = make_module(options, corpus, steps=MEASURED_STEPS)
+    module = make_module(options, replace(batches, per_epoch=MEASURED_STEPS))
     Trainer(max_epochs=1, callbacks=callbacks).fit(module)
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(module.state()))
-    return state, probe.before, _peak_bytes()
+    print(state, probe.before, _peak_bytes())
+    return 0
 
 
 class Probe:
-    """A callback of the trainer, before the one that saves: forgets the peak of the steps before.
+    """A callback of the trainer, before the one that saves: resets the peak when a step has ended.
 
-    They have touched all memory that a step needs, and nothing is being computed any more.
+    The steps before have touched all memory that a step needs, and nothing is being computed then.
 
     Attributes:
         before: what the process has then, in bytes.
@@ -233,16 +192,8 @@ class Probe:
 
     before = 0
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        module: ScannedModel,
-        outputs: dict[str, Any],
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: ScannedModel, *_: object) -> None:
         """Begins to measure when the step to save has ended."""
-        del outputs, batch, batch_idx
         if trainer.global_step == SAVED_STEP:
             import jax
 

@@ -16,8 +16,8 @@ and two that Lightning has not, for callbacks that save state piece by piece:
 
 A module that can say when a layer's new parameters or optimizer state have been computed, or will
 be without further calls from here, hands them to `Trainer.layer_ready` and
-`Trainer.optimizer_state_ready` from within its training step. It does so in every step: whoever
-does not save this step returns at once. A module that says nothing is saved just as well, from
+`Trainer.optimizer_state_ready` from within its training step, and does so in every step: a callback
+that does not save this step returns at once. A module that hands over nothing is saved from
 `Trainer.state` at the end of the step.
 
 One invariant carries resuming: between two training steps `Trainer.state` is everything that the
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 Tree = Any
+_COUNTERS = ("global_step", "current_epoch", "batches_done")
 
 
 class Module(Protocol):
@@ -47,7 +48,7 @@ class Module(Protocol):
         """Everything the module's next steps depend on, as a tree of arrays where they are now."""
 
     def load_state(self, state: Mapping[str, Tree]) -> None:
-        """Takes over what `state` returned in another run."""
+        """Replaces the state by what `state` returned in another run."""
 
     def batches(self, epoch: int, start: int) -> Iterable[Any]:
         """The batches of an epoch from number `start` on: the same ones in every run."""
@@ -57,7 +58,7 @@ class Module(Protocol):
 
 
 class Trainer:
-    """Runs a module's training steps and tells callbacks about it.
+    """Runs a module's training steps and calls the callbacks' hooks.
 
     Attributes:
         max_epochs: the epoch to stop before.
@@ -90,17 +91,12 @@ class Trainer:
 
     def state_dict(self) -> dict[str, int]:
         """Where the training is; complete only together with the module's state."""
-        return {
-            "global_step": self.global_step,
-            "current_epoch": self.current_epoch,
-            "batches_done": self.batches_done,
-        }
+        return {name: getattr(self, name) for name in _COUNTERS}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to where `state_dict` was taken."""
-        self.global_step = state["global_step"]
-        self.current_epoch = state["current_epoch"]
-        self.batches_done = state["batches_done"]
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
 
     def fit(self, module: Module) -> None:
         """Trains up to `max_epochs`, from the newest checkpoint that a callback can restore.
@@ -110,28 +106,28 @@ class Trainer:
                 `teardown` have run by then.
         """
         self.module = module
-        self._call("setup", "fit")
+        self._call("setup", module, "fit")
         try:
-            self._call("on_fit_start")
+            self._call("on_fit_start", module)
             self._resume()
-            self._call("on_train_start")
+            self._call("on_train_start", module)
             while self.current_epoch < self.max_epochs:
                 self._run_epoch()
-            self._call("on_train_end")
-            self._call("on_fit_end")
+            self._call("on_train_end", module)
+            self._call("on_fit_end", module)
         except BaseException as exception:
-            self._call("on_exception", exception)
+            self._call("on_exception", module, exception)
             raise
         finally:
-            self._call("teardown", "fit")
+            self._call("teardown", module, "fit")
 
     def layer_ready(self, name: str, tree: Tree) -> None:
         """For modules: the step's new parameters of layer `name` are issued."""
-        self._relay("on_layer_ready", name, tree)
+        self._call("on_layer_ready", name, tree)
 
     def optimizer_state_ready(self, name: str, tree: Tree) -> None:
         """For modules: the step's new optimizer state of layer `name` is issued."""
-        self._relay("on_optimizer_state_ready", name, tree)
+        self._call("on_optimizer_state_ready", name, tree)
 
     def _resume(self) -> None:
         """Restores from the first callback that can; it has finished what a killed run left."""
@@ -153,32 +149,26 @@ class Trainer:
         self.batches_done = 0
 
     def _run_epoch(self) -> None:
-        self._call("on_train_epoch_start")
+        self._call("on_train_epoch_start", self.module)
         batches = self.module.batches(self.current_epoch, self.batches_done)
         for batch_idx, batch in enumerate(batches, start=self.batches_done):
             self._run_batch(batch, batch_idx)
-        self._call("on_train_epoch_end")
+        self._call("on_train_epoch_end", self.module)
         self._begin_epoch(self.current_epoch + 1)
 
     def _run_batch(self, batch: Any, batch_idx: int) -> None:
         self.is_last_batch = batch_idx + 1 == self.module.batches_per_epoch
-        self._call("on_train_batch_start", batch, batch_idx)
+        self._call("on_train_batch_start", self.module, batch, batch_idx)
         outputs = self.module.training_step(self, batch, batch_idx)
         # One step may run while the next is being issued; more would only pile up memory.
         jax.block_until_ready(self.callback_metrics)
         self.callback_metrics.update(outputs)
         self.global_step += 1
         self.batches_done = batch_idx + 1
-        self._call("on_train_batch_end", outputs, batch, batch_idx)
+        self._call("on_train_batch_end", self.module, outputs, batch, batch_idx)
 
     def _call(self, hook: str, *arguments: object) -> None:
         for callback in self.callbacks:
             function = getattr(callback, hook, None)
             if function is not None:
-                function(self, self.module, *arguments)
-
-    def _relay(self, hook: str, name: str, tree: Tree) -> None:
-        for callback in self.callbacks:
-            function = getattr(callback, hook, None)
-            if function is not None:
-                function(self, name, tree)
+                function(self, *arguments)

@@ -20,7 +20,7 @@ def main() -> None:
     state = parser.parse_args().checkpoint / "state"
     parts = [
         (table.stat().st_mtime_ns, json.loads(table.read_text())["table"])
-        for table in state.glob("part.*/part.json")
+        for table in state.rglob("part.json")
     ]
     contents = json.loads((state / "contents.json").read_text())["table"]
     begun, ended = contents["started_ns"], (state / "contents.json").stat().st_mtime_ns
@@ -42,12 +42,10 @@ def main() -> None:
 
 
 def _named(leaves: list[dict[str, Any]]) -> str:
-    """What all leaves of a part have in common of their names, or the first of them."""
-    if not leaves:
-        return "metadata alone"
+    """The keys that all paths of a part's leaves have in common, else the first path."""
     paths = [leaf["path"] for leaf in leaves]
     common = [keys[0] for keys in zip(*paths, strict=False) if len(set(keys)) == 1]
-    return ".".join(common or paths[0])
+    return ".".join(common or paths[0]) if paths else "metadata only"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Kills one of several real processes at a random moment, many times: nothing is lost, all is told.
+"""Kills one of several real processes at a random moment, many times; nothing may be lost.
 
     python tests/long_runs kill_stages --trials 100 --seed 0
 
@@ -16,7 +16,6 @@ or while the checkpoint is finalized. Then:
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import json
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import trials
 from cluster import free_port
 from preloaded import server
 
@@ -101,7 +101,7 @@ def _connect(port: int, index: int, count: int, *, is_service_apart: bool) -> No
 
 
 def serve(port: int, count: int, ready: Connection) -> None:
-    """Is the process that JAX's coordination service lives in, apart from those that train."""
+    """Runs JAX's coordination service in this process, apart from those that train."""
     with coordination.serving(f"127.0.0.1:{port}", count):
         ready.send(None)
         with contextlib.suppress(EOFError):
@@ -111,7 +111,7 @@ def serve(port: int, count: int, ready: Connection) -> None:
 def train(  # noqa: PLR0917 - what a process is started with
     directory: Path, port: int, index: int, count: int, plan: Plan | None, answer: Connection
 ) -> None:
-    """Trains a stage from the newest checkpoint on; answers what came of it."""
+    """Trains a stage from the newest checkpoint on; answers how it ended."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if count > 1:
         _connect(port, index, count, is_service_apart=plan is not None and plan.is_service_apart)
@@ -203,9 +203,9 @@ class Job:
         self.processes = [_start(train, directory, port, i, count, plan) for i in range(count)]
 
     def listen(self, index: int, deadline: float) -> int | None:
-        """Hears a process to its end; returns its exit status, None if it did not end.
+        """Receives a process's answers to its end; returns its exit status, None if it did not end.
 
-        One that has answered stands by until all have; it counts as ended.
+        One that has answered waits until all have; it counts as ended.
         """
         process, pipe = self.processes[index]
         with contextlib.suppress(EOFError, ConnectionResetError):
@@ -269,7 +269,7 @@ def run_trial(plan: Plan, directory: Path) -> str:
 
 
 def _judged(plan: Plan, job: Job, index: int, deadline: float) -> str:
-    """Says what another process saw, and refuses what it must not have seen."""
+    """Returns what another process saw; asserts that it is one of the allowed outcomes."""
     status = job.listen(index, deadline)
     said = job.said[index]
     assert status is not None, f"process {index} hangs: {said}"
@@ -301,39 +301,17 @@ def _complete_steps(directory: Path, plan: Plan) -> list[int]:
     return steps
 
 
-def main() -> int:
-    """Runs many trials; prints a tally, and what went wrong."""
-    parser = argparse.ArgumentParser(description="Kill stages at random moments, many times.")
-    parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the first trial")
-    options = parser.parse_args()
-    tally: collections.Counter[str] = collections.Counter()
-    failed = []
-    for seed in range(options.seed, options.seed + options.trials):
-        plan = Plan.drawn(seed)
-        directory = Path(tempfile.mkdtemp(prefix="kill_stages."))
-        begun = time.monotonic()
-        try:
-            outcome = run_trial(plan, directory)
-        except AssertionError as error:
-            failed.append(seed)
-            outcome = "FAILED"
-            _say(f"seed {seed}, {directory}: {error!r}")
-        else:
-            shutil.rmtree(directory)
-        tally[f"{plan.phase}: {outcome}"] += 1
-        secs = time.monotonic() - begun
-        _say(f"{seed}: {plan}: {outcome}, {secs:.1f} s")
-    for text, times in sorted(tally.items()):
-        _say(f"{times:4} {text}")
-    _say(f"{options.trials} trials, failed: {failed or 'none'}")
-    return 1 if failed else 0
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+def trial(seed: int) -> tuple[str, list[str]]:
+    """Runs the trial of a seed; what it wrote stays where it fails."""
+    plan = Plan.drawn(seed)
+    directory = Path(tempfile.mkdtemp(prefix="kill_stages."))
+    try:
+        outcome = run_trial(plan, directory)
+    except AssertionError as error:
+        return plan.phase, [f"{plan}, {directory}: {error!r}"]
+    shutil.rmtree(directory)
+    return f"{plan.phase}:{outcome}".replace(" ", "-"), []
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(trials.run(__doc__, lambda _: trial, trials=100))

@@ -3,98 +3,58 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import lm_directory
 import numpy as np
 import pytest
+from example_process import (
+    EXAMPLES,
+    SMALL,
+    Ended,
+    Example,
+    assert_same_bits,
+    digests,
+    leaves_of,
+)
 
 import flax_partial as fp
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "pipeline_lm.py"
-SMALL = ("--layers", "4", "--width", "32", "--steps-per-epoch", "6", "--epochs", "2")
-EVERY_4 = (*SMALL, "--checkpoint-every", "4")
+if TYPE_CHECKING:
+    from pathlib import Path
+
 LAYERS = ("embed", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head")
-TIMEOUT_SECS = 150
+EVERY_4 = ("--checkpoint-every", "4")
+STREAMED = ", ".join(reversed(LAYERS))
 
 
-class Example:
-    """Starts the example in processes of its own, which share what they compile."""
+def stopped(
+    example: Example,
+    at: str | tuple[str, ...],
+    *options: object,
+    delay_secs: float = 0.0,
+    how: signal.Signals = signal.SIGKILL,
+) -> Ended:
+    """A run to which a signal was sent so long after the line that begins with `at`."""
 
-    def __init__(self, cache: Path) -> None:
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+    def until(lines: list[str]) -> bool:
+        return bool(lines) and lines[-1].startswith(at)
 
-    def start(self, *options: object) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, EXAMPLE, *map(str, options)],
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *options: object) -> subprocess.CompletedProcess[str]:
-        with self.start(*options) as process:
-            out, err = process.communicate(timeout=TIMEOUT_SECS)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-    def complete(self, *options: object) -> str:
-        """Its output, after it ended well."""
-        done = self.run(*options)
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    def stop(
-        self, at: str | tuple[str, ...], delay_secs: float, how: signal.Signals, *options: object
-    ) -> Any:
-        """Sends a signal so long after the line that begins with `at`; what it said from there."""
-        with self.start(*options) as process:
-            assert process.stdout is not None
-            assert any(line.startswith(at) for line in process.stdout), f"never said {at!r}"
-            time.sleep(delay_secs)
-            process.send_signal(how)
-            out, err = process.communicate(timeout=TIMEOUT_SECS)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def digests(output: str) -> list[str]:
-    """The fingerprints of parameters and optimizer state."""
-    return re.findall(r"^(?:parameters|optimizer state): +([0-9a-f]{16})$", output, re.MULTILINE)
-
-
-def leaves(path: Path, *roots: str) -> dict[str, Any]:
-    """Leaf name to value, as NumPy: an independent look at what the digests summarize."""
-    state = {root: tree for root, tree in fp.load(path).items() if root in roots}
-    flat, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in flat}
-
-
-def assert_same_bits(path: Path, other: Path) -> None:
-    ours, theirs = (leaves(one, "params", "opt_state", "metrics") for one in (path, other))
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert value.dtype == theirs[name].dtype
-        assert value.tobytes() == theirs[name].tobytes(), name
+    ended = example.run(*options, until=until, delay_secs=delay_secs, how=how)
+    assert any(line.startswith(at) for line in ended.output.splitlines()), ended
+    return ended
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
-    return Example(tmp_path_factory.mktemp("compiled"))
+    cache = tmp_path_factory.mktemp("compiled")
+    return Example("pipeline_lm.py", cache, *SMALL, "--steps-per-epoch", 6)
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +94,8 @@ def test_trains_streams_and_shows_what_it_cost(unbroken: tuple[Path, str]) -> No
         float, re.findall(r"^epoch ./2: mean loss (\d\.\d+)$", output, re.MULTILINE)
     )
     assert second < first < np.log(4096) + 0.1
-    streamed = ", ".join(reversed(LAYERS))
     assert re.findall(r"^step (\d+): streaming (.*)$", output, re.MULTILINE) == [
-        (step, streamed) for step in ("4", "6", "8", "12")
+        (step, STREAMED) for step in ("4", "6", "8", "12")
     ]
     rows = re.findall(r"^ +(\d+) +(\d+) +[\d.]+ +\d+ ms +\d+ ms +\d+ ms *$", output, re.MULTILINE)
     groups = str(2 * len(LAYERS) + len(("rngs", "metrics", "progress")))
@@ -182,13 +141,13 @@ def test_checkpoint_in_the_middle_of_an_epoch_goes_on_at_the_next_batch(
     output = example.complete("--directory", copy, *EVERY_4)
     assert "Resumed at step 8, in epoch 2 with 2 of 6 batches done." in output
     assert digests(output) == digests(unbroken[1])
-    assert_same_bits(copy / "12", unbroken[0] / "12")
+    assert_same_bits(leaves_of(copy / "12"), leaves_of(unbroken[0] / "12"))
 
 
 def test_no_checkpoint_trains_the_same_and_writes_nothing(
     example: Example, unbroken: tuple[Path, str], tmp_path: Path
 ) -> None:
-    output = example.complete("--directory", tmp_path / "run", "--no-checkpoint", *SMALL)
+    output = example.complete("--directory", tmp_path / "run", "--no-checkpoint")
     assert digests(output) == digests(unbroken[1])
     assert not list(tmp_path.iterdir())
 
@@ -200,12 +159,12 @@ def test_killed_at_any_moment_and_run_again_ends_with_the_same_bits(
     draw = random.Random(seed)  # noqa: S311 - the same moments every time
     moment = draw.choice(["No checkpoint", "step 4", "epoch 1", "step 8", "step 12"])
     command = ("--directory", tmp_path / "run", *EVERY_4)
-    killed = example.stop(moment, draw.uniform(0, 0.1), signal.SIGKILL, *command)
-    assert killed.returncode == -signal.SIGKILL
-    example.stop(("Resumed", "No checkpoint"), draw.uniform(0, 2), signal.SIGKILL, *command)
-    output = example.run(*command).stdout
+    killed = stopped(example, moment, *command, delay_secs=draw.uniform(0, 0.1))
+    assert killed.status == -signal.SIGKILL
+    stopped(example, ("Resumed", "No checkpoint"), *command, delay_secs=draw.uniform(0, 2))
+    output = example.run(*command).output
     assert digests(output) == digests(unbroken[1])
-    assert_same_bits(tmp_path / "run" / "12", unbroken[0] / "12")
+    assert_same_bits(leaves_of(tmp_path / "run" / "12"), leaves_of(unbroken[0] / "12"))
 
 
 def test_two_stages_go_on_where_four_stopped(
@@ -213,9 +172,9 @@ def test_two_stages_go_on_where_four_stopped(
 ) -> None:
     shutil.rmtree(copy / "8")
     shutil.rmtree(copy / "12")
-    output = example.complete("--directory", copy, *SMALL, "--stages", 2)
+    output = example.complete("--directory", copy, "--stages", 2)
     assert "Resumed at step 6, in epoch 2 with 0 of 6 batches done." in output
-    two, four = (leaves(run / "12", "params", "opt_state") for run in (copy, unbroken[0]))
+    two, four = (leaves_of(run / "12", "params", "opt_state") for run in (copy, unbroken[0]))
     assert two.keys() == four.keys()
     for name, value in two.items():  # other programs may round otherwise
         np.testing.assert_allclose(value, four[name], rtol=1e-3, atol=1e-4, err_msg=name)
@@ -225,11 +184,12 @@ def test_ctrl_c_ends_with_a_sentence_on_how_to_go_on(
     example: Example, unbroken: tuple[Path, str], tmp_path: Path
 ) -> None:
     command = ("--directory", tmp_path / "run", *EVERY_4)
-    stopped = example.stop("epoch 1/2", 0.0, signal.SIGINT, *command)
-    assert stopped.returncode == 130
-    assert re.search(r"^Interrupted. Run the same command again", stopped.stderr, re.MULTILINE)
-    assert "Traceback" not in stopped.stdout + stopped.stderr
-    output = example.run(*command).stdout
+    interrupted = stopped(example, "epoch 1/2", *command, how=signal.SIGINT)
+    assert interrupted.status == 130
+    said = interrupted.errors
+    assert re.search(r"^Interrupted. Run the same command again", said, re.MULTILINE)
+    assert "Traceback" not in interrupted.output + said
+    output = example.run(*command).output
     assert re.search(r"^Resumed at step (6|8|12)", output, re.MULTILINE)
     assert digests(output) == digests(unbroken[1])
 
@@ -242,29 +202,32 @@ def test_ctrl_c_ends_with_a_sentence_on_how_to_go_on(
         (("--epochs", "many"), "argument --epochs: 'many' is not a whole number from 1 on"),
         (("--width", 33), "argument --width: 33 is not a multiple of 32"),
         (("--steps-per-epoch", 9999), "argument --steps-per-epoch: 9999 batches are more than"),
-        (("--directory", EXAMPLE), "argument --directory: '{}' is a file, or below one"),
-        (("--directory", EXAMPLE.parent), "argument --directory: '{}' is not empty, and holds no"),
+        (
+            ("--directory", EXAMPLES / "trainer.py"),
+            "argument --directory: '{}' is a file, or below one",
+        ),
+        (("--directory", EXAMPLES), "argument --directory: '{}' is not empty, and holds no"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_wrong_options_are_refused_with_status_2(
     example: Example, options: tuple[str, Any], message: str
 ) -> None:
-    refused = example.run(*SMALL, *options)
-    assert refused.returncode == 2
-    assert message.format(options[1]) in refused.stderr
-    assert "Traceback" not in refused.stderr
-    assert refused.stdout == ""
+    refused = example.run(*options)
+    assert refused.status == 2
+    assert message.format(options[1]) in refused.errors
+    assert "Traceback" not in refused.errors
+    assert refused.output == ""
 
 
 def test_another_model_cannot_go_on_in_the_same_directory(example: Example, copy: Path) -> None:
-    refused = example.run("--directory", copy, *SMALL, "--width", 64)
-    assert refused.returncode == 2
-    assert "holds a run with --seed 0, --layers 4, --width 32" in refused.stderr
+    refused = example.run("--directory", copy, "--width", 64)
+    assert refused.status == 2
+    assert "holds a run with --seed 0, --layers 4, --width 32" in refused.errors
 
 
 def test_two_runs_cannot_share_a_directory(example: Example, tmp_path: Path) -> None:
     with lm_directory.claim(tmp_path, {}):
-        refused = example.run("--directory", tmp_path, *SMALL)
-    assert refused.returncode == 2
-    assert f"another run is using '{tmp_path}'" in refused.stderr
+        refused = example.run("--directory", tmp_path)
+    assert refused.status == 2
+    assert f"another run is using '{tmp_path}'" in refused.errors

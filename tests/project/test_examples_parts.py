@@ -10,14 +10,22 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from lm_model import ModelConfig
-from lm_pipeline import Draw, Pipeline, Stage, init_layers, layer_graphs, split_stages
+from lm_model import ModelConfig, layer_kinds
+from lm_pipeline import (
+    Draw,
+    Stage,
+    init_layers,
+    layer_graphs,
+    make_stages,
+    split_layers,
+    train_step,
+)
 from trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lm_pipeline import ByLayer
+    from lm_pipeline import ByLayer, Layers
     from numpy.typing import NDArray
 
 
@@ -135,14 +143,19 @@ def whole_model_loss(params: ByLayer, batch: NDArray[np.int32], key: jax.Array) 
     return jnp.mean(jnp.stack(losses))
 
 
-def random_layers() -> tuple[ByLayer, ByLayer]:
+def random_layers() -> Layers:
     """Parameters and optimizer state, without compiling the layers' own initializers."""
     draw = np.random.default_rng(0)
-    params, opt_state = jax.eval_shape(lambda: init_layers(TINY, jax.random.key(0)))
-    return (
-        jax.tree.map(lambda leaf: draw.normal(0, 0.1, leaf.shape).astype(leaf.dtype), params),
-        jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), opt_state),
-    )
+    names = layer_kinds(TINY)
+    layers = jax.eval_shape(lambda: init_layers(TINY, jax.random.key(0), names))
+
+    def random(leaf: Any) -> Any:
+        return draw.normal(0, 0.1, leaf.shape).astype(leaf.dtype)
+
+    return {
+        "params": jax.tree.map(random, layers["params"]),
+        "opt_state": jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), layers["opt_state"]),
+    }
 
 
 @pytest.fixture
@@ -152,21 +165,18 @@ def _as_outside_of_tests() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def batch() -> NDArray[np.int32]:
-    shape = (2 * MICRO_BATCHES, TINY.length + 1)
-    return np.random.default_rng(0).integers(0, TINY.vocabulary, shape, np.int32)
-
-
 @pytest.mark.usefixtures("_as_outside_of_tests")
 def test_pipeline_updates_each_stage_while_earlier_ones_have_work_ahead(
-    batch: NDArray[np.int32], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    shape = (2 * MICRO_BATCHES, TINY.length + 1)
+    batch = np.random.default_rng(0).integers(0, TINY.vocabulary, shape, np.int32)
     key = jax.random.key(1)
-    params, opt_state = random_layers()
-    expected = jax.jit(jax.grad(whole_model_loss))(params, batch, key)
-    pipeline = Pipeline(TINY, stages=2, micro_batches=MICRO_BATCHES)
-    pipeline.place(params, opt_state, key)
+    layers = random_layers()
+    expected = jax.jit(jax.grad(whole_model_loss))(layers["params"], batch, key)
+    stages = make_stages(TINY, 2)
+    for stage in stages:
+        stage.place(layers, key)
     events: list[str] = []
     grads: ByLayer = {}
 
@@ -174,7 +184,7 @@ def test_pipeline_updates_each_stage_while_earlier_ones_have_work_ahead(
         original = getattr(Stage, name)
 
         def recorded(self: Stage, *arguments: Any) -> Any:
-            events.append(f"{name} {pipeline.stages.index(self)}")
+            events.append(f"{name} {stages.index(self)}")
             if name == "update":
                 grads.update(jax.tree.map(np.array, self.grads))
             return original(self, *arguments)
@@ -183,22 +193,25 @@ def test_pipeline_updates_each_stage_while_earlier_ones_have_work_ahead(
 
     for name in ("forward", "backward", "update"):
         record(name)
-    before = [stage.params for stage in pipeline.stages]
-    pipeline.train_step(
-        batch, STEP, lambda stage: events.append(f"told {pipeline.stages.index(stage)}")
+    before = [stage.params for stage in stages]
+    losses = train_step(
+        stages,
+        np.split(batch, MICRO_BATCHES),
+        STEP,
+        lambda stage: events.append(f"told {stages.index(stage)}"),
     )
     assert events == [
-        *("forward 0", "forward 1", "forward 0", "forward 1"),
-        *("backward 1", "backward 0"),
+        *("forward 0", "forward 1"),
         *("backward 1", "update 1", "told 1"),
         *("backward 0", "update 0", "told 0"),
     ]
+    assert len(losses) == MICRO_BATCHES
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before)), "donated to the update"
     assert grads.keys() == expected.keys()
     jax.tree.map(
         lambda got, want: np.testing.assert_allclose(got, want, atol=1e-5), grads, expected
     )
-    devices = [{leaf.device for leaf in jax.tree.leaves(s.params)} for s in pipeline.stages]
+    devices = [{leaf.device for leaf in jax.tree.leaves(stage.params)} for stage in stages]
     assert devices == [{device} for device in jax.local_devices()[:2]]
 
 
@@ -214,5 +227,6 @@ def test_pipeline_updates_each_stage_while_earlier_ones_have_work_ahead(
 def test_every_stage_has_blocks_and_the_ends_have_embedding_and_head(
     layers: int, stages: int, names: list[str]
 ) -> None:
-    graphs = layer_graphs(ModelConfig(vocabulary=8, length=4, width=32, layers=layers))
-    assert [" ".join(stage.names) for stage in split_stages(graphs, stages)] == names
+    config = ModelConfig(vocabulary=8, length=4, width=32, layers=layers)
+    split = split_layers(config, stages)
+    assert [" ".join(layer.name for layer in stage) for stage in split] == names

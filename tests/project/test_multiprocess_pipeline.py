@@ -2,73 +2,49 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import pytest
-from test_examples import assert_same_bits
+from example_process import SMALL, Example, assert_same_bits, leaves_of
 
 import flax_partial as fp
 from flax_partial.cli.commands.timeline import layout as lanes
 from flax_partial.runs import timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
+    from pathlib import Path
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-SMALL = ("--layers", "4", "--width", "32", "--steps-per-epoch", "3", "--epochs", "2")
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Example, Example]:
+    """The program of one process, and that of several."""
+    cache = tmp_path_factory.mktemp("compiled")
+    options = (cache, *SMALL, "--steps-per-epoch", 3)
+    return Example("pipeline_lm.py", *options), Example("multiprocess_pipeline.py", *options)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-    def start(script: str, *options: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, EXAMPLES / script, *SMALL, *map(str, options)],
-            check=False,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=150,
-        )
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def alone(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(examples: tuple[Example, Example], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process with four stages, which nothing stopped."""
     directory = tmp_path_factory.mktemp("alone") / "run"
-    assert run("pipeline_lm.py", "--directory", directory).returncode == 0
+    examples[0].complete("--directory", directory)
     return directory
 
 
 def test_killed_stage_ends_with_the_bits_of_one_process_that_was_not(
-    run: Run, alone: Path, tmp_path: Path
+    examples: tuple[Example, Example], alone: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
     options = ("--directory", directory, "--processes", 4, "--kill-stage", 2, "--at-step", 6)
-    done = run("multiprocess_pipeline.py", *options)
-    assert done.returncode == 0, done.stderr
-    assert "Stage 2 was killed by signal 9: starting all stages again." in done.stdout
-    assert re.findall(r"^\[stage (\d)\] resumed at step 3$", done.stdout, re.MULTILINE)
-    streamed = dict(
-        re.findall(r"^\[stage (\d)\] step 3: streamed (.*)$", done.stdout, re.MULTILINE)
-    )
-    assert streamed == {"0": "blocks.0, embed", "1": "blocks.1", "2": "blocks.2",
+    done = examples[1].run(*options)
+    assert done.status == 0, done
+    assert "Stage 2 was killed by signal 9: starting all stages again." in done.output
+    assert re.findall(r"^\[stage (\d)\] resumed at step 3$", done.output, re.MULTILINE)
+    said = re.findall(r"^\[stage (\d)\] step 3: streamed (.*)$", done.output, re.MULTILINE)
+    assert dict(said) == {"0": "blocks.0, embed", "1": "blocks.1", "2": "blocks.2",
                         "3": "head, blocks.3"}  # fmt: skip
     assert fp.steps(directory) == [3, 6]
     newest = directory / "6"
@@ -79,25 +55,37 @@ def test_killed_stage_ends_with_the_bits_of_one_process_that_was_not(
         f"process {stage}" for stage in range(4)
     ]
     assert fp.metadata(newest).leaves.keys() == fp.metadata(alone / "6").leaves.keys()
-    assert_same_bits(newest, alone / "6")
+    assert_same_bits(leaves_of(newest), leaves_of(alone / "6"))
+    drawn = Example("who_wrote_what.py", tmp_path, newest).complete()
+    assert re.findall(r"^process (\d) .*[a-z]", drawn, re.MULTILINE) == list("0123")
 
 
 def test_two_processes_go_on_from_one_with_four_stages_and_it_from_them(
-    run: Run, alone: Path, tmp_path: Path
+    examples: tuple[Example, Example], alone: Path, tmp_path: Path
 ) -> None:
+    one, several = examples
     directory = tmp_path / "run"
-    assert run("pipeline_lm.py", "--directory", directory, "--epochs", 1).returncode == 0
-    done = run("multiprocess_pipeline.py", "--directory", directory, "--processes", 2)
-    assert done.returncode == 0, done.stderr
-    assert "[stage 1] resumed at step 3" in done.stdout
-    assert_same_bits(directory / "6", alone / "6")
-    again = run("pipeline_lm.py", "--directory", directory, "--epochs", 3)
-    assert again.returncode == 0
-    assert "Resumed at step 6" in again.stdout
+    one.complete("--directory", directory, "--epochs", 1)
+    done = several.run("--directory", directory, "--processes", 2)
+    assert done.status == 0, done
+    assert "[stage 1] resumed at step 3" in done.output
+    assert_same_bits(leaves_of(directory / "6"), leaves_of(alone / "6"))
+    assert "Resumed at step 6" in one.complete("--directory", directory, "--epochs", 3)
 
 
-def test_wrong_options_are_refused_before_any_process_starts(run: Run, tmp_path: Path) -> None:
-    for options in (("--processes", 5), ("--processes", 0), ("--kill-stage", 4)):
-        done = run("multiprocess_pipeline.py", "--directory", tmp_path / "run", *options)
-        assert done.returncode == 2
-        assert options[0] in done.stderr or "--stages" in done.stderr
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--processes", 5), "argument --stages: 5 is not between 1"),
+        (("--processes", 0), "argument --processes: 0 is below 1"),
+        (("--kill-stage", 4), "argument --kill-stage: 4 is not between 0 and 3"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_wrong_options_are_refused_before_any_process_starts(
+    examples: tuple[Example, Example], tmp_path: Path, options: tuple[str, int], message: str
+) -> None:
+    done = examples[1].run("--directory", tmp_path / "run", *options)
+    assert done.status == 2
+    assert message in done.errors
+    assert not list(tmp_path.iterdir())
