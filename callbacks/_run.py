@@ -83,14 +83,23 @@ class Run:
                 _check_agree(self.directory, member.retention, other.retention)
             self._members[member.key] = member
 
-    def start(self, member: Member) -> None:
-        """Joins a callback whose training begins, which ends all earlier runs in the directory."""
+    def start(self, member: Member, step: int) -> None:
+        """Joins a callback whose training begins, which ends all earlier runs in the directory.
+
+        Args:
+          member: The callback.
+          step: The step that training goes on from.
+        """
         self.join(member)
         self._is_dismissed = self._is_checked = False
         for other in self._others():
             other.dismiss()
         self.recover()
         self.finalizer.prune(member.retention)
+        if member.clock is not None:
+            member.clock.start(f"{self.directory.absolute()} {member.key} {self._name}", step)
+        if member.saves_on_preemption:
+            self.preemption.watch(member.key)
 
     def stop_listening(self, member: Member) -> None:
         """Ends what tells a callback to save: the handler of SIGTERM, and its clock."""
@@ -123,10 +132,6 @@ class Run:
             or (member.has_finished_step and step == self.rescued_step)
         )
         return is_due and step not in (0, member.last_saved)
-
-    def name_for(self, member: Member) -> str:
-        """Returns a name that all processes have for a callback, and no other run has."""
-        return f"{self.directory.absolute()} {member.key} {self._name}"
 
     # Before training.
 
@@ -237,7 +242,10 @@ class Run:
                     if self.is_due(other, checkpoint.step, epoch, epoch_ends=metrics is None)
                 }
                 checkpoint.members = due | {member.key: member}
-        checkpoint.close(member, groups)
+        checkpoint.save(member, groups, is_last=True)
+        member.last_saved = checkpoint.step
+        if member.clock is not None:
+            member.clock.saved()
         with self._lock:
             checkpoint.done.add(member.key)
             if checkpoint.is_closed and metrics is not None:
