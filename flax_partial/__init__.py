@@ -23,13 +23,14 @@ else:
         """
         if name in {module.name for module in pkgutil.iter_modules(globals()["__path__"])}:
             return importlib.import_module(f"{__name__}.{name}")
-        public = importlib.import_module("flax_partial._public")
-        names = ["__version__", *public.__all__]
-        globals().update({each: vars(public)[each] for each in public.__all__}, __all__=names)
+        if "__all__" not in globals():
+            public = importlib.import_module("flax_partial._public")
+            names = {each: vars(public)[each] for each in public.__all__}
+            globals().update(names, __all__=["__version__", *names])
         try:
             return globals()[name]
         except KeyError:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__getattr__("__all__")})
+        return __getattr__("__all__")

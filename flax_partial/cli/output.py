@@ -6,8 +6,10 @@ neither: a table's lines are as long as they have to be.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 GOOD, BAD, WAITING, FAINT, STRONG = "green", "red", "yellow", "dim", "bold"
 _MOST_DRAWN_ROWS = 3000  # rich takes 0.35 ms for each: longer tables are plain on terminals too
 _GAP = "  "
+
+
+def picked(value: object, *names: str) -> dict[str, Any]:
+    """Returns some attributes by name."""
+    return {name: getattr(value, name) for name in names}
 
 
 def printable(text: str) -> str:
@@ -131,11 +138,12 @@ class Output:
         self.is_json = is_json
         self.console = _console(is_stderr=False) if sys.stdout.isatty() else None
 
-    def json(self, value: dict[str, Any]) -> None:
-        """Writes the result as one line of JSON, if JSON was asked for."""
+    def json(self, **fields: Any) -> None:
+        """Writes the result as one line of JSON, if JSON was asked for: dataclasses as objects."""
         if self.is_json:
             # ASCII: valid in every encoding, and file names may hold what none has.
-            print(json.dumps(value, allow_nan=False), flush=True)  # noqa: T201
+            text = json.dumps(fields, allow_nan=False, default=_as_json)
+            print(text, flush=True)  # noqa: T201
 
     def note(self, text: str) -> None:
         """Writes a line beside the result, to standard error."""
@@ -238,6 +246,13 @@ class Output:
                 live.update(Group(above, table), refresh=True)
 
             yield draw
+
+
+def _as_json(value: Any) -> object:
+    """Turns what is none of JSON's types into what is one, or holds such."""
+    if dataclasses.is_dataclass(value):
+        return picked(value, *(field.name for field in dataclasses.fields(value)))
+    return dict(value) if isinstance(value, Mapping) else str(value)
 
 
 def _console(*, is_stderr: bool) -> Console:

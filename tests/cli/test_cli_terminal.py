@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from shell import MIXED, write
 from terminal import SLOW_SECS, into, into_closed_pipe, on_terminal
-from things import QUICK
+from things import QUICK, listing
 
 import flax_partial as fp
 from flax_partial.cli.main import INTERRUPTED, PIPE_CLOSED, PROBLEM, TERMINATED
@@ -58,30 +58,27 @@ def test_a_bar_shows_how_far_it_is_and_is_gone_at_the_end(
         assert "\x1b[?25h" in terminal.shown  # the cursor is back
 
 
-@pytest.mark.parametrize(("answer", "status"), [("y", 0), ("n", 1)])
-@pytest.mark.parametrize("command", ["rm {}/1", "prune {} --keep-last 1"])
-def test_a_finalized_checkpoint_is_removed_once_it_was_agreed(
-    command: str, answer: str, status: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("answer", ["y", "Yes", "n", ""])
+@pytest.mark.parametrize(
+    ("command", "about"),
+    [
+        ("abort {}/3", "1 part, 16 B, last saved "),
+        ("rm {}/1", "/1: "),
+        ("prune {} --keep-last 1", "1 of "),
+    ],
+)
+def test_what_removes_asks_first(command: str, about: str, answer: str, tmp_path: Path) -> None:
     for step in (1, 2):
         write(tmp_path / str(step), {"w": 1})
+    fp.save(tmp_path / "3", {"a": np.ones(2)}, options=QUICK)
+    before = listing(tmp_path)
     with on_terminal(*command.format(tmp_path).split()) as terminal:
-        terminal.wait_for("? [y/N] ")
-        assert fp.steps(tmp_path) == [1, 2]
+        assert about in terminal.wait_for("? [y/N] ")
+        assert listing(tmp_path) == before
         terminal.press(answer + "\n")
-        assert terminal.end() == status
-    assert fp.steps(tmp_path) == [1, 2][1 - status :]
-
-
-@pytest.mark.parametrize(("answer", "status"), [("y", 0), ("Yes", 0), ("n", 1), ("", 1)])
-def test_abort_asks_first(answer: str, status: int, tmp_path: Path) -> None:
-    fp.save(tmp_path / "c", {"a": np.ones(2)}, options=QUICK)
-    with on_terminal("abort", tmp_path / "c") as terminal:
-        assert "1 part, 16 B, last saved " in terminal.wait_for("Drop it? [y/N] ")
-        assert (tmp_path / "c.partial_save").exists()
-        terminal.press(answer + "\n")
-        assert terminal.end() == status
-    assert (tmp_path / "c.partial_save").exists() == bool(status)
+        is_agreed = answer in ("y", "Yes")
+        assert terminal.end() == (0 if is_agreed else PROBLEM)
+    assert (listing(tmp_path) != before) == is_agreed
 
 
 def test_ctrl_c_ends_quietly_and_changes_nothing(tmp_path: Path) -> None:

@@ -288,17 +288,16 @@ def test_status_says_what_is_lacking(tmp_path: Path, shell: Shell) -> None:
     assert shell.run("status", path).count("not complete: ") == 2
 
 
-def test_status_of_parts_that_conflict_is_a_problem(tmp_path: Path, shell: Shell) -> None:
+def test_status_of_parts_that_conflict_or_are_damaged_is_a_problem(
+    tmp_path: Path, shell: Shell
+) -> None:
     path = begin(tmp_path / "c", {"l": [Element(1, np.ones(2))]})
     assert shell.json("status", path, status=PROBLEM)["conflicts"]
     assert "at odds: " in shell.run("status", path, status=PROBLEM)
-
-
-def test_status_names_parts_that_are_damaged(tmp_path: Path, shell: Shell) -> None:
-    (part,) = fp.status(begin(tmp_path / "c", {"a": 1})).parts
-    (tmp_path / "c.partial_save" / "state" / part.name / "part.json").write_text("{}")
-    assert shell.json("status", tmp_path / "c", status=PROBLEM)["damaged"] == [part.name]
-    assert f"damaged: {part.name}" in shell.run("status", tmp_path / "c", status=PROBLEM)
+    (part,) = fp.status(begin(tmp_path / "d", {"a": 1})).parts
+    (tmp_path / "d.partial_save" / "state" / part.name / "part.json").write_text("{}")
+    assert shell.json("status", tmp_path / "d", status=PROBLEM)["damaged"] == [part.name]
+    assert f"damaged: {part.name}" in shell.run("status", tmp_path / "d", status=PROBLEM)
 
 
 def test_session_that_orbax_began_is_left_to_it(tmp_path: Path, shell: Shell) -> None:
@@ -347,11 +346,14 @@ def test_verify_of_what_orbax_wrote_reads_it(tmp_path: Path, shell: Shell) -> No
 # --- finalize and abort
 
 
-def test_finalize_makes_the_checkpoint(tmp_path: Path, shell: Shell) -> None:
-    begin(tmp_path / "c", {"a": np.ones(2)})
+def test_finalize_makes_the_checkpoint_once_it_is_complete(tmp_path: Path, shell: Shell) -> None:
+    path = begin(tmp_path / "c", {"w": HALF})
+    shell.run("finalize", path, status=PROBLEM)
+    assert "w (1 of 2 chunks" in shell.error
+    begin(path, {"w": fp.Slice(np.ones((1, 3)), start=1, size=2)})
     done = shell.json("finalize", tmp_path / "c.partial_save")
-    assert (done["path"], done["leaves"], done["parts"]) == (str(tmp_path / "c"), 1, 1)
-    assert fp.verify(tmp_path / "c").ok
+    assert (done["path"], done["leaves"], done["parts"]) == (str(path), 1, 2)
+    assert fp.verify(path).ok
 
 
 def test_finalize_refuses_what_a_callback_had_not_completed(tmp_path: Path, shell: Shell) -> None:
@@ -367,13 +369,6 @@ def test_finalize_refuses_what_a_callback_had_not_completed(tmp_path: Path, shel
 @pytest.mark.parametrize("session", ["mine", {"saved": "x"}])
 def test_session_key_of_the_user_means_nothing(session: Any, tmp_path: Path, shell: Shell) -> None:
     shell.run("finalize", begin(tmp_path / "c", {"a": 1}, session=session))
-
-
-def test_finalize_of_what_is_not_complete_keeps_the_session(tmp_path: Path, shell: Shell) -> None:
-    path = begin(tmp_path / "c", {"w": HALF})
-    shell.run("finalize", path, status=PROBLEM)
-    assert "w (1 of 2 chunks" in shell.error
-    assert fp.status(path).leaves == ("w",)
 
 
 def test_abort_asks_nobody_where_there_is_no_terminal(

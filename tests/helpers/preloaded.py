@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def server() -> ForkServerContext:
     """The server, started where it finds the installed package, not the checkout around it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flax_partial.callbacks", "jax._src.distributed"])
+    context.set_forkserver_preload(
+        ["flax_partial._public", "flax_partial.callbacks", "jax._src.distributed"]
+    )
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:

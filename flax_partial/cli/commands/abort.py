@@ -22,7 +22,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     is_wanted = options.yes or out.is_agreed(_described(session), "drop it")
     if is_wanted:
         fp.abort(where.final)
-    out.json({"path": str(where.final), "dropped": is_wanted, "parts": len(session.parts)})
+    out.json(path=where.final, dropped=is_wanted, parts=len(session.parts))
     out.line(f"{'dropped' if is_wanted else 'kept'} {where.session}", "" if is_wanted else BAD)
     return not is_wanted
 

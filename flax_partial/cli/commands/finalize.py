@@ -4,7 +4,7 @@ import argparse
 
 import flax_partial as fp
 from flax_partial.cli import places, text
-from flax_partial.cli.output import GOOD, Output
+from flax_partial.cli.output import GOOD, Output, picked
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +29,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
             "resume from it. Abort it, or finalize what is there with --anyway."
         )
     done = fp.finalize(session.where.final)
-    out.json(
-        {
-            "path": str(done.path),
-            "committed_at": done.committed_at,
-            "parts": done.parts,
-            "leaves": len(done.leaves),
-            "bytes": done.bytes,
-        }
-    )
+    out.json(**picked(done, "path", "committed_at", "parts", "bytes"), leaves=len(done.leaves))
     amount = text.leaves(len(done.leaves), done.bytes)
     out.line(f"finalized {done.path}: {text.counted(done.parts, 'part')}, {amount}", GOOD)
     return False

@@ -24,6 +24,6 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     if name is None:
         raise fp.IncompleteCheckpointError(f"{directory} has no finalized checkpoint of a step")
     path = str(directory.absolute() / name)
-    out.json({"path": path})
+    out.json(path=path)
     out.line(path)
     return False

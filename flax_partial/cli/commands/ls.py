@@ -1,7 +1,6 @@
 """`ls`: the checkpoints and unfinished sessions in a run's directory."""
 
 import argparse
-import dataclasses
 import time
 
 from flax_partial.cli import listing, places, text
@@ -34,14 +33,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     directory = listing.directory(options.dir)
     entries = listing.entries(directory)
     latest, best = listing.latest(entries), listing.best(entries, options.monitor, options.mode)
-    out.json(
-        {
-            "directory": str(directory.absolute()),
-            "latest": latest,
-            "best": best,
-            "checkpoints": [dataclasses.asdict(entry) for entry in entries],
-        }
-    )
+    out.json(directory=directory.absolute(), latest=latest, best=best, checkpoints=entries)
     if not entries:
         out.line(f"no checkpoints in {directory}")
     marked = {"latest": latest, "best": best}

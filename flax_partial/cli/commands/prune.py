@@ -46,18 +46,9 @@ def run(options: argparse.Namespace, out: Output) -> bool:
             removed.append(name)
         except (fp.PartialCheckpointError, OSError) as error:
             problems[name] = str(error)
-    out.json(
-        {
-            "directory": str(directory.absolute()),
-            "chosen": names,
-            "removed": removed,
-            "problems": problems,
-        }
-    )
-    said = (
-        f"would remove {about}" if options.dry_run else f"removed {' '.join(removed) or 'nothing'}"
-    )
-    out.line(said)
+    out.json(directory=directory.absolute(), chosen=names, removed=removed, problems=problems)
+    done = f"removed {' '.join(removed) or 'nothing'}"
+    out.line(f"would remove {about}" if options.dry_run else done)
     for problem in problems.values():
         out.line(problem, BAD)
     return bool(problems) or is_kept

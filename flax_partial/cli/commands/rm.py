@@ -29,6 +29,6 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     is_wanted = options.yes or out.is_agreed(f"{final}: {text.size(size)}", "remove it")
     if is_wanted:
         fp.remove(final)
-    out.json({"path": str(final), "removed": is_wanted, "bytes": size})
+    out.json(path=final, removed=is_wanted, bytes=size)
     out.line(f"{'removed' if is_wanted else 'kept'} {final}", "" if is_wanted else BAD)
     return not is_wanted

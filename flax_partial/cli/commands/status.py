@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flax_partial.cli import listing, places, text
-from flax_partial.cli.output import BAD, FAINT, GOOD, STRONG, WAITING, Column, Output, Row
+from flax_partial.cli.output import BAD, FAINT, GOOD, STRONG, WAITING, Column, Output, Row, picked
 from flax_partial.cli.places import Session
 from flax_partial.errors import NoSessionError, first_few
 from flax_partial.loading.catalog import is_finalized
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
         _watch(session, out)
         return False
     now = time.time()
-    out.json(_as_json(session))
+    out.json(**_as_json(session))
     for line, style in (*_lines(session, now), ("", "")):
         out.line(line, style)
     out.table(_COLUMNS, _rows(session, now))
@@ -58,7 +58,7 @@ def _watch(session: Session, out: Output) -> None:
                 draw(_lines(state, time.time()), _rows(state, time.time()))
     final = session.where.final
     outcome = places.FINALIZED if is_finalized(final) else places.DROPPED
-    out.json({"path": str(final), "state": outcome})
+    out.json(path=final, state=outcome)
     out.line(f"{final} was {outcome}", GOOD if outcome == places.FINALIZED else BAD)
 
 
@@ -68,7 +68,7 @@ def _follow(session: Session, out: Output) -> None:
     for state in _states(session):
         described = _as_json(state) | {"torn": []}  # those of a save under way come and go
         if described != last:
-            out.json(described)
+            out.json(**described)
             out.line(_summary(state.status, time.time()))
         last = described
 
@@ -134,25 +134,14 @@ def _as_json(session: Session) -> dict[str, Any]:
     status = session.status
     lacking = [session.lacking] if session.lacking else []
     parts = [
-        {
-            "name": part.name,
-            "process": part.process,
-            "written_at": part.written_at,
-            "leaves": len(part.leaves),
-            "bytes": part.bytes,
-        }
+        picked(part, "name", "process", "written_at", "bytes") | {"leaves": len(part.leaves)}
         for part in status.parts
     ]
     return {
-        "path": str(status.path),
+        **picked(status, "path", "bytes", "processes", "custom_metadata", "torn", "damaged"),
         "state": places.UNFINISHED,
         "leaves": len(status.leaves),
-        "bytes": status.bytes,
-        "processes": list(status.processes),
-        "custom_metadata": status.custom_metadata,
         "lacking": [*lacking, *session.plan.missing],
-        "conflicts": list(session.plan.conflicts),
-        "torn": list(status.torn),
-        "damaged": list(status.damaged),
+        "conflicts": session.plan.conflicts,
         "parts": parts,
     }

@@ -4,7 +4,7 @@ import argparse
 import time
 
 from flax_partial.cli import listing, places, text
-from flax_partial.cli.output import BAD, GOOD, Column, Output, Row
+from flax_partial.cli.output import BAD, GOOD, Column, Output, Row, picked
 from flax_partial.loading.verify import verify_with
 
 _COLUMNS = (Column("DAMAGED"), Column("WHAT IS WRONG"))
@@ -26,16 +26,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     with out.bar("Verifying") as progress:
         report = verify_with(where.final, progress=progress)
     secs = time.perf_counter() - began
-    out.json(
-        {
-            "path": str(report.path),
-            "ok": report.ok,
-            "leaves": report.leaves,
-            "bytes": report.bytes,
-            "secs": secs,
-            "bad": dict(report.bad),
-        }
-    )
+    out.json(**picked(report, "path", "ok", "leaves", "bytes", "bad"), secs=secs)
     out.table(_COLUMNS, [Row((text.name(name), why), BAD) for name, why in report.bad.items()])
     outcome = "fine" if report.ok else text.counted(len(report.bad), "problem")
     amount = text.leaves(report.leaves, report.bytes)

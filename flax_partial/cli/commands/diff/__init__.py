@@ -8,7 +8,7 @@ from flax_partial.cli import listing, places, selection, text
 from flax_partial.cli.commands.diff import changes
 from flax_partial.cli.commands.diff.changes import Change
 from flax_partial.cli.commands.diff.difference import Difference
-from flax_partial.cli.output import BAD, GOOD, Column, Output, Row
+from flax_partial.cli.output import BAD, GOOD, Column, Output, Row, picked
 from flax_partial.format.model import PRNG_KEY, Leaf
 from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
         names, found = _compare(a, b, options, out)
     ordered = [found[name] for name in names if name in found]
     same = len(names) - len(ordered)
-    out.json({"a": paths[0], "b": paths[1], "same": same, "changes": [*map(_as_json, ordered)]})
+    out.json(a=paths[0], b=paths[1], same=same, changes=[*map(_as_json, ordered)])
     out.table(_COLUMNS, [*map(_row, ordered)])
     for change in ordered:
         if change.problem:
@@ -141,28 +141,17 @@ def _are_keys(change: Change) -> bool:
 
 
 def _as_json(change: Change) -> dict[str, Any]:
-    return {
-        "name": change.name,
-        "change": change.change,
+    difference, numbers = change.difference, ["elements", "different"]
+    if not _are_keys(change):
+        numbers += ["not_finite", "largest", "relative"]
+    return picked(change, "name", "change", "problem") | {
         "a": _leaf_as_json(change.a),
         "b": _leaf_as_json(change.b),
-        "difference": _difference_as_json(change),
-        "problem": change.problem,
+        "difference": None if difference is None else picked(difference, *numbers),
     }
 
 
 def _leaf_as_json(leaf: Leaf | None) -> dict[str, Any] | None:
     if leaf is None:
         return None
-    described = {"kind": leaf.kind, "shape": leaf.shape, "dtype": leaf.dtype}
-    return described | ({"text": leaf.text} if leaf.text else {})
-
-
-def _difference_as_json(change: Change) -> dict[str, Any] | None:
-    difference = change.difference
-    if difference is None:
-        return None
-    names = ["elements", "different"]
-    if not _are_keys(change):
-        names += ["not_finite", "largest", "relative"]
-    return {name: getattr(difference, name) for name in names}
+    return picked(leaf, "kind", "shape", "dtype", *(["text"] if leaf.text else []))

@@ -37,30 +37,23 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Exports a checkpoint."""
     target = _target(options.out)
-    options.path = listing.one_checkpoint(options.path, out)
-    with places.open_finalized(options.path) as checkpoint:
-        _export(options, out, checkpoint, target)
-    return False
-
-
-def _export(options: argparse.Namespace, out: Output, checkpoint: Checkpoint, target: Path) -> None:
-    leaves = selection.chosen(checkpoint.contents.leaves, options.only, options.skip)
-    arrays = safetensors.ordered(leaves)
-    layout = _lay_out(arrays, leaves, checkpoint.contents.custom_metadata)
-    with storage.new_file(target) as descriptor, out.bar("Exporting") as progress:
-        _write(descriptor, layout.header, 0)
-        _write_tensors(descriptor, layout, arrays, checkpoint, progress)
+    path = listing.one_checkpoint(options.path, out)
+    with places.open_finalized(path) as checkpoint:
+        leaves = selection.chosen(checkpoint.contents.leaves, options.only, options.skip)
+        arrays = safetensors.ordered(leaves)
+        layout = _lay_out(arrays, leaves, checkpoint.contents.custom_metadata)
+        with storage.new_file(target) as descriptor, out.bar("Exporting") as progress:
+            _write(descriptor, layout.header, 0)
+            _write_tensors(descriptor, layout, arrays, checkpoint, progress)
     widened = {leaf.name: leaf.dtype for leaf in arrays if leaf.dtype in safetensors.WIDER}
     texts = [leaf.name for leaf in leaves if not leaf.is_array]
     out.json(
-        {
-            "path": options.path,
-            "out": str(target.absolute()),
-            "tensors": len(arrays),
-            "bytes": layout.bytes,
-            "widened": widened,
-            "in_metadata": texts,
-        }
+        path=path,
+        out=target.absolute(),
+        tensors=len(arrays),
+        bytes=layout.bytes,
+        widened=widened,
+        in_metadata=texts,
     )
     tensors = text.counted(len(arrays), "tensor")
     out.line(f"wrote {options.out}: {tensors}, {text.size(layout.bytes)}", GOOD)
@@ -70,6 +63,7 @@ def _export(options: argparse.Namespace, out: Output, checkpoint: Checkpoint, ta
         out.line(f"{some} of {kinds} became wider: safetensors has no such dtype")
     if texts:
         out.line(f"{text.leaves(len(texts))} without array data went into the header's metadata")
+    return False
 
 
 def _target(path: str) -> Path:

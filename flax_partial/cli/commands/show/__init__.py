@@ -1,15 +1,13 @@
 """`show`: what is in a checkpoint, as a tree."""
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from flax_partial.cli import listing, places, selection, text
 from flax_partial.cli.commands.show import tree
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import STRONG, Column, Output, Row
+from flax_partial.cli.output import STRONG, Column, Output, Row, picked
 from flax_partial.format.model import Leaf
 from flax_partial.loading.checkpoint import described as described_contents
 from flax_partial.reports import CheckpointMetadata
@@ -42,10 +40,13 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     leaves = selection.chosen(contents.leaves, options.only, options.skip)
     described = described_contents(where, contents)
     is_finalized = state == places.FINALIZED
-    if out.is_json:
-        writer = places.written_by(described) if is_finalized else places.OURS
-        out.json(_as_json(described, state, writer, leaves))
-        return False
+    out.json(
+        **picked(described, "path", "started_at", "parts", "bytes", "custom_metadata"),
+        state=state,
+        format=places.written_by(described) if is_finalized else places.OURS,
+        written_at=described.committed_at,
+        leaves=[described.leaves[leaf.name] for leaf in leaves],
+    )
     out.line(str(where.final if is_finalized else where.session), STRONG)
     out.line(_summary(described, state))
     metadata = text.custom_metadata(contents.custom_metadata)
@@ -89,19 +90,3 @@ def _row(label: str, node: tree.Node, described: CheckpointMetadata) -> Row:
     metadata = described.leaves[leaf.name]
     value = text.shape(metadata.shape) if leaf.is_array else text.plain_value(leaf)
     return Row((label, value, metadata.dtype, text.sharding(metadata.sharding), *sizes))
-
-
-def _as_json(
-    described: CheckpointMetadata, state: str, written_by: str, leaves: Sequence[Leaf]
-) -> dict[str, Any]:
-    return {
-        "path": str(described.path),
-        "state": state,
-        "format": written_by,
-        "started_at": described.started_at,
-        "written_at": described.committed_at,
-        "parts": described.parts,
-        "bytes": described.bytes,
-        "custom_metadata": described.custom_metadata,
-        "leaves": [dataclasses.asdict(described.leaves[leaf.name]) for leaf in leaves],
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ import flax_partial as fp
 from flax_partial.cli import places, text
 from flax_partial.cli.commands.timeline import chrome_trace, layout, picture
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import GOOD, Column, Output, Row
+from flax_partial.cli.output import GOOD, Column, Output, Row, picked
 from flax_partial.loading.catalog import is_finalized
 from flax_partial.runs import timeline
 
@@ -66,12 +65,10 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     for target in targets:
         _write(target, runs, chart, title=title)
     out.json(
-        {
-            "path": options.path,
-            "step": step,
-            "out": [str(target.absolute()) for target in targets],
-            "runs": [_as_json(one) for one in runs],
-        }
+        path=options.path,
+        step=step,
+        out=[*map(Path.absolute, targets)],
+        runs=[*map(_as_json, runs)],
     )
     out.table(_COLUMNS, [*_rows(chart)])
     out.line(title)
@@ -195,12 +192,10 @@ def _ms(secs: float) -> str:
 
 
 def _as_json(run: Run) -> dict[str, Any]:
-    processes = [_process_as_json(run.processes[index]) for index in sorted(run.processes)]
+    processes = [_process_as_json(process) for _, process in sorted(run.processes.items())]
     return {"name": run.name, "processes": processes}
 
 
 def _process_as_json(process: ProcessTimeline) -> dict[str, Any]:
-    steps = sorted({save.step for save in process.saves})
-    described = dataclasses.asdict(process)
-    del described["brief_secs"]  # they are part of
-    return described | {"blocked_secs": {str(step): process.blocked_secs(step) for step in steps}}
+    held = {step: process.blocked_secs(step) for step in {save.step for save in process.saves}}
+    return picked(process, "process", "steps", "holds", "saves", "ends") | {"blocked_secs": held}
