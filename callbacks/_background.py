@@ -26,9 +26,10 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._lock = threading.Lock()  # guards both below
+        self._lock = threading.Lock()  # guards all below
         self._jobs: deque[tuple[Future[None], Callable[[], None]]] = deque()
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # the last one that was started
+        self._is_working = False
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
         """Does a job after those before it.
@@ -37,12 +38,12 @@ class Worker:
         """
         future: Future[None] = Future()
         with self._lock:
-            if self._thread is None:
+            if not self._is_working:
                 thread = threading.Thread(target=self._work, name=self._name)
                 with contextlib.suppress(RuntimeError):
                     thread.start()  # it waits for the lock
-                    self._thread = thread
-            if self._thread is not None:
+                    self._thread, self._is_working = thread, True
+            if self._is_working:
                 self._jobs.append((future, work))
                 return future
         _do(work, future)
@@ -50,14 +51,14 @@ class Worker:
 
     def finish(self) -> None:
         """Waits until nothing is left to do, and the thread has ended."""
-        while (thread := self._thread) is not None:
+        while (thread := self._thread) is not None and thread.is_alive():
             thread.join()
 
     def _work(self) -> None:
         while True:
             with self._lock:
                 if not self._jobs:
-                    self._thread = None
+                    self._is_working = False
                     return
                 future, work = self._jobs.popleft()
             _do(work, future)

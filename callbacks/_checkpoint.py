@@ -74,18 +74,26 @@ class Checkpoint:
         """Whether all callbacks that save into it are done."""
         return bool(self.members) and self.members.keys() <= self.done
 
-    def save(self, member: Member, group: str, leaves: Leaves) -> None:
-        """Saves a group in the background; returns once its arrays may be donated.
+    def save(self, member: Member, groups: Mapping[str, Leaves], *, is_last: bool = False) -> None:
+        """Saves groups in the background; returns once their arrays may be donated.
 
         Leaves that another callback has saved are left out.
-        """
-        self._save_all(member, {group: leaves}, is_last=False)
 
-    def close(self, member: Member, groups: Mapping[str, Leaves]) -> None:
-        """Saves the last groups of a callback, and lists all that it saved for later processes."""
-        has_saved = self._save_all(member, groups, is_last=True)
+        Args:
+          member: The callback.
+          groups: Group to its leaves.
+          is_last: Whether the callback is done: its last part lists, for later processes, all
+            groups that it saved.
+        """
+        claimed = {name: self.claims.take(member.key, leaves) for name, leaves in groups.items()}
+        named = {self._unique(member, name): leaves for name, leaves in claimed.items() if leaves}
+        for at, (group, leaves) in enumerate(named.items(), start=1):
+            saved = completeness.saved(callback=member.key, group=group)
+            listed = self._closing(member) if is_last and at == len(named) else {}
+            self._save_group(member, group, leaves, {"session": {**saved, **listed}})
         # In other processes, the same callback may have all there is to save.
-        if not has_saved and (self.claims.names or jax.process_count() > 1) and not self.error:
+        has_parts = bool(self.claims.names) or jax.process_count() > 1
+        if is_last and not named and has_parts and not self.error:
             handle = self._submit(member, dict, {"session": self._closing(member)})
             self._closings += [handle] if handle else []
 
@@ -177,20 +185,6 @@ class Checkpoint:
         if not expected:
             raise fp.EmptyStateError("No callback had anything to save.")
         fp.finalize(self.path, expect=expected, processes=[jax.process_index()])
-
-    def _save_all(self, member: Member, groups: Mapping[str, Leaves], *, is_last: bool) -> bool:
-        """Saves groups; if they are a callback's last, the last part lists all that it saved.
-
-        Returns:
-          Whether there was anything to save.
-        """
-        claimed = {name: self.claims.take(member.key, leaves) for name, leaves in groups.items()}
-        named = {self._unique(member, name): leaves for name, leaves in claimed.items() if leaves}
-        for at, (group, leaves) in enumerate(named.items(), start=1):
-            saved = completeness.saved(callback=member.key, group=group)
-            listed = self._closing(member) if is_last and at == len(named) else {}
-            self._save_group(member, group, leaves, {"session": {**saved, **listed}})
-        return bool(named)
 
     def _closing(self, member: Member) -> dict[str, Any]:
         groups = self._groups.get(member.key, [])

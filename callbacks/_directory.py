@@ -7,6 +7,7 @@ what it has done.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import re
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _SESSION = re.compile(r"(\d+)\.partial_save")
 # What `fp.remove` leaves when it is killed, and what `fp.abort` does.
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _HALF_DELETED = re.compile(r"\.\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
 
 
@@ -45,7 +47,8 @@ def recover(directory: Path, *, live: Container[Path] = ()) -> str:
       A name for the run that begins here, the same in all processes and never used before.
 
     Raises:
-      OSError: The storage failed; calling again goes on where this stopped.
+      OSError: The storage failed; calling again goes on where this stopped. Where this process may
+        only read, it changes nothing, and logs that instead.
       IncompleteCheckpointError: Some process did not call it in time.
     """
     jax.process_index()  # starts JAX's devices, which involves all processes: so not in `act`
@@ -62,7 +65,13 @@ def _recover(directory: Path, live: Container[Path]) -> str:
     for entry in entries:
         session = _SESSION.fullmatch(entry.name)
         if session and directory / session[1] not in live:
-            _settle(directory / session[1], int(session[1]))
+            path = directory / session[1]
+            try:
+                _settle(path, int(session[1]))
+            except OSError as error:
+                if error.errno not in _READ_ONLY:
+                    raise
+                logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
     return uuid.uuid4().hex
 
 
@@ -148,7 +157,7 @@ def choose(directory: Path, retention: Retention, which: str | int) -> int | Non
     """Returns the newest step, the best of those with a score, or a given one; None if none.
 
     Raises:
-      ValueError: The best one is asked for, and there is no metric to choose by.
+      ValueError: The best one is asked for, and no metric, or no checkpoint that has it.
       NoSessionError: There is no checkpoint of the step asked for.
     """
     steps = fp.steps(directory)
@@ -163,13 +172,21 @@ def choose(directory: Path, retention: Retention, which: str | int) -> int | Non
             f"which={which!r} with monitor={retention.monitor!r}: it must be 'latest', a step, or "
             "'best' where a monitor scores the checkpoints."
         )
-    known = scores(directory, steps, retention.monitor)
-    return next(iter(retention.ranked(known, known)), None)
+    found = best(directory, retention)
+    if found is None and steps:
+        facts = _facts(directory, steps).values()
+        names = sorted({name for metrics, _ in facts for name in metrics})
+        raise ValueError(
+            f"No checkpoint in {directory} has the metric {retention.monitor!r}, by which the best "
+            f"is chosen. Metrics that are stored: {', '.join(names) or 'none'}."
+        )
+    return None if found is None else found[0]
 
 
-def scores(directory: Path, steps: Iterable[int], monitor: str | None) -> dict[int, float]:
-    """Returns step to the score that its checkpoint was stored with; some may have none."""
-    return _scores(_facts(directory, steps), monitor)
+def best(directory: Path, retention: Retention) -> tuple[int, float] | None:
+    """Returns the step of the best checkpoint and its score; None if none has a score."""
+    known = _scores(_facts(directory, fp.steps(directory)), retention.monitor)
+    return next(((step, known[step]) for step in retention.ranked(known, known)), None)
 
 
 _Facts = tuple["Mapping[str, Any]", float]

@@ -20,19 +20,20 @@ class Failures:
 
     Attributes:
       count: Number of checkpoints that failed.
+      are_raised: Whether the callback raises them; else they are logged.
     """
 
     def __init__(self, on_save_error: Literal["raise", "warn"]) -> None:
         if on_save_error not in ("raise", "warn"):
             raise ValueError(f"on_save_error is {on_save_error!r}; it must be 'raise' or 'warn'.")
         self.count = 0
-        self._is_raised = on_save_error == "raise"
+        self.are_raised = on_save_error == "raise"
         self._waiting: deque[BaseException] = deque()
 
     def add(self, error: BaseException) -> None:
         """Counts a failed checkpoint, and keeps or logs its error."""
         self.count += 1
-        if self._is_raised:
+        if self.are_raised:
             self._waiting.append(error)
         else:
             logger.error("A checkpoint failed; training goes on.", exc_info=error)

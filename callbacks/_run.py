@@ -65,6 +65,8 @@ class Run:
         self._members: dict[str, Member] = {}  # callbacks whose groups are waited for, by key
         self._open: dict[int, Checkpoint] = {}  # by step; those the finalizer does not have yet
         self._blocked = BlockedTime()  # of the checkpoint that was opened last
+        self._is_dismissed = False
+        self._is_checked = False  # whether the first step of training was
         with _runs_lock:
             _runs.add(self)
 
@@ -81,13 +83,23 @@ class Run:
                 _check_agree(self.directory, member.retention, other.retention)
             self._members[member.key] = member
 
-    def start(self, member: Member) -> None:
-        """Joins a callback whose training begins, which ends all earlier runs in the directory."""
+    def start(self, member: Member, step: int) -> None:
+        """Joins a callback whose training begins, which ends all earlier runs in the directory.
+
+        Args:
+          member: The callback.
+          step: The step that training goes on from.
+        """
         self.join(member)
+        self._is_dismissed = self._is_checked = False
         for other in self._others():
             other.dismiss()
         self.recover()
         self.finalizer.prune(member.retention)
+        if member.clock is not None:
+            member.clock.start(f"{self.directory.absolute()} {member.key} {self._name}", step)
+        if member.saves_on_preemption:
+            self.preemption.watch(member.key)
 
     def stop_listening(self, member: Member) -> None:
         """Ends what tells a callback to save: the handler of SIGTERM, and its clock."""
@@ -104,6 +116,7 @@ class Run:
 
     def dismiss(self) -> None:
         """Ends all callbacks: another run of this process has begun in their directory."""
+        self._is_dismissed = True
         for member in tuple(self._members.values()):
             self.end(member)
 
@@ -119,10 +132,6 @@ class Run:
             or (member.has_finished_step and step == self.rescued_step)
         )
         return is_due and step not in (0, member.last_saved)
-
-    def name_for(self, member: Member) -> str:
-        """Returns a name that all processes have for a callback, and no other run has."""
-        return f"{self.directory.absolute()} {member.key} {self._name}"
 
     # Before training.
 
@@ -153,6 +162,18 @@ class Run:
         if hook in _LAST_HOOKS:
             self.recorder.flush()
 
+    def check_first_step(self, step: int) -> None:
+        """Checks, after the first step of training only, that later ones can be saved.
+
+        Raises:
+          CheckpointExistsError: The directory holds this step, or a later one.
+          OSError: The directory cannot be made.
+        """
+        if not self._is_checked:
+            self._is_checked = True
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _directory.check_is_newer(self.directory, step)
+
     def advance(self, step: int) -> None:
         """Drops the checkpoints of steps before `step` that are open; finalizes closed ones."""
         if self._open:
@@ -163,7 +184,15 @@ class Run:
 
         A new one waits until those before it are finalized: where training saves faster than the
         storage takes it, it slows down, instead of filling the memory with snapshots.
+
+        Raises:
+          ValueError: Another run has begun in the directory since this one did.
         """
+        if self._is_dismissed:
+            raise ValueError(
+                f"Another callback has begun to save into {self.directory}, which ended this one. "
+                "Give both of them one FinalizeHook (finalizer=), or use one callback."
+            )
         if not self._name:
             self.recover()
         with self._lock:
@@ -213,7 +242,10 @@ class Run:
                     if self.is_due(other, checkpoint.step, epoch, epoch_ends=metrics is None)
                 }
                 checkpoint.members = due | {member.key: member}
-        checkpoint.close(member, groups)
+        checkpoint.save(member, groups, is_last=True)
+        member.last_saved = checkpoint.step
+        if member.clock is not None:
+            member.clock.saved()
         with self._lock:
             checkpoint.done.add(member.key)
             if checkpoint.is_closed and metrics is not None:

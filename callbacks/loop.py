@@ -70,14 +70,10 @@ class Loop:
     def start(self, step: int) -> None:
         """Begins, with so many steps done, and recovers what an ended run left."""
         self.trainer.global_step = step
+        self._has_epochs = False
         self.checkpoints.setup(self.trainer, None, "fit")
         self.checkpoints.on_fit_start(self.trainer, None)
         self.is_running = True
-
-    def go_on_at(self, step: int) -> None:
-        """Goes on from the step of a checkpoint."""
-        self.trainer.global_step = step
-        self.checkpoints.on_train_start(self.trainer, None)
 
     def restore(self, target: Any) -> Any:
         """Goes on at the newest checkpoint, and returns its state; None where there is none."""
@@ -85,8 +81,8 @@ class Loop:
         restored = self.checkpoints.restore(target)
         if restored is None:
             return None
-        state, step = restored
-        self.go_on_at(step)
+        state, self.trainer.global_step = restored
+        self.checkpoints.on_train_start(self.trainer, None)
         return state
 
     def step(
@@ -110,16 +106,6 @@ class Loop:
         self.trainer.current_epoch = epoch + 1
         self.trainer.is_last_batch = False
 
-    def end(self) -> None:
-        """Reports that the loop is done: waits until every checkpoint is finalized."""
-        self.is_running = False
-        self.checkpoints.on_train_end(self.trainer, None)
-
-    def fail(self, error: BaseException) -> None:
-        """Reports that the loop failed: lets saves in flight finish, and leaves the rest."""
-        self.is_running = False
-        self.checkpoints.on_exception(self.trainer, None, error)
-
     def close(self, error: BaseException | None) -> None:
         """Ends, or fails if there is an `error`; nothing is left running, even where ending fails.
 
@@ -127,16 +113,18 @@ class Loop:
         """
         if not self.is_running:
             return
-        if error is not None:
-            self.fail(error)
-            return
+        self.is_running = False
         try:
-            if not self._has_epochs:
+            if error is None and not self._has_epochs:
                 self.end_epoch(0, None)
-            self.end()
+            if error is None:
+                self.checkpoints.on_train_end(self.trainer, None)
         except BaseException as failure:
-            self.fail(failure)
+            error = failure
             raise
+        finally:
+            if error is not None:
+                self.checkpoints.on_exception(self.trainer, None, error)
 
     def _start_if_new(self) -> None:
         if not self.is_running:

@@ -10,11 +10,11 @@ counts before or after it streams.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal
 
 import flax_partial as fp
 from flax_partial.callbacks import _directory, _state
@@ -29,10 +29,10 @@ from flax_partial.callbacks.progress import Bar
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from datetime import timedelta
 
-    from flax_partial.callbacks._checkpoint import Checkpoint
+    from flax_partial.callbacks._claims import Claims
     from flax_partial.callbacks._groups import GroupBy
     from flax_partial.callbacks._leaves import Leaves, Name
     from flax_partial.callbacks._metrics import OnMetrics
@@ -40,42 +40,6 @@ if TYPE_CHECKING:
     from flax_partial.callbacks._stacked import Stacked
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-
-
-def _timed(
-    method: Callable[Concatenate[PartialCheckpointCallback, P], None],
-) -> Callable[Concatenate[PartialCheckpointCallback, P], None]:
-    """Counts the time that a method blocks training; raises in it what has failed meanwhile."""
-    name = method.__name__.removeprefix("_")
-
-    @functools.wraps(method)
-    def hook(self: PartialCheckpointCallback, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        begun = time.perf_counter()
-        try:
-            method(self, *args, **kwargs)
-        finally:
-            self._run.add_blocked(time.perf_counter() - begun, name)
-        self._member.failures.raise_first()
-
-    return hook
-
-
-def _hook(
-    method: Callable[Concatenate[PartialCheckpointCallback, Any, P], None],
-) -> Callable[Concatenate[PartialCheckpointCallback, Any, P], None]:
-    """A hook of the training thread: `_timed`, and then reports what has been finalized."""
-    timed = _timed(method)
-
-    @functools.wraps(method)
-    def hook(
-        self: PartialCheckpointCallback, trainer: Any, /, *args: P.args, **kwargs: P.kwargs
-    ) -> None:
-        timed(self, trainer, *args, **kwargs)
-        self._send_costs(trainer)
-
-    return hook
 
 
 class PartialCheckpointCallback:
@@ -237,16 +201,11 @@ class PartialCheckpointCallback:
         """Joins the callbacks that share its hook."""
         self._run.join(self._member)
 
-    @_hook
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         """Finalizes or drops what an ended run has left, and removes what is not to be kept."""
-        member = self._member
-        self._step_before = trainer.global_step
-        self._run.start(member)
-        if member.clock is not None:
-            member.clock.start(self._run.name_for(member), trainer.global_step)
-        if member.saves_on_preemption:
-            self._run.preemption.watch(member.key)
+        with self._blocked("on_fit_start", trainer):
+            self._step_before = trainer.global_step
+            self._run.start(self._member, trainer.global_step)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Remembers the step that training, restored by now, starts from."""
@@ -257,45 +216,48 @@ class PartialCheckpointCallback:
         self._step_before = trainer.global_step
         self._run.recorder.step_began()
 
-    @_hook
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves what was not streamed of a step that is to be saved."""
-        step = trainer.global_step
-        self._run.advance(step)
-        self._reach(step, "on_train_batch_end")
-        if self._is_due(trainer, step, epoch_ends=trainer.is_last_batch):
-            self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
-        if self._save_on_exception:
-            self._finished = Finished.of(trainer, module, self._state_fn)
-            self._member.has_finished_step = True
-        self._step_before = step
-        self._run.recorder.step_ended(step)
-        self._stop_after_last(trainer, step)
+        with self._blocked("on_train_batch_end", trainer):
+            step, member = trainer.global_step, self._member
+            is_new = step not in (self._step_before, member.last_saved)
+            if is_new and self._step_before is not None and member.failures.are_raised:
+                self._run.check_first_step(step)
+            self._run.advance(step)
+            self._reach(step, "on_train_batch_end")
+            if self._is_due(trainer, step, epoch_ends=trainer.is_last_batch):
+                self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
+            if self._save_on_exception:
+                self._finished = Finished.of(trainer, module, self._state_fn)
+                member.has_finished_step = True
+            self._step_before = step
+            self._run.recorder.step_ended(step)
+            self._stop_after_last(trainer, step)
 
-    @_hook
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Finalizes; saves first where no batch was said to be the epoch's last."""
-        step = trainer.global_step
-        self._reach(step, "on_train_epoch_end")
-        if self._is_due(trainer, step, epoch_ends=True):
-            self._save(trainer, module, step, epoch_ends=True)
-        self._run.end_epoch(trainer.callback_metrics)
-        self._stop_after_last(trainer, step)
+        with self._blocked("on_train_epoch_end", trainer):
+            step = trainer.global_step
+            self._reach(step, "on_train_epoch_end")
+            if self._is_due(trainer, step, epoch_ends=True):
+                self._save(trainer, module, step, epoch_ends=True)
+            self._run.end_epoch(trainer.callback_metrics)
+            self._stop_after_last(trainer, step)
 
-    @_hook
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Waits until every checkpoint is finalized."""
-        step = trainer.global_step
-        self._reach(step, "on_train_end")
-        is_last = self._member.saves_on_preemption and self._run.preemption.is_due(step)
-        if is_last and step not in (0, self._member.last_saved):
-            self._save(trainer, module, step, epoch_ends=False)
-        try:
-            self._stop_after_last(trainer, step)
-        finally:
-            self._end()
+        with self._blocked("on_train_end", trainer):
+            step = trainer.global_step
+            self._reach(step, "on_train_end")
+            is_last = self._member.saves_on_preemption and self._run.preemption.is_due(step)
+            if is_last and step not in (0, self._member.last_saved):
+                self._save(trainer, module, step, epoch_ends=False)
+            try:
+                self._stop_after_last(trainer, step)
+            finally:
+                self._end()
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Lets saves in flight finish, and leaves what is not finalized to the next run.
@@ -315,10 +277,10 @@ class PartialCheckpointCallback:
         except Exception:
             logger.exception("What checkpoints cost could not be reported.")
 
-    @_hook
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """Waits until every checkpoint is finalized."""
-        self._end()
+        with self._blocked("teardown", trainer):
+            self._end()
 
     @property
     def state_key(self) -> str:
@@ -349,7 +311,7 @@ class PartialCheckpointCallback:
     @property
     def last_model_path(self) -> str:
         """The newest finalized checkpoint of the directory; "" while there is none."""
-        return self._path_of("latest")
+        return self._path_of(max(fp.steps(self.directory), default=None))
 
     @property
     def best_model_path(self) -> str:
@@ -357,17 +319,18 @@ class PartialCheckpointCallback:
 
         Like `last_model_path` it is looked up on disk: after a restart it is the same.
         """
-        return self._path_of("latest" if self._member.retention.monitor is None else "best")
+        if self._member.retention.monitor is None:
+            return self.last_model_path
+        best = _directory.best(self.directory, self._member.retention)
+        return self._path_of(best[0] if best else None)
 
     @property
     def best_model_score(self) -> float | None:
         """The score that `best_model_path` was stored with; None without a score or a `monitor`."""
-        retention = self._member.retention
-        scores = _directory.scores(self.directory, fp.steps(self.directory), retention.monitor)
-        return next((scores[step] for step in retention.ranked(scores, scores)), None)
+        best = _directory.best(self.directory, self._member.retention)
+        return best[1] if best else None
 
-    def _path_of(self, which: str) -> str:
-        step = _directory.choose(self.directory, self._member.retention, which)
+    def _path_of(self, step: int | None) -> str:
         return "" if step is None else str(self.directory / str(step))
 
     def recover(self) -> None:
@@ -393,7 +356,7 @@ class PartialCheckpointCallback:
           The state and its step; None if there is no checkpoint yet.
 
         Raises:
-          ValueError: `which` is "best" and there is no `monitor`.
+          ValueError: `which` is "best", and there is no `monitor`, or no checkpoint that has it.
           NoSessionError: There is no checkpoint of the step that `which` is.
           TargetMismatchError: The checkpoint does not fit `target`; nothing was updated.
         """
@@ -416,75 +379,82 @@ class PartialCheckpointCallback:
     def _load(self, path: Path, target: Any) -> Any:
         if not self._member.shows_progress:
             return _state.load(path, target)
-        bar = Bar("Loading a checkpoint")
-        try:
+        with contextlib.closing(Bar("Loading a checkpoint")) as bar:
             return _state.load(path, target, progress=bar.update)
-        finally:
-            bar.close()
 
     # How it saves.
 
     def _is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
         return self._run.is_due(self._member, step, trainer.current_epoch, epoch_ends=epoch_ends)
 
-    @_timed
-    def _stream(self, trainer: Any, root: str, name: Name, tree: Any) -> None:
-        step = self._step_before_batch(trainer) + 1
-        checkpoint = self._run.open(self._member, step=step, epoch=trainer.current_epoch)
+    @contextlib.contextmanager
+    def _blocked(self, hook: str, trainer: Any = None) -> Iterator[None]:
+        """Counts the time that a hook blocks training; raises in it what has failed meanwhile.
+
+        Then reports, if given a trainer, what has been finalized.
+        """
+        begun = time.perf_counter()
         try:
-            groups = self._grouping.streamed(root, name, _state.pure(tree))
-        except Exception as error:  # noqa: BLE001 - a tree that JAX cannot flatten
-            checkpoint.fail(error, [self._member])
-            return
-        for group, leaves in groups.items():
-            checkpoint.save(self._member, group, leaves)
+            yield
+        finally:
+            self._run.add_blocked(time.perf_counter() - begun, hook)
+        self._member.failures.raise_first()
+        if trainer is not None:
+            self._send_costs(trainer)
+
+    def _stream(self, trainer: Any, root: str, name: Name, tree: Any) -> None:
+        with self._blocked("stream"):
+            step = self._step_before_batch(trainer) + 1
+            checkpoint = self._run.open(self._member, step=step, epoch=trainer.current_epoch)
+            try:
+                groups = self._grouping.streamed(root, name, _state.pure(tree))
+            except Exception as error:  # noqa: BLE001 - a tree that JAX cannot flatten
+                checkpoint.fail(error, [self._member])
+            else:
+                checkpoint.save(self._member, groups)
 
     def _save(self, trainer: Any, module: Any, step: int, *, epoch_ends: bool) -> None:
-        epoch = trainer.current_epoch
-        checkpoint = self._run.open(self._member, step=step, epoch=epoch)
+        def take(claims: Claims) -> Any:
+            return self._take(trainer, module, claims)
+
+        metrics = None if epoch_ends else trainer.callback_metrics
+        self._save_tree(take, step, trainer.current_epoch, metrics)
+
+    def _save_tree(
+        self,
+        take: Callable[[Claims], Any],
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, Any] | None,
+    ) -> None:
+        member = self._member
+        checkpoint = self._run.open(member, step=step, epoch=epoch)
         groups: dict[str, Leaves] = {}
         try:
-            tree = self._take(trainer, module, checkpoint)
-            groups = self._grouping.rest(tree, checkpoint.claims)
+            groups = self._grouping.rest(take(checkpoint.claims), checkpoint.claims)
         except Exception as error:  # noqa: BLE001 - of state_fn, group_by, or a tree they cannot take
-            checkpoint.fail(error, [self._member])
-        metrics = None if epoch_ends else trainer.callback_metrics
-        self._close(checkpoint, groups, epoch=epoch, metrics=metrics)
+            checkpoint.fail(error, [member])
+        self._run.close(member, checkpoint, groups, epoch=epoch, metrics=metrics)
 
-    def _take(self, trainer: Any, module: Any, checkpoint: Checkpoint) -> Any:
+    def _take(self, trainer: Any, module: Any, claims: Claims) -> Any:
         tree = _state.take(trainer, module, self._state_fn)
-        if tree is None and self._state_fn is None and not checkpoint.claims.names:
+        if tree is None and self._state_fn is None and not claims.names:
             raise TypeError(
                 f"Found no state to save in {type(trainer).__name__}: its module is no NNX module, "
                 "and its `state` no tree. Pass state_fn=, or stream every layer."
             )
         return tree
 
-    def _close(
-        self,
-        checkpoint: Checkpoint,
-        groups: dict[str, Leaves],
-        *,
-        epoch: int,
-        metrics: Mapping[str, Any] | None,
-    ) -> None:
-        self._run.close(self._member, checkpoint, groups, epoch=epoch, metrics=metrics)
-        self._member.last_saved = checkpoint.step
-        if self._member.clock is not None:
-            self._member.clock.saved()
-
     def _rescue(self, trainer: Any) -> None:
         """Saves the last finished step, and finalizes what is complete; training has failed."""
-        finished, member = self._finished, self._member
+        finished, metrics = self._finished, trainer.callback_metrics
         try:
-            if finished is not None and finished.step not in (0, member.last_saved):
+            if finished is not None and finished.step not in (0, self._member.last_saved):
                 finished.check_is_there()
-                checkpoint = self._run.open(member, step=finished.step, epoch=finished.epoch)
+                logger.warning("Training failed: step %d is saved before it ends.", finished.step)
                 self._run.rescued_step = finished.step
-                groups = self._grouping.rest(finished.tree, checkpoint.claims)
-                metrics = trainer.callback_metrics
-                self._close(checkpoint, groups, epoch=finished.epoch, metrics=metrics)
-            self._run.end_epoch(trainer.callback_metrics)
+                self._save_tree(lambda _: finished.tree, finished.step, finished.epoch, metrics)
+            self._run.end_epoch(metrics)
         except Exception:
             logger.exception("The last finished step could not be saved.")
 

@@ -7,6 +7,8 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
+from flax_partial.sessions import forks as _forks  # noqa: F401 - it has to know of every fork
+
 __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ class SaveTimes:
 
     Attributes:
       called_at: `save` or `save_async` was called.
-      entered_at: It had entered the session: whoever finalized or aborted that was waited for.
+      entered_at: It was checked, and its leaves were claimed.
       admitted_at: Its bytes fitted into `max_inflight_bytes`.
       taken_at: Its arrays were safe from the caller: copied, viewed, or their transfer issued. Here
         `save_async` returns.
-      begun_at: A thread was free to write it; of a `save` it is the caller's own.
+      begun_at: A worker was free to write it.
       ready_at: Its arrays were seen to be computed, and transferred where that was issued. JAX does
         not tell: threads that write look at it whenever they come by.
       copied_at: All of its data was in the host's memory.

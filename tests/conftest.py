@@ -36,6 +36,20 @@ settings.register_profile("dev", deadline=None, suppress_health_check=[HealthChe
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
+# What other packages do differently from version to version: JAX's arrays, shardings, devices and
+# coordination service, Flax's states, msgspec's structs, the dtypes and codecs of tensorstore,
+# Orbax's files, rich's terminal. `pytest -m bounds` runs these.
+_BOUNDS = frozenset(
+    f"test_{name}"
+    for name in (
+        *("callback_flax", "plain_loop", "progress", "commands", "cli_terminal", "distributed"),
+        *("chunks", "keypaths", "ocdbt", "orbax_format", "second_reader", "tables"),
+        *("load_target", "orbax_is_read", "background", "sharded", "direct_io", "roundtrip"),
+    )
+)
+_GONE = _BOUNDS - {path.stem for path in Path(__file__).parent.rglob("test_*.py")}
+assert not _GONE, f"no such modules, or under another name: {sorted(_GONE)}"
+
 _PACKAGE = importlib.util.find_spec("flax_partial")
 assert _PACKAGE is not None
 assert _PACKAGE.origin is not None
@@ -59,6 +73,13 @@ def _ours(known: set[threading.Thread]) -> list[threading.Thread]:
         and thread is not threading.current_thread()
         and (thread.name.startswith("flax_partial") or in_our_code(thread))
     ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that are run with the oldest versions of other packages, too."""
+    for item in items:
+        if item.path.stem in _BOUNDS:
+            item.add_marker(pytest.mark.bounds)
 
 
 @pytest.fixture(scope="module")

@@ -239,7 +239,7 @@ def _checked(build: Callable[[memoryview], T], data: bytes, where: str) -> T:
         return build(_open_envelope(data))
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(f"{where}: {error}") from None
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CorruptCheckpointError(
             f"{where}: not a table of contents ({type(error).__name__}: {error})"
         ) from error

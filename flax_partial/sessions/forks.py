@@ -3,11 +3,13 @@
 A child of a process that had used JAX, or this package, may read. What writes raises one clear
 error there, instead of waiting for threads that are not. A child that was forked before, as from a
 server that has only imported modules, is like any other process.
+
+It is imported with the package, to know of every fork, and so imports nothing of JAX by itself.
 """
 
 import os
+import sys
 
-from flax_partial.distributed import jax_service
 from flax_partial.errors import ForkedProcessError
 
 _is_in_use = False
@@ -36,7 +38,10 @@ def check_not_forked(call: str) -> None:
 def _look_before() -> None:
     """Asks in the parent: in the child JAX's locks may be held by threads that are not there."""
     global _is_in_use  # noqa: PLW0603 - once a process
-    _is_in_use = _is_in_use or jax_service.has_started_a_backend()
+    if "jax" in sys.modules and not _is_in_use:
+        from flax_partial.distributed import jax_service
+
+        _is_in_use = jax_service.has_started_a_backend()
 
 
 def _note_fork() -> None:

@@ -133,12 +133,13 @@ class NewFile:
                 self._flush()
 
     def _put(self, view: memoryview) -> None:
-        if not view:
-            return
-        self._pending.append(view)
-        self._pending_bytes += len(view)
-        if self._pending_bytes >= _AT_ONCE_BYTES or len(self._pending) >= _AT_ONCE_RUNS:
-            self._flush()
+        while view:
+            room = _AT_ONCE_BYTES - self._pending_bytes
+            piece, view = view[:room], view[room:]
+            self._pending.append(piece)
+            self._pending_bytes += len(piece)
+            if self._pending_bytes >= _AT_ONCE_BYTES or len(self._pending) >= _AT_ONCE_RUNS:
+                self._flush()
 
     def _flush(self) -> None:
         pending, self._pending, self._pending_bytes = self._pending, [], 0

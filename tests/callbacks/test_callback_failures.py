@@ -6,24 +6,36 @@ import logging
 import os
 import resource
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import pytest
-from stub_trainer import EVERYTHING, PARAMS, Loop, StubTrainer, new_state
-from test_callback import assert_is_step, names_in
+from stub_trainer import (
+    EVERYTHING,
+    PARAMS,
+    Loop,
+    StubTrainer,
+    begun,
+    end_step,
+    fitted,
+    new_state,
+    raise_zero_division,
+    restored,
+    run_program,
+)
+from test_callback import assert_is_step, names_in, wait_for_leaves
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
+from flax_partial.runs import completeness
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("_logged")
 
@@ -108,9 +120,7 @@ def test_failed_save_is_raised_at_the_next_hook(
 def test_failed_save_is_logged_and_counted_and_training_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, tree: Any, kind: Any, message: str
 ) -> None:
-    callback = PartialCheckpointCallback(
-        tmp_path, every_n_epochs=None, every_n_train_steps=1, on_save_error="warn"
-    )
+    callback = PartialCheckpointCallback(tmp_path, every_n_train_steps=1, on_save_error="warn")
     at = {"ready": streams_in_step(callback, 2, tree)}
     Loop(callback, batches=4, streamed=PARAMS, at=at).fit()
     assert names_in(tmp_path) == ["1", "3", "4"]
@@ -142,50 +152,47 @@ def test_state_fn_that_raises_is_a_failed_save(tmp_path: Path) -> None:
             raise StateError("no state")
         return trainer.state
 
-    warned = PartialCheckpointCallback(tmp_path / "w", state_fn=state_fn, on_save_error="warn")
-    Loop(warned, epochs=2, streamed=PARAMS).fit()
+    options: Any = {"state_fn": state_fn, "epochs": 2}
+    fitted(tmp_path / "w", on_save_error="warn", streamed=PARAMS, **options)
     assert names_in(tmp_path / "w") == ["4"]
-    raised = PartialCheckpointCallback(tmp_path / "r", state_fn=state_fn)
     with pytest.raises(StateError):
-        Loop(raised, epochs=2).fit()
+        fitted(tmp_path / "r", **options)
 
 
 def test_nothing_to_save_is_said(tmp_path: Path) -> None:
-    unknown = PartialCheckpointCallback(tmp_path)
-    loop = Loop(unknown)
-    loop.trainer.state = object()
-    del loop  # its step would need a tree
     trainer = StubTrainer()
     trainer.state, trainer.global_step, trainer.is_last_batch = object(), 1, True
     with pytest.raises(TypeError, match="Pass state_fn="):
-        unknown.on_train_batch_end(trainer, None, None, None, 0)
-    empty = PartialCheckpointCallback(tmp_path, state_fn=lambda *_: {})
+        PartialCheckpointCallback(tmp_path).on_train_batch_end(trainer, None, None, None, 0)
     with pytest.raises(fp.EmptyStateError):
-        Loop(empty).fit()
+        fitted(tmp_path, state_fn=lambda *_: {})
     assert names_in(tmp_path) == []
 
 
-def test_failed_finalize_is_raised_and_nothing_is_lost(tmp_path: Path) -> None:
-    def block(trainer: StubTrainer) -> None:
-        (tmp_path / str(trainer.global_step)).mkdir()
+@pytest.fixture
+def blocked(tmp_path: Path) -> dict[str, Callable[[StubTrainer], None]]:
+    """A loop's `at` in which the place of step 2 is taken once all of it is saved."""
 
+    def block(_: StubTrainer) -> None:
+        wait_for_leaves(tmp_path / "2", 17)
+        (tmp_path / "2").mkdir()
+
+    return {"on_train_epoch_end": block}
+
+
+def test_failed_finalize_is_raised_and_nothing_is_lost(tmp_path: Path, blocked: Any) -> None:
     with pytest.raises(fp.CheckpointExistsError):
-        Loop(PartialCheckpointCallback(tmp_path), at={"on_train_epoch_end": block}).fit()
+        fitted(tmp_path, at=blocked)
     assert names_in(tmp_path) == ["2", "2.partial_save"]
     (tmp_path / "2").rmdir()
-    PartialCheckpointCallback(tmp_path).on_fit_start(StubTrainer(), None)
+    begun(PartialCheckpointCallback(tmp_path))
     assert_is_step(tmp_path / "2", 2)
 
 
-def test_failed_finalize_is_counted_by_all_callbacks(tmp_path: Path) -> None:
-    def block(trainer: StubTrainer) -> None:
-        (tmp_path / str(trainer.global_step)).mkdir(exist_ok=trainer.global_step > 2)
-
-    hook = FinalizeHook()
-    callbacks = [
-        PartialCheckpointCallback(tmp_path, finalizer=hook, on_save_error="warn") for _ in range(2)
-    ]
-    Loop(*callbacks, at={"on_train_epoch_end": block}).fit()
+def test_failed_finalize_is_counted_by_all_callbacks(tmp_path: Path, blocked: Any) -> None:
+    shared: Any = {"finalizer": FinalizeHook(), "on_save_error": "warn"}
+    callbacks = [PartialCheckpointCallback(tmp_path, **shared) for _ in range(2)]
+    Loop(*callbacks, at=blocked).fit()
     assert [callback.failed_saves for callback in callbacks] == [1, 1]
 
 
@@ -196,10 +203,8 @@ def test_exception_lets_saves_finish_and_leaves_the_session(
         if trainer.global_step == 3:
             raise KeyboardInterrupt
 
-    callback = PartialCheckpointCallback(tmp_path)
-    at = {"ready": interrupt}
     with pytest.raises(KeyboardInterrupt):
-        Loop(callback, epochs=2, streamed=PARAMS, at=at).fit()
+        fitted(tmp_path, epochs=2, streamed=PARAMS, at={"ready": interrupt})
     assert names_in(tmp_path) == ["2", "4.partial_save"]
     assert len(fp.status(tmp_path / "4").leaves) == 8
     assert f"Left {tmp_path / '4'} unfinished" in caplog.text
@@ -225,19 +230,12 @@ def test_exception_is_not_hidden_by_a_save_that_failed_since_the_last_hook(
 def test_session_left_complete_is_finalized_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(_: StubTrainer) -> None:
-        raise ZeroDivisionError
-
     for streamed in (frozenset(), PARAMS, EVERYTHING):
         directory = tmp_path / str(len(streamed))
         with pytest.raises(ZeroDivisionError):
-            Loop(
-                PartialCheckpointCallback(directory),
-                streamed=streamed,
-                at={"on_train_epoch_end": fail},
-            ).fit()
+            fitted(directory, streamed=streamed, at={"on_train_epoch_end": raise_zero_division})
         assert names_in(directory) == ["2.partial_save"]
-        PartialCheckpointCallback(directory).on_fit_start(StubTrainer(), None)
+        begun(PartialCheckpointCallback(directory))
         assert_is_step(directory / "2", 2)
         assert f"Finalized {directory / '2'}" in caplog.text
 
@@ -252,20 +250,13 @@ def test_session_of_slices_only_is_recovered(tmp_path: Path) -> None:
                 piece = fp.Slice(rows[row : row + 1], row, 3)
                 callback.on_layer_ready(trainer, "stacked", piece)
 
-    def fail(_: StubTrainer) -> None:
-        raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError):
-        Loop(callback, at={"ready": stream, "on_train_epoch_end": fail}).fit()
-    found = PartialCheckpointCallback(tmp_path).restore({"params": {"stacked": rows}})
-    assert found is not None
-    np.testing.assert_array_equal(found[0]["params"]["stacked"], rows)
+        Loop(callback, at={"ready": stream, "on_train_epoch_end": raise_zero_division}).fit()
+    state, _ = restored(PartialCheckpointCallback(tmp_path), {"params": {"stacked": rows}})
+    np.testing.assert_array_equal(state["params"]["stacked"], rows)
 
 
 def test_session_of_two_callbacks_is_complete_with_the_groups_of_both(tmp_path: Path) -> None:
-    def fail(_: StubTrainer) -> None:
-        raise ZeroDivisionError
-
     class Raises:
         """Stands between the two callbacks in the trainer's list."""
 
@@ -300,7 +291,7 @@ def test_session_left_incomplete_is_dropped_and_said(
     fp.save(tmp_path / "2", {"a": 1}, custom_metadata={"step": 2})
     fp.save(tmp_path / "3", {"a": 1})
     fp.save(tmp_path / "mine", {"a": 1})
-    PartialCheckpointCallback(tmp_path).on_fit_start(StubTrainer(), None)
+    begun(PartialCheckpointCallback(tmp_path))
     assert names_in(tmp_path) == ["mine.partial_save"]
     assert f"Dropped the unfinished checkpoint {tmp_path / '2'}: " in caplog.text
     assert "the step had not ended" in caplog.text
@@ -308,9 +299,9 @@ def test_session_left_incomplete_is_dropped_and_said(
 
 
 def test_session_whose_checkpoint_is_there_is_dropped(tmp_path: Path) -> None:
-    Loop(PartialCheckpointCallback(tmp_path)).fit()
+    fitted(tmp_path)
     (tmp_path / "2").rename(tmp_path / "aside")
-    Loop(PartialCheckpointCallback(tmp_path / "other")).fit()
+    fitted(tmp_path / "other")
     (tmp_path / "other" / "2").rename(tmp_path / "2.partial_save")
     (tmp_path / "aside").rename(tmp_path / "2")
     PartialCheckpointCallback(tmp_path).recover()
@@ -319,11 +310,8 @@ def test_session_whose_checkpoint_is_there_is_dropped(tmp_path: Path) -> None:
 
 
 def test_torn_part_does_not_count(tmp_path: Path) -> None:
-    def fail(_: StubTrainer) -> None:
-        raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError):
-        Loop(PartialCheckpointCallback(tmp_path), at={"on_train_epoch_end": fail}).fit()
+        fitted(tmp_path, at={"on_train_epoch_end": raise_zero_division})
     part = fp.status(tmp_path / "2").parts[3]
     (tmp_path / "2.partial_save" / "state" / part.name / "part.json").unlink()
     PartialCheckpointCallback(tmp_path).recover()
@@ -331,7 +319,7 @@ def test_torn_part_does_not_count(tmp_path: Path) -> None:
 
 
 def test_removal_that_was_interrupted_is_completed(tmp_path: Path) -> None:
-    Loop(PartialCheckpointCallback(tmp_path), epochs=3).fit()
+    fitted(tmp_path, epochs=3)
     half = tmp_path / f".2.{'0b' * 16}.deleted"
     (tmp_path / "2").rename(half)
     (tmp_path / "4").rename(tmp_path / f".4.partial_save.{'0a' * 16}.deleted")
@@ -355,8 +343,7 @@ def test_checkpoint_that_cannot_be_removed_stops_nothing(
             (run / "2").symlink_to(tmp_path / "elsewhere")
 
     run = tmp_path / "run"
-    callback = PartialCheckpointCallback(run, keep_last=1)
-    Loop(callback, epochs=4, at={"on_train_batch_start": move_away}).fit()
+    callback = fitted(run, keep_last=1, epochs=4, at={"on_train_batch_start": move_away})
     assert fp.steps(run) == [2, 8]
     assert f"Could not remove the checkpoint {run / '2'}" in caplog.text
     assert callback.failed_saves == 0
@@ -378,8 +365,8 @@ def test_training_that_saves_faster_than_the_disk_slows_down(tmp_path: Path) -> 
         sessions.append(len([name for name in names_in(tmp_path) if "partial_save" in name]))
 
     sessions: list[int] = []
-    callback = PartialCheckpointCallback(tmp_path, every_n_train_steps=1)
-    Loop(callback, batches=20, streamed=PARAMS, at={"on_train_batch_end": look}).fit()
+    at = {"on_train_batch_end": look}
+    fitted(tmp_path, every_n_train_steps=1, batches=20, streamed=PARAMS, at=at)
     assert len(sessions) == 20
     assert max(sessions) == 1
 
@@ -390,49 +377,73 @@ def test_restore_finalizes_what_an_ended_run_left_before_it_chooses(tmp_path: Pa
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Loop(PartialCheckpointCallback(tmp_path), epochs=2, at={"on_train_epoch_end": fail}).fit()
-    found = PartialCheckpointCallback(tmp_path).restore(new_state(0))
-    assert found is not None
-    assert found[1] == 4
-    jax.tree.map(np.testing.assert_array_equal, found[0], new_state(4))
+        fitted(tmp_path, epochs=2, at={"on_train_epoch_end": fail})
+    state, step = restored(PartialCheckpointCallback(tmp_path), new_state(0))
+    assert step == 4
+    jax.tree.map(np.testing.assert_array_equal, state, new_state(4))
 
 
-def test_layers_of_a_step_that_never_ended_do_not_reach_the_next_checkpoint(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("skips", [True, False], ids=["skipped", "training ended"])
+def test_layers_of_a_step_that_never_ended_reach_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, *, skips: bool
 ) -> None:
     """The trainer streams a step and skips its end, as for a batch with a bad gradient."""
     callback = PartialCheckpointCallback(tmp_path, every_n_epochs=None, every_n_train_steps=1)
-    trainer = StubTrainer()
-    callback.on_fit_start(trainer, None)
+    trainer = begun(callback)
     callback.on_layer_ready(trainer, "head", new_state(1)["params"]["head"])
-    trainer.global_step, trainer.state = 2, new_state(2)
-    callback.on_train_batch_end(trainer, None, None, None, 1)
+    if skips:
+        end_step(callback, trainer, 2)
     callback.on_train_end(trainer, None)
-    assert names_in(tmp_path) == ["2"]
-    assert_is_step(tmp_path / "2", 2)
-    assert (
-        f"Dropped the unfinished checkpoint {tmp_path / '1'}: its step never ended" in caplog.text
-    )
-
-
-def test_layers_of_a_step_that_never_ended_are_dropped_when_training_ends(tmp_path: Path) -> None:
-    callback = PartialCheckpointCallback(tmp_path, every_n_epochs=None, every_n_train_steps=1)
-    trainer = StubTrainer()
-    callback.on_fit_start(trainer, None)
-    callback.on_layer_ready(trainer, "head", new_state(1)["params"]["head"])
-    callback.on_train_end(trainer, None)
-    assert names_in(tmp_path) == []
+    assert names_in(tmp_path) == (["2"] if skips else [])
+    for step in fp.steps(tmp_path):
+        assert_is_step(tmp_path / str(step), step)
+    said = f"Dropped the unfinished checkpoint {tmp_path / '1'}: its step never ended"
+    assert said in caplog.text
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
-    Loop(PartialCheckpointCallback(tmp_path), epochs=3).fit()
+    fitted(tmp_path, epochs=3)
     with pytest.raises(fp.CheckpointExistsError, match="holds step 6 already"):
-        Loop(PartialCheckpointCallback(tmp_path), epochs=1).fit()
-    callback = PartialCheckpointCallback(tmp_path, on_save_error="warn")
-    Loop(callback, epochs=4).fit()
+        fitted(tmp_path)
+    callback = fitted(tmp_path, on_save_error="warn", epochs=4)
     assert callback.failed_saves == 3
     assert names_in(tmp_path) == ["2", "4", "6", "8"]
     assert_is_step(tmp_path / "4", 4)
+
+
+def test_two_callbacks_in_one_directory_are_told_to_share_a_hook(tmp_path: Path) -> None:
+    callbacks = [PartialCheckpointCallback(tmp_path, every_n_train_steps=1) for _ in range(2)]
+    with pytest.raises(ValueError, match="one FinalizeHook"):
+        Loop(*callbacks).fit()
+
+
+_READER = """
+import os, sys
+# All of it, before this process may not read what root installed.
+import jax.experimental.multihost_utils
+from flax_partial import load
+from pathlib import Path
+from flax_partial.callbacks import PartialCheckpointCallback
+
+os.seteuid(65534)
+state, step = PartialCheckpointCallback(sys.argv[1]).restore({"a": 0})
+assert (state, step) == ({"a": 1}, 1)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize("is_whole", [True, False], ids=["to be finalized", "to be dropped"])
+def test_restore_by_a_user_who_may_only_read_changes_nothing(*, is_whole: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name)
+        fp.save(run / "1", {"a": 1})
+        fp.finalize(run / "1")
+        session = completeness.saved(callback="c", group="a")
+        session |= completeness.closing(["c"], callback="c", groups=["a"]) if is_whole else {}
+        fp.save(run / "2", {"a": 2}, custom_metadata={"step": 2, "session": session})
+        run.chmod(0o755)
+        run_program(_READER, run)
+        assert names_in(run) == ["1", "2.partial_save"]
 
 
 def test_run_waits_for_what_one_before_it_in_this_process_still_finalizes(tmp_path: Path) -> None:
@@ -462,45 +473,37 @@ def test_run_waits_for_what_one_before_it_in_this_process_still_finalizes(tmp_pa
 
 
 def test_run_drops_what_one_before_it_in_this_process_never_ended(tmp_path: Path) -> None:
-    def fail(_: StubTrainer) -> None:
-        raise ZeroDivisionError
-
     first = EndsUntold(PartialCheckpointCallback(tmp_path))
     with pytest.raises(ZeroDivisionError):
-        Loop(first, batches=1, streamed=PARAMS, at={"ready": fail}).fit()
-    Loop(PartialCheckpointCallback(tmp_path), batches=1).fit()
+        Loop(first, batches=1, streamed=PARAMS, at={"ready": raise_zero_division}).fit()
+    fitted(tmp_path, batches=1)
     assert names_in(tmp_path) == ["1"]
     assert_is_step(tmp_path / "1", 1)
 
 
 def test_callback_that_left_is_not_waited_for(tmp_path: Path) -> None:
     hook = FinalizeHook()
-    Loop(PartialCheckpointCallback(tmp_path / "first", finalizer=hook)).fit()
-    Loop(PartialCheckpointCallback(tmp_path / "first", finalizer=hook), epochs=2).resume(
-        new_state(2), 2
-    ).fit()
-    assert fp.steps(tmp_path / "first") == [2, 4]
+    fitted(tmp_path, finalizer=hook)
+    again = PartialCheckpointCallback(tmp_path, finalizer=hook)
+    Loop(again, epochs=2).resume(new_state(2), 2).fit()
+    assert fp.steps(tmp_path) == [2, 4]
 
 
 _RUN_THAT_JUST_ENDS = """
 import sys
-from stub_trainer import StubTrainer, new_state
+from stub_trainer import begun, end_step
 from flax_partial.callbacks import PartialCheckpointCallback
 
-trainer = StubTrainer()
 callback = PartialCheckpointCallback(sys.argv[1], every_n_train_steps=1, keep_last=1)
-callback.on_fit_start(trainer, None)
+trainer = begun(callback)
 for step in (1, 2):
-    trainer.global_step, trainer.state = step, new_state(step)
     trainer.callback_metrics = {"loss": 0.5}
-    callback.on_train_batch_end(trainer, None, None, None, step)
+    end_step(callback, trainer, step)
 """
 
 
 def test_process_that_ends_without_a_word_finalizes_first(tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-c", _RUN_THAT_JUST_ENDS, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(command, check=True, timeout=100, env=environment)
+    run_program(_RUN_THAT_JUST_ENDS, tmp_path)
     assert names_in(tmp_path) == ["2"]
     assert_is_step(tmp_path / "2", 2)
 
@@ -533,19 +536,13 @@ Loop(PartialCheckpointCallback(directory), epochs=3, streamed=EVERYTHING, at={mo
 def test_killed_run_goes_on_from_what_was_whole(
     tmp_path: Path, moment: str, leaves: int, recovered: int
 ) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-P", "-c", _KILLED_RUN, str(tmp_path), moment, str(leaves)],
-        check=False,
-        timeout=100,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert killed.returncode == -signal.SIGKILL
+    status = run_program(_KILLED_RUN, tmp_path, moment, leaves, check=False)
+    assert status == -signal.SIGKILL
     assert "4.partial_save" in names_in(tmp_path)
     callback = PartialCheckpointCallback(tmp_path)
-    found = callback.restore(new_state(0))
-    assert found is not None
-    assert found[1] == recovered
-    Loop(callback, epochs=3, streamed=EVERYTHING).resume(*found).fit()
+    state, step = restored(callback, new_state(0))
+    assert step == recovered
+    Loop(callback, epochs=3, streamed=EVERYTHING).resume(state, step).fit()
     assert names_in(tmp_path) == ["2", "4", "6"]
     for step in (2, 4, 6):
         assert_is_step(tmp_path / str(step), step)

@@ -105,6 +105,35 @@ def test_the_last_step_is_not_saved_where_no_epoch_is(tmp_path: Path) -> None:
     assert fp.steps(tmp_path) == [2]
 
 
+def test_each_block_of_one_object_is_a_loop_whose_last_step_is_saved(tmp_path: Path) -> None:
+    ckpt = checkpointing(tmp_path, every_n_train_steps=10)
+    for _ in range(2):
+        with ckpt:
+            state = ckpt.restore(new_state())
+            for _ in range(14):
+                ckpt.step(state)
+    assert fp.steps(tmp_path) == [10, 14, 20, 28]
+
+
+@pytest.mark.parametrize("earlier", [2, 9], ids=["a shorter run", "a longer run"])
+def test_forgotten_restore_is_told_after_the_first_step(tmp_path: Path, earlier: int) -> None:
+    fp.save(tmp_path / str(earlier), {"w": 1})
+    fp.finalize(tmp_path / str(earlier))
+    with checkpointing(tmp_path, every_n_train_steps=5) as ckpt:
+        with pytest.raises(fp.CheckpointExistsError, match=f"holds step {earlier} already"):
+            ckpt.step(new_state())
+        ckpt.restore({"w": 0})
+        ckpt.step({"w": 2})
+    assert fp.steps(tmp_path)[-1] == earlier + 1
+
+
+def test_directory_that_cannot_be_made_is_told_after_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ckpt = checkpointing(tmp_path / "file" / "run", every_n_train_steps=5)
+    with pytest.raises(NotADirectoryError):
+        ckpt.step(new_state())
+
+
 def test_epochs_are_saved_with_the_metrics_of_the_epoch(tmp_path: Path) -> None:
     with checkpointing(tmp_path, every_n_epochs=2) as ckpt:
         for epoch in range(5):

@@ -231,7 +231,10 @@ def keep_arrays(trainer: StubTrainer) -> None:
     trainer.state = jax.tree.map(jax.numpy.copy, trainer.state)
 
 
-def test_exception_between_two_steps_saves_the_finished_one(tmp_path: Path) -> None:
+def test_exception_between_two_steps_saves_the_finished_one_and_says_so_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "flax_partial")
     callback = PartialCheckpointCallback(tmp_path, save_on_exception=True, **SELDOM)
     at = {"on_train_batch_start": at_step(3, fail)}
     with pytest.raises(StepError):
@@ -239,6 +242,7 @@ def test_exception_between_two_steps_saves_the_finished_one(tmp_path: Path) -> N
     assert names_in(tmp_path) == ["2"]
     assert_is_step(tmp_path / "2", 2)
     assert callback.reports[0].metrics == {"loss": 2}
+    assert caplog.text.index("step 2 is saved") < caplog.text.index("Finalized")
 
 
 @pytest.mark.parametrize("streamed", [frozenset(), frozenset([("params", "head")])])

@@ -26,6 +26,6 @@ def test_memory_is_bounded_by_the_budget_where_rows_are_saved(tmp_path: Path) ->
         timeout=150,
     )
     state, rows, cells, whole = map(int, done.stdout.split())
-    assert whole > state  # what is measured is there to be seen
+    assert whole > state / 2  # copies show in what is measured
     # In flight of each row: what was cut out, its copy, and what tensorstore makes of it.
     assert max(rows, cells) < 5 * stacked_memory.BUDGET / 1e6 < state / 3

@@ -208,14 +208,15 @@ def test_show_draws_every_kind_of_leaf(tmp_path: Path, shell: Shell) -> None:
     assert lines[1].endswith("1 part, 10 leaves, 23.5 KiB")
     assert lines[2] == 'custom metadata: {"note": "x"}'
     shown = [" ".join(line.replace("─", " ").split()) for line in lines[5:]]
+    first = jax.devices()[0]  # as JAX calls it: cpu:0, or TFRT_CPU_0 in 0.8
     assert shown == [
         "├ eighth (4,) float8_e4m3fn 4 B 0.0 %",
         "├ empty {}",
-        "├ half (2,2) bfloat16 cpu:0 8 B 0.0 %",
-        "├ key () key<fry> cpu:0 8 B 0.0 %",
+        f"├ half (2,2) bfloat16 {first} 8 B 0.0 %",
+        f"├ key () key<fry> {first} 8 B 0.0 %",
         "├ nothing None",
         "├ params 2 leaves float32 23.4 KiB 99.9 %",
-        "│ ├ b (3,) float32 cpu:0 12 B 0.0 %",
+        f"│ ├ b (3,) float32 {first} 12 B 0.0 %",
         "│ └ w (60,100) float32 23.4 KiB 99.8 %",
         "├ step () int64 8 B 0.0 %",
         r"├ text 'a\x1b[31m'",

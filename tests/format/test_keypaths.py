@@ -66,7 +66,8 @@ def test_names_join_keys_of_every_type() -> None:
     assert [path.kinds for path in found] == ["dsi", "dss", "d"]
 
 
-@pytest.mark.parametrize("key", [None, 1.5, True, b"x", ("a",), "\ud800"], ids=repr)
+# Not None: JAX 0.8 makes no DictKey of it.
+@pytest.mark.parametrize("key", [1.5, True, b"x", ("a",), "\ud800"], ids=repr)
 def test_key_that_is_no_text_or_integer_is_refused(key: object) -> None:
     with pytest.raises(UnsupportedLeafError):
         from_jax((jax.tree_util.DictKey("outer"), jax.tree_util.DictKey(key)))

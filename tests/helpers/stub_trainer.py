@@ -7,13 +7,20 @@ checkpoint with parts of two steps shows; and each step donates the arrays of th
 from __future__ import annotations
 
 import functools
+import inspect
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
+from flax_partial.callbacks import PartialCheckpointCallback
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
 
 LAYERS = ("embed", "blocks.0", "blocks.1", "head")
 ROOTS = ("params", "opt_state")
@@ -164,3 +171,52 @@ class Loop:
 
 def _nothing(_: StubTrainer) -> None:
     pass
+
+
+_OF_THE_LOOP = frozenset(inspect.signature(Loop.__init__).parameters)
+
+
+def fitted(directory: Path, **options: Any) -> PartialCheckpointCallback:
+    """Trains with a callback; options are those of `Loop` and of the callback."""
+    of_loop = {name: value for name, value in options.items() if name in _OF_THE_LOOP}
+    of_callback = {name: value for name, value in options.items() if name not in _OF_THE_LOOP}
+    callback = PartialCheckpointCallback(directory, **of_callback)
+    Loop(callback, **of_loop).fit()
+    return callback
+
+
+def begun(callback: PartialCheckpointCallback) -> StubTrainer:
+    """A trainer whose training begins, for tests that call the hooks themselves."""
+    trainer = StubTrainer()
+    callback.on_fit_start(trainer, None)
+    return trainer
+
+
+def end_step(
+    callback: PartialCheckpointCallback, trainer: StubTrainer, step: int, *, is_last: bool = False
+) -> None:
+    """Ends a step of it."""
+    trainer.global_step, trainer.state, trainer.is_last_batch = step, new_state(step), is_last
+    callback.on_train_batch_end(trainer, None, None, None, step)
+
+
+def restored(callback: PartialCheckpointCallback, target: Any = None, **how: Any) -> Any:
+    """What the callback restores, and its step; there is a checkpoint."""
+    found = callback.restore(target, **how)
+    assert found is not None
+    return found
+
+
+def raise_zero_division(_: StubTrainer) -> None:
+    """What a training step may do."""
+    raise ZeroDivisionError
+
+
+def run_program(code: str, *arguments: object, check: bool = True) -> int:
+    """Runs a program that may import what tests import; returns its exit status."""
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
+        check=check,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+    ).returncode

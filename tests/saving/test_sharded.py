@@ -135,7 +135,8 @@ def test_each_byte_is_read_once_however_many_devices_hold_it(
 
 def test_sharding_that_does_not_divide_the_array_is_refused(tmp_path: Path) -> None:
     uneven = NamedSharding(trees.mesh("x"), PartitionSpec("x"))
-    with pytest.raises(ValueError, match="evenly divide"):  # by JAX too: there is no such array
+    # By JAX too, in words that differ from version to version: there is no such array.
+    with pytest.raises(ValueError, match="divi"):
         jax.device_put(np.zeros(9), uneven)
     fp.save(tmp_path / "c", {"w": np.zeros(9, np.float32)}, options=QUICK)
     fp.finalize(tmp_path / "c")

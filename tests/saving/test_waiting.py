@@ -73,6 +73,7 @@ INTERRUPTED = """
         from flax_partial.storage import local
         registry.session_of(local.resolve(path)).wait()
     assert len(pieces) == 1, pieces
+    assert pieces[0] <= direct_io._AT_ONCE_BYTES, pieces
     assert fp.status(path).leaves == ("first",)
     assert not fp.status(path).torn
     fp.save(path, large)
