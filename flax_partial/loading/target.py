@@ -1,9 +1,8 @@
 """Which boxes of a leaf to read, and what to make of them: the wanted type and sharding."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,7 @@ from flax_partial.format.model import Leaf
 BoxRange = tuple[Shape, Shape]
 
 
-@dataclass(frozen=True, slots=True)
-class OnDevice:
+class OnDevice(NamedTuple):
     """An array in host memory that is to be put on a device, together with others.
 
     Attributes:
@@ -32,8 +30,7 @@ class OnDevice:
     sharding: Sharding | None
 
 
-@dataclass(frozen=True, slots=True)
-class OnDevices:
+class OnDevices(NamedTuple):
     """Shards in host memory that are to be put on their devices, and made one array.
 
     Attributes:
@@ -47,19 +44,19 @@ class OnDevices:
     shards: Sequence[OnDevice]
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """How one leaf is read.
 
     Attributes:
       leaf: The leaf.
       boxes: Start and shape of each box to read.
-      build: Makes the leaf's value, or an `OnDevice` or `OnDevices`, from the data of the boxes.
+      build: Makes the leaf's value, or an `OnDevice` or `OnDevices`, from the leaf and the data of
+        the boxes.
     """
 
     leaf: Leaf
     boxes: Sequence[BoxRange]
-    build: Callable[[Sequence[np.ndarray]], Any]
+    build: Callable[[Leaf, Sequence[np.ndarray]], Any]
 
 
 def as_saved(leaf: Leaf) -> Placement:
@@ -69,20 +66,12 @@ def as_saved(leaf: Leaf) -> Placement:
       TargetMismatchError: JAX, as it is configured, has no such dtype.
     """
     if not leaf.is_array:
-        return Placement(leaf, (), lambda _: plain_value(leaf))
-    builders: dict[str, Callable[[np.ndarray], Any]] = {
-        kinds.JAX_ARRAY: lambda array: OnDevice(array, None),
-        kinds.NUMPY_ARRAY: lambda array: array,
-        kinds.NUMPY_SCALAR: lambda array: array[()],
-        kinds.SCALAR: lambda array: array.item(),
-        kinds.PRNG_KEY: lambda array: _key(leaf, array),
-    }
+        return Placement(leaf, (), _build_plain)
     if leaf.kind == kinds.JAX_ARRAY:
         problem = _unknown_to_jax(leaf, leaf.numpy_dtype)
         if problem:
             raise TargetMismatchError(problem)
-    build = builders[leaf.kind]
-    return Placement(leaf, _whole(leaf), lambda data: build(data[0]))
+    return Placement(leaf, _whole(leaf.shape), _BUILDERS[leaf.kind])
 
 
 def put_on_devices(values: list[Any]) -> list[Any]:
@@ -115,8 +104,7 @@ def _placed(value: Any, found: Mapping[int, jax.Array]) -> Any:
     return value
 
 
-def plain_value(leaf: Leaf) -> Any:
-    """The value of a leaf without array data."""
+def _build_plain(leaf: Leaf, _: Sequence[np.ndarray]) -> Any:
     values: dict[str, Any] = {
         kinds.NONE: None,
         kinds.DICT: {},
@@ -155,8 +143,9 @@ def key_shape_and_dtype(leaf: Leaf) -> tuple[Shape, str]:
     return key.shape, str(key.dtype)
 
 
-def _whole(leaf: Leaf) -> tuple[BoxRange]:
-    return (((0,) * len(leaf.shape), leaf.shape),)
+@lru_cache(maxsize=4096)  # most leaves have one of a few shapes
+def _whole(shape: Shape) -> tuple[BoxRange]:
+    return (((0,) * len(shape), shape),)
 
 
 def _said(target: object) -> str:
@@ -182,7 +171,7 @@ def _as_plain(leaf: Leaf, target: Any) -> Placement | str:
         fits = _is_same_empty(leaf, target)
     if not fits:
         return f"{leaf.name!r} is {leaf.kind} in the checkpoint, {_said(target)} in the target"
-    return Placement(leaf, (), lambda _: value)
+    return Placement(leaf, (), lambda _leaf, _data: value)
 
 
 def _is_same_empty(leaf: Leaf, target: object) -> bool:
@@ -200,7 +189,7 @@ def _as_number(leaf: Leaf, target: complex, *, cast: bool) -> Placement | str:
     kind = _family(leaf.numpy_dtype)
     if leaf.shape or leaf.kind == kinds.PRNG_KEY or (kind not in family and not cast):
         return _differ(leaf, target)
-    return Placement(leaf, _whole(leaf), lambda data: wanted(data[0].item()))
+    return Placement(leaf, _whole(leaf.shape), lambda _, data: wanted(data[0].item()))
 
 
 def _family(dtype: np.dtype[Any]) -> str:
@@ -214,7 +203,7 @@ def _as_key(leaf: Leaf, target: Any) -> Placement | str:
         return _differ(leaf, target)
     sharding = getattr(target, "sharding", None)
 
-    def build(data: Sequence[np.ndarray]) -> jax.Array:
+    def build(leaf: Leaf, data: Sequence[np.ndarray]) -> jax.Array:
         key = _key(leaf, data[0])
         if sharding is None or sharding.is_fully_addressable:
             return key if sharding is None else jax.device_put(key, sharding)
@@ -222,7 +211,7 @@ def _as_key(leaf: Leaf, target: Any) -> Placement | str:
         shards = [jax.device_put(key[index], device) for device, index in indices.items()]
         return jax.make_array_from_single_device_arrays(key.shape, sharding, shards)
 
-    return Placement(leaf, _whole(leaf), build)
+    return Placement(leaf, _whole(leaf.shape), build)
 
 
 def _key(leaf: Leaf, data: np.ndarray) -> jax.Array:
@@ -233,6 +222,15 @@ def _key(leaf: Leaf, data: np.ndarray) -> jax.Array:
             f"{leaf.name!r} is no PRNG key that JAX knows: {error}"
         ) from error
     return key
+
+
+_BUILDERS: Mapping[str, Callable[[Leaf, Sequence[np.ndarray]], Any]] = {
+    kinds.JAX_ARRAY: lambda _, data: OnDevice(data[0], None),
+    kinds.NUMPY_ARRAY: lambda _, data: data[0],
+    kinds.NUMPY_SCALAR: lambda _, data: data[0][()],
+    kinds.SCALAR: lambda _, data: data[0].item(),
+    kinds.PRNG_KEY: lambda leaf, data: _key(leaf, data[0]),
+}
 
 
 def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
@@ -246,17 +244,18 @@ def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     if isinstance(target, (np.ndarray, np.generic)):
         is_scalar = isinstance(target, np.generic)
 
-        def build(data: Sequence[np.ndarray]) -> Any:
+        def build(_: Leaf, data: Sequence[np.ndarray]) -> Any:
             array = convert(data[0])
             return array[()] if is_scalar else array
 
-        return Placement(leaf, _whole(leaf), build)
+        return Placement(leaf, _whole(leaf.shape), build)
     problem = _unknown_to_jax(leaf, dtype)
     if problem:
         return problem
     sharding = getattr(target, "sharding", None)
     if sharding is None or isinstance(sharding, SingleDeviceSharding):
-        return Placement(leaf, _whole(leaf), lambda data: OnDevice(convert(data[0]), sharding))
+        build_one = lambda _, data: OnDevice(convert(data[0]), sharding)  # noqa: E731
+        return Placement(leaf, _whole(leaf.shape), build_one)
     return _as_sharded(leaf, sharding, convert)
 
 
@@ -275,11 +274,12 @@ def _converted(
 
 
 def _unknown_to_jax(leaf: Leaf, dtype: np.dtype[Any]) -> str | None:
-    if jax.dtypes.canonicalize_dtype(dtype) == dtype:
+    known = jax.dtypes.canonicalize_dtype(dtype)
+    if known == dtype:
         return None
     return (
-        f"{leaf.name!r} is a jax.Array of {dtype}, and JAX would make it "
-        f"{jax.dtypes.canonicalize_dtype(dtype)}: set jax_enable_x64, or load it into a NumPy array"
+        f"{leaf.name!r} is a jax.Array of {dtype}, and JAX would make it {known}: set "
+        "jax_enable_x64, or load it into a NumPy array"
     )
 
 
@@ -297,7 +297,7 @@ def _as_sharded(
         box = tuple(cut[0] for cut in cuts), tuple(cut[1] - cut[0] for cut in cuts)
         boxes.setdefault(box, []).append(device)
 
-    def build(data: Sequence[np.ndarray]) -> OnDevices:
+    def build(leaf: Leaf, data: Sequence[np.ndarray]) -> OnDevices:
         shards = [
             OnDevice(
                 convert(array),
