@@ -110,7 +110,7 @@ class Checkpoint:
                 self.fail(error, [member])
 
     def fail(self, error: BaseException, members: Iterable[Member]) -> None:
-        """Gives the checkpoint up; these callbacks learn the first reason for it."""
+        """Gives the checkpoint up; its first error is reported to these callbacks."""
         with self._lock:
             if self.error is not None:
                 return
@@ -163,7 +163,7 @@ class Checkpoint:
         )
 
     def tell_others(self) -> None:
-        """Tells the other processes, if any, that a save of this one has failed, if one has.
+        """Reports to the other processes, if any, that a save of this one has failed, if one has.
 
         It waits for none of them: they may have given up before, and never come to this step.
         """

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Finalizer:
-    """What becomes of the checkpoints of a directory that no callback adds to any more."""
+    """Finalizes or drops the checkpoints of a directory that no callback adds to any more."""
 
     def __init__(self, directory: Path, recorder: Recorder, timeout_secs: float) -> None:
         self._directory = directory
@@ -49,7 +49,7 @@ class Finalizer:
         self._resumed: int | None = None
 
     def finalize(self, checkpoint: Checkpoint, metrics: Mapping[str, Any]) -> None:
-        """Finalizes a closed checkpoint; where that fails, its callbacks learn why."""
+        """Finalizes a closed checkpoint; an error is reported to its callbacks."""
         self._submit(checkpoint, functools.partial(self._finalize, checkpoint, dict(metrics)))
 
     def drop(self, checkpoint: Checkpoint) -> None:

@@ -106,7 +106,7 @@ class Run:
             self.preemption.watch(member.key)
 
     def stop_listening(self, member: Member) -> None:
-        """Ends what tells a callback to save: the handler of SIGTERM, and its clock."""
+        """Stops listening for a callback: to SIGTERM, and to its clock."""
         self.preemption.unwatch(member.key)
         if member.clock is not None:
             member.clock.stop()
