@@ -362,11 +362,10 @@ def test_save_async_does_not_wait_for_the_computation(path: Path) -> None:
         computing = slow_sum(jnp.zeros(size))
         handle = fp.save_async(path, {"w": computing}, replace=True)
         was_ready = computing.is_ready()
-        report = handle.result()
+        handle.result()
         if not was_ready:
             break
     assert not was_ready
-    assert report.blocked_secs < report.write_secs
     fp.finalize(path)
     assert (np.asarray(fp.load(path)["w"]) == 200).all()
 
