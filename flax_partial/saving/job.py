@@ -169,6 +169,7 @@ class SaveJob:
             return self._commit(task)
         except BaseException:
             self.release()
+            self.session.skip()  # the lock may have been kept for this save
             if self.is_background:
                 handle = task.handle
                 assert isinstance(handle, SaveHandle)  # noqa: S101
