@@ -439,6 +439,37 @@ def test_of_finalizes_at_once_in_threads_one_commits(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 10  # and no session is left
 
 
+def test_abort_holds_no_lock_for_a_queued_save_that_it_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another caller is about to claim: nobody else would give the lock back."""
+    gates = {"c": threading.Event(), "busy": threading.Event()}
+    at_gate, commit = threading.Semaphore(0), storage.commit_part
+
+    def commit_at_gate(directory: Path, table: bytes, **options: Any) -> None:
+        at_gate.release()
+        assert gates["busy" if "busy" in str(directory) else "c"].wait(MOST_SECS)
+        commit(directory, table, **options)
+
+    monkeypatch.setattr(storage, "commit_part", commit_at_gate)
+    for one in (path.with_name("busy"), path):  # both workers
+        fp.save_async(one, {"a": X})
+    assert all(at_gate.acquire(timeout=MOST_SECS) for _ in gates)
+    queued = fp.save_async(path, {"b": X})
+    about_to_claim = object()
+    session = registry.begin_save(storage.resolve(path), about_to_claim)
+    with ThreadPoolExecutor(1) as pool:
+        aborted = pool.submit(fp.abort, path)
+        until(lambda: session.is_aborted)
+        gates["c"].set()
+        aborted.result(MOST_SECS)
+    session.release(about_to_claim)
+    assert isinstance(queued.exception(MOST_SECS), fp.NoSessionError)
+    gates["busy"].set()
+    fp.finalize(path.with_name("busy"))
+    assert not path.with_name("c.partial_save").exists()
+
+
 def test_abort_beside_a_save_in_flight_one_of_them_says_so(tmp_path: Path) -> None:
     for attempt in range(21):
         path = tmp_path / f"c{attempt}"
