@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SCENARIOS = (
     "stream",
     "many_small",
+    "many_leaves",
     "call",
     "long_session",
     "finalize",

@@ -65,9 +65,9 @@ class Checkpoint:
         self._groups: dict[str, list[str]] = {}  # by state key, in the order of saving
         self._pieces: Counter[str] = Counter()
         # Written by the thread that saves a group, read by any.
-        self._saves: dict[str, fp.SaveHandle] = {}
+        self._handles: list[tuple[Member, fp.SaveHandle]] = []
+        self._saves: dict[str, fp.SaveHandle] = {}  # those of groups
         self._sizes: dict[str, int] = {}
-        self._closings: list[fp.SaveHandle] = []
 
     @property
     def is_closed(self) -> bool:
@@ -90,12 +90,11 @@ class Checkpoint:
         for at, (group, leaves) in enumerate(named.items(), start=1):
             saved = completeness.saved(callback=member.key, group=group)
             listed = self._closing(member) if is_last and at == len(named) else {}
-            self._save_group(member, group, leaves, {"session": {**saved, **listed}})
+            self._save_group(member, group, leaves, {**saved, **listed})
         # In other processes, the same callback may have all there is to save.
         has_parts = bool(self.claims.names) or jax.process_count() > 1
-        if is_last and not named and has_parts and not self.error:
-            handle = self._submit(member, dict, {"session": self._closing(member)})
-            self._closings += [handle] if handle else []
+        if is_last and not named and has_parts:
+            self._save_group(member, "", [], self._closing(member))
 
     def written(self) -> tuple[int, int]:
         """Returns how many bytes of how many, of those that this process saves, are written."""
@@ -105,11 +104,13 @@ class Checkpoint:
 
     def wait(self) -> None:
         """Waits until no save is in flight; the first failure is in `error` then."""
-        for handle in [*self._saves.values(), *self._closings]:
-            handle.exception()
+        for member, handle in tuple(self._handles):
+            error = handle.exception()
+            if error is not None:  # waiters may be woken before the handle's own callbacks run
+                self.fail(error, [member])
 
     def fail(self, error: BaseException, members: Iterable[Member]) -> None:
-        """Gives the checkpoint up; these callbacks learn the first reason for it."""
+        """Gives the checkpoint up; its first error is reported to these callbacks."""
         with self._lock:
             if self.error is not None:
                 return
@@ -162,7 +163,7 @@ class Checkpoint:
         )
 
     def tell_others(self) -> None:
-        """Tells the other processes, if any, that a save of this one has failed, if one has.
+        """Reports to the other processes, if any, that a save of this one has failed, if one has.
 
         It waits for none of them: they may have given up before, and never come to this step.
         """
@@ -200,46 +201,37 @@ class Checkpoint:
             return name
 
     def _save_group(
-        self, member: Member, group: str, leaves: Leaves, metadata: Mapping[str, Any]
+        self, member: Member, group: str, leaves: Leaves, session: Mapping[str, Any]
     ) -> None:
+        """Begins to save a group, or metadata alone; an error fails the checkpoint."""
         if self.error is not None:
             return
         where = devices_of(leaves)
-
-        def record(handle: Future[fp.SaveReport]) -> None:
-            if handle.exception() is None:
-                self._recorder.saved(self.step, group, where, handle.result())
-
-        with TraceAnnotation("flax_partial.save_async", group=group):
-            handle = self._submit(member, lambda: _leaves.subtree(_stacked.cut(leaves)), metadata)
-        if handle is not None:
-            handle.add_done_callback(record)
-            self._sizes[group] = sum(_bytes_of(leaf) for _, leaf in leaves)
-            self._saves[group] = handle
-
-    def _submit(
-        self, member: Member, state: Callable[[], Any], metadata: Mapping[str, Any]
-    ) -> fp.SaveHandle | None:
-        """Begins a save; None if it was refused, which fails the checkpoint."""
-        try:
-            handle = fp.save_async(
-                self.path,
-                state(),
-                custom_metadata=self._metadata(metadata),
-                options=member.options,
-                reuse=self.before if member.reuse_unchanged else None,
-            )
-        except Exception as error:  # noqa: BLE001 - the callback decides what follows
-            self.fail(error, [member])
-            return None
 
         def finished(handle: Future[fp.SaveReport]) -> None:
             error = handle.exception()
             if error is not None:
                 self.fail(error, [member])
+            elif leaves:
+                self._recorder.saved(self.step, group, where, handle.result())
 
+        try:
+            with TraceAnnotation("flax_partial.save_async", group=group):
+                handle = fp.save_async(
+                    self.path,
+                    _leaves.subtree(_stacked.cut(leaves)) if leaves else {},
+                    custom_metadata=self._metadata({"session": session}),
+                    options=member.options,
+                    reuse=self.before if member.reuse_unchanged else None,
+                )
+        except Exception as error:  # noqa: BLE001 - the callback decides what follows
+            self.fail(error, [member])
+            return
+        self._handles.append((member, handle))
+        if leaves:
+            self._sizes[group] = sum(_bytes_of(leaf) for _, leaf in leaves)
+            self._saves[group] = handle
         handle.add_done_callback(finished)
-        return handle
 
     def _metadata(self, more: Mapping[str, Any]) -> dict[str, Any]:
         return {"step": self.step, "epoch": self._epoch, **more}

@@ -29,7 +29,7 @@ _END_SECS = 5.0
 
 
 class Clock:
-    """Says of each step whether it is time to save; the same in all processes."""
+    """Decides for each step whether it is time to save; alike in all processes."""
 
     def __init__(self, interval: timedelta) -> None:
         self._interval_secs = interval.total_seconds()

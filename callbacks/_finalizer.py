@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Finalizer:
-    """What becomes of the checkpoints of a directory that no callback adds to any more."""
+    """Finalizes or drops the checkpoints of a directory that no callback adds to any more."""
 
     def __init__(self, directory: Path, recorder: Recorder, timeout_secs: float) -> None:
         self._directory = directory
@@ -49,7 +49,7 @@ class Finalizer:
         self._resumed: int | None = None
 
     def finalize(self, checkpoint: Checkpoint, metrics: Mapping[str, Any]) -> None:
-        """Finalizes a closed checkpoint; where that fails, its callbacks learn why."""
+        """Finalizes a closed checkpoint; an error is reported to its callbacks."""
         self._submit(checkpoint, functools.partial(self._finalize, checkpoint, dict(metrics)))
 
     def drop(self, checkpoint: Checkpoint) -> None:
@@ -121,11 +121,9 @@ class Finalizer:
         except Exception as error:  # noqa: BLE001 - the callbacks decide what follows
             own = checkpoint.error  # of a save in this process
             checkpoint.fail(error, members)
-            self._record_given_up(checkpoint)
             is_late = isinstance(error, fp.IncompleteCheckpointError)
-            if own is not None or (jax.process_count() > 1 and not is_late):
-                why = f"a save failed ({own or error})."
-                _directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
+            is_lost = own is not None or (jax.process_count() > 1 and not is_late)
+            self._give_up(checkpoint, f"a save failed ({own or error})." if is_lost else None)
             return
         with self._lock:
             self._finalized.append((report, checkpoint.blocked))
@@ -143,13 +141,13 @@ class Finalizer:
 
     def _drop(self, checkpoint: Checkpoint) -> None:
         checkpoint.wait()
-        self._record_given_up(checkpoint)
-        why = "its step never ended."
-        _directory.drop_unless_complete(checkpoint.path, checkpoint.step, why)
+        self._give_up(checkpoint, "its step never ended.")
 
-    def _record_given_up(self, checkpoint: Checkpoint) -> None:
+    def _give_up(self, checkpoint: Checkpoint, why_dropped: str | None) -> None:
         now = time.time()
         self._recorder.ended(checkpoint.step, timeline.GIVEN_UP, began_at=now, ended_at=now)
+        if why_dropped is not None:
+            _directory.drop_unless_complete(checkpoint.path, checkpoint.step, why_dropped)
 
     def _prune(self, retention: Retention) -> None:
         protected = () if self._resumed is None else (self._resumed,)

@@ -1,4 +1,4 @@
-"""What a run knows of a callback that saves into it."""
+"""What a run needs of a callback that saves into it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Member:
       options: How its parts are written.
       reuse_unchanged: Whether its parts may share files with the checkpoint before.
       shows_progress: Whether it shows a bar while training waits.
-      saves_on_preemption: Whether it saves when the process is told to end.
+      saves_on_preemption: Whether it saves when the process gets SIGTERM.
       failures: Where the run puts its errors.
       last_saved: The last step that it saved or restored; None before one.
       has_finished_step: Whether it could save the last finished step, should training fail.

@@ -42,28 +42,20 @@ def check_score(path: Path, numbers: Mapping[str, float], monitor: str | None) -
         )
 
 
-def costs(report: CheckpointReport) -> dict[str, float]:
-    """Returns what a checkpoint cost, under the names that loggers show."""
-    return {
-        "checkpoint/blocked_secs": report.blocked_secs,
-        "checkpoint/write_secs": report.write_secs,
-        "checkpoint/bytes": report.bytes,
-        "checkpoint/finalize_secs": report.finalize_secs,
-    }
-
-
 def send(report: CheckpointReport, trainer: Any, on_metrics: OnMetrics | None) -> None:
     """Sends what a checkpoint cost to a function, or else to the trainer's loggers.
 
     Raises:
       Exception: Whatever the function or the logger raised.
     """
+    names = ("blocked_secs", "write_secs", "bytes", "finalize_secs")
+    costs = {f"checkpoint/{name}": getattr(report, name) for name in names}
     if on_metrics is not None:
-        on_metrics(costs(report), report.step)
+        on_metrics(costs, report.step)
         return
     for one in getattr(trainer, "loggers", None) or [getattr(trainer, "logger", None)]:
         if hasattr(one, "log_metrics"):
-            one.log_metrics(costs(report), report.step)
+            one.log_metrics(costs, report.step)
 
 
 def log(report: CheckpointReport) -> None:

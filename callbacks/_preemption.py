@@ -1,7 +1,7 @@
 """SIGTERM, with which a scheduler announces that it takes the machine: save, then stop.
 
 The handler only records the signal. The step under way is finished; at its end it is saved and
-finalized, and training is told to stop. Then the handler that was there before, if any, is called.
+finalized, and training is stopped. Then the handler that was there before, if any, is called.
 
 Under `jax.distributed` JAX has a handler of its own, set by `jax.distributed.initialize`, and its
 coordination service agrees on the step after which all processes save, whichever of them got the
@@ -33,12 +33,12 @@ class Preemption:
     the first to reach a point of the loop decides for all.
 
     Attributes:
-      is_told: Whether a signal came while it listened, and training was not told to stop yet.
-      has_stopped: Whether it has told training to stop.
+      is_requested: Whether a signal came while it listened, and training was not stopped yet.
+      has_stopped: Whether it has stopped training.
     """
 
     def __init__(self) -> None:
-        self.is_told = False
+        self.is_requested = False
         self.has_stopped = False
         self._point: tuple[int, str] | None = None
         self._last_step: int | None = None
@@ -48,7 +48,7 @@ class Preemption:
     def watch(self, user: str) -> None:
         """Begins to listen, for a callback."""
         if not self._users:
-            self.is_told, self._point, self._last_step = False, None, None
+            self.is_requested, self._point, self._last_step = False, None, None
             _handler.add(self)
         self._users.add(user)
 
@@ -56,7 +56,7 @@ class Preemption:
         """Ends that; the last callback of all hooks brings back the handler of before."""
         self._users.discard(user)
         if not self._users:
-            self.is_told = self.has_stopped = False
+            self.is_requested = self.has_stopped = False
             _handler.remove(self)
 
     def reach(self, step: int, hook: str) -> None:
@@ -74,7 +74,7 @@ class Preemption:
         if step == self._last_step:
             return True
         is_under_way = self._point is None or step > self._point[0]
-        return is_under_way and self.is_told and not _is_distributed()
+        return is_under_way and self.is_requested and not _is_distributed()
 
     def is_last(self, user: str, step: int) -> bool:
         """Whether `step` is the last one, and all callbacks have saved it once this one has."""
@@ -84,13 +84,13 @@ class Preemption:
         return self._passed >= self._users
 
     def stop(self, trainer: Any) -> None:
-        """Tells a training whose last step is finalized to stop.
+        """Stops a training whose last step is finalized.
 
         Raises:
           SystemExit: There is no `trainer.should_stop` to be set, and no handler of before.
         """
         self._last_step = None
-        self.is_told, self.has_stopped = False, True
+        self.is_requested, self.has_stopped = False, True
         can_stop = hasattr(trainer, "should_stop")
         if can_stop:
             trainer.should_stop = True
@@ -105,7 +105,7 @@ class Preemption:
 
     def _must_end(self, step: int, hook: str) -> bool:
         if not _is_distributed():
-            return self.is_told
+            return self.is_requested
         if hook != "on_train_batch_end":
             return False
         from jax.experimental import multihost_utils
@@ -113,7 +113,7 @@ class Preemption:
         try:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         except RuntimeError as error:  # `jax_enable_preemption_service` is off
-            logger.debug("No service tells when this process is to end: %s", error)
+            logger.debug("No service reports when this process is to end: %s", error)
             return False
 
 
@@ -161,7 +161,7 @@ class _Handler:
     def _record(self, number: int, frame: FrameType | None) -> None:
         listeners = tuple(self.listeners)
         for listener in listeners:
-            listener.is_told = True
+            listener.is_requested = True
         if not listeners:  # all were garbage before their training ended
             self._bring_back()
             signal.raise_signal(number)

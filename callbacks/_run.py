@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
-    from flax_partial.callbacks._schedule import Retention
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +78,13 @@ class Run:
           ValueError: It and another callback want to keep different checkpoints.
         """
         with self._lock:
-            for other in self._members.values():
-                _check_agree(self.directory, member.retention, other.retention)
+            one = member.retention
+            for other in (known.retention for known in self._members.values()):
+                if one.removes and other.removes and one != other:
+                    raise ValueError(
+                        f"Two callbacks want to keep different checkpoints of {self.directory}: "
+                        f"{one} and {other}. Give these options to one of them only."
+                    )
             self._members[member.key] = member
 
     def start(self, member: Member, step: int) -> None:
@@ -102,7 +106,7 @@ class Run:
             self.preemption.watch(member.key)
 
     def stop_listening(self, member: Member) -> None:
-        """Ends what tells a callback to save: the handler of SIGTERM, and its clock."""
+        """Stops listening for a callback: to SIGTERM, and to its clock."""
         self.preemption.unwatch(member.key)
         if member.clock is not None:
             member.clock.stop()
@@ -340,11 +344,3 @@ class Runs:
         """Makes a state key differ from those of the callbacks made before."""
         self._keys[key] += 1
         return key if self._keys[key] == 1 else f"{key}#{self._keys[key]}"
-
-
-def _check_agree(directory: Path, one: Retention, other: Retention) -> None:
-    if one.removes and other.removes and one != other:
-        raise ValueError(
-            f"Two callbacks want to keep different checkpoints of {directory}: {one} and {other}. "
-            "Give these options to one of them only."
-        )

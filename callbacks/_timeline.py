@@ -84,23 +84,16 @@ class Recorder:
     def saved(self, step: int, group: str, where: str, report: fp.SaveReport) -> None:
         """Records a group that is committed."""
         save = timeline.Save(step, group, where, report.bytes, report.times)
-        line = timeline.encode_save(save)
         with self._lock:
-            self._lines.append(line)
+            self._lines.append(timeline.encode_save(save))
         if time.monotonic() - self._flushed > _FLUSH_SECS:
             self.flush()
 
     def ended(self, step: int, outcome: str, *, began_at: float, ended_at: float) -> None:
         """Records that a checkpoint was finalized or given up, and writes all there is."""
-        line = timeline.encode(
-            "end",
-            step=step,
-            outcome=outcome,
-            began_at=_rounded(began_at),
-            ended_at=_rounded(ended_at),
-        )
+        span = {"began_at": began_at, "ended_at": ended_at}
         with self._lock:
-            self._lines.append(line)
+            self._lines.append(timeline.encode("end", step=step, outcome=outcome, **span))
         self.flush()
 
     def flush(self) -> None:
@@ -125,12 +118,10 @@ class Recorder:
             spans, self._spans = self._spans, {}
             brief_secs, self._brief_secs = self._brief_secs, {}
         if steps:
-            listed = [(number, _rounded(b), _rounded(e)) for number, b, e in steps]
-            lines.append(timeline.encode("steps", steps=listed))
+            lines.append(timeline.encode("steps", steps=list(steps)))
         for step in {**spans, **brief_secs}:
-            listed_spans = [(hook, _rounded(b), _rounded(e)) for hook, b, e in spans.get(step, ())]
-            secs = brief_secs.get(step, 0.0)
-            lines.append(timeline.encode("held", step=step, spans=listed_spans, brief_secs=secs))
+            held = {"spans": spans.get(step, []), "brief_secs": brief_secs.get(step, 0.0)}
+            lines.append(timeline.encode("held", step=step, **held))
         return lines
 
     def _append(self, lines: Iterable[str]) -> None:
@@ -176,7 +167,3 @@ def _devices(sharding: jax.sharding.Sharding) -> str:
 
 def _number(device: Any) -> int:
     return int(device.id)
-
-
-def _rounded(at: float) -> float:
-    return round(at, 6)

@@ -62,7 +62,10 @@ class CluCheckpoint(LoopCheckpoint, PeriodicAction):
             raise ValueError(
                 "every_steps, every_secs and on_steps are all left out: nothing would be saved."
             )
-        schedule = {"every_n_epochs": None, "every_n_train_steps": 1}  # of the steps it is told of
+        schedule = {
+            "every_n_epochs": None,
+            "every_n_train_steps": 1,
+        }  # of those it is called for
         self._loop = Loop(directory, take_state or (lambda: self._state), options | schedule)
         self._state: Any = None
         self._metrics: Mapping[str, Any] | None = None

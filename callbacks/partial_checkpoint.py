@@ -284,7 +284,7 @@ class PartialCheckpointCallback:
 
     @property
     def state_key(self) -> str:
-        """Tells this callback from others, in a trainer and in a checkpoint."""
+        """Identifies this callback among others, in a trainer and in a checkpoint."""
         return self._member.key
 
     def state_dict(self) -> dict[str, Any]:
@@ -468,7 +468,7 @@ class PartialCheckpointCallback:
             self._run.preemption.reach(step, hook)
 
     def _stop_after_last(self, trainer: Any, step: int) -> None:
-        """Finalizes, and tells training to stop, once all callbacks have saved the last step."""
+        """Finalizes and stops training once all callbacks have saved the last step."""
         member, preemption = self._member, self._run.preemption
         if member.saves_on_preemption and preemption.is_last(member.key, step):
             for run in self.finalizer.runs:

@@ -33,7 +33,7 @@ class Bar:
         self._shown = ExitStack()
 
     def update(self, done: int, total: int) -> None:
-        """Tells that `done` of `total` bytes are done."""
+        """Shows that `done` of `total` bytes are done."""
         now = time.monotonic()
         if self._began is None:
             self._began = now

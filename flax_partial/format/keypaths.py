@@ -9,7 +9,7 @@ time linear in its length, whatever the tree holds already.
 import sys
 from collections.abc import Iterator, Mapping
 from itertools import chain, pairwise
-from typing import Any, Literal
+from typing import Any
 
 from jax import tree_util
 from msgspec import Struct
@@ -164,15 +164,15 @@ def prefix_of(name: str) -> str:
 
     zarr adds a slash only where none is, and to tensorstore a slash alone is the root.
     """
-    if name in ("", "/"):
-        return ""
-    return name if name.endswith("/") else name + "/"
+    if name.endswith("/"):
+        return "" if name == "/" else name
+    return name and name + "/"
 
 
 class _Node(Struct, gc=False):
     """What has children: by their keys' texts further nodes, or None for a leaf."""
 
-    container: Literal["list", "mapping"]
+    is_list: bool
     children: "_Children"
 
 
@@ -185,43 +185,60 @@ class KeyTree:
     def __init__(self) -> None:
         self._owners: dict[str, KeyPath] = {}
         self._top: _Children = {}  # the root, under the empty text
+        self._last: tuple[tuple[str, ...], str, _Children] | None = None  # node of the last leaf
 
     def __contains__(self, name: str) -> bool:
         return prefix_of(name) in self._owners
 
     def problem_with(self, path: KeyPath) -> str | None:
         """Says why `path` cannot be added; None if it can, or stands already."""
-        owner = self._owners.get(prefix_of(path.name))
+        return self._walk(path, adds=False)
+
+    def add(self, path: KeyPath) -> str | None:
+        """Adds a leaf; where it cannot be added changes nothing, and says why."""
+        return self._walk(path, adds=True)
+
+    def _walk(self, path: KeyPath, *, adds: bool) -> str | None:
+        prefix = prefix_of(path.name)
+        owner = self._owners.get(prefix)
         if owner is not None:
             return _problem_with_owner(owner, path)
-        children, text = self._top, ""
-        for depth, inner in enumerate(path.texts):
-            if text not in children:
-                return None
-            node = children[text]
-            if node is None:
-                return _leaf_and_subtree(".".join(path.texts[:depth]), path.name)
-            if node.container != _container(path.kinds[depth]):
-                return _mixed(".".join(path.texts[:depth]), path.name)
-            children, text = node.children, inner
+        found = self._parent_of(path, adds=adds)
+        if not isinstance(found, tuple):
+            return found
+        children, text = found
         node = children.get(text)
-        if node is None:
-            return None
-        return _leaf_and_subtree(path.name, path.name + "." + next(iter(node.children)))
+        if node is not None:
+            return _leaf_and_subtree(path.name, path.name + "." + next(iter(node.children)))
+        if adds:
+            self._owners[prefix] = path
+            children[text] = None
+        return None
 
-    def add(self, path: KeyPath) -> None:
-        """Adds a leaf with which `problem_with` finds no fault."""
-        self._owners[prefix_of(path.name)] = path
+    def _parent_of(self, path: KeyPath, *, adds: bool) -> tuple[_Children, str] | str | None:
+        """Returns where the leaf belongs, and under which text; why nowhere; or None."""
+        stem, last = path.texts[:-1], self._last
+        if last is not None and last[0] == stem and last[1] == path.kinds:
+            return last[2], path.texts[-1]
         children, text = self._top, ""
-        for inner, kind in zip(path.texts, path.kinds, strict=True):
+        for depth, (inner, kind) in enumerate(zip(path.texts, path.kinds, strict=True)):
             node = children.get(text)
             if node is None:
-                node = children[text] = _Node(_container(kind), {})
+                if text in children:
+                    return _leaf_and_subtree(".".join(path.texts[:depth]), path.name)
+                if not adds:
+                    return None
+                node = children[text] = _Node(kind == INDEX, {})  # below it nothing can conflict
+            elif node.is_list != (kind == INDEX):
+                return _mixed(".".join(path.texts[:depth]), path.name)
             children, text = node.children, inner
-        children[text] = None
+        if stem:
+            self._last = stem, path.kinds, children
+        return children, text
 
     def discard(self, path: KeyPath) -> None:
         """Removes a leaf, and the nodes that only it held up."""
+        self._last = None
         del self._owners[prefix_of(path.name)]
         children = self._top
         trail = []
@@ -249,7 +266,7 @@ class KeyTree:
         stack: list[tuple[_Trail | None, _Node]] = [(None, root)] if root else []
         while stack:
             trail, node = stack.pop()
-            if node.container == "list":
+            if node.is_list:
                 indices = sorted(map(int, node.children))
                 if indices[-1] >= len(indices):
                     yield (
@@ -283,13 +300,9 @@ def _problem_with_owner(owner: KeyPath, path: KeyPath) -> str | None:
     if owner.texts != path.texts:
         return _same_name(owner, path)
     for depth, (one, other) in enumerate(zip(owner.kinds, path.kinds, strict=True)):
-        if _container(one) != _container(other):
+        if (one == INDEX) != (other == INDEX):
             return _mixed(".".join(path.texts[:depth]), path.name)
     return None
-
-
-def _container(kind: str) -> Literal["list", "mapping"]:
-    return "list" if kind == INDEX else "mapping"
 
 
 def _same_name(one: KeyPath, other: KeyPath) -> str:

@@ -116,9 +116,8 @@ def _without_placeholders(held: Iterable[list[_Holder]]) -> Iterable[list[_Holde
         return listed
     tree = KeyTree()
     for holders in listed:
-        path = holders[0][1].path
-        if not holders[0][1].placeholder and tree.problem_with(path) is None:
-            tree.add(path)
+        if not holders[0][1].placeholder:
+            tree.add(holders[0][1].path)
     return [
         holders
         for holders in listed
@@ -200,7 +199,7 @@ def _located(leaf: Leaf, sources: Iterable[Source], numbers: dict[str, int]) -> 
         return leaf
     (box,) = leaf.boxes[:1]
     is_plain = leaf.compression is None
-    if is_plain and all(isinstance(place, bytes) for place in box.places):
+    if is_plain and {bytes}.issuperset(map(type, box.places)):
         return leaf if not leaf.file else leaf.with_boxes(leaf.boxes)
     runs = _runs(sources, numbers) if is_plain else ()
     return leaf.with_boxes((Box(box.start, box.shape, box.digests),), runs)
@@ -238,11 +237,5 @@ def _collect(part: str, leaf: Leaf, chunks: dict[str, tuple[str, str, Place]]) -
 
 def _tree_problems(leaves: Iterable[Leaf]) -> list[str]:
     tree = KeyTree()
-    problems = []
-    for leaf in leaves:
-        problem = tree.problem_with(leaf.path)
-        if problem is None:
-            tree.add(leaf.path)
-        else:
-            problems.append(problem)
+    problems = [problem for leaf in leaves if (problem := tree.add(leaf.path)) is not None]
     return problems or list(tree.gaps())

@@ -170,12 +170,12 @@ class Leaf(Struct, gc=False):
     @property
     def chunk_bytes(self) -> int:
         """Size of a chunk in memory, in bytes."""
-        return math.prod(self.chunk) * self.numpy_dtype.itemsize if self.is_array else 0
+        return _size_of(self.dtype, self.chunk)
 
     @property
     def bytes(self) -> int:
         """Size of the whole leaf's data in memory, in bytes."""
-        return math.prod(self.shape) * self.numpy_dtype.itemsize if self.is_array else 0
+        return _size_of(self.dtype, self.shape)
 
     @property
     def prefix(self) -> str:
@@ -213,11 +213,11 @@ class Leaf(Struct, gc=False):
     @property
     def is_one_chunk(self) -> bool:
         """Whether a single chunk holds the whole array."""
-        return self.shape == self.chunk
+        return self.shape == self.chunk and 0 not in self.shape
 
     def keys_of(self, box: Box) -> Iterator[str]:
         """Yields the database key of each chunk of a box, in C order."""
-        if self.shape == self.chunk and all(self.shape):
+        if self.is_one_chunk:
             return iter((f"{self.prefix}c" + "/0" * len(self.shape),))
         return chunk_keys(self.prefix, box.start, box.shape, self.chunk)
 
@@ -309,6 +309,11 @@ def part_path(directory: str, *, process: int, processes: int) -> str:
     if processes <= _DIRECTORY_PROCESSES:
         return directory
     return f"p{process // _DIRECTORY_PROCESSES}/{directory}"
+
+
+@lru_cache(maxsize=4096)  # most leaves have one of a few shapes
+def _size_of(dtype: str, shape: Shape) -> int:
+    return math.prod(shape) * numpy_dtype(dtype).itemsize if dtype else 0
 
 
 @lru_cache(maxsize=len(STORABLE_DTYPES))

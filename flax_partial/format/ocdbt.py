@@ -11,10 +11,12 @@ manifest end in a CRC-32C of their own, so that damage to them never reads as da
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import google_crc32c
+import numpy as np
 
 _MANIFEST_MAGIC, _NODE_MAGIC = 0x0CDB3A2A, 0x0CDB20DE
 _UNVERSIONED_UNCOMPRESSED = b"\0\0"
@@ -29,10 +31,10 @@ _NODE_ENTRIES = 4096
 # What the configuration tells a later writer; readers do without.
 _MAX_INLINE_BYTES, _MAX_NODE_BYTES, _VERSION_TREE_ARITY_LOG2 = 1024, 8 << 20, 4
 _INLINE, _REFERENCE = 0, 1
+_MOST_COMPARED_AT_ONCE = 256  # bytes of a key: 1 MiB for the keys of a node
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(NamedTuple):
     """A value that lies in a file.
 
     Attributes:
@@ -50,8 +52,7 @@ Value = bytes | Reference
 Entry = tuple[bytes, Value]
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
+class _Node(NamedTuple):
     """An encoded node, and what its parent says of it."""
 
     first_key: bytes
@@ -103,7 +104,7 @@ def _split(
 
 def _describe(group: Sequence[tuple[bytes, Value | _Node]], at: Reference) -> _Node:
     children = [value for _, value in group if isinstance(value, _Node)]
-    referred = sum(value.length for _, value in group if isinstance(value, Reference))
+    referred = sum([value.length for _, value in group if isinstance(value, Reference)])
     return _Node(
         first_key=group[0][0],
         at=at,
@@ -116,37 +117,45 @@ def _describe(group: Sequence[tuple[bytes, Value | _Node]], at: Reference) -> _N
 def _encode_node(group: Sequence[tuple[bytes, Value | _Node]], height: int) -> bytes:
     values = [value for _, value in group]
     places = [value.at if isinstance(value, _Node) else value for value in values]
+    inline = [value for value in places if isinstance(value, bytes)]
     references = [place for place in places if isinstance(place, Reference)]
     table, numbers = _file_table({reference.file for reference in references})
     body = [bytes((height,)), table, _varints([len(group)]), *_keys([key for key, _ in group])]
     if height:
         body.insert(-1, bytes(len(group)))  # a child's keys are stored whole, without a prefix
     else:
-        body.append(_varints([_length(value) for value in places]))
-        body.append(bytes(_INLINE if isinstance(v, bytes) else _REFERENCE for v in places))
+        body.append(_varints([v.length if isinstance(v, Reference) else len(v) for v in places]))
+        body.append(bytes([_INLINE if isinstance(v, bytes) else _REFERENCE for v in places]))
     body.append(_varints([numbers[reference.file] for reference in references]))
     body.append(_varints([reference.offset for reference in references]))
     if height:
         body.append(_varints([reference.length for reference in references]))
         body += _statistics([value for value in values if isinstance(value, _Node)])
     else:
-        body += [value for value in places if isinstance(value, bytes)]
+        body += inline
     return _enclosed(_NODE_MAGIC, body)
-
-
-def _length(value: Value) -> int:
-    return len(value) if isinstance(value, bytes) else value.length
 
 
 def _keys(keys: Sequence[bytes]) -> list[bytes]:
     """The columns of keys: lengths of the prefixes shared with the key before, and the rest."""
-    shared = [_common_prefix(one, other) for one, other in pairwise(keys)]
+    shared = _shared_with_before(keys)
     rest = [keys[0], *(key[length:] for key, length in zip(keys[1:], shared, strict=True))]
     return [_varints(shared), _varints([len(suffix) for suffix in rest]), b"".join(rest)]
 
 
+def _shared_with_before(keys: Sequence[bytes]) -> list[int]:
+    lengths = np.array([len(key) for key in keys])
+    width = int(lengths.max())
+    if not 0 < width <= _MOST_COMPARED_AT_ONCE:
+        return [_common_prefix(one, other) for one, other in pairwise(keys)]
+    letters = np.array(keys, f"S{width}").view(np.uint8).reshape(-1, width)
+    same = np.logical_and.accumulate(letters[1:] == letters[:-1], axis=1).sum(axis=1)
+    shared: list[int] = np.minimum(same, np.minimum(lengths[1:], lengths[:-1])).tolist()
+    return shared
+
+
 def _common_prefix(one: bytes, other: bytes) -> int:
-    """Length of what two keys begin with; as integers, a fifth of the time of a loop."""
+    """Length of what two keys of any length begin with."""
     size = min(len(one), len(other))
     differing = int.from_bytes(one[:size], "big") ^ int.from_bytes(other[:size], "big")
     return size - (differing.bit_length() + 7) // 8
@@ -203,6 +212,7 @@ def _varints(numbers: Sequence[int]) -> bytes:
     return b"".join(map(_varint, numbers))
 
 
+@lru_cache(maxsize=4096)  # most values are of one of a few sizes
 def _varint(number: int) -> bytes:
     encoded = bytearray()
     while number >= 0x80:  # noqa: PLR2004

@@ -107,12 +107,12 @@ def database_files(
       sources: For each leaf where its chunks are, as `merge` found them.
       uuid: Identifies the database, 16 bytes.
     """
-    entries = dict(_database_entries(contents.leaves, sources))
+    entries = list(_database_entries(contents.leaves, sources))
     if not entries:
         return {}
     data_file = f"d/{uuid.hex()}"
     manifest, data = ocdbt.encode(
-        entries.items(), data_file=data_file, uuid=uuid, commit_ns=contents.committed_ns
+        entries, data_file=data_file, uuid=uuid, commit_ns=contents.committed_ns
     )
     return {f"{ITEM}/{data_file}": (data,), f"{ITEM}/{DATABASE}": (manifest,)}
 
@@ -124,15 +124,16 @@ def _database_entries(
         stored, chunks = (_as_array(leaf), _pieces(leaf)) if leaf.kind == BYTES else (leaf, found)
         if not stored.is_array:
             continue
-        yield f"{leaf.prefix}zarr.json".encode(), zarr_metadata(stored)
+        prefix = leaf.prefix
+        metadata = _zarr_metadata(stored.dtype, stored.shape, stored.chunk, stored.compression)
+        yield (prefix + "zarr.json").encode(), metadata
         keys = stored.keys_of(stored.boxes[0])
         for part, places in chunks:
-            file = data_path(part)
             for place, key in zip(places, keys, strict=False):
                 if isinstance(place, bytes):
                     yield key.encode(), place
                 else:
-                    yield key.encode(), ocdbt.Reference(file, *place)
+                    yield key.encode(), ocdbt.Reference(data_path(part), *place)
 
 
 def _as_array(leaf: Leaf) -> Leaf:
@@ -147,6 +148,9 @@ def _pieces(leaf: Leaf) -> Sequence[Source]:
     size = _as_array(leaf).chunk[0]
     starts = range(0, len(leaf.data), size)
     return (("", [leaf.data[at : at + size].ljust(size, b"\0") for at in starts]),)
+
+
+_encode_string = json.encoder.encode_basestring_ascii
 
 
 def _text(value: object) -> str:
@@ -188,7 +192,7 @@ def _tree_entry(leaf: Leaf) -> str:
     is_complex = leaf.kind == SCALAR and leaf.dtype.startswith("complex")
     value = _value_metadata(NUMPY_ARRAY if is_complex else leaf.kind, leaf.chunk)
     keys = ",".join(map(_key_metadata, leaf.path.texts, leaf.path.kinds))
-    name = json.dumps(repr(leaf.path.texts))
+    name = _encode_string(repr(leaf.path.texts))
     return f'{name}:{{"key_metadata":[{keys}],"value_metadata":{value}}}'
 
 
@@ -229,7 +233,8 @@ def _shardings(leaves: tuple[Leaf, ...]) -> Pieces:
         if leaf.sharding is not None and VALUE_TYPES[leaf.kind] == VALUE_TYPES[JAX_ARRAY]:
             text = texts.get(id(leaf.sharding)) or _dump(json.dumps(leaf.sharding))
             texts[id(leaf.sharding)] = text
-            pieces += _dump(sharding_key(leaf.name)), b":", text, b","
+            key = base64.urlsafe_b64encode(leaf.name.encode())  # `sharding_key`, in bytes
+            pieces += b'"', key, b'":', text, b","
     return [*(pieces[:-1] if len(pieces) > 1 else pieces), b"}"]
 
 

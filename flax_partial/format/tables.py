@@ -269,19 +269,14 @@ def _open_envelope(data: bytes) -> memoryview:
 
 def _part_of(body: memoryview) -> Part:
     table = _PART_DECODER.decode(body)
-    part = Part(
+    return Part(
         process=table.process,
         time_ns=table.time_ns,
         bytes=table.bytes,
         durable=table.durable,
         custom_metadata=_object_of(table.custom_metadata),
-        leaves=_leaves_of(table.leaves, table.shardings),
+        leaves=_leaves_of(table.leaves, table.shardings, need_places=True),
     )
-    for leaf in part.leaves:
-        for box in leaf.boxes:
-            if len(box.places) != math.prod(chunk_counts(box.shape, leaf.chunk)):
-                raise CorruptCheckpointError(f"leaf {leaf.name!r} has chunks without a place")
-    return part
 
 
 def _contents_of(body: memoryview) -> Contents:
@@ -291,7 +286,7 @@ def _contents_of(body: memoryview) -> Contents:
         committed_ns=table.committed_ns,
         parts=table.parts,
         custom_metadata=_object_of(table.custom_metadata),
-        leaves=_leaves_of(table.leaves, table.shardings),
+        leaves=_leaves_of(table.leaves, table.shardings, need_places=False),
         data_parts=table.data_parts,
         first_part=table.first_part,
         has_inline=table.format >= _FIRST_INLINE,
@@ -336,63 +331,61 @@ def _require_inline(leaf: Leaf) -> None:
         raise CorruptCheckpointError(f"leaf {leaf.name!r} has places that are not its chunks")
 
 
-def _leaves_of(rows: Iterable[_Row], texts: Iterable[Raw]) -> tuple[Leaf, ...]:
+def _leaves_of(
+    rows: Iterable[_Row], texts: Iterable[Raw], *, need_places: bool
+) -> tuple[Leaf, ...]:
     shardings = tuple(map(_object_of, texts))
     leaves = []
     for row in rows:
         try:
-            leaves.append(_leaf_of(row, shardings))
+            leaves.append(_leaf_of(row, shardings, need_places))
         except (ValueError, IndexError) as error:
             raise CorruptCheckpointError(f"leaf {list(row.path)}: {error}") from error
     return tuple(leaves)
 
 
-def _leaf_of(row: _Row, shardings: tuple[dict[str, Any], ...]) -> Leaf:
-    _require_keys(row.keys, len(row.path))
-    if not TEXT_KEYS.issuperset(row.keys):
+def _leaf_of(row: _Row, shardings: tuple[dict[str, Any], ...], need_places: bool) -> Leaf:  # noqa: FBT001
+    if _has_numbers(row.keys, len(row.path)):
         _require_numbers(row.path, row.keys)
     path = KeyPath(row.path, row.keys)
     sharding = None if row.sharding is None else shardings[row.sharding]
-    if row.kind not in ARRAY_KINDS:
-        if row.placeholder and row.kind not in EMPTY_CONTAINERS:
+    kind = row.kind
+    if kind not in ARRAY_KINDS:
+        if row.placeholder and kind not in EMPTY_CONTAINERS:
             raise ValueError("it is a placeholder, and no empty container")
         return Leaf(
             path,
-            row.kind,
+            kind,
             generation=row.generation,
             sharding=sharding,
             text=row.text,
             data=row.data,
             placeholder=row.placeholder,
         )
-    if row.dtype is None:
-        raise ValueError("it has no dtype")
-    shape, chunk, stored_bytes = _array_form(
-        row.kind, row.dtype, row.shape, row.chunk, row.compression
-    )
-    boxes = row.boxes
-    for box in boxes:
-        _require_box(box, shape, chunk, stored_bytes)
+    form = _form_of(kind, row.dtype, row.shape, row.chunk, row.compression)
+    for box in row.boxes:
+        _require_box(box, form, need_places)
     return Leaf(
         path,
-        row.kind,
-        row.dtype,
-        shape,
-        chunk,
+        kind,
+        form.dtype,
+        form.shape,
+        form.chunk,
         row.compression,
         row.generation,
         sharding,
         row.text,
-        boxes,
+        row.boxes,
         row.runs,
         row.file,
     )
 
 
 @lru_cache(maxsize=4096)  # most leaves have one of a few depths
-def _require_keys(kinds: str, count: int) -> None:
+def _has_numbers(kinds: str, count: int) -> bool:
     if len(kinds) != count or not KEY_KINDS.issuperset(kinds):
         raise ValueError("it has an unknown kind of key, or a key without one")
+    return not TEXT_KEYS.issuperset(kinds)
 
 
 def _require_numbers(texts: tuple[str, ...], kinds: str) -> None:
@@ -402,16 +395,33 @@ def _require_numbers(texts: tuple[str, ...], kinds: str) -> None:
             raise ValueError(f"{text!r} is not an index, or an integer key")
 
 
-@lru_cache(maxsize=4096)  # arrays of a model have one of a few shapes
-def _array_form(
-    kind: str, dtype: str, shape: Shape, chunk: Shape, compression: str | None
-) -> tuple[Shape, Shape, int | None]:
-    """Refuses what no array of the kind can be; memory for it is not asked for here.
+class _Form(Struct, gc=False):
+    """What array leaves have in common that are stored alike; those of a table share its objects.
 
-    Returns:
-      Shape, chunk, and how many bytes a stored chunk has, any number if None: for equal arguments
-      the same objects, so that the leaves of a table share them.
+    Attributes:
+      dtype: As in `Leaf`.
+      shape: As in `Leaf`.
+      chunk: As in `Leaf`; the very same object as `shape` where one chunk holds the array.
+      origin: Where the array begins.
+      is_one_chunk: Whether one chunk holds the array.
+      stored_bytes: Size of a chunk as it is stored; None where that may be any.
     """
+
+    dtype: str
+    shape: Shape
+    chunk: Shape
+    origin: Shape
+    is_one_chunk: bool
+    stored_bytes: int | None
+
+
+@lru_cache(maxsize=4096)  # arrays of a model have one of a few shapes
+def _form_of(
+    kind: str, dtype: str | None, shape: Shape, chunk: Shape, compression: str | None
+) -> _Form:
+    """Refuses what no array of the kind can be; memory for it is not asked for here."""
+    if dtype is None:
+        raise ValueError("it has no dtype")
     if len(shape) > MOST_AXES:
         raise ValueError(f"it has {len(shape)} axes")
     if any(not 0 < step <= (size or 1) for size, step in zip(shape, chunk, strict=True)):
@@ -423,32 +433,35 @@ def _array_form(
         raise ValueError(f"it is a scalar of shape {list(shape)}")
     if kind == PRNG_KEY and dtype != "uint32":
         raise ValueError(f"it is a PRNG key of {dtype}")
-    return (
+    return _Form(
+        dtype,
         shape,
         shape if chunk == shape else chunk,
-        (None if compression else math.prod(chunk) * itemsize),
+        (0,) * len(shape),
+        chunk == shape and all(shape),
+        None if compression else math.prod(chunk) * itemsize,
     )
 
 
-def _require_box(box: Box, whole: Shape, chunk: Shape, stored_bytes: int | None) -> None:
-    """Checks a box; of a chunk as it is stored, so many bytes, or any number where that is None."""
-    start, shape = box.start, box.shape
-    if shape == whole == chunk and len(start) == len(shape) and not any(start) and all(shape):
+def _require_box(box: Box, form: _Form, need_places: bool) -> None:  # noqa: FBT001 - 100,000 calls
+    if form.is_one_chunk and box.shape == form.shape and box.start == form.origin:
         chunks = 1  # by far the most common, and cheaper than the general case
-        box.shape = whole
+        box.start, box.shape = form.origin, form.shape
     else:
-        for at, size, end, step in zip(start, shape, whole, chunk, strict=True):
+        for at, size, end, step in zip(box.start, box.shape, form.shape, form.chunk, strict=True):
             last = at + size
             if last > end or at % step or (last % step and last != end):
                 raise ValueError("it has a box that is not in its grid")
-        chunks = math.prod(chunk_counts(shape, chunk))
+        chunks = math.prod(chunk_counts(box.shape, form.chunk))
     if len(box.digests) != chunks:
         raise ValueError(f"it has {len(box.digests)} digests for {chunks} chunks")
     if not any(box.digests):
         box.digests = ()
-    if stored_bytes is None:
+    if need_places and len(box.places) != chunks:
+        raise ValueError("it has chunks without a place")
+    if form.stored_bytes is None:
         return
     for place in box.places:
         size = len(place) if isinstance(place, bytes) else place[1]
-        if size != stored_bytes:
-            raise ValueError(f"it has a chunk of {size} bytes, not {stored_bytes}")
+        if size != form.stored_bytes:
+            raise ValueError(f"it has a chunk of {size} bytes, not {form.stored_bytes}")

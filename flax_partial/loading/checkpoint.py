@@ -49,18 +49,18 @@ class OwnCheckpoint:
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
         """Reads regions, as `Checkpoint.read` says."""
-        outcomes: dict[int, np.ndarray | Exception] = {}
-        positions: dict[bool, list[int]] = {True: [], False: []}  # by whether the leaf has runs
-        for at, region in enumerate(regions):
-            if region[0].boxes[0].places:
-                outcomes[at] = _read_inline(region)
-            else:
-                positions[bool(region[0].runs)].append(at)
-        for has_runs, chosen in positions.items():
-            outcomes |= zip(
-                chosen, self._read([regions[at] for at in chosen], has_runs=has_runs), strict=True
-            )
-        return [outcomes[at] for at in range(len(regions))]
+        in_runs = [region for region in regions if region[0].runs]
+        in_database = [
+            region for region in regions if not (region[0].runs or region[0].boxes[0].places)
+        ]
+        from_runs = iter(self._read(in_runs, has_runs=True))
+        from_database = iter(self._read(in_database, has_runs=False))
+        return [
+            _read_inline(region)
+            if region[0].boxes[0].places
+            else next(from_runs if region[0].runs else from_database)
+            for region in regions
+        ]
 
     def _read(self, regions: Sequence[Region], *, has_runs: bool) -> list[np.ndarray | Exception]:
         if not regions:

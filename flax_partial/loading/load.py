@@ -157,7 +157,7 @@ def _read(
     if errors:
         raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
     data: Iterator[Any] = iter(outcomes)
-    values = [one.build([next(data) for _ in one.boxes]) for one in placements]
+    values = [one.build(one.leaf, [next(data) for _ in one.boxes]) for one in placements]
     return placing.put_on_devices(values)
 
 

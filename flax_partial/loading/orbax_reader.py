@@ -183,12 +183,10 @@ def _contents(path: Path, items: Sequence[_Item], leaves: Sequence[Leaf]) -> Con
 def _require_tree(path: Path, key_paths: Sequence[KeyPath]) -> None:
     tree = KeyTree()
     for key_path in key_paths:
-        problem = tree.problem_with(key_path)
-        if problem is None and key_path.name in tree:
-            problem = f"Leaf {key_path.name!r} is there twice."
-        if problem is not None:
+        is_there = key_path.name in tree
+        problem = tree.add(key_path) or (is_there and f"Leaf {key_path.name!r} is there twice.")
+        if problem:
             raise CorruptCheckpointError(f"{path}: {problem}")
-        tree.add(key_path)
     for problem in tree.gaps():
         raise CorruptCheckpointError(f"{path}: {problem}")
 

@@ -1,9 +1,8 @@
 """Which boxes of a leaf to read, and what to make of them: the wanted type and sharding."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,7 @@ from flax_partial.format.model import Leaf
 BoxRange = tuple[Shape, Shape]
 
 
-@dataclass(frozen=True, slots=True)
-class OnDevice:
+class OnDevice(NamedTuple):
     """An array in host memory that is to be put on a device, together with others.
 
     Attributes:
@@ -34,8 +32,7 @@ class OnDevice:
     is_weak: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class OnDevices:
+class OnDevices(NamedTuple):
     """Shards in host memory that are to be put on their devices, and made one array.
 
     Attributes:
@@ -53,19 +50,19 @@ class OnDevices:
     is_weak: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """How one leaf is read.
 
     Attributes:
       leaf: The leaf.
       boxes: Start and shape of each box to read.
-      build: Makes the leaf's value, or an `OnDevice` or `OnDevices`, from the data of the boxes.
+      build: Makes the leaf's value, or an `OnDevice` or `OnDevices`, from the leaf and the data of
+        the boxes.
     """
 
     leaf: Leaf
     boxes: Sequence[BoxRange]
-    build: Callable[[Sequence[np.ndarray]], Any]
+    build: Callable[[Leaf, Sequence[np.ndarray]], Any]
 
 
 def as_saved(leaf: Leaf) -> Placement:
@@ -75,20 +72,12 @@ def as_saved(leaf: Leaf) -> Placement:
       TargetMismatchError: JAX, as it is configured, has no such dtype.
     """
     if not leaf.is_array:
-        return Placement(leaf, (), lambda _: plain_value(leaf))
-    builders: dict[str, Callable[[np.ndarray], Any]] = {
-        kinds.JAX_ARRAY: lambda array: OnDevice(array, None),
-        kinds.NUMPY_ARRAY: lambda array: array,
-        kinds.NUMPY_SCALAR: lambda array: array[()],
-        kinds.SCALAR: lambda array: array.item(),
-        kinds.PRNG_KEY: lambda array: _key(leaf, array),
-    }
+        return Placement(leaf, (), _build_plain)
     if leaf.kind == kinds.JAX_ARRAY:
         problem = _unknown_to_jax(leaf, leaf.numpy_dtype)
         if problem:
             raise TargetMismatchError(problem)
-    build = builders[leaf.kind]
-    return Placement(leaf, _whole(leaf), lambda data: build(data[0]))
+    return Placement(leaf, _whole(leaf.shape), _BUILDERS[leaf.kind])
 
 
 def put_on_devices(values: list[Any]) -> list[Any]:
@@ -145,8 +134,7 @@ def _weakened(array: jax.Array) -> jax.Array:
     return weak
 
 
-def plain_value(leaf: Leaf) -> Any:
-    """The value of a leaf without array data."""
+def _build_plain(leaf: Leaf, _: Sequence[np.ndarray]) -> Any:
     values: dict[str, Any] = {
         kinds.NONE: None,
         kinds.DICT: {},
@@ -177,7 +165,7 @@ def as_it_is(path: KeyPath, target: Any) -> Placement | str:
     """Plans to keep what stands in the target, which the checkpoint lacks."""
     if isinstance(target, jax.ShapeDtypeStruct):
         return f"{path.name!r} is not in the checkpoint, and the target holds no value to keep"
-    return Placement(Leaf(path, kinds.NONE), (), lambda _: target)
+    return Placement(Leaf(path, kinds.NONE), (), lambda _leaf, _data: target)
 
 
 def key_shape_and_dtype(leaf: Leaf) -> tuple[Shape, str]:
@@ -192,8 +180,9 @@ def key_shape_and_dtype(leaf: Leaf) -> tuple[Shape, str]:
     return key.shape, str(key.dtype)
 
 
-def _whole(leaf: Leaf) -> tuple[BoxRange]:
-    return (((0,) * len(leaf.shape), leaf.shape),)
+@lru_cache(maxsize=4096)  # most leaves have one of a few shapes
+def _whole(shape: Shape) -> tuple[BoxRange]:
+    return (((0,) * len(shape), shape),)
 
 
 def _said(target: object) -> str:
@@ -219,7 +208,7 @@ def _as_plain(leaf: Leaf, target: Any) -> Placement | str:
         fits = _is_same_empty(leaf, target)
     if not fits:
         return f"{leaf.name!r} is {leaf.kind} in the checkpoint, {_said(target)} in the target"
-    return Placement(leaf, (), lambda _: value)
+    return Placement(leaf, (), lambda _leaf, _data: value)
 
 
 def _is_same_empty(leaf: Leaf, target: object) -> bool:
@@ -237,7 +226,7 @@ def _as_number(leaf: Leaf, target: complex, *, cast: bool) -> Placement | str:
     kind = _family(leaf.numpy_dtype)
     if leaf.shape or leaf.kind == kinds.PRNG_KEY or (kind not in family and not cast):
         return _differ(leaf, target)
-    return Placement(leaf, _whole(leaf), lambda data: wanted(data[0].item()))
+    return Placement(leaf, _whole(leaf.shape), lambda _, data: wanted(data[0].item()))
 
 
 def _family(dtype: np.dtype[Any]) -> str:
@@ -253,7 +242,7 @@ def _as_key(leaf: Leaf, target: Any) -> Placement | str:
     if isinstance(sharding, str):
         return sharding
 
-    def build(data: Sequence[np.ndarray]) -> jax.Array:
+    def build(leaf: Leaf, data: Sequence[np.ndarray]) -> jax.Array:
         key = _key(leaf, data[0])
         if sharding is None or sharding.is_fully_addressable:
             return key if sharding is None else jax.device_put(key, sharding)
@@ -263,7 +252,7 @@ def _as_key(leaf: Leaf, target: Any) -> Placement | str:
             key.shape, sharding, shards, dtype=key.dtype
         )
 
-    return Placement(leaf, _whole(leaf), build)
+    return Placement(leaf, _whole(leaf.shape), build)
 
 
 def _wanted_sharding(leaf: Leaf, target: Any) -> Sharding | str | None:
@@ -294,6 +283,15 @@ def _key(leaf: Leaf, data: np.ndarray) -> jax.Array:
     return key
 
 
+_BUILDERS: Mapping[str, Callable[[Leaf, Sequence[np.ndarray]], Any]] = {
+    kinds.JAX_ARRAY: lambda _, data: OnDevice(data[0], None),
+    kinds.NUMPY_ARRAY: lambda _, data: data[0],
+    kinds.NUMPY_SCALAR: lambda _, data: data[0][()],
+    kinds.SCALAR: lambda _, data: data[0].item(),
+    kinds.PRNG_KEY: lambda leaf, data: _key(leaf, data[0]),
+}
+
+
 def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     dtype = np.dtype(target.dtype)
     # A number of Python's has no dtype of its own: it fits where JAX would let it be one.
@@ -305,11 +303,11 @@ def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     if isinstance(target, (np.ndarray, np.generic)):
         is_scalar = isinstance(target, np.generic)
 
-        def build(data: Sequence[np.ndarray]) -> Any:
+        def build(_: Leaf, data: Sequence[np.ndarray]) -> Any:
             array = convert(data[0])
             return array[()] if is_scalar else array
 
-        return Placement(leaf, _whole(leaf), build)
+        return Placement(leaf, _whole(leaf.shape), build)
     problem = _unknown_to_jax(leaf, dtype)
     if problem:
         return problem
@@ -318,9 +316,8 @@ def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
         return sharding
     is_weak = bool(getattr(target, "weak_type", False))
     if sharding is None or isinstance(sharding, SingleDeviceSharding):
-        return Placement(
-            leaf, _whole(leaf), lambda data: OnDevice(convert(data[0]), sharding, is_weak)
-        )
+        build_one = lambda _, data: OnDevice(convert(data[0]), sharding, is_weak)  # noqa: E731
+        return Placement(leaf, _whole(leaf.shape), build_one)
     return _as_sharded(leaf, sharding, dtype, convert, is_weak=is_weak)
 
 
@@ -339,11 +336,12 @@ def _converted(
 
 
 def _unknown_to_jax(leaf: Leaf, dtype: np.dtype[Any]) -> str | None:
-    if jax.dtypes.canonicalize_dtype(dtype) == dtype:
+    known = jax.dtypes.canonicalize_dtype(dtype)
+    if known == dtype:
         return None
     return (
-        f"{leaf.name!r} is a jax.Array of {dtype}, and JAX would make it "
-        f"{jax.dtypes.canonicalize_dtype(dtype)}: set jax_enable_x64, or load it into a NumPy array"
+        f"{leaf.name!r} is a jax.Array of {dtype}, and JAX would make it {known}: set "
+        "jax_enable_x64, or load it into a NumPy array"
     )
 
 
@@ -366,7 +364,7 @@ def _as_sharded(
         box = tuple(cut[0] for cut in cuts), tuple(cut[1] - cut[0] for cut in cuts)
         boxes.setdefault(box, []).append(device)
 
-    def build(data: Sequence[np.ndarray]) -> OnDevices:
+    def build(leaf: Leaf, data: Sequence[np.ndarray]) -> OnDevices:
         shards = [
             OnDevice(
                 convert(array),

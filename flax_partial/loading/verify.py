@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
+from flax_partial import collector
 from flax_partial.errors import CorruptCheckpointError
 from flax_partial.format import orbax as orbax_format
-from flax_partial.format.derive import derive
-from flax_partial.format.merge import merge
+from flax_partial.format.derive import Derived, derive
+from flax_partial.format.merge import MergePlan, merge
 from flax_partial.format.model import Contents
 from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.checkpoint import open_checkpoint
@@ -35,7 +36,7 @@ def verify(path: PathLike) -> VerifyReport:
 def verify_with(path: PathLike, *, progress: Callable[[int, int], None]) -> VerifyReport:
     """Does what `verify` does, and tells after each batch how many bytes of how many are read."""
     where = storage.resolve(path)
-    with storage.reading(where.final):
+    with collector.paused(), storage.reading(where.final):
         return _verify(where, progress)
 
 
@@ -58,26 +59,34 @@ def _verify(where: CheckpointPath, progress: Callable[[int, int], None]) -> Veri
     return VerifyReport(where.final, len(leaves), total, bad)
 
 
+def _derive_again(
+    plan: MergePlan, contents: Contents, contents_bytes: bytes | None
+) -> Derived | None:
+    if plan.conflicts or plan.missing:
+        return None
+    return derive(
+        plan,
+        committed_ns=contents.committed_ns,
+        has_inline=contents.has_inline,
+        contents_bytes=contents_bytes,
+    )
+
+
 def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tuple[str, str]]:
     """Derives the root files from the parts once more; yields those that differ, and why."""
     state = where.final / storage.STATE
     found = read_parts(state)
     yield from ((f"{storage.STATE}/{name}", why) for name, why in found.damaged.items())
     yield from ((f"{storage.STATE}/{name}", "it has no table of contents") for name in found.torn)
-    files = orbax_format.root_files(contents)
+    derived = None
     if not found.torn and not found.damaged:
-        plan = merge(found.committed)
-        derived = None
-        if not plan.conflicts and not plan.missing:
-            derived = derive(
-                plan,
-                committed_ns=contents.committed_ns,
-                has_inline=contents.has_inline,
-                contents_bytes=storage.read(state / storage.CONTENTS),
-            )
-            files = derived.root_files
+        derived = _derive_again(
+            merge(found.committed), contents, storage.read(state / storage.CONTENTS)
+        )
         if derived is None or derived.contents != contents:
             yield f"{storage.STATE}/{storage.CONTENTS}", "it is not what the parts add up to"
+    files = orbax_format.root_files(contents) if derived is None else derived.root_files
+    del found, derived  # a table of contents each
     for name, pieces in files.items():
         if not storage.holds(where.final / name, pieces):
             yield name, "it is missing, or not what the parts add up to"

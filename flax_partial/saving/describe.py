@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from msgspec import Struct
 
 from flax_partial.distributed import agreement
 from flax_partial.errors import UnsupportedLeafError
@@ -79,8 +80,7 @@ class Described:
     arrays: "Sequence[weakref.ref[jax.Array] | None]" = ()
 
 
-@dataclass(slots=True)
-class _Template:
+class _Template(Struct, gc=False):
     """How a leaf was described, and what another value has to be for that to be right again.
 
     Attributes:

@@ -144,6 +144,7 @@ class SaveJob:
             return self._commit(task)
         except BaseException:
             self.release()
+            self.session.skip()  # the lock may have been kept for this save
             if self.is_background:
                 self.session.fail(self.handle)
             raise

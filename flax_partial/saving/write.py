@@ -9,7 +9,6 @@ the part, `data.1` and so on. Either checkpoint may go, and the other one still 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from flax_partial.format.chunks import Shape, chunk_regions, count_leading
-from flax_partial.format.digests import bytes_of, digests_of
+from flax_partial.format.digests import bytes_of, digest, digests_of
 from flax_partial.format.model import (
     INLINE_BYTES,
     Box,
@@ -150,30 +149,34 @@ def _write_file(
     durable: bool,
     check: Callable[[], None],
 ) -> tuple[Leaf, ...]:
-    """Writes boxes of leaves into the data file of that number."""
-    size = sum(array.nbytes for leaf, data in boxes if not _is_inline(leaf) for array in data)
+    """Writes boxes of leaves into the data file of that number; small chunks into the table."""
+    large = [one for one in boxes if not _is_inline(one[0])]
+    size = sum(array.nbytes for _, data in large for array in data)
+    if not size:
+        return tuple([_inline(leaf, data, checksum=checksum) for leaf, data in boxes])
     if checksum and size >= _BESIDE_BYTES:
-        with workers.beside(lambda: _digests(boxes)) as digests:
-            places = _write_data(path, boxes, size=size, durable=durable, check=check)
+        with workers.beside(lambda: _digests(large)) as digests:
+            places = _write_data(path, large, size=size, durable=durable, check=check)
             found = digests.result()
     else:
-        places = _write_data(path, boxes, size=size, durable=durable, check=check)
-        found = _digests(boxes) if checksum else _no_digests(boxes)
-    leaves = [leaf for leaf, _ in boxes]
-    return tuple(map(_with_chunks, leaves, found, places, repeat(file)))
+        places = _write_data(path, large, size=size, durable=durable, check=check)
+        found = _digests(large) if checksum else [[() for _ in data] for _, data in large]
+    done = map(_with_chunks, [leaf for leaf, _ in large], found, places, repeat(file))
+    return tuple(
+        [
+            _inline(leaf, data, checksum=checksum) if _is_inline(leaf) else next(done)
+            for leaf, data in boxes
+        ]
+    )
 
 
 def _write_data(
     path: Path, boxes: HostBoxes, *, size: int, durable: bool, check: Callable[[], None]
 ) -> list[list[tuple[Place, ...]]]:
-    """Writes the chunks that do not stand in the table; returns where all of them are."""
-    opened = (
-        NewFile(path, expected_bytes=size, durable=durable, check=check) if size else nullcontext()
-    )
-    with opened as new:
+    """Writes chunks into a data file; returns where they are."""
+    with NewFile(path, expected_bytes=size, durable=durable, check=check) as new:
         places = [[tuple(_places(leaf, array, new)) for array in data] for leaf, data in boxes]
-        if new is not None:
-            new.finish()
+        new.finish()
     return places
 
 
@@ -181,19 +184,31 @@ def _is_inline(leaf: Leaf) -> bool:
     return leaf.compression is None and leaf.chunk_bytes <= INLINE_BYTES
 
 
+def _inline(leaf: Leaf, data: Sequence[np.ndarray], *, checksum: bool) -> Leaf:
+    """A leaf whose chunks, if it has any, stand in the table."""
+    boxes = []
+    for box, array in zip(leaf.boxes, data, strict=True):
+        digests: Digests = ()
+        if array.shape == leaf.chunk:  # by far the most common, and cheaper than the general case
+            data_bytes = array.tobytes()
+            chunks: tuple[Place, ...] = (data_bytes,)
+            if checksum:
+                digests = (digest(data_bytes),)
+        else:
+            chunks = tuple([one.tobytes() for one in _stored_chunks(array, leaf.chunk)])
+            if checksum:
+                digests = tuple(digests_of(array, leaf.chunk))
+        boxes.append(Box(box.start, box.shape, digests, chunks))
+    return leaf.with_boxes(tuple(boxes)) if boxes else leaf
+
+
 def _digests(boxes: HostBoxes) -> list[list[Digests]]:
     return [[tuple(digests_of(array, leaf.chunk)) for array in data] for leaf, data in boxes]
-
-
-def _no_digests(boxes: HostBoxes) -> list[list[Digests]]:
-    return [[() for _ in data] for _, data in boxes]
 
 
 def _with_chunks(
     leaf: Leaf, digests: Sequence[Digests], places: Sequence[tuple[Place, ...]], file: int
 ) -> Leaf:
-    if not places:
-        return leaf
     boxes = zip(leaf.boxes, digests, places, strict=True)
     return leaf.with_boxes(
         tuple([Box(box.start, box.shape, found, placed) for box, found, placed in boxes]),
@@ -201,11 +216,8 @@ def _with_chunks(
     )
 
 
-def _places(leaf: Leaf, array: np.ndarray, file: NewFile | None) -> Iterator[Place]:
+def _places(leaf: Leaf, array: np.ndarray, file: NewFile) -> Iterator[Place]:
     """Puts the chunks of a box where they belong; yields where that is."""
-    if file is None or _is_inline(leaf):
-        yield from (chunk.tobytes() for chunk in _stored_chunks(array, leaf.chunk))
-        return
     if leaf.compression is not None:
         for encoded in encoded_chunks(leaf, array):
             yield file.append(np.frombuffer(encoded, np.uint8)), len(encoded)

@@ -164,9 +164,8 @@ class Claims:
             return
         generations = self._held.get(leaf.name)
         if not generations:
-            if self._tree.problem_with(leaf.path):
-                return  # only parts on disk can be at odds; finalize will say so
-            self._tree.add(leaf.path)
+            if self._tree.add(leaf.path):
+                return  # only parts on disk can conflict; finalize will say so
             generations = self._held[leaf.name] = {}
         held = generations.setdefault(leaf.generation, _Generation(leaf, set()))
         if chunks is None or held.chunks is None:

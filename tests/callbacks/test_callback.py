@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -75,7 +76,7 @@ def test_group_is_committed_while_the_step_still_computes(tmp_path: Path) -> Non
 
     seen: list[tuple[str, ...]] = []
     streamed = [("params", "head"), ("params", "blocks.1")]
-    Loop(PartialCheckpointCallback(tmp_path), streamed=streamed, at={"ready": look}).fit()
+    fitted(tmp_path, streamed=streamed, at={"ready": look})
     assert seen == [
         ("params.blocks.1.b", "params.blocks.1.w", "params.head.b", "params.head.w"),
     ]
@@ -97,17 +98,12 @@ def test_layers_come_in_any_order_from_any_thread(tmp_path: Path) -> None:
     callback = PartialCheckpointCallback(tmp_path)
 
     def stream(trainer: StubTrainer) -> None:
-        threads = [
-            threading.Thread(
-                target=callback.on_layer_ready,
-                args=(trainer, layer, {"w": jnp.full((4,), number, jnp.float32)}),
-            )
-            for number, layer in enumerate(LAYERS)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        def save(number: int) -> None:
+            tree = {"w": jnp.full((4,), number, jnp.float32)}
+            callback.on_layer_ready(trainer, LAYERS[number], tree)
+
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(save, range(len(LAYERS))))
 
     loop = Loop(callback, batches=1, at={"ready": stream})
     loop.trainer.state = {"seen": jnp.int32(0)}
@@ -174,9 +170,7 @@ def test_epoch_that_ends_early_is_saved_all_the_same(tmp_path: Path) -> None:
         is_last_batch = property(lambda _: False, lambda *_: None)  # type: ignore[assignment]
 
     callback = PartialCheckpointCallback(tmp_path)
-    loop = Loop(callback, epochs=2, batches=2, streamed=EVERYTHING)
-    loop.trainer = NeverLast()
-    loop.fit()
+    Loop(callback, epochs=2, streamed=EVERYTHING, trainer=NeverLast()).fit()
     assert fp.steps(tmp_path) == [2, 4]
     assert_is_step(tmp_path / "4", 4)
 
@@ -198,17 +192,10 @@ def test_step_is_finalized_in_the_background_before_training_ends(tmp_path: Path
 
 def test_groups_are_layers_by_default_and_whatever_group_by_says(tmp_path: Path) -> None:
     layers = fitted(tmp_path / "layers", streamed=[("params", "head")])
-    assert layers.reports[0].groups == (
-        "params.head",
-        "opt_state.blocks.0",
-        "opt_state.blocks.1",
-        "opt_state.embed",
-        "opt_state.head",
-        "params.blocks.0",
-        "params.blocks.1",
-        "params.embed",
-        "seen",
-    )
+    others = ["blocks.0", "blocks.1", "embed"]
+    moments = [f"opt_state.{name}" for name in (*others, "head")]
+    params = [f"params.{name}" for name in others]
+    assert [*layers.reports[0].groups] == ["params.head", *moments, *params, "seen"]
     roots = fitted(tmp_path / "roots", group_by=lambda path: path[0].key)
     assert roots.reports[0].groups == ("opt_state", "params", "seen")
     for directory in ("layers", "roots"):
@@ -287,16 +274,13 @@ def test_layer_handed_to_all_callbacks_is_saved_by_one(tmp_path: Path) -> None:
 
 
 def test_hook_waits_only_for_the_callbacks_that_save_the_step(tmp_path: Path) -> None:
+    def saving(root: str, every: int) -> PartialCheckpointCallback:
+        steps: Any = {"every_n_epochs": None, "every_n_train_steps": every}
+        state_fn = lambda trainer, _: {root: trainer.state[root]}  # noqa: E731
+        return PartialCheckpointCallback(tmp_path, finalizer=hook, state_fn=state_fn, **steps)
+
     hook = FinalizeHook()
-    often = PartialCheckpointCallback(
-        tmp_path, every_n_epochs=None, every_n_train_steps=1, finalizer=hook,
-        state_fn=lambda trainer, _: {"params": trainer.state["params"]},
-    )  # fmt: skip
-    seldom = PartialCheckpointCallback(
-        tmp_path, every_n_epochs=None, every_n_train_steps=2, finalizer=hook,
-        state_fn=lambda trainer, _: {"opt_state": trainer.state["opt_state"]},
-    )  # fmt: skip
-    Loop(seldom, often, batches=4).fit()
+    Loop(saving("opt_state", 2), saving("params", 1), batches=4).fit()
     assert fp.steps(tmp_path) == [1, 2, 3, 4]
     assert [sorted(fp.load(tmp_path / str(step))) for step in (1, 2)] == [
         ["params"],

@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from stub_trainer import restored
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
@@ -99,19 +100,15 @@ def test_nnx_module_and_optimizer_are_saved_and_restored_in_place(
     model, optimizer = model_and_optimizer(0)
     train(model, optimizer)
     callback = PartialCheckpointCallback(tmp_path)
-    if place == "module":
-        save_one_step(callback, trainer_with(optimizer=optimizer), model)
-    else:
-        save_one_step(callback, trainer_with(optimizer=optimizer, state=model), None)
+    held = {"optimizer": optimizer} | ({"state": model} if place == "state" else {})
+    save_one_step(callback, trainer_with(**held), model if place == "module" else None)
     assert set(callback.reports[0].groups) > {"params.embed", "params.blocks.0", "params.blocks.1"}
 
     other, other_optimizer = model_and_optimizer(1)
     bias = other.embed.bias
-    found = callback.restore({"params": other, "opt_state": other_optimizer})
-    assert found is not None
-    restored, step = found
+    state, step = restored(callback, {"params": other, "opt_state": other_optimizer})
     assert step == 1
-    assert restored["params"] is other
+    assert state["params"] is other
     assert other.embed.bias is bias
     assert_equal(nnx.state(other), nnx.state(model))
     assert_equal(nnx.state(other_optimizer), nnx.state(optimizer))
@@ -125,9 +122,7 @@ def test_nnx_module_alone_is_restored_from_params(tmp_path: Path) -> None:
     callback = PartialCheckpointCallback(tmp_path)
     save_one_step(callback, trainer_with(optimizer=optimizer), model)
     other = Model(1)
-    found = callback.restore(other)
-    assert found is not None
-    assert found[0] is other
+    assert restored(callback, other)[0] is other
     assert_equal(nnx.state(other), nnx.state(model))
 
 
@@ -181,25 +176,15 @@ def test_train_state_is_saved_with_its_own_fields(tmp_path: Path, place: str) ->
 
     state = new(1.0).apply_gradients(grads=new(0.5).params)
     callback = PartialCheckpointCallback(tmp_path)
-    if place == "module":
-        save_one_step(callback, trainer_with(), state)
-    else:
-        save_one_step(callback, trainer_with(state=state), None)
-    assert callback.reports[0].groups == (
-        "step",
-        "params.Dense_0",
-        "opt_state.0",
-        "opt_state.Dense_0",
-        "opt_state.1",
-    )
-    found = callback.restore(new(0.0))
-    assert found is not None
-    restored = found[0]
-    assert isinstance(restored, TrainState)
-    assert restored.apply_fn is print
-    assert_equal(restored.params, state.params)
-    assert_equal(restored.opt_state, state.opt_state)
-    assert restored.step == 1
+    held = {"state": state} if place == "state" else {}
+    save_one_step(callback, trainer_with(**held), state if place == "module" else None)
+    groups = "step params.Dense_0 opt_state.0 opt_state.Dense_0 opt_state.1"
+    assert " ".join(callback.reports[0].groups) == groups
+    found, _ = restored(callback, new(0.0))
+    assert isinstance(found, TrainState)
+    assert found.apply_fn is print
+    assert found.step == 1
+    assert_equal((found.params, found.opt_state), (state.params, state.opt_state))
 
 
 class Adapted(nnx.Module):

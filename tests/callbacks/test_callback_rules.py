@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,9 @@ from flax_partial.callbacks._groups import cut, layerwise
 from flax_partial.callbacks._leaves import flatten, leaf_name, placed, subtree
 from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.runs.completeness import closing, missing, saved
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -108,17 +110,9 @@ def test_layers_of_optax_state_are_those_of_their_parameters() -> None:
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     groups = groups_of({"params": params, "opt_state": optimizer.init(params), "step": 3})
-    assert list(groups) == [
-        "opt_state.0",
-        "opt_state.1",
-        "opt_state.decoder.layers.0",
-        "opt_state.decoder.layers.1",
-        "opt_state.embed",
-        "params.decoder.layers.0",
-        "params.decoder.layers.1",
-        "params.embed",
-        "step",
-    ]
+    layers = ("decoder.layers.0", "decoder.layers.1", "embed")
+    of_moments = [f"opt_state.{name}" for name in ("0", "1", *layers)]
+    assert list(groups) == [*of_moments, *(f"params.{name}" for name in layers), "step"]
     assert groups["opt_state.decoder.layers.1"] == [
         f"opt_state.1.0.{moment}.decoder.layers.1.{name}"
         for moment in ("mu", "nu")
@@ -155,80 +149,44 @@ def test_placed_keeps_key_kinds() -> None:
     )
 
 
-def status_of(*sessions: dict[str, Any], step: int = 5) -> fp.SessionStatus:
-    """A session with a part for each argument, merged as the engine does."""
-    merged: dict[str, Any] = {}
-    for session in sessions:
-        for key, value in session.items():
-            if isinstance(value, dict):
-                for callback, by_process in value.items():
-                    known = merged.setdefault(key, {}).setdefault(callback, {})
-                    for process, groups in by_process.items():
-                        if isinstance(groups, dict):
-                            known.setdefault(process, {}).update(groups)
-                        else:
-                            known[process] = groups
-            else:
-                merged[key] = value
-    part = fp.PartStatus("part", 0, 0.0, ("a",), 1, {"step": step})
-    return fp.SessionStatus(
-        Path("5"), (part,), (), (), ("a",), 1, (0,), {"step": step, "session": merged}
-    )
+SAVED_X, SAVED_Y = saved(callback="a", group="x"), saved(callback="b", group="y")
 
 
-def _saved(callback: str, *groups: str) -> list[dict[str, Any]]:
-    return [saved(callback=callback, group=group) for group in groups]
+def done(callback: str, *groups: str, callbacks: str = "a") -> dict[str, Any]:
+    """What a callback says in its last part, of the callbacks with names of one letter."""
+    return closing(callbacks, callback=callback, groups=groups)
 
 
 @pytest.mark.parametrize(
-    ("sessions", "step", "lacks"),
+    ("sessions", "lacks"),
     [
-        pytest.param(_saved("a", "x"), 5, "the step had not ended", id="no list"),
+        pytest.param([SAVED_X], "the step had not ended", id="no list"),
+        pytest.param([done("a")], "no callback had anything to save", id="nothing saved"),
+        pytest.param([SAVED_X, done("a", "x")], None, id="complete"),
+        pytest.param([SAVED_X, done("a", "x", "y", "z")], "it lacks y, z", id="groups missing"),
         pytest.param(
-            [*_saved("a", "x"), closing(["a"], callback="a", groups=["x"])], 5, None, id="complete"
-        ),
-        pytest.param(
-            [*_saved("a", "x"), closing(["a"], callback="a", groups=["x", "y", "z"])],
-            5,
-            "it lacks y, z",
-            id="groups missing",
-        ),
-        pytest.param(
-            [*_saved("a", "x"), closing(["a", "b"], callback="a", groups=["x"])],
-            5,
+            [SAVED_X, done("a", "x", callbacks="ab")],
             "the step had not ended for b in process 0",
             id="another callback was not done",
         ),
         pytest.param(
-            [
-                *_saved("a", "x"),
-                *_saved("b", "y"),
-                closing(["b", "a"], callback="a", groups=["x"]),
-                closing(["a", "b"], callback="b", groups=["y"]),
-            ],
-            5,
+            [SAVED_X, SAVED_Y, done("a", "x", callbacks="ba"), done("b", "y", callbacks="ab")],
             None,
             id="two callbacks",
         ),
         pytest.param(
-            [
-                *_saved("a", "x"),
-                {**closing(["a"], callback="a", groups=["x"]), "processes": 2},
-            ],
-            5,
+            [SAVED_X, done("a", "x") | {"processes": 2}],
             "the step had not ended for a in process 1",
             id="another process was not done",
         ),
-        pytest.param(
-            [*_saved("a", "x"), closing(["a"], callback="a", groups=["x"])],
-            6,
-            "part does not belong to step 6",
-            id="another step",
-        ),
     ],
 )
-def test_what_a_session_lacks(sessions: Any, step: int, lacks: str | None) -> None:
-    assert missing(status_of(*sessions), step) == lacks
+def test_what_a_session_lacks(tmp_path: Path, sessions: Any, lacks: str | None) -> None:
+    for session in sessions:
+        fp.save(tmp_path / "5", {}, custom_metadata={"step": 5, "session": session})
+    status = fp.status(tmp_path / "5")
+    assert missing(status, 5) == lacks
+    assert " does not belong to step 6" in str(missing(status, 6))
 
 
 def test_importing_the_callbacks_imports_neither_flax_nor_optax() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stub_trainer import EVERYTHING, Loop, StubTrainer, new_state
+from stub_trainer import EVERYTHING, StubTrainer, begun, end_step, fitted, new_state, restored
 from test_callback import assert_is_step, names_in
 
 import flax_partial as fp
@@ -29,10 +29,8 @@ LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 9.0, 10: 5.0}
 
 
 def run(directory: Path, epochs: int = 5, **options: Any) -> PartialCheckpointCallback:
-    callback = PartialCheckpointCallback(directory, monitor="loss", **options)
     losses = lambda step: {"loss": jnp.float32(LOSSES.get(step, 0))}  # noqa: E731
-    Loop(callback, epochs=epochs, metrics=losses).fit()
-    return callback
+    return fitted(directory, monitor="loss", epochs=epochs, metrics=losses, **options)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +120,11 @@ def test_a_score_is_that_of_the_checkpoint_that_is_there_now(tmp_path: Path) -> 
 def test_restore_of_a_step_and_of_parameters_only(tmp_path: Path) -> None:
     run(tmp_path, epochs=3)
     callback = PartialCheckpointCallback(tmp_path)
-    found = callback.restore(new_state(0), which=4)
-    assert found is not None
-    assert found[1] == 4
-    np.testing.assert_array_equal(found[0]["seen"], 4)
-    only = callback.restore({"params": new_state(0)["params"]}, which=2)
-    assert only is not None
-    assert list(only[0]) == ["params"]
-    np.testing.assert_array_equal(only[0]["params"]["head"]["b"], [2, 2])
+    state, step = restored(callback, new_state(0), which=4)
+    assert state["seen"] == step == 4
+    only, _ = restored(callback, {"params": new_state(0)["params"]}, which=2)
+    assert list(only) == ["params"]
+    np.testing.assert_array_equal(only["params"]["head"]["b"], [2, 2])
     with pytest.raises(fp.NoSessionError, match=r"no checkpoint of step 5: \[2, 4, 6\]"):
         callback.restore(which=5)
     with pytest.raises(ValueError, match="which=True"):
@@ -139,14 +134,11 @@ def test_restore_of_a_step_and_of_parameters_only(tmp_path: Path) -> None:
 def test_checkpoint_resumed_from_stays_until_a_newer_one_is_finalized(tmp_path: Path) -> None:
     run(tmp_path)
     callback = PartialCheckpointCallback(tmp_path, keep_last=1)
-    found = callback.restore(new_state(0), which=4)
-    assert found is not None
-    trainer = StubTrainer()
-    callback.on_fit_start(trainer, None)
+    restored(callback, new_state(0), which=4)
+    trainer = begun(callback)
     callback.finalizer.wait()
     assert fp.steps(tmp_path) == [4, 10]
-    trainer.global_step, trainer.is_last_batch, trainer.state = 11, True, new_state(11)
-    callback.on_train_batch_end(trainer, None, None, None, 0)
+    end_step(callback, trainer, 11, is_last=True)
     callback.on_train_epoch_end(trainer, None)
     callback.on_train_end(trainer, None)
     assert fp.steps(tmp_path) == [11]
@@ -175,8 +167,7 @@ def test_checkpoint_that_is_being_loaded_is_removed_later(tmp_path: Path) -> Non
 
     pause = threading.Event()
     reader = threading.Thread(target=lambda: loaded.append(fp.load(tmp_path / "2", progress=look)))
-    callback = PartialCheckpointCallback(tmp_path, keep_last=1)
-    Loop(callback, epochs=4, at={"on_train_batch_start": begin}).fit()
+    fitted(tmp_path, keep_last=1, epochs=4, at={"on_train_batch_start": begin})
     assert names_in(tmp_path) == ["8"]
     np.testing.assert_array_equal(loaded[0]["seen"], 2)
     assert_is_step(tmp_path / "8", 8)
@@ -188,11 +179,9 @@ def test_checkpoint_that_is_being_loaded_is_removed_later(tmp_path: Path) -> Non
 @pytest.mark.parametrize("streamed", [frozenset(), EVERYTHING], ids=["", "streamed"])
 def test_saves_when_the_time_has_gone_by(tmp_path: Path, streamed: Any) -> None:
     began = time.monotonic()
-    callback = PartialCheckpointCallback(
-        tmp_path, every_n_epochs=None, train_time_interval=timedelta(seconds=0.2)
-    )
+    by_time: Any = {"every_n_epochs": None, "train_time_interval": timedelta(seconds=0.2)}
     at = {"ready": lambda _: time.sleep(0.05)}
-    Loop(callback, batches=20, streamed=streamed, at=at).fit()
+    fitted(tmp_path, batches=20, streamed=streamed, at=at, **by_time)
     secs = time.monotonic() - began
     steps = fp.steps(tmp_path)
     assert 2 <= len(steps) <= secs / 0.2
@@ -202,10 +191,7 @@ def test_saves_when_the_time_has_gone_by(tmp_path: Path, streamed: Any) -> None:
 
 
 def test_clock_counts_from_the_last_save_whatever_its_reason(tmp_path: Path) -> None:
-    callback = PartialCheckpointCallback(
-        tmp_path, every_n_train_steps=2, train_time_interval=timedelta(seconds=30)
-    )
-    Loop(callback, batches=5).fit()
+    fitted(tmp_path, every_n_train_steps=2, train_time_interval=timedelta(seconds=30), batches=5)
     assert fp.steps(tmp_path) == [2, 4, 5]
 
 

@@ -51,10 +51,9 @@ class LoggingTrainer(StubTrainer):
 
 
 def fit(*callbacks: Any, **options: Any) -> LoggingTrainer:
-    loop = Loop(*callbacks, epochs=3, **options)
-    loop.trainer = LoggingTrainer()
-    loop.fit()
-    return loop.trainer
+    trainer = LoggingTrainer()
+    Loop(*callbacks, epochs=3, trainer=trainer, **options).fit()
+    return trainer
 
 
 def test_costs_of_each_checkpoint_go_to_the_trainers_logger(tmp_path: Path) -> None:
@@ -72,10 +71,9 @@ def test_costs_of_each_checkpoint_go_to_the_trainers_logger(tmp_path: Path) -> N
 def test_all_loggers_are_told_once_whatever_the_number_of_callbacks(tmp_path: Path) -> None:
     hook, sinks = FinalizeHook(), [Sink(), Sink()]
     callbacks = [PartialCheckpointCallback(tmp_path, finalizer=hook) for _ in range(2)]
-    loop = Loop(*callbacks, epochs=2)
-    loop.trainer = LoggingTrainer()
-    loop.trainer.loggers = sinks
-    loop.fit()
+    trainer = LoggingTrainer()
+    trainer.loggers = sinks
+    Loop(*callbacks, epochs=2, trainer=trainer).fit()
     assert [sink.steps for sink in sinks] == [[2, 4], [2, 4]]
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from preloaded import server
-from stub_trainer import EVERYTHING, Loop, StoppableTrainer, StubTrainer
+from stub_trainer import EVERYTHING, Loop, StoppableTrainer, StubTrainer, begun, fitted
 from test_callback import assert_is_step, names_in
 
 import flax_partial as fp
@@ -43,6 +43,14 @@ def terminate() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
+AT_STEP_2 = {"ready": at_step(2, terminate)}
+
+
+def trained(directory: Path, **options: Any) -> PartialCheckpointCallback:
+    """Nine steps, of which none is to be saved but for what happens."""
+    return fitted(directory, **SELDOM | {"batches": 9} | options)
+
+
 # In a process of its own.
 
 
@@ -60,12 +68,10 @@ def train(directory: Path, kind: str) -> None:
 
     if kind == "handler":
         signal.signal(signal.SIGTERM, handler)
-    callback = PartialCheckpointCallback(directory / "run", **SELDOM)
-    loop = Loop(callback, batches=9, streamed=EVERYTHING, at={"ready": at_step(3, wait)})
-    if kind == "should_stop":
-        loop.trainer = StoppableTrainer()
-    loop.fit()
-    (directory / f"ended at step {loop.trainer.global_step}").touch()
+    trainer = StoppableTrainer() if kind == "should_stop" else StubTrainer()
+    at = {"ready": at_step(3, wait)}
+    trained(directory / "run", streamed=EVERYTHING, at=at, trainer=trainer)
+    (directory / f"ended at step {trainer.global_step}").touch()
 
 
 @pytest.mark.parametrize(
@@ -107,10 +113,9 @@ def test_signal_between_two_callbacks_saves_the_next_step_in_both(tmp_path: Path
 
     hook = FinalizeHook()
     one, two = (PartialCheckpointCallback(tmp_path, finalizer=hook, **SELDOM) for _ in range(2))
-    loop = Loop(one, Between(), two, batches=9, streamed=[("opt_state", "head")])
-    loop.trainer = StoppableTrainer()
-    loop.fit()
-    assert loop.trainer.global_step == 4
+    streamed, trainer = [("opt_state", "head")], StoppableTrainer()
+    Loop(one, Between(), two, batches=9, streamed=streamed, trainer=trainer).fit()
+    assert trainer.global_step == 4
     assert names_in(tmp_path) == ["4"]
     assert_is_step(tmp_path / "4", 4)
     assert len(hook.reports) == 1
@@ -118,7 +123,7 @@ def test_signal_between_two_callbacks_saves_the_next_step_in_both(tmp_path: Path
 
 def test_callbacks_with_hooks_of_their_own_all_save_before_the_exit(tmp_path: Path) -> None:
     one, two = (PartialCheckpointCallback(tmp_path / name, **SELDOM) for name in "ab")
-    loop = Loop(one, two, batches=9, at={"ready": at_step(2, terminate)})
+    loop = Loop(one, two, batches=9, at=AT_STEP_2)
     with pytest.raises(SystemExit) as caught:
         loop.fit()
     assert caught.value.code == TERMINATED
@@ -127,31 +132,25 @@ def test_callbacks_with_hooks_of_their_own_all_save_before_the_exit(tmp_path: Pa
 
 @pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_end"])
 def test_signal_after_the_last_batch_saves_its_step(tmp_path: Path, hook: str) -> None:
-    callback = PartialCheckpointCallback(tmp_path, **SELDOM)
-    at = {hook: lambda _: terminate()}
-    loop = Loop(callback, batches=3, epochs=1, at=at)
-    loop.trainer = StoppableTrainer()
-    loop.fit()
-    assert loop.trainer.global_step == 3
+    trainer = StoppableTrainer()
+    trained(tmp_path, batches=3, at={hook: lambda _: terminate()}, trainer=trainer)
+    assert trainer.global_step == 3
     assert fp.steps(tmp_path) == [3]
 
 
 def test_step_that_is_saved_anyway_is_saved_once(tmp_path: Path) -> None:
-    callback = PartialCheckpointCallback(tmp_path, every_n_train_steps=1, monitor="loss")
-    at = {"ready": at_step(2, terminate)}
-    loop = Loop(callback, batches=2, epochs=2, at=at, metrics=lambda step: {"loss": step})
-    loop.trainer = StoppableTrainer()
-    loop.fit()
+    of_loop = {"at": AT_STEP_2, "metrics": lambda step: {"loss": step}, "epochs": 2}
+    trainer = StoppableTrainer()
+    callback = fitted(tmp_path, every_n_train_steps=1, monitor="loss", trainer=trainer, **of_loop)
     assert [report.step for report in callback.reports] == [1, 2]
     assert callback.reports[-1].metrics == {"loss": 2}
 
 
 def test_training_that_goes_on_all_the_same_saves_as_before(tmp_path: Path) -> None:
-    callback = PartialCheckpointCallback(tmp_path, every_n_epochs=None, every_n_train_steps=4)
     heard: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     try:
-        Loop(callback, batches=9, at={"ready": at_step(2, terminate)}).fit()
+        trained(tmp_path, every_n_train_steps=4, at=AT_STEP_2)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert heard == [signal.SIGTERM]
@@ -170,17 +169,15 @@ def test_signal_is_left_alone(tmp_path: Path, handler: Any, options: Any) -> Non
     seen: list[Any] = []
     signal.signal(signal.SIGTERM, handler)
     try:
-        callback = PartialCheckpointCallback(tmp_path, **SELDOM, **options)
-        Loop(callback, batches=2, at={"ready": at_step(1, look)}).fit()
+        trained(tmp_path, at={"ready": at_step(1, look)}, **options)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert seen == [handler]
 
 
 def test_signal_is_for_the_run_that_listened(tmp_path: Path) -> None:
-    loop = Loop(PartialCheckpointCallback(tmp_path, **SELDOM), at={"ready": at_step(1, terminate)})
     with pytest.raises(SystemExit):
-        loop.fit()
+        trained(tmp_path, at=AT_STEP_2)
     later = PartialCheckpointCallback(tmp_path / "later", **SELDOM)
     trainer = StubTrainer()
     for trainer.global_step in (1, 2):  # it is told of nothing else, and so does not listen
@@ -191,14 +188,9 @@ def test_signal_is_for_the_run_that_listened(tmp_path: Path) -> None:
 
 def test_run_that_was_never_told_of_its_end_keeps_no_other_from_stopping(tmp_path: Path) -> None:
     abandoned = PartialCheckpointCallback(tmp_path, **SELDOM)
-    abandoned.on_fit_start(StubTrainer(), None)
-    loop = Loop(
-        PartialCheckpointCallback(tmp_path, **SELDOM),
-        batches=9,
-        at={"ready": at_step(2, terminate)},
-    )
+    begun(abandoned)
     with pytest.raises(SystemExit):
-        loop.fit()
+        trained(tmp_path, at=AT_STEP_2)
     assert fp.steps(tmp_path) == [2]
     assert abandoned.failed_saves == 0
 
@@ -206,12 +198,10 @@ def test_run_that_was_never_told_of_its_end_keeps_no_other_from_stopping(tmp_pat
 def test_handler_of_a_run_that_was_forgotten_is_not_taken_for_one_of_before(
     tmp_path: Path,
 ) -> None:
-    PartialCheckpointCallback(tmp_path, **SELDOM).on_fit_start(StubTrainer(), None)
+    begun(PartialCheckpointCallback(tmp_path, **SELDOM))
     gc.collect()
-    callback = PartialCheckpointCallback(tmp_path, **SELDOM)
-    loop = Loop(callback, batches=9, at={"ready": at_step(2, terminate)})
     with pytest.raises(SystemExit):
-        loop.fit()
+        trained(tmp_path, at=AT_STEP_2)
     assert fp.steps(tmp_path) == [2]
 
 
@@ -226,6 +216,10 @@ def fail() -> None:
     raise StepError
 
 
+BEFORE_STEP_3 = {"on_train_batch_start": at_step(3, fail)}
+RESCUED: dict[str, Any] = {"save_on_exception": True}
+
+
 def keep_arrays(trainer: StubTrainer) -> None:
     """Has the next step donate copies: what the loop holds stays."""
     trainer.state = jax.tree.map(jax.numpy.copy, trainer.state)
@@ -235,13 +229,11 @@ def test_exception_between_two_steps_saves_the_finished_one_and_says_so_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "flax_partial")
-    callback = PartialCheckpointCallback(tmp_path, save_on_exception=True, **SELDOM)
-    at = {"on_train_batch_start": at_step(3, fail)}
     with pytest.raises(StepError):
-        Loop(callback, batches=9, at=at, metrics=lambda step: {"loss": step}).fit()
+        trained(tmp_path, at=BEFORE_STEP_3, metrics=lambda step: {"loss": step}, **RESCUED)
     assert names_in(tmp_path) == ["2"]
     assert_is_step(tmp_path / "2", 2)
-    assert callback.reports[0].metrics == {"loss": 2}
+    assert fp.metadata(tmp_path / "2").custom_metadata["metrics"] == {"loss": 2}
     assert caplog.text.index("step 2 is saved") < caplog.text.index("Finalized")
 
 
@@ -249,12 +241,9 @@ def test_exception_between_two_steps_saves_the_finished_one_and_says_so_before(
 def test_exception_in_a_step_saves_the_one_before_if_that_is_still_there(
     tmp_path: Path, streamed: Any
 ) -> None:
-    callback = PartialCheckpointCallback(
-        tmp_path, save_on_exception=True, every_n_epochs=None, every_n_train_steps=3
-    )
     at = {"on_train_batch_start": keep_arrays, "ready": at_step(3, fail)}
     with pytest.raises(StepError):
-        Loop(callback, batches=9, streamed=streamed, at=at).fit()
+        trained(tmp_path, every_n_train_steps=3, streamed=streamed, at=at, **RESCUED)
     assert fp.steps(tmp_path) == [2]
     assert_is_step(tmp_path / "2", 2)
     if streamed:  # what step 3 had saved is left to the next run, which drops it
@@ -264,9 +253,8 @@ def test_exception_in_a_step_saves_the_one_before_if_that_is_still_there(
 def test_step_that_was_donated_to_the_failing_one_is_not_saved(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback = PartialCheckpointCallback(tmp_path, save_on_exception=True, **SELDOM)
     with pytest.raises(StepError):
-        Loop(callback, batches=9, at={"ready": at_step(3, fail)}).fit()
+        trained(tmp_path, at={"ready": at_step(3, fail)}, **RESCUED)
     assert "arrays of step 2 were donated" in caplog.text
     assert fp.steps(tmp_path) == []
 
@@ -278,41 +266,33 @@ def test_numpy_state_that_is_changed_in_place_is_saved_as_it_was(tmp_path: Path)
         weights[0] = 99
         fail()
 
-    callback = PartialCheckpointCallback(
-        tmp_path, save_on_exception=True, state_fn=lambda *_: {"w": weights}, **SELDOM
-    )
+    at = {"ready": at_step(3, spoil)}
     with pytest.raises(StepError):
-        Loop(callback, batches=9, at={"ready": at_step(3, spoil)}).fit()
+        trained(tmp_path, state_fn=lambda *_: {"w": weights}, at=at, **RESCUED)
     np.testing.assert_array_equal(fp.load(tmp_path / "2")["w"], [0, 0, 0])
 
 
 def test_exception_saves_the_parts_of_all_callbacks_or_none(tmp_path: Path) -> None:
-    hook = FinalizeHook()
-    options = {"finalizer": hook, "save_on_exception": True, **SELDOM}
+    options = {"finalizer": FinalizeHook(), **RESCUED, **SELDOM}
     params = PartialCheckpointCallback(
         tmp_path, state_fn=lambda t, _: {"params": t.state["params"]}, **options
     )
     rest = PartialCheckpointCallback(tmp_path, **options)
     with pytest.raises(StepError):
-        Loop(params, rest, batches=9, at={"on_train_batch_start": at_step(3, fail)}).fit()
+        Loop(params, rest, batches=9, at=BEFORE_STEP_3).fit()
     assert names_in(tmp_path) == ["2"]
     assert_is_step(tmp_path / "2", 2)
 
 
 def test_exception_finalizes_what_waited_for_the_end_of_its_epoch(tmp_path: Path) -> None:
-    def validate(_: StubTrainer) -> None:
-        raise StepError
-
-    callback = PartialCheckpointCallback(tmp_path, save_on_exception=True)
     with pytest.raises(StepError):
-        Loop(callback, epochs=2, at={"on_train_epoch_end": validate}).fit()
+        fitted(tmp_path, at={"on_train_epoch_end": lambda _: fail()}, **RESCUED)
     assert names_in(tmp_path) == ["2"]
 
 
 def test_exception_without_being_asked_saves_nothing(tmp_path: Path) -> None:
-    callback = PartialCheckpointCallback(tmp_path, **SELDOM)
     with pytest.raises(StepError):
-        Loop(callback, batches=9, at={"on_train_batch_start": at_step(3, fail)}).fit()
+        trained(tmp_path, at=BEFORE_STEP_3)
     assert names_in(tmp_path) == []
 
 
@@ -320,10 +300,7 @@ def test_save_that_fails_then_hides_no_exception(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "flax_partial")
-    callback = PartialCheckpointCallback(
-        tmp_path, save_on_exception=True, state_fn=lambda *_: {"w": object()}, **SELDOM
-    )
     with pytest.raises(StepError):
-        Loop(callback, batches=9, at={"on_train_batch_start": at_step(3, fail)}).fit()
+        trained(tmp_path, state_fn=lambda *_: {"w": object()}, at=BEFORE_STEP_3, **RESCUED)
     assert "A checkpoint had failed, too" in caplog.text
     assert fp.steps(tmp_path) == []

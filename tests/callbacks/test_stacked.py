@@ -69,6 +69,18 @@ def assert_equal(got: Any, want: Any) -> None:
         np.testing.assert_array_equal(one, other)
 
 
+def assert_like_saved_whole(path: Path, leaf: jax.Array) -> None:
+    """Finalizes leaf "w", which was saved in rows; for us and Orbax it is as if saved at once."""
+    whole = path.with_name("whole")
+    fp.save(whole, {"w": leaf}, options=QUICK)
+    found, want = (fp.finalize(one).leaves["w"] for one in (path, whole))
+    assert (found.shape, found.sharding) == (want.shape, want.sharding)
+    np.testing.assert_array_equal(fp.load(path)["w"], leaf)
+    restored = ocp.load(path)["w"]
+    assert restored.sharding == leaf.sharding
+    np.testing.assert_array_equal(restored, leaf)
+
+
 # Of the engine: rows cut out of shards.
 
 
@@ -82,19 +94,13 @@ def test_rows_of_any_layout_are_the_leaf_that_a_whole_save_makes(
     assert [row.start for row in rows] == [(start,) for start in range(8)]
     for row in rows[::-1]:
         fp.save(path, {"w": row.cut()}, options=QUICK)
-    by_rows = fp.finalize(path).leaves["w"]
-    fp.save(tmp_path / "whole", {"w": leaf}, options=QUICK)
-    whole = fp.finalize(tmp_path / "whole").leaves["w"]
-    assert (by_rows.shape, by_rows.sharding) == (whole.shape, whole.sharding)
+    assert_like_saved_whole(path, leaf)
     other = NamedSharding(_other_mesh(), PartitionSpec("b"))
     for sharding in (leaf.sharding, other):
         target = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         loaded = fp.load(path, target={"w": target})["w"]
         assert loaded.sharding == sharding
         np.testing.assert_array_equal(loaded, leaf)
-    restored = ocp.load(path)["w"]
-    assert restored.sharding == leaf.sharding
-    np.testing.assert_array_equal(restored, leaf)
 
 
 @pytest.mark.parametrize(("spec", "axis"), SPECS.values(), ids=SPECS)
@@ -151,14 +157,7 @@ def test_stage_of_a_repeat_is_cut_by_itself_out_of_the_shards_that_hold_it(
             (source,) = (one for one in leaf.addressable_shards if one.device == shard.device)
             assert source.replica_id == 0
         fp.save(path, {"w": cut}, options=QUICK)
-    found = fp.finalize(path).leaves["w"]
-    fp.save(tmp_path / "whole", {"w": leaf}, options=QUICK)
-    whole = fp.finalize(tmp_path / "whole").leaves["w"]
-    assert (found.shape, found.sharding) == (whole.shape, whole.sharding)
-    np.testing.assert_array_equal(fp.load(path)["w"], leaf)
-    restored = ocp.load(path)["w"]
-    assert restored.sharding == leaf.sharding
-    np.testing.assert_array_equal(restored, leaf)
+    assert_like_saved_whole(path, leaf)
 
 
 def test_pieces_cut_along_several_axes_may_be_of_any_extent(tmp_path: Path) -> None:
@@ -270,6 +269,12 @@ def save_one_step(
     callback.on_train_end(trainer, None)
 
 
+def saved_in_one_step(directory: Path, params: Any, **options: Any) -> PartialCheckpointCallback:
+    callback = PartialCheckpointCallback(directory, options=QUICK, **options)
+    save_one_step(callback, trainer_with({"params": params}))
+    return callback
+
+
 LAYER_GROUPS = [f"{root}.layers.{row}" for root in ("opt_state", "params") for row in range(LAYERS)]
 
 
@@ -306,8 +311,7 @@ def test_repeats_and_stages_are_stacked_along_either_axis(
     tmp_path: Path, axis: int, spec: tuple[Any, ...]
 ) -> None:
     leaf = put(numbers(3, 4, 8, 2), *spec)
-    callback = PartialCheckpointCallback(tmp_path, stacked={"params.w": axis}, options=QUICK)
-    save_one_step(callback, trainer_with({"params": {"w": leaf}}))
+    callback = saved_in_one_step(tmp_path, {"w": leaf}, stacked={"params.w": axis})
     rows = leaf.shape[axis]
     assert callback.reports[0].groups == tuple(f"params.w.{row}" for row in range(rows))
     np.testing.assert_array_equal(fp.load(tmp_path / "1")["params"]["w"], leaf)
@@ -369,12 +373,7 @@ def test_trainer_streams_a_stack_whole_or_in_rows_and_the_rest_is_taken(
     save_one_step(callback, trainer_with({"params": params}), streamed)
     groups = callback.reports[0].groups
     if how == "whole":
-        rows = [f"params.layers.{row}" for row in range(LAYERS)]
-        assert groups == (
-            *rows,
-            *(f"opt_state.layers.{row}" for row in range(LAYERS)),
-            "params.embed",
-        )
+        assert groups == (*LAYER_GROUPS[LAYERS:], *LAYER_GROUPS[:LAYERS], "params.embed")
     else:
         first = ("params.layers", "params.layers#2" if how == "rows" else "params.layers.scale")
         taken = {"rows": (0, 1, 4, 5), "some rows": range(6)}[how]
@@ -393,8 +392,7 @@ def test_what_has_no_such_axis_or_no_number_is_saved_whole(tmp_path: Path) -> No
         "none": None,
         "nothing": jnp.zeros((3, 0)),
     }
-    callback = PartialCheckpointCallback(tmp_path, stacked={"params": 0}, options=QUICK)
-    save_one_step(callback, trainer_with({"params": layers}))
+    callback = saved_in_one_step(tmp_path, layers, stacked={"params": 0})
     assert callback.reports[0].groups == ("params", "params.0", "params.1", "params.2")
     assert callback.reports[0].saves["params"].leaves == 4
     target = {**layers, "w": np.zeros((3, 4), int)}
@@ -406,32 +404,19 @@ def test_what_has_no_such_axis_or_no_number_is_saved_whole(tmp_path: Path) -> No
 
 def test_longest_name_decides_and_own_groups_are_split(tmp_path: Path) -> None:
     params = {"a": {"x": numbers(2, 3), "y": numbers(2, 3)}, "b": numbers(2, 3)}
-    callback = PartialCheckpointCallback(
-        tmp_path,
-        stacked={"params.a": 0, "params.a.y": 1},
-        group_by=lambda _: "all",
-        options=QUICK,
-    )
-    save_one_step(callback, trainer_with({"params": params}))
+    stacked = {"params.a": 0, "params.a.y": 1}
+    callback = saved_in_one_step(tmp_path, params, stacked=stacked, group_by=lambda _: "all")
     saves = callback.reports[0].saves
-    assert {group: save.leaves for group, save in saves.items()} == {
-        "all": 1,
-        "all.0": 2,
-        "all.1": 2,
-        "all.2": 1,
-    }
+    leaves = {group: save.leaves for group, save in saves.items()}
+    assert leaves == {"all": 1, "all.0": 2, "all.1": 2, "all.2": 1}
     assert_equal(fp.load(tmp_path / "1")["params"], params)
 
 
 def test_groups_that_come_to_share_a_name_are_saved_together(tmp_path: Path) -> None:
     params = {"a": numbers(2, 3), "b": numbers(3), "c": numbers(3, 3)}
-    callback = PartialCheckpointCallback(
-        tmp_path,
-        stacked={"params.a": (0, 1), "params.c": 0},
-        group_by=lambda path: {"a": "x", "b": "x.0.1", "c": "x.0"}[path[-1].key],
-        options=QUICK,
-    )
-    save_one_step(callback, trainer_with({"params": params}))
+    group_by = lambda path: {"a": "x", "b": "x.0.1", "c": "x.0"}[path[-1].key]  # noqa: E731
+    stacked = {"params.a": (0, 1), "params.c": 0}
+    callback = saved_in_one_step(tmp_path, params, stacked=stacked, group_by=group_by)
     assert callback.reports[0].saves["x.0.1"].leaves == 3
     assert_equal(fp.load(tmp_path / "1")["params"], params)
 
@@ -450,7 +435,6 @@ def test_two_callbacks_share_what_is_stacked(tmp_path: Path) -> None:
     for callback in (first, second):
         callback.on_train_batch_end(trainer, None, None, None, 0)
     for callback in (first, second):
-        callback.on_train_epoch_end(trainer, None)
         callback.on_train_end(trainer, None)
     assert_equal(fp.load(tmp_path / "1"), state)
 

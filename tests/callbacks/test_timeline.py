@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -17,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as v0
 import pytest
 from shell import Shell, shell
-from stub_trainer import EVERYTHING, PARAMS, Loop, StubTrainer
+from stub_trainer import EVERYTHING, PARAMS, Loop, StubTrainer, fitted, restored, run_program
 from things import QUICK
 
 import flax_partial as fp
@@ -36,9 +34,7 @@ TOLERANCE = 2e-6  # instants are stored in microseconds
 
 
 def train(directory: Path, **options: Any) -> PartialCheckpointCallback:
-    callback = PartialCheckpointCallback(directory, **options)
-    Loop(callback, epochs=2, streamed=EVERYTHING).fit()
-    return callback
+    return fitted(directory, epochs=2, streamed=EVERYTHING, **options)
 
 
 def recorded(directory: Path) -> ProcessTimeline:
@@ -147,10 +143,9 @@ def test_callbacks_of_one_hook_share_a_timeline(tmp_path: Path) -> None:
 def test_preparing_again_begins_no_other_run(tmp_path: Path) -> None:
     train(tmp_path)
     callback = PartialCheckpointCallback(tmp_path)
-    restored = callback.restore()
-    assert restored is not None
+    found = restored(callback)
     callback.finalizer.runs.of(tmp_path).add_blocked(0.001, "restore")
-    Loop(callback, epochs=3).resume(*restored).fit()
+    Loop(callback, epochs=3).resume(*found).fit()
     first, second = timeline.read(tmp_path)
     assert (first.saved_steps, second.saved_steps) == ([2, 4], [6])
     assert "restore" in {hold.hook for hold in second.processes[0].holds}
@@ -181,8 +176,7 @@ def test_a_timeline_that_cannot_be_written_fails_no_training(
 
 def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_timeline, "_MOST_BYTES", 2000)
-    callback = PartialCheckpointCallback(tmp_path, keep_last=1)
-    Loop(callback, epochs=8, streamed=PARAMS).fit()
+    fitted(tmp_path, keep_last=1, epochs=8, streamed=PARAMS)
     files = list((tmp_path / "timeline").iterdir())
     assert sorted(file.name for file in files) == ["p0.before.jsonl", "p0.jsonl"]
     assert sum(file.stat().st_size for file in files) < 20_000
@@ -316,7 +310,6 @@ def kill(trainer):
         while len(fp.status(directory / "4").parts) < len(PARAMS):
             time.sleep(0.01)
         time.sleep(0.3)
-        hook = callback.finalizer
         callback.on_layer_ready(trainer, "late", {"x": 1})
         while len(fp.status(directory / "4").parts) < len(PARAMS) + 1:
             time.sleep(0.01)
@@ -332,14 +325,7 @@ def test_a_killed_run_can_be_drawn_and_one_that_goes_on_appends(
     tmp_path: Path, shell: Shell
 ) -> None:
     directory = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, directory],
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert run_program(KILLED, directory, check=False) == -signal.SIGKILL
     file = directory / "timeline" / "p0.jsonl"
     file.write_bytes(file.read_bytes()[:-9])  # as if the last line were torn, too
     said = shell.run("timeline", directory, "--out", tmp_path / "t.png")
@@ -347,25 +333,18 @@ def test_a_killed_run_can_be_drawn_and_one_that_goes_on_appends(
     assert "not finished" in said
     assert (tmp_path / "t.png").stat().st_size > 10_000
     callback = PartialCheckpointCallback(directory)
-    restored = callback.restore()
-    assert restored is not None
-    Loop(callback, epochs=3, streamed=PARAMS).resume(*restored).fit()
+    Loop(callback, epochs=3, streamed=PARAMS).resume(*restored(callback)).fit()
     first, second = timeline.read(directory)
     assert (first.saved_steps, second.saved_steps) == ([2, 4], [4, 6])
-    names = {e["name"] for e in trace(shell, tmp_path, directory) if e["ph"] == "M"}
-    assert "process_name" in names
-    assert shell.json("timeline", directory / "2")["step"] == 2
-
-
-def trace(shell: Shell, tmp_path: Path, directory: Path) -> list[dict[str, Any]]:
     shell.run("timeline", directory, "--out", tmp_path / "trace.json")
-    events: list[dict[str, Any]] = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    return events
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert "process_name" in {event["name"] for event in events if event["ph"] == "M"}
+    assert shell.json("timeline", directory / "2")["step"] == 2
 
 
 def test_spans_are_in_a_trace_of_jax_s_own_profiler(tmp_path: Path) -> None:
     with jax.profiler.trace(str(tmp_path / "profile")):
-        Loop(PartialCheckpointCallback(tmp_path / "run"), streamed=PARAMS).fit()
+        fitted(tmp_path / "run", streamed=PARAMS)
     (file,) = (tmp_path / "profile").rglob("*.xplane.pb")
     profile = jax.profiler.ProfileData.from_file(str(file))
     found = {

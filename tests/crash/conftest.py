@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-from fileops import NoCompilerError, build
+from fileops import NoCompilerError
 from nursery import Nursery
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _MEMORY = Path("/dev/shm")  # noqa: S108 - below it is a directory of our own
 
@@ -30,9 +27,8 @@ def scratch() -> Iterator[Path]:
 def nursery(scratch: Path) -> Iterator[Nursery]:
     """Forks processes whose changes to the disk are counted, and stopped."""
     try:
-        library = build(scratch)
+        server = Nursery(scratch)
     except NoCompilerError as error:
         pytest.skip(str(error))
-    server = Nursery(library)
     yield server
     server.close()

@@ -17,16 +17,12 @@ A rename from one directory into another may leave both names, never neither.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
 
 from fileops import CREATED, EMPTIED, Event, Kind
-
-if TYPE_CHECKING:
-    import random
-    from collections.abc import Iterable
-    from pathlib import Path
 
 PAGE = 4096
 Tree = dict[str, "bytes | Tree"]

@@ -22,30 +22,11 @@ class NoCompilerError(Exception):
     """This machine has no C compiler."""
 
 
-class Kind(IntEnum):
-    """What changed."""
-
-    MARK = 0
-    OPEN = 1
-    WRITE = 2
-    TRUNCATE = 3
-    RENAME = 4
-    LINK = 5
-    SYMLINK = 6
-    UNLINK = 7
-    MKDIR = 8
-    RMDIR = 9
-    FSYNC = 10
-
-
-class Action(IntEnum):
-    """What to do at the n-th change; of writes alone for TEAR and SHORTEN."""
-
-    COUNT = 0
-    KILL = 1
-    TEAR = 2
-    FAIL = 3
-    SHORTEN = 4
+# What changed, by the numbers of `fileops.c`.
+_KINDS = "MARK OPEN WRITE TRUNCATE RENAME LINK SYMLINK UNLINK MKDIR RMDIR FSYNC"
+Kind = IntEnum("Kind", _KINDS, start=0)
+# What to do at the n-th change; of writes alone for TEAR and SHORTEN.
+Action = IntEnum("Action", "COUNT KILL TEAR FAIL SHORTEN", start=0)
 
 
 @dataclass(frozen=True, slots=True)

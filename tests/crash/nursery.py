@@ -11,14 +11,12 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fileops import Action, Plan
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from fileops import Action, Plan, build
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +45,24 @@ class Job:
 
 
 class Nursery:
-    """The server, as its users see it."""
+    """The server, as its users see it.
 
-    def __init__(self, library: Path, *, under: Sequence[str] = ()) -> None:
-        """Starts it; `under` is a command that runs another one, such as strace."""
+    Attributes:
+      scratch: Where jobs may have places to work in.
+    """
+
+    def __init__(self, scratch: Path, *, under: Sequence[str] = ()) -> None:
+        """Starts it.
+
+        Args:
+          scratch: An absolute path without links.
+          under: A command that runs another one, such as strace.
+
+        Raises:
+          NoCompilerError: There is nothing to compile the library with.
+        """
+        self.scratch = scratch
+        library = build(scratch)
         before = os.environ.get("LD_PRELOAD")
         preload = f"{library}:{before}" if before else str(library)
         self._server = subprocess.Popen(

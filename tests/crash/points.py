@@ -6,20 +6,15 @@ import errno
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Self
 
 import promises
-from fileops import FOR_GOOD, Action, Kind, Plan, read_log
-from nursery import Job
+from fileops import FOR_GOOD, Action, Event, Kind, Plan, read_log
+from nursery import Job, Nursery
 from promises import Said, Then, require
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from fileops import Event
-    from nursery import Nursery
 
 
 @dataclass(frozen=True)
@@ -42,10 +37,6 @@ class Series:
     def is_of_writes(self) -> bool:
         """Whether it befalls writes only."""
         return self.action in {Action.TEAR, Action.SHORTEN}
-
-    def plan(self, at: int) -> Plan:
-        """The harm at one change."""
-        return Plan(self.action, at, self.times, self.error)
 
 
 def _series() -> Iterator[tuple[str, Series]]:
@@ -82,19 +73,50 @@ class Point:
     step: str | None = None
 
 
-def changes_of(nursery: Nursery, directory: Path) -> list[Event]:
+class Run:
+    """A job that was done in a place of its own, which goes when the context ends.
+
+    Attributes:
+      base: What it worked on.
+      status: Its exit status.
+      events: All that it did, and said.
+      said: What it said.
+      errors: What it wrote to standard error.
+    """
+
+    def __init__(
+        self,
+        nursery: Nursery,
+        plan: Plan | None = None,
+        step: str | None = None,
+        **how: Any,
+    ) -> None:
+        self._own = Path(tempfile.mkdtemp(dir=nursery.scratch))
+        self.base = self._own / "disk"
+        self.base.mkdir()
+        log = self._own / "log"
+        self.status = nursery.run(Job(self.base, log, plan or Plan(), step, **how))
+        self.events = read_log(log)
+        self.said = Said.of(self.events)
+        self.errors = log.with_name("log.stderr").read_text(errors="replace")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._own)
+
+
+def changes_of(nursery: Nursery) -> list[Event]:
     """Runs the work unharmed; returns all that it does, and says."""
-    base, log = _new(directory)
-    status = nursery.run(Job(base, log))
-    require(status == 0, f"the work fails even where nothing does: {_stderr(base)}")
-    events = read_log(log)
-    shutil.rmtree(base.parent)
-    return events
+    with Run(nursery) as run:
+        require(run.status == 0, f"the work fails even where nothing does: {run.errors}")
+        return run.events
 
 
-def count_changes(nursery: Nursery, directory: Path) -> tuple[int, int]:
+def count_changes(nursery: Nursery) -> tuple[int, int]:
     """Returns how many changes the work makes, and how many of them are writes."""
-    kinds = [event.kind for event in changes_of(nursery, directory)]
+    kinds = [event.kind for event in changes_of(nursery)]
     return len(kinds) - kinds.count(Kind.MARK), kinds.count(Kind.WRITE)
 
 
@@ -113,22 +135,12 @@ def sample(counts: tuple[int, int], size: int, seed: int) -> list[Point]:
 def every(counts: tuple[int, int], names: list[str], seed: int) -> list[Point]:
     """Every crash point of some series."""
     draw = random.Random(seed)  # noqa: S311 - as above
-    return [
-        Point(name, at, draw.choice(list(Then)))
-        for name in names
-        for at in range(counts[SERIES[name].is_of_writes])
-    ]
+    each = ((name, at) for name in names for at in range(counts[SERIES[name].is_of_writes]))
+    return [Point(name, at, draw.choice(list(Then))) for name, at in each]
 
 
-def hold(
-    nursery: Nursery,
-    directory: Path,
-    point: Point,
-    *,
-    durable: bool = True,
-    with_orbax: bool = True,
-) -> str:
-    """Tries one crash point below `directory`.
+def hold(nursery: Nursery, point: Point, *, durable: bool = True, with_orbax: bool = True) -> str:
+    """Tries one crash point.
 
     Returns:
       Where it was, in words.
@@ -137,32 +149,17 @@ def hold(
       BrokenPromiseError: Something that was promised does not hold; it says where.
     """
     series = SERIES[point.series]
-    plan = series.plan(point.at)
-    base, log = _new(directory)
-    job = Job(base, log, plan, point.step, durable=durable, exits=series.exits)
-    status, events = nursery.run(job), read_log(log)
-    said = Said.of(events)
-    where = f"{said.began or said.done[-1]}, {_place(events, plan)}"
-    try:
-        _require_outcome(series, status, said, _stderr(base))
-        promises.check(base, said, point.then, with_orbax=with_orbax)
-    except Exception as error:
-        error.add_note(f"{point} ({where})")
-        raise
-    finally:
-        shutil.rmtree(base.parent)
+    plan = Plan(series.action, point.at, series.times, series.error)
+    how = {"durable": durable, "exits": series.exits}
+    with Run(nursery, plan, point.step, **how) as run:
+        where = f"{run.said.began or run.said.done[-1]}, {_place(run.events, plan)}"
+        try:
+            _require_outcome(series, run)
+            promises.check(run.base, run.said, point.then, with_orbax=with_orbax)
+        except Exception as error:
+            error.add_note(f"{point} ({where})")
+            raise
     return where
-
-
-def _new(directory: Path) -> tuple[Path, Path]:
-    """Makes a place to work in; returns it, and the place of the log beside it."""
-    own = Path(tempfile.mkdtemp(dir=directory))
-    (own / "disk").mkdir()
-    return own / "disk", own / "log"
-
-
-def _stderr(base: Path) -> str:
-    return base.with_name("log.stderr").read_text(errors="replace")
 
 
 def _place(events: list[Event], plan: Plan) -> str:
@@ -172,8 +169,9 @@ def _place(events: list[Event], plan: Plan) -> str:
     return f"after {changes[-1]}" if changes else "before anything"
 
 
-def _require_outcome(series: Series, status: int, said: Said, stderr: str) -> None:
+def _require_outcome(series: Series, run: Run) -> None:
     """The process died as planned, or lived; what it raised is what the disk said."""
+    status, said, stderr = run.status, run.said, run.errors
     if series.action in {Action.KILL, Action.TEAR}:
         require(status in {-9, 0}, f"it ended with {status}: {stderr}")
         return

@@ -6,27 +6,24 @@ looked at through public calls, and through Orbax, which knows nothing of this p
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as v0
 import workload
-from fileops import Kind
+from fileops import Event, Kind
 from orbax.checkpoint.experimental import v1
 from workload import DOOMED, FIRST, SAVES, SECOND, THIRD, TRAINED
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
-
-    from fileops import Event
 
 
 class BrokenPromiseError(AssertionError):
@@ -55,11 +52,8 @@ class Said:
         done: list[str] = []
         failed = []
         began = None
-        is_disk_well = True
-        for event in events:
-            is_disk_well = is_disk_well and not event.was_forced
-            if event.kind is not Kind.MARK:
-                continue
+        events = list(events)
+        for event in (event for event in events if event.kind is Kind.MARK):
             word, _, rest = event.path.partition(" ")
             if word == "begin":
                 began = rest
@@ -69,6 +63,7 @@ class Said:
             else:
                 done.append(rest)
                 began = None
+        is_disk_well = not any(event.was_forced for event in events)
         return cls(tuple(done), began, tuple(failed), is_disk_well)
 
     def reached(self, name: str) -> bool:
@@ -82,10 +77,10 @@ def require(holds: object, what: str) -> None:
         raise BrokenPromiseError(what)
 
 
-def refused(kind: type[BaseException], call: Any, *arguments: Any, **options: Any) -> None:
+def refused(kind: type[BaseException], call: Any, *arguments: Any) -> None:
     """Requires that a call raises an error of a kind."""
     try:
-        found = call(*arguments, **options)
+        found = call(*arguments)
     except kind:
         return
     except Exception as error:
@@ -94,21 +89,14 @@ def refused(kind: type[BaseException], call: Any, *arguments: Any, **options: An
     raise BrokenPromiseError(f"{call.__name__} raised no {kind.__name__} but returned {found!r}")
 
 
-def merged(names: Sequence[str]) -> dict[str, Any]:
+def merged(names: Iterable[str]) -> dict[str, Any]:
     """What a checkpoint of some of `SAVES` holds."""
-    return _overlaid([SAVES[name] for name in names])
+    return functools.reduce(_overlaid, (SAVES[name] for name in names), {})
 
 
-def _overlaid(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for tree in trees:
-        for key, value in tree.items():
-            before = result.get(key)
-            if isinstance(value, dict) and isinstance(before, dict):
-                result[key] = _overlaid([before, value])
-            else:
-                result[key] = value
-    return result
+def _overlaid(tree: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
+    both = {key for key in newer if isinstance(newer[key], dict) and key in tree}
+    return {**tree, **newer, **{key: _overlaid(tree[key], newer[key]) for key in both}}
 
 
 class Then(Enum):
@@ -132,7 +120,7 @@ def check(base: Path, said: Said, then: Then, *, with_orbax: bool = True) -> Non
       BrokenPromiseError: Something does not hold.
     """
     directory = workload.run_directory(base)
-    checker = _Checker(base, said, then, with_orbax=with_orbax)
+    checker = _Checker(base, said, then, with_orbax)
     is_first_gone = said.reached("train") and not os.path.lexists(directory / FIRST)
     if not is_first_gone:
         checker.first()
@@ -143,13 +131,16 @@ def check(base: Path, said: Said, then: Then, *, with_orbax: bool = True) -> Non
     checker.nothing_else()
 
 
+@dataclass(frozen=True)
 class _Checker:
-    def __init__(self, base: Path, said: Said, then: Then, *, with_orbax: bool) -> None:
-        self._base = base
-        self._directory = workload.run_directory(base)
-        self._said = said
-        self._then = then
-        self._with_orbax = with_orbax
+    _base: Path
+    _said: Said
+    _then: Then
+    _with_orbax: bool
+
+    @property
+    def _directory(self) -> Path:
+        return workload.run_directory(self._base)
 
     def first(self) -> None:
         """The checkpoint made by calls: its saves survive, it is absent or complete."""
@@ -158,7 +149,7 @@ class _Checker:
         names = [name for name in SAVES if name in said.done]
         if os.path.lexists(path):
             require(said.reached("finalize"), f"{path} is there before finalize was called")
-            self.finalized(path, merged(list(SAVES)), parts=len(SAVES))
+            self.finalized(path, merged(SAVES), parts=len(SAVES))
             return
         require("finalize" not in said.done, f"finalize returned, and {path} is not there")
         unsure = said.began if said.began in SAVES else None
@@ -177,7 +168,7 @@ class _Checker:
             if name not in found:
                 workload.save(self._base, name, durable=False)
         fp.save(path, {"more": np.arange(7)})
-        wanted = {**merged(list(SAVES)), "more": np.arange(7)}
+        wanted = {**merged(SAVES), "more": np.arange(7)}
         self._finalize(path, wanted, parts=len(SAVES) + 1)
 
     def _found_saves(self, path: Path, names: list[str], unsure: str | None) -> list[str]:

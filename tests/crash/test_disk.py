@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import pytest
 from disk import PAGE, Disk, Tree, read_tree, write_tree
 from fileops import CREATED, EMPTIED, Event, Kind
 from hypothesis import given
 from hypothesis import strategies as st
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import pytest
 
 ROOT = "/root"
 DRAWS = 300
@@ -24,153 +21,105 @@ def drawn_by(seed: int) -> random.Random:
     return random.Random(seed)  # noqa: S311 - of cuts, not of secrets
 
 
+def event(kind: Kind, path: str, other: str = "", **fields: Any) -> Event:
+    """A change, as the library would record it."""
+    known = {"inode": 0, "offset": 0, "data": b"", "flags": 0, "error": 0}
+    return Event(kind, path, other, **{**known, **fields})
+
+
 class Script:
-    """Changes, as the library would record them."""
+    """Changes, each told in words: what is done, to what, and with what."""
 
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self._inodes = iter(range(10, 1000))
+    def __init__(self, changes: str = "") -> None:
+        self.disk = Disk(ROOT)
+        self._inodes = {ROOT: 1}
+        for change in filter(None, changes.split("; ")):
+            self.do(*change.split())
 
-    def add(self, kind: Kind, path: str, other: str = "", **fields: Any) -> int:
-        known = {"inode": 0, "offset": 0, "data": b"", "flags": 0, "error": 0}
-        full = f"{ROOT}/{path}" if path else ROOT
-        target = f"{ROOT}/{other}" if other else ""
-        self.events.append(Event(kind, full, target, **{**known, **fields}))
-        return self.events[-1].inode
+    def do(self, what: str, name: str, text: str = "") -> None:
+        path = ROOT if name == "." else f"{ROOT}/{name}"
+        inode = self._inodes.setdefault(path, len(self._inodes) + 1)
+        match what:
+            case "create":
+                self.add(Kind.OPEN, path, inode=inode, flags=CREATED)
+            case "empty":
+                self.add(Kind.OPEN, path, inode=inode, flags=EMPTIED)
+            case "rename":
+                self.add(Kind.RENAME, path, f"{ROOT}/{text}")
+            case _:
+                data = {"data": text.encode()} if text else {}
+                self.add(Kind[what.upper()], path, inode=inode, **data)
+        if text and what == "create":
+            self.do("write", name, text)
 
-    def mkdir(self, path: str) -> int:
-        return self.add(Kind.MKDIR, path, inode=next(self._inodes))
-
-    def create(self, path: str, data: bytes = b"") -> int:
-        inode = self.add(Kind.OPEN, path, inode=next(self._inodes), flags=CREATED)
-        return self.write(inode, data) if data else inode
-
-    def write(self, inode: int, data: bytes, offset: int = 0) -> int:
-        return self.add(Kind.WRITE, "?", inode=inode, data=data, offset=offset)
-
-    def fsync(self, inode: int) -> None:
-        self.add(Kind.FSYNC, "?", inode=inode)
-
-    def sync_root(self) -> None:
-        self.add(Kind.FSYNC, "")
-
-    def disk(self) -> Disk:
-        disk = Disk(ROOT)
-        disk.replay(self.events)
-        return disk
+    def add(self, kind: Kind, path: str, other: str = "", **fields: Any) -> None:
+        self.disk.apply(event(kind, path, other, **fields))
 
     def outcomes(self) -> list[Tree]:
-        """All that is drawn, each once."""
-        disk = self.disk()
-        drawn = [disk.after_cut(drawn_by(seed)) for seed in range(DRAWS)]
+        """All that is drawn, each once; the worst first."""
+        drawn = [self.disk.after_cut()]
+        drawn += [self.disk.after_cut(drawn_by(seed)) for seed in range(DRAWS)]
         return [tree for at, tree in enumerate(drawn) if tree not in drawn[:at]]
 
 
-def test_nothing_synced_nothing_sure() -> None:
-    script = Script()
-    script.create("a", b"x")
-    assert script.disk().tree() == {"a": b"x"}
-    outcomes = script.outcomes()
-    assert sorted(map(str, outcomes)) == sorted(
-        map(str, [{}, {"a": b""}, {"a": b"\0"}, {"a": b"x"}])
-    )
-    assert script.disk().after_cut() == {}
+SYNCED = "mkdir d; create d/a x; fsync d/a; fsync d"
+WHOLE: Tree = {"d": {"a": b"x"}}
+# Name -> what is done; all that a cut may leave, first what it leaves where nothing else is kept.
+CUTS: dict[str, tuple[str, list[Tree]]] = {
+    "nothing synced, nothing sure": ("create a x", [{}, {"a": b""}, {"a": b"\0"}, {"a": b"x"}]),
+    "fsync of a file keeps its data and not its name": ("create a x; fsync a", [{}, {"a": b"x"}]),
+    "fsync of a directory keeps names and no data": (
+        "create a x; fsync .",
+        [{"a": b""}, {"a": b"\0"}, {"a": b"x"}],
+    ),
+    "what was synced is all that can be left": (f"{SYNCED}; fsync .", [WHOLE]),
+    "a directory without its own name synced may be lost with all below": (SYNCED, [{}, WHOLE]),
+    "a rename over a name leaves the old or the new": (
+        "create a old; fsync a; fsync .; create b new; fsync b; rename b a",
+        [{"a": b"old"}, {"a": b"old", "b": b"new"}, {"a": b"new"}],
+    ),
+    "a rename before its data may leave an empty file": (
+        "create b new; rename b a; fsync .",
+        [{"a": b""}, {"a": b"\0\0\0"}, {"a": b"new"}],
+    ),
+    "a rename between directories never loses both names": (
+        f"{SYNCED}; mkdir e; fsync e; fsync .; rename d/a e/a",
+        [{**WHOLE, "e": {}}, {**WHOLE, "e": {"a": b"x"}}, {"d": {}, "e": {"a": b"x"}}],
+    ),
+    "what was removed may come back and be all there": (
+        f"{SYNCED}; fsync .; unlink d/a; rmdir d",
+        [WHOLE, {"d": {}}, {}],
+    ),
+    "names of one directory survive in any combination": (
+        "create a; fsync a; create b; fsync b",
+        [{}, {"a": b""}, {"b": b""}, {"a": b"", "b": b""}],
+    ),
+    "emptying a file may be lost": (
+        "create a old; fsync a; fsync .; empty a; write a n",
+        [{"a": data} for data in (b"old", b"n", b"o", b"n\0\0")],
+    ),
+}
 
 
-def test_fsync_of_a_file_keeps_its_data_and_not_its_name() -> None:
-    script = Script()
-    script.fsync(script.create("a", b"x"))
-    assert sorted(map(str, script.outcomes())) == ["{'a': b'x'}", "{}"]
+@pytest.mark.parametrize(("changes", "left"), CUTS.values(), ids=CUTS)
+def test_a_cut_leaves(changes: str, left: list[Tree]) -> None:
+    found = Script(changes).outcomes()
+    assert found[0] == left[0]
+    assert sorted(map(str, found)) == sorted(map(str, left))
 
 
-def test_fsync_of_a_directory_keeps_names_and_no_data() -> None:
-    script = Script()
-    script.create("a", b"x")
-    script.sync_root()
-    assert {tree["a"] for tree in script.outcomes()} == {b"", b"\0", b"x"}
-
-
-def test_what_was_synced_is_all_that_can_be_left() -> None:
-    script = Script()
-    inner = script.mkdir("d")
-    script.fsync(script.create("d/a", b"x"))
-    script.fsync(inner)
-    script.sync_root()
-    assert script.outcomes() == [{"d": {"a": b"x"}}]
-    assert script.disk().after_cut() == {"d": {"a": b"x"}}
-
-
-def test_a_directory_without_its_own_name_synced_may_be_lost_with_all_below() -> None:
-    script = Script()
-    inner = script.mkdir("d")
-    script.fsync(script.create("d/a", b"x"))
-    script.fsync(inner)
-    assert sorted(map(str, script.outcomes())) == ["{'d': {'a': b'x'}}", "{}"]
-
-
-def test_a_rename_over_a_name_leaves_the_old_or_the_new() -> None:
-    script = Script()
-    script.fsync(script.create("a", b"old"))
-    script.sync_root()
-    script.fsync(script.create("a.tmp", b"new"))
-    script.add(Kind.RENAME, "a.tmp", "a")
-    assert {tree["a"] for tree in script.outcomes()} == {b"old", b"new"}
-    assert {"a": b"old", "a.tmp": b"new"} in script.outcomes()
-
-
-def test_a_rename_before_its_data_may_leave_an_empty_file() -> None:
-    script = Script()
-    script.create("a.tmp", b"new")
-    script.add(Kind.RENAME, "a.tmp", "a")
-    script.sync_root()
-    assert {"a": b""} in script.outcomes()
-
-
-def test_a_rename_between_directories_never_loses_both_names() -> None:
-    script = Script()
-    inodes = [script.mkdir("d"), script.mkdir("e")]
-    script.fsync(script.create("d/a", b"x"))
-    for inode in inodes:
-        script.fsync(inode)
-    script.sync_root()
-    script.add(Kind.RENAME, "d/a", "e/a")
-    found = sorted(map(str, script.outcomes()))
-    both, old, new = (
-        {"d": {"a": b"x"}, "e": {"a": b"x"}},
-        {"d": {"a": b"x"}, "e": {}},
-        {"d": {}, "e": {"a": b"x"}},
-    )
-    assert found == sorted(map(str, [both, old, new]))
-
-
-def test_what_was_removed_may_come_back_and_be_all_there() -> None:
-    script = Script()
-    inner = script.mkdir("d")
-    script.fsync(script.create("d/a", b"x"))
-    script.fsync(inner)
-    script.sync_root()
-    script.add(Kind.UNLINK, "d/a")
-    script.add(Kind.RMDIR, "d")
-    assert sorted(map(str, script.outcomes())) == ["{'d': {'a': b'x'}}", "{'d': {}}", "{}"]
-
-
-def test_names_of_one_directory_survive_in_any_combination() -> None:
-    script = Script()
-    for name in "abc":
-        script.fsync(script.create(name))
-    assert len(script.outcomes()) == 8
+def drawn_data(changes: str, then: bytes) -> list[bytes]:
+    """What is drawn of the file `a` once something is written over it."""
+    script = Script(changes)
+    script.add(Kind.WRITE, "?", inode=2, data=then)
+    return [data for tree in script.outcomes() if isinstance(data := tree["a"], bytes)]
 
 
 def test_a_write_is_torn_at_pages_only() -> None:
-    script = Script()
     new = b"".join(bytes([65 + page]) * PAGE for page in range(4)) + b"tail"
-    script.fsync(script.create("a", b"-" * len(new)))
-    script.sync_root()
-    script.write(script.events[0].inode, new)
-    outcomes = [tree["a"] for tree in script.outcomes()]
+    outcomes = drawn_data(f"create a {'-' * len(new)}; fsync a; fsync .", then=new)
     assert len(outcomes) > 10
     for data in outcomes:
-        assert isinstance(data, bytes)
         assert len(data) == len(new)
         for start in range(0, len(new), PAGE):
             page = data[start : start + PAGE]
@@ -178,39 +127,22 @@ def test_a_write_is_torn_at_pages_only() -> None:
 
 
 def test_a_file_that_grew_may_have_any_size_between_and_holes() -> None:
-    script = Script()
-    inode = script.create("a")
-    script.fsync(inode)
-    script.sync_root()
-    script.write(inode, b"x" * (3 * PAGE + 10))
-    outcomes = [tree["a"] for tree in script.outcomes()]
+    outcomes = drawn_data("create a; fsync a; fsync .", then=b"x" * (3 * PAGE + 10))
     assert {len(data) for data in outcomes} == {0, PAGE, 2 * PAGE, 3 * PAGE, 3 * PAGE + 10}
     assert b"\0" * PAGE + b"x" * PAGE in outcomes
 
 
-def test_emptying_a_file_may_be_lost() -> None:
-    script = Script()
-    inode = script.create("a", b"old")
-    script.fsync(inode)
-    script.sync_root()
-    script.add(Kind.OPEN, "a", inode=inode, flags=EMPTIED)
-    script.write(inode, b"n")
-    assert {b"old", b"n"} <= {tree["a"] for tree in script.outcomes()}
-
-
 def test_what_failed_changed_nothing() -> None:
     script = Script()
-    script.add(Kind.MKDIR, "d", error=5)
-    assert script.disk().tree() == {}
+    script.add(Kind.MKDIR, f"{ROOT}/d", error=5)
+    assert script.disk.tree() == {}
 
 
 def test_the_number_of_a_file_that_is_gone_may_be_given_again() -> None:
-    script = Script()
-    first = script.create("a", b"x")
-    script.add(Kind.UNLINK, "a")
-    script.add(Kind.OPEN, "b", inode=first, flags=CREATED)
-    script.write(first, b"y")
-    assert script.disk().tree() == {"b": b"y"}
+    script = Script("create a x; unlink a")
+    script.add(Kind.OPEN, f"{ROOT}/b", inode=2, flags=CREATED)
+    script.add(Kind.WRITE, "?", inode=2, data=b"y")
+    assert script.disk.tree() == {"b": b"y"}
 
 
 ACTIONS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 3), st.integers(0, 3)), max_size=25)
@@ -234,10 +166,9 @@ def test_after_any_changes_and_a_full_sync_everything_is_left(
     assert disk.after_cut(drawn_by(seed)) == wanted
 
 
-def _event(kind: Kind, path: Path, other: Path | None = None, **fields: Any) -> Event:
-    known = {"inode": path.stat().st_ino if path.exists() else 0, "offset": 0, "data": b""}
-    known |= {"flags": 0, "error": 0}
-    return Event(kind, str(path), str(other or ""), **{**known, **fields})
+def _event(kind: Kind, path: Path, other: Path | str = "", **fields: Any) -> Event:
+    inode = path.stat().st_ino if path.exists() else 0
+    return event(kind, str(path), str(other), inode=inode, **fields)
 
 
 def _do(  # noqa: PLR0911 - a table of changes

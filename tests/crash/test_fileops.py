@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import collections
 import re
-import shutil
-import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
-from fileops import Kind, NoCompilerError, build, read_log
+from fileops import Kind, NoCompilerError, read_log
 from nursery import Job, Nursery
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from things import run_or_skip
 
 _CALLS = {
     **dict.fromkeys(("open", "openat", "creat"), Kind.OPEN),
@@ -55,23 +51,17 @@ def of_library(log: Path) -> collections.Counter[str]:
 
 
 def test_the_kernel_is_asked_for_no_change_that_the_library_did_not_see(tmp_path: Path) -> None:
-    if shutil.which("strace") is None:
-        pytest.skip("no strace here")
-    try:
-        library = build(tmp_path)
-    except NoCompilerError as error:
-        pytest.skip(str(error))
     trace, base, log = tmp_path / "trace", tmp_path / "disk", tmp_path / "log"
     base.mkdir()
     calls = ",".join([*_CALLS, *_STRANGE])
     under = ("strace", "-f", "-qq", "-y", "-s", "0", "-o", str(trace), "-e", f"trace={calls}")
-    probe = subprocess.run([*under, sys.executable, "-c", ""], capture_output=True, check=False)
-    if probe.returncode:
-        pytest.skip(f"strace may not be used here: {probe.stderr.decode().strip()}")
-    nursery = Nursery(library, under=under)
-    status = nursery.run(Job(base, log))
+    run_or_skip([*under, sys.executable, "-c", ""])
+    try:
+        nursery = Nursery(tmp_path, under=under)
+    except NoCompilerError as error:
+        pytest.skip(str(error))
+    assert nursery.run(Job(base, log)) == 0
     nursery.close()
-    assert status == 0
     found = of_strace(trace, base)
     assert found == of_library(log)
     assert found["WRITE"] > 20

@@ -6,20 +6,17 @@ import errno
 import os
 import re
 import subprocess
-import types
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from promises import same
+from things import run_or_skip, stored, trainer
 from workload import TRAINED
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 SIZE = 24 << 20
 LARGE = np.random.default_rng(3).standard_normal(1_500_000, np.float32)  # 6 MB
@@ -32,23 +29,13 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     where.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(where)]
     if request.param == "ext4":  # around the page cache, with a journal
-        image.write_bytes(b"")
-        with image.open("r+b") as file:
-            file.truncate(2 * SIZE)
+        image.touch()
+        os.truncate(image, 2 * SIZE)
         mount = ["mount", "-o", "loop", str(image), str(where)]
-        _run_or_skip(["mkfs.ext4", "-q", "-m", "0", str(image)])
-    _run_or_skip(mount)
+        run_or_skip(["mkfs.ext4", "-q", "-m", "0", str(image)])
+    run_or_skip(mount)
     yield where
     subprocess.run(["umount", "--lazy", str(where)], check=True)
-
-
-def _run_or_skip(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        pytest.skip(f"no {error.filename} here")
-    if done.returncode:
-        pytest.skip(f"cannot make a small file system: {done.stderr.strip()}")
 
 
 def fill(disk: Path, *, but: int) -> Path:
@@ -105,8 +92,7 @@ def test_saves_and_finalize_fail_for_room_and_succeed_with_room(disk: Path) -> N
     assert not path.exists()
     assert len(fp.status(path).parts) == 3
     filler.unlink()
-    fp.save(path, {"many": many})
-    fp.finalize(path)
+    stored(path, {"many": many}, options=None)
     wanted = {"first": np.arange(10), **small, "large": LARGE, "many": many}
     same(fp.load(path), wanted, "the checkpoint")
     assert fp.verify(path).ok
@@ -121,25 +107,22 @@ def test_not_even_a_session_fits_in(disk: Path) -> None:
         lambda: fp.save(path, state), needed=range(400_000, 2_000_000), free=range(200_000)
     )
     filler.unlink()
-    fp.save(path, state)
-    fp.finalize(path)
+    stored(path, state, options=None)
     same(fp.load(path), state, "the checkpoint")
 
 
 def test_training_on_a_full_disk_says_so_and_goes_on_later(disk: Path) -> None:
-    trainer = types.SimpleNamespace(
-        global_step=0, current_epoch=0, callback_metrics={}, is_last_batch=True, state=None
-    )
+    loop = trainer()
 
     def train(step: int) -> None:
-        trainer.global_step, trainer.state = step, {**TRAINED, "large": LARGE + np.float32(step)}
-        callback.on_train_batch_end(trainer, None, None, None, 0)
-        callback.on_train_epoch_end(trainer, None)
+        loop.global_step, loop.state = step, {**TRAINED, "large": LARGE + np.float32(step)}
+        callback.on_train_batch_end(loop, None, None, None, 0)
+        callback.on_train_epoch_end(loop, None)
         callback.finalizer.wait()
 
     callback = PartialCheckpointCallback(disk / "run", on_save_error="warn")
-    callback.setup(trainer, None, "fit")
-    callback.on_fit_start(trainer, None)
+    callback.setup(loop, None, "fit")
+    callback.on_fit_start(loop, None)
     filler = fill(disk, but=14 << 20)
     train(1)
     train(2)
@@ -153,4 +136,4 @@ def test_training_on_a_full_disk_says_so_and_goes_on_later(disk: Path) -> None:
     assert restored is not None
     assert restored[1] == 4
     same(restored[0]["large"], LARGE + np.float32(4), "large")
-    callback.teardown(trainer, None, "fit")
+    callback.teardown(loop, None, "fit")

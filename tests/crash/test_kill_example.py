@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from kill_example import Example, Trials, Unbroken
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.slow

@@ -5,29 +5,24 @@ Which changes there are, and how many, is the engine's affair, and differs from 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import points
 import power
 import promises
 import pytest
-from disk import Disk
-from fileops import Event, Kind
+from fileops import Kind
+from nursery import Nursery
 from points import Point
 from promises import Said, Then
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from nursery import Nursery
-
 
 @pytest.fixture(scope="module")
-def changes(nursery: Nursery, scratch: Path) -> dict[str, int]:
+def changes(nursery: Nursery) -> dict[str, int]:
     """How many changes each step makes."""
     counts: dict[str, int] = {}
     step = ""
-    for event in points.changes_of(nursery, scratch):
+    for event in points.changes_of(nursery):
         if event.path.startswith("begin "):
             step = event.path.removeprefix("begin ")
         counts[step] = counts.get(step, 0) + (event.kind is not Kind.MARK)
@@ -45,31 +40,24 @@ def changes(nursery: Nursery, scratch: Path) -> dict[str, int]:
     ],
 )
 def test_what_fails_at_its_very_end_has_happened_or_not(
-    nursery: Nursery, scratch: Path, changes: dict[str, int], series: str, step: str
+    nursery: Nursery, changes: dict[str, int], series: str, step: str
 ) -> None:
     """Not, unless the disk refuses to undo it, or what is left to do is only to tidy up."""
     for at in range(changes[step] - 5, changes[step] + 3):
         point = Point(series, at, Then.FINALIZE, step)
-        points.hold(nursery, scratch, point, with_orbax=False)
-
-
-def outlives_a_power_cut(root: str, events: list[Event], said: Said, scratch: Path) -> None:
-    disk = Disk(root)
-    disk.replay(events)
-    cut = power.Cut(len(events), "", said, disk.after_cut(), Then.FINALIZE)
-    power.hold(scratch, cut, promises.check)
+        points.hold(nursery, point, with_orbax=False)
 
 
 def test_directories_above_a_new_session_outlive_a_power_cut(
-    nursery: Nursery, scratch: Path, tmp_path: Path
+    nursery: Nursery, tmp_path: Path
 ) -> None:
     root, events = power.record(nursery, tmp_path, durable=True)
     end = next(i for i, event in enumerate(events) if event.path == "done large")
-    outlives_a_power_cut(root, events[:end], Said(("large",)), scratch)
+    power.hold(nursery.scratch, power.worst_cut(root, events[: end + 1]), promises.check)
 
 
 def test_durable_save_after_one_that_need_not_be_outlives_a_power_cut(
-    nursery: Nursery, scratch: Path, tmp_path: Path
+    nursery: Nursery, tmp_path: Path
 ) -> None:
     root, events = power.record(nursery, tmp_path, durable=True, work="mixed")
-    outlives_a_power_cut(root, events, Said(("small",)), scratch)
+    power.hold(nursery.scratch, power.worst_cut(root, events, Said(("small",))), promises.check)

@@ -6,45 +6,39 @@ A sample of the points that `sweep.py` tries, the same one in every run.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import points
 import power
 import pytest
 from fileops import Action, Plan, read_log
-from nursery import Job
-from points import SERIES
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from nursery import Nursery
-    from points import Point
+from nursery import Job, Nursery
+from points import SERIES, Point
 
 _EACH = 2
 
 
 @pytest.fixture(scope="module")
-def chosen(nursery: Nursery, scratch: Path) -> dict[str, list[Point]]:
+def chosen(nursery: Nursery) -> dict[str, list[Point]]:
     """Series to some points of it."""
-    counts = points.count_changes(nursery, scratch)
+    counts = points.count_changes(nursery)
     drawn = points.sample(counts, _EACH * len(SERIES), seed=0)
     return {name: list(group) for name, group in itertools.groupby(drawn, lambda p: p.series)}
 
 
 @pytest.mark.parametrize("series", SERIES)
 def test_what_was_promised_holds_after_a_process_was(
-    nursery: Nursery, scratch: Path, chosen: dict[str, list[Point]], series: str
+    nursery: Nursery, chosen: dict[str, list[Point]], series: str
 ) -> None:
     for point in chosen[series]:
-        points.hold(nursery, scratch, point)
+        points.hold(nursery, point)
 
 
 def test_killed_anywhere_what_was_promised_holds_without_durable_too(
-    nursery: Nursery, scratch: Path, chosen: dict[str, list[Point]]
+    nursery: Nursery, chosen: dict[str, list[Point]]
 ) -> None:
     for point in chosen["killed"] + chosen["killed in a write"]:
-        points.hold(nursery, scratch, point, durable=False)
+        points.hold(nursery, point, durable=False)
 
 
 def test_the_record_leads_to_the_very_files_that_are_there(

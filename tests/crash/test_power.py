@@ -7,33 +7,29 @@ real disk, where there is one below the temporary directory: around the page cac
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import power
 import promises
 import workload
+from nursery import Nursery
 from promises import BrokenPromiseError, Said, Then, merged, require, same
 from workload import FIRST, SAVES
 
 import flax_partial as fp
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from nursery import Nursery
-
 
 def test_durable_saves_and_checkpoints_outlive_a_power_cut(
-    nursery: Nursery, scratch: Path, tmp_path: Path
+    nursery: Nursery, tmp_path: Path
 ) -> None:
     root, events = power.record(nursery, tmp_path, durable=True)
     check = functools.partial(promises.check, with_orbax=False)
     for cut in power.cuts(root, events, seed=0, samples=2, every=17):
-        power.hold(scratch, cut, check)
+        power.hold(nursery.scratch, cut, check)
 
 
 def test_without_durable_a_power_cut_loses_saves_and_never_gives_other_data(
-    nursery: Nursery, scratch: Path, tmp_path: Path
+    nursery: Nursery, tmp_path: Path
 ) -> None:
     root, events = power.record(nursery, tmp_path, durable=False)
     outcomes = set()
@@ -42,7 +38,7 @@ def test_without_durable_a_power_cut_loses_saves_and_never_gives_other_data(
         outcomes.add(what_is_left(base, said))
 
     for cut in power.cuts(root, events, seed=0, samples=5, every=6):
-        power.hold(scratch, cut, check)
+        power.hold(nursery.scratch, cut, check)
     assert outcomes >= {"data is missing", "nothing"}
 
 
@@ -68,13 +64,13 @@ def what_is_left(base: Path, said: Said) -> str:
     return "all" if set(held) >= set(said.done) & set(SAVES) else "some saves are gone"
 
 
-def test_a_broken_promise_is_noticed(nursery: Nursery, scratch: Path, tmp_path: Path) -> None:
+def test_a_broken_promise_is_noticed(nursery: Nursery, tmp_path: Path) -> None:
     """The checks themselves: what is held against durable saves does not hold without."""
     root, events = power.record(nursery, tmp_path, durable=False)
     broken = 0
     for cut in power.cuts(root, events, seed=0, samples=1, every=20):
         try:
-            power.hold(scratch, cut, functools.partial(promises.check, with_orbax=False))
+            power.hold(nursery.scratch, cut, functools.partial(promises.check, with_orbax=False))
         except (BrokenPromiseError, fp.PartialCheckpointError):
             broken += 1
     assert broken >= 3

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
 import workload
 from fileops import Action, Kind, Plan, read_log
-from nursery import Job
+from nursery import Job, Nursery
 
 import flax_partial as fp
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from nursery import Nursery
 
 KILLED = -9
 

@@ -5,48 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
 
 import power
 import pytest
 import workload
-from disk import Disk, write_tree
-from fileops import Action, Event, Kind, Plan, read_log
-from nursery import Job
-from promises import Said, require, same
+from fileops import Action, Event, Kind, Plan
+from nursery import Nursery
+from points import Run
+from promises import Said, Then, require, same
 from workload import FIRST, REUSED, SECOND, THIRD
 
 import flax_partial as fp
 
-if TYPE_CHECKING:
-    from nursery import Nursery
-
 ORDER = ("save 1", "finalize 1", "save 2", "finalize 2", "remove 1", "save 9")
 
 
-class Run:
-    """One run of the work, in a process that a plan befalls, and what is on the disk after it."""
-
-    def __init__(self, nursery: Nursery, scratch: Path, plan: Plan, step: str | None) -> None:
-        self.own = Path(tempfile.mkdtemp(dir=scratch))
-        self.base = self.own / "disk"
-        self.base.mkdir()
-        job = Job(self.base, self.own / "log", plan, step, work="reusing")
-        self.status = nursery.run(job)
-        self.events = read_log(self.own / "log")
-        self.said = Said.of(self.events)
-        self.errors = (self.own / "log.stderr").read_text(errors="replace")
-
-    def path(self, name: str) -> Path:
-        return workload.run_directory(self.base) / name
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.own)
+def run(nursery: Nursery, plan: Plan, step: str | None) -> Run:
+    """The work of this module, in a process that a plan befalls."""
+    return Run(nursery, plan, step, work="reusing")
 
 
 def changes_of(events: list[Event], step: str) -> list[Event]:
@@ -94,12 +71,12 @@ def end(base: Path, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def unharmed(nursery: Nursery, scratch: Path) -> list[Event]:
-    with Run(nursery, scratch, Plan(), None) as run:
-        assert run.status == 0, run.errors
-        assert run.said.done == ORDER
-        check(run.base, run.said)
-        return run.events
+def unharmed(nursery: Nursery) -> list[Event]:
+    with run(nursery, Plan(), None) as done:
+        assert done.status == 0, done.errors
+        assert done.said.done == ORDER
+        check(done.base, done.said)
+        return done.events
 
 
 @pytest.mark.parametrize(
@@ -114,7 +91,6 @@ def unharmed(nursery: Nursery, scratch: Path) -> list[Event]:
 )
 def test_killed_anywhere_every_checkpoint_is_whole(
     nursery: Nursery,
-    scratch: Path,
     unharmed: list[Event],
     *,
     step: str,
@@ -124,9 +100,9 @@ def test_killed_anywhere_every_checkpoint_is_whole(
     changes = changes_of(unharmed, step)
     count = len(changes) if action is Action.KILL else sum(e.kind is Kind.WRITE for e in changes)
     for at in range(0, count + 1, every):
-        with Run(nursery, scratch, Plan(action, at), step) as run:
-            assert run.status in {0, -9}, run.errors
-            check(run.base, run.said)
+        with run(nursery, Plan(action, at), step) as done:
+            assert done.status in {0, -9}, done.errors
+            check(done.base, done.said)
 
 
 def test_save_that_shares_links_one_file_and_writes_what_is_new(unharmed: list[Event]) -> None:
@@ -147,48 +123,44 @@ def test_save_that_shares_links_one_file_and_writes_what_is_new(unharmed: list[E
     ids=str,
 )
 def test_where_the_data_cannot_be_shared_it_is_written(
-    nursery: Nursery, scratch: Path, unharmed: list[Event], kind: Kind, error: str
+    nursery: Nursery, unharmed: list[Event], kind: Kind, error: str
 ) -> None:
     changes = changes_of(unharmed, "save 2")
     link = next(i for i, event in enumerate(changes) if event.kind is Kind.LINK)
     at = next(i for i, event in enumerate(changes) if i >= link and event.kind is kind)
     plan = Plan(Action.FAIL, at, 1, getattr(errno, error))
-    with Run(nursery, scratch, plan, "save 2") as run:
-        assert run.status == 0, run.errors
-        assert not run.said.failed
-        assert [event.kind for event in run.events if event.was_forced] == [kind]
-        assert not list(run.path(SECOND).glob("state/part.*/data.1"))
-        check(run.base, run.said)
+    with run(nursery, plan, "save 2") as done:
+        assert done.status == 0, done.errors
+        assert not done.said.failed
+        assert [event.kind for event in done.events if event.was_forced] == [kind]
+        assert not list((workload.run_directory(done.base) / SECOND).glob("state/part.*/data.1"))
+        check(done.base, done.said)
 
 
 def test_save_that_fails_anywhere_takes_nothing_from_the_earlier_checkpoint(
-    nursery: Nursery, scratch: Path, unharmed: list[Event]
+    nursery: Nursery, unharmed: list[Event]
 ) -> None:
     failed = 0
     for at in range(len(changes_of(unharmed, "save 2"))):
-        with Run(nursery, scratch, Plan(Action.FAIL, at, 1, errno.EIO), "save 2") as run:
-            assert run.status == 0, run.errors  # it tries again, and succeeds
-            failed += len(run.said.failed)
-            check(run.base, run.said)
+        with run(nursery, Plan(Action.FAIL, at, 1, errno.EIO), "save 2") as done:
+            assert done.status == 0, done.errors  # it tries again, and succeeds
+            failed += len(done.said.failed)
+            check(done.base, done.said)
     assert failed > 3
 
 
 @pytest.mark.parametrize("step", ["save 2", "finalize 2"])
 def test_durable_save_makes_what_it_shares_durable(
-    nursery: Nursery, scratch: Path, tmp_path: Path, step: str
+    nursery: Nursery, tmp_path: Path, step: str
 ) -> None:
     """The first checkpoint's data need not outlive a cut of the power; the second's has to."""
     root, events = power.record(nursery, tmp_path, durable=True, work="reusing")
     done = next(i for i, event in enumerate(events) if event.path == f"done {step}")
-    disk = Disk(root)
-    disk.replay(events[: done + 1])
-    base = scratch / "cut"
-    base.mkdir()
-    try:
-        write_tree(disk.after_cut(), base)
+
+    def check_second(base: Path, _said: Said, _then: Then) -> None:
         path = workload.run_directory(base) / SECOND
         if step == "save 2":
             fp.finalize(path)
         require_whole(path, SECOND)
-    finally:
-        shutil.rmtree(base)
+
+    power.hold(nursery.scratch, power.worst_cut(root, events[: done + 1]), check_second)

@@ -72,14 +72,19 @@ def save(base: Path, name: str, *, durable: bool, replace: bool = False) -> None
     fp.save(path, SAVES[name], replace=is_new, options=options, custom_metadata={name: True})
 
 
+def _run(base: Path, step: int, *, durable: bool) -> tuple[PartialCheckpointCallback, Any]:
+    """A callback that keeps the newest checkpoint, and a trainer that has come to a step."""
+    options = fp.SaveOptions(durable=durable)
+    callback = PartialCheckpointCallback(run_directory(base), keep_last=1, options=options)
+    trainer = types.SimpleNamespace(
+        global_step=step, current_epoch=0, callback_metrics={}, is_last_batch=True, state=TRAINED
+    )
+    return callback, trainer
+
+
 def train(base: Path, *, durable: bool) -> None:
     """Goes on from the newest checkpoint to step 2, as a training job would; keeps the newest."""
-    callback = PartialCheckpointCallback(
-        run_directory(base), keep_last=1, options=fp.SaveOptions(durable=durable)
-    )
-    trainer = types.SimpleNamespace(
-        global_step=1, current_epoch=0, callback_metrics={}, is_last_batch=True, state=TRAINED
-    )
+    callback, trainer = _run(base, 1, durable=durable)
     callback.setup(trainer, None, "fit")
     try:
         _fit(callback, trainer)
@@ -141,11 +146,6 @@ def save_reusing(base: Path, name: str, *, durable: bool) -> None:
     fp.save(path, REUSED[name], options=options, reuse=run_directory(base) / FIRST)
 
 
-def remove_first(base: Path) -> None:
-    """Removes the first checkpoint, as retention does."""
-    fp.remove(run_directory(base) / FIRST)
-
-
 def _reusing(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
     """A checkpoint that need not be durable, one that shares its data, one that comes too late."""
     path = run_directory(base)
@@ -154,7 +154,7 @@ def _reusing(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
         "finalize 1": lambda: fp.finalize(path / FIRST),
         "save 2": lambda: save_reusing(base, SECOND, durable=durable),
         "finalize 2": lambda: fp.finalize(path / SECOND),
-        "remove 1": lambda: remove_first(base),
+        "remove 1": lambda: fp.remove(path / FIRST),
         "save 9": lambda: save_reusing(base, THIRD, durable=durable),
     }
 
@@ -166,12 +166,7 @@ def _removal(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
 
 def begin(base: Path, *, durable: bool = True) -> None:
     """Begins a run and ends it before its first step: what is not to be kept goes."""
-    callback = PartialCheckpointCallback(
-        run_directory(base), keep_last=1, options=fp.SaveOptions(durable=durable)
-    )
-    trainer = types.SimpleNamespace(
-        global_step=2, current_epoch=0, callback_metrics={}, is_last_batch=True, state=TRAINED
-    )
+    callback, trainer = _run(base, 2, durable=durable)
     callback.on_fit_start(trainer, None)
     callback.on_train_end(trainer, None)
 
@@ -209,7 +204,7 @@ def run(job: Job) -> None:
 
 def _again(name: str, step: Callable[[], object], error: Exception) -> None:
     """Tries what failed; where its error's notes say that it has happened all the same, it has."""
-    said = " ".join(notes(error))
+    said = " ".join(getattr(error, "__notes__", ()))
     try:
         step()
     except fp.CheckpointExistsError:
@@ -218,11 +213,6 @@ def _again(name: str, step: Callable[[], object], error: Exception) -> None:
     except fp.NoSessionError:
         if name != "abort" or "is gone" not in said:
             raise
-
-
-def notes(error: BaseException) -> list[str]:
-    """What was added to an error."""
-    return getattr(error, "__notes__", [])
 
 
 def describe(error: BaseException) -> str:

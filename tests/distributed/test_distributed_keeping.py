@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING
+import signal
+from pathlib import Path
 
-from cluster import gather, running
+from cluster import gather, running, start_each
+from things import until
 
 import flax_partial as fp
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PACES = (0.01, 0.017)
 
@@ -19,8 +17,7 @@ def assert_holds_all_of_each_step(directory: Path) -> None:
     for step in fp.steps(directory):
         state = fp.load(directory / str(step))
         assert {name: set(values) for name, values in state.items()} == {
-            "of0": {step},
-            "of1": {step},
+            f"of{i}": {step} for i in range(2)
         }
     assert not list(directory.glob("*.partial_save"))
 
@@ -31,24 +28,18 @@ def test_processes_save_the_same_steps_by_the_clock_and_before_they_are_taken(
     """One job for both: to start one takes longer than either, and a job is preempted once."""
     with running(2, tmp_path) as two:
         clock = tmp_path / "clock"
-        answers = {
-            i: process.call(
-                "train_until_told", str(clock), pause, interval_secs=0.3, most_steps=150
-            )
-            for i, (process, pause) in enumerate(zip(two.processes, PACES, strict=True))
-        }
+        how = {"interval_secs": 0.3, "most_steps": 150}
+        answers = start_each(two, "train_until_told", clock, PACES, **how)
         (_, first), (_, second) = gather(answers)
         assert first == second == fp.steps(clock)
         assert len(first) >= 2
         assert_holds_all_of_each_step(clock)
 
         told = tmp_path / "told"
-        answers = {
-            i: process.call("train_until_told", str(told), pause, every_n_train_steps=100_000)
-            for i, (process, pause) in enumerate(zip(two.processes, PACES, strict=True))
-        }
-        time.sleep(0.5)
-        two.processes[1].terminate()
+        how = {"every_n_train_steps": 100_000}
+        answers = start_each(two, "train_until_told", told, PACES, **how)
+        until(lambda: set(tmp_path.glob("told.*")) == {tmp_path / "told.0", tmp_path / "told.1"})
+        two.processes[1].send(signal.SIGTERM)
         (last, saved), other = gather(answers)
         assert (last, saved) == other
         assert saved == [last] == fp.steps(told)

@@ -30,8 +30,6 @@ CONFLICTS: dict[str, tuple[Any, Any, bool]] = {
     "None": ({"a": None}, {"a": None}, True),
     "inside a leaf": ({"a": X}, {"a": {"b": X}}, False),
     "inside None": ({"a": None}, {"a": {"b": X}}, False),
-    "inside an empty dict": ({"a": {}}, {"a": {"b": X}}, False),
-    "inside an empty list": ({"a": []}, {"a": [X]}, False),
     "over a subtree": ({"a": {"b": {"c": X}}}, {"a": X}, False),
     "None over a subtree": ({"a": {"b": X}}, {"a": None}, False),
     "list beside dict": ({"a": [X]}, {"a": {"b": X}}, False),

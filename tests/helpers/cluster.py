@@ -13,14 +13,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from concurrent.futures import Future
+from typing import Any
 
 WORKER = Path(__file__).with_name("cluster_worker.py")
 ANSWER_SECS = 60.0
@@ -71,23 +67,15 @@ class Process:
     def wait(self, secs: float) -> int:
         return self._process.wait(secs)
 
-    def terminate(self) -> None:
-        """Announces its end to it, as a scheduler would."""
-        self._process.send_signal(signal.SIGTERM)
-
     def kill(self) -> None:
         """Ends it as a power switch would."""
         self.was_killed = True
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
-    def freeze(self) -> None:
-        """Stops it as a machine that has gone would be, without closing its connections."""
-        self._process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """Lets it go on."""
-        self._process.send_signal(signal.SIGCONT)
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal: SIGTERM as a scheduler does; SIGSTOP as if its machine had gone."""
+        self._process.send_signal(number)
 
     def ask_to_end(self) -> None:
         """Has it end by itself, after its last call."""
@@ -117,17 +105,23 @@ class Cluster:
         chosen = range(len(self.processes)) if on is None else on
         return {i: self.processes[i].call(name, *arguments, **options) for i in chosen}
 
-    def call(
-        self, name: str, *arguments: Any, on: Iterable[int] | None = None, **options: Any
-    ) -> list[Any]:
-        """What the function returned in each process; raises what it raised."""
-        return gather(self.start(name, *arguments, on=on, **options))
+    def call(self, *call: Any, **options: Any) -> list[Any]:
+        """What the function returned in each process, as for `start`; raises what it raised."""
+        return gather(self.start(*call, **options))
 
-    def errors(
-        self, name: str, *arguments: Any, on: Iterable[int] | None = None, **options: Any
-    ) -> list[BaseException | None]:
-        """What the function raised in each process."""
-        return errors_of(self.start(name, *arguments, on=on, **options))
+    def errors(self, *call: Any, **options: Any) -> list[BaseException | None]:
+        """What the function raised in each process, as for `start`."""
+        return errors_of(self.start(*call, **options))
+
+
+def start_each(
+    cluster: Cluster, name: str, path: Path, shares: Iterable[Any], **options: Any
+) -> dict[int, Future[Any]]:
+    """Has each process do the same with its own share, at the same time, and waits for none."""
+    return {
+        i: process.call(name, path, share, **options)
+        for i, (process, share) in enumerate(zip(cluster.processes, shares, strict=True))
+    }
 
 
 def gather(answers: dict[int, Future[Any]]) -> list[Any]:
@@ -181,9 +175,3 @@ def free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    begun = time.monotonic()
-    work()
-    return time.monotonic() - begun

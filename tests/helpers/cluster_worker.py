@@ -7,32 +7,30 @@ standard input and answers go to standard output, pickled; what is printed goes 
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import resource
 import sys
-import threading
 import time
-import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from things import assert_sharded, targets, trainer
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from concurrent.futures import Future
-
 QUICK = fp.SaveOptions(durable=False, chunk_bytes=32 << 10)
 WIDTH = 384
-_handles: dict[str, Future[Any]] = {}
+_handles: dict[Path, Future[Any]] = {}
 
 
 def ready() -> int:
@@ -56,6 +54,11 @@ def _as_computed(tree: Any) -> Any:
     return jax.tree.map(lambda x: x + 0, tree)
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def _donated(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x * 0, tree)
+
+
 def stage_state(numbers: Iterable[int], count: int | None) -> dict[str, Any]:
     """The state of a stage: its layers under their global names, and a step count."""
     tree = {str(number): layer(number) for number in numbers}
@@ -65,7 +68,7 @@ def stage_state(numbers: Iterable[int], count: int | None) -> dict[str, Any]:
 
 
 def save_stage(
-    path: str, numbers: Sequence[int], *, count: int | None = 7, **options: Any
+    path: Path, numbers: Sequence[int], *, count: int | None = 7, **options: Any
 ) -> list[str]:
     """Saves layers one by one, the last first, as a backward pass would; names of the parts."""
     parts = []
@@ -77,37 +80,28 @@ def save_stage(
     return parts
 
 
-def save_stage_async(path: str, numbers: Sequence[int]) -> None:
+def save_stage_async(path: Path, numbers: Sequence[int]) -> None:
     """Like `save_stage`, in the background, donating what was handed over at once."""
-    donate = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
     for number in numbers:
         state = stage_state([number], 7)
         fp.save_async(path, {"params": state["params"]}, options=QUICK)
-        jax.block_until_ready(donate(state["params"]))
+        jax.block_until_ready(_donated(state["params"]))
 
 
-def load_stage(path: str, numbers: Sequence[int]) -> int:
+def load_stage(path: Path, numbers: Sequence[int]) -> int:
     """Loads only these layers, onto this process's devices; returns how many bytes were read."""
     mesh = Mesh(np.array(jax.local_devices()), ("x",))
     kernel = NamedSharding(mesh, PartitionSpec("x"))
+    block = targets(layer(0), {"kernel": kernel, "bias": None})
     target = {
-        "params": {
-            "blocks": {
-                str(number): {
-                    "kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32, sharding=kernel),
-                    "bias": jax.ShapeDtypeStruct((WIDTH,), jnp.float32),
-                }
-                for number in numbers
-            }
-        },
+        "params": {"blocks": {str(number): block for number in numbers}},
         "opt_state": {"count": jax.ShapeDtypeStruct((), jnp.int32)},
     }
     state, bytes_read = _counted(lambda: fp.load(path, target, partial=True))
     for number in numbers:
         loaded, wanted = state["params"]["blocks"][str(number)], layer(number)
         assert loaded["kernel"].sharding == kernel
-        assert loaded.keys() == wanted.keys()
-        assert all(np.array_equal(loaded[name], wanted[name]) for name in wanted)
+        jax.tree.map(np.testing.assert_array_equal, loaded, wanted)
     assert int(state["opt_state"]["count"]) == 7
     return bytes_read
 
@@ -138,18 +132,36 @@ def global_mesh(shape: Sequence[int], *, is_reversed: bool = False) -> Mesh:
     return Mesh(np.array(devices).reshape(shape), ("x", "y"))
 
 
-def global_arrays(shape: Sequence[int]) -> dict[str, jax.Array]:
-    mesh = global_mesh(shape)
-    made = {
-        name: jax.make_array_from_callback(
-            value.shape, NamedSharding(mesh, specs()[name]), value.__getitem__
-        )
-        for name, value in global_values().items()
+def sharded(mesh: Mesh, specs: Mapping[str, PartitionSpec]) -> dict[str, NamedSharding]:
+    return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+
+
+def spread(
+    values: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]
+) -> dict[str, jax.Array]:
+    """Global arrays of values that every process has."""
+    return {
+        name: jax.make_array_from_callback(value.shape, shardings[name], value.__getitem__)
+        for name, value in values.items()
     }
+
+
+def global_arrays(shape: Sequence[int]) -> dict[str, jax.Array]:
+    made = spread(global_values(), sharded(global_mesh(shape), specs()))
     return {name: _as_computed(array) for name, array in made.items()}
 
 
-def save_global(path: str, shape: Sequence[int], *, is_stale: bool = False, **options: Any) -> str:
+def assert_loaded(
+    loaded: Mapping[str, jax.Array],
+    shardings: Mapping[str, NamedSharding],
+    values: Mapping[str, np.ndarray],
+) -> None:
+    assert loaded.keys() == values.keys()
+    for name, array in loaded.items():
+        assert_sharded(array, shardings[name], values[name])
+
+
+def save_global(path: Path, shape: Sequence[int], *, is_stale: bool = False, **options: Any) -> str:
     """Saves all of them; stale ones have other values."""
     arrays = global_arrays(shape)
     if is_stale:
@@ -161,50 +173,36 @@ def frozen_value() -> np.ndarray:
     return np.random.default_rng(6).random((512, 512), np.float32)
 
 
-def save_frozen(path: str, shape: Sequence[int], **options: Any) -> int:
+def save_frozen(path: Path, shape: Sequence[int], **options: Any) -> int:
     """Saves an array that never changes, and one that does; returns how much was not written."""
-    frozen, sharding = frozen_value(), NamedSharding(global_mesh(shape), PartitionSpec("x", "y"))
-    array = jax.make_array_from_callback(frozen.shape, sharding, frozen.__getitem__)
-    state = {"frozen": array, "changes": np.random.default_rng().random(20_000)}
-    if jax.process_index():
-        del state["changes"]
+    shardings = sharded(global_mesh(shape), {"frozen": PartitionSpec("x", "y")})
+    state: dict[str, Any] = spread({"frozen": frozen_value()}, shardings)
+    if not jax.process_index():
+        state["changes"] = np.random.default_rng().random(20_000)
     return fp.save(path, state, options=QUICK, **options).reused_bytes
 
 
-def save_global_async(path: str, shape: Sequence[int]) -> None:
+def save_global_async(path: Path, shape: Sequence[int]) -> None:
     """Saves in the background, and donates what was handed over at once."""
-    donate = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
     state = global_arrays(shape)
     fp.save_async(path, state, options=QUICK)
-    jax.block_until_ready(donate(state))
+    jax.block_until_ready(_donated(state))
 
 
-def load_global(path: str, shape: Sequence[int], *, is_reversed: bool = False) -> int:
+def load_global(path: Path, shape: Sequence[int], *, is_reversed: bool = False) -> int:
     """Loads onto another mesh and compares this process's shards; returns the bytes it read."""
-    mesh = global_mesh(shape, is_reversed=is_reversed)
     values = global_values()
-    target = {
-        name: jax.ShapeDtypeStruct(
-            value.shape, value.dtype, sharding=NamedSharding(mesh, specs()[name])
-        )
-        for name, value in values.items()
-    }
-    loaded, bytes_read = _counted(lambda: fp.load(path, target))
-    for name, array in loaded.items():
-        assert array.sharding == target[name].sharding
-        for shard in array.addressable_shards:
-            assert np.array_equal(shard.data, values[name][shard.index])
+    shardings = sharded(global_mesh(shape, is_reversed=is_reversed), specs())
+    loaded, bytes_read = _counted(lambda: fp.load(path, targets(values, shardings)))
+    assert_loaded(loaded, shardings, values)
     return bytes_read
 
 
-def load_by_orbax(path: str) -> None:
+def load_by_orbax(path: Path, shape: Sequence[int]) -> None:
     """Loads by Orbax, which finds the shardings in the checkpoint."""
     import orbax.checkpoint.experimental.v1 as ocp
 
-    for name, array in ocp.load(path).items():
-        assert array.sharding.spec == specs()[name]
-        for shard in array.addressable_shards:
-            assert np.array_equal(shard.data, global_values()[name][shard.index])
+    assert_loaded(ocp.load(path), sharded(global_mesh(shape), specs()), global_values())
 
 
 # Stacked leaves: all layers in one array, which all processes have a share in, or each some rows.
@@ -234,17 +232,11 @@ def stacked_values() -> dict[str, np.ndarray]:
 
 
 def stacked_arrays(layout: str, shape: Sequence[int]) -> dict[str, jax.Array]:
-    mesh = global_mesh(shape)
-    return {
-        name: jax.make_array_from_callback(
-            value.shape, NamedSharding(mesh, LAYOUTS[layout][name]), value.__getitem__
-        )
-        for name, value in stacked_values().items()
-    }
+    return spread(stacked_values(), sharded(global_mesh(shape), LAYOUTS[layout]))
 
 
 def train_stacked(
-    directory: str, layout: str, shape: Sequence[int], *, budget: int | None = None
+    directory: Path, layout: str, shape: Sequence[int], *, budget: int | None = None
 ) -> tuple[str, ...]:
     """A step whose state is saved by rows, while it is computed, and donated after that.
 
@@ -258,47 +250,33 @@ def train_stacked(
         options=fp.SaveOptions(durable=False, max_inflight_bytes=budget),
     )
     state = {"params": _as_computed(stacked_arrays(layout, shape))}
-    trainer = types.SimpleNamespace(
-        global_step=0, current_epoch=0, callback_metrics={}, is_last_batch=True, state=state
-    )
-    callback.on_fit_start(trainer, None)
-    trainer.global_step = 1
-    callback.on_train_batch_end(trainer, None, None, None, 0)
-    trainer.state = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)(
-        state
-    )
-    callback.on_train_epoch_end(trainer, None)
-    callback.on_train_end(trainer, None)
+    loop = trainer(state=state)
+    callback.on_fit_start(loop, None)
+    loop.global_step = 1
+    callback.on_train_batch_end(loop, None, None, None, 0)
+    loop.state = _donated(state)
+    callback.on_train_epoch_end(loop, None)
+    callback.on_train_end(loop, None)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     return callback.reports[0].groups
 
 
-def load_stacked(path: str, layout: str, shape: Sequence[int]) -> None:
+def load_stacked(path: Path, layout: str, shape: Sequence[int]) -> None:
     """Loads onto this job's devices, and compares this process's shards."""
-    values, mesh = stacked_values(), global_mesh(shape)
-    target = {
-        name: jax.ShapeDtypeStruct(
-            value.shape, value.dtype, sharding=NamedSharding(mesh, LAYOUTS[layout][name])
-        )
-        for name, value in values.items()
-    }
-    for name, array in fp.load(path, {"params": target}, partial=True)["params"].items():
-        assert array.sharding == target[name].sharding
-        for shard in array.addressable_shards:
-            assert np.array_equal(shard.data, values[name][shard.index])
+    values, shardings = stacked_values(), sharded(global_mesh(shape), LAYOUTS[layout])
+    loaded = fp.load(path, {"params": targets(values, shardings)}, partial=True)["params"]
+    assert_loaded(loaded, shardings, values)
 
 
-def load_stacked_by_orbax(path: str, layout: str) -> None:
+def load_stacked_by_orbax(path: Path, layout: str, shape: Sequence[int]) -> None:
     """Loads by Orbax, which finds the shardings in the checkpoint."""
     import orbax.checkpoint.experimental.v1 as ocp
 
-    for name, array in ocp.load(path)["params"].items():
-        assert array.sharding.spec == LAYOUTS[layout][name]
-        for shard in array.addressable_shards:
-            assert np.array_equal(shard.data, stacked_values()[name][shard.index])
+    shardings = sharded(global_mesh(shape), LAYOUTS[layout])
+    assert_loaded(ocp.load(path)["params"], shardings, stacked_values())
 
 
-def save_stacked_slices(path: str, layout: str, shape: Sequence[int]) -> None:
+def save_stacked_slices(path: Path, layout: str, shape: Sequence[int]) -> None:
     """Saves pieces that all processes share, each process in an order of its own."""
     arrays = stacked_arrays(layout, shape)
     pieces: list[dict[str, fp.Slice]] = [
@@ -314,7 +292,7 @@ def save_stacked_slices(path: str, layout: str, shape: Sequence[int]) -> None:
         fp.save(path, {"params": piece}, options=QUICK)
 
 
-def save_own_slices(path: str, layers: Sequence[int], stages: Sequence[int]) -> None:
+def save_own_slices(path: Path, layers: Sequence[int], stages: Sequence[int]) -> None:
     """Saves rows that this process alone has, on its own devices: no two have as many."""
     values = jax.device_put(stacked_values(), jax.local_devices()[-1])
     for stage in stages:
@@ -327,24 +305,20 @@ def save_own_slices(path: str, layers: Sequence[int], stages: Sequence[int]) -> 
         fp.save(path, {"params": {"layers": fp.Slice(rows, layers[0], LAYERS)}}, options=QUICK)
 
 
-def save_keys(path: str) -> None:
+def save_keys(path: Path) -> None:
     """Saves PRNG keys that all processes share, and a global array of them."""
-    mesh = global_mesh((jax.device_count(), 1))
-    fp.save(path, {"one": jax.random.key(3), "many": _global_keys(mesh)}, options=QUICK)
+    many = _global_keys(global_mesh((jax.device_count(), 1)))
+    fp.save(path, {"one": jax.random.key(3), "many": many}, options=QUICK)
 
 
-def load_keys(path: str) -> None:
+def load_keys(path: Path) -> None:
     keys = _global_keys(global_mesh((1, jax.device_count())))
-    many = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=keys.sharding)
-    loaded = fp.load(path, {"one": jax.random.key(0), "many": many})
-    for got, want in zip(
-        jax.random.key_data(loaded["many"]).addressable_shards,
-        jax.random.key_data(keys).addressable_shards,
-        strict=True,
-    ):
-        assert np.array_equal(got.data, want.data)
-    one, other = map(jax.random.key_data, (loaded["one"], jax.random.key(3)))
-    assert np.array_equal(one, other)
+    many = targets({"many": keys}, {"many": keys.sharding})
+    loaded = fp.load(path, {"one": jax.random.key(0), **many})
+    for got, want in ((loaded["one"], jax.random.key(3)), (loaded["many"], keys)):
+        ours, others = (jax.random.key_data(one).addressable_shards for one in (got, want))
+        for shard, other in zip(ours, others, strict=True):
+            assert np.array_equal(shard.data, other.data)
 
 
 def _global_keys(mesh: Mesh) -> jax.Array:
@@ -393,38 +367,34 @@ def load_of_each_process(path: str) -> list[int]:
     return [len(loaded[name].addressable_shards) for name in target if name != "step"]
 
 
-def save(path: str, state: Any, **options: Any) -> str:
+def save(path: Path, state: Any, **options: Any) -> str:
     return fp.save(path, state, options=QUICK, **options).part
 
 
-def finalize(path: str, **options: Any) -> list[str]:
+def finalize(path: Path, **options: Any) -> list[str]:
     return sorted(fp.finalize(path, **options).leaves)
 
 
-def begin_finalize(path: str, **options: Any) -> None:
+def finalize_expecting(path: Path, expect: Sequence[str], **options: Any) -> list[str]:
+    return finalize(path, expect=expect, **options)
+
+
+def begin_finalize(path: Path, **options: Any) -> None:
     _handles[path] = fp.finalize_async(path, **options)
 
 
-def end_finalize(path: str) -> list[str]:
+def end_finalize(path: Path) -> list[str]:
     return sorted(_handles.pop(path).result(50).leaves)
 
 
-def is_finalized(path: str) -> bool:
+def is_finalized(path: Path) -> bool:
     return _handles[path].done()
 
 
-def finalize_in_threads(paths: Sequence[str]) -> list[list[str]]:
+def finalize_in_threads(paths: Sequence[Path]) -> list[list[str]]:
     """Finalizes several checkpoints, each in a thread of its own."""
-    leaves: dict[str, list[str]] = {}
-    threads = [
-        threading.Thread(target=lambda path=path: leaves.update({path: finalize(path)}))
-        for path in paths
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(50)
-    return [leaves[path] for path in paths]
+    with ThreadPoolExecutor(len(paths)) as pool:
+        return list(pool.map(finalize, paths))
 
 
 def train(steps: int) -> float:
@@ -437,20 +407,22 @@ def train(steps: int) -> float:
     return float(np.asarray(x.addressable_shards[0].data)[0, 0])
 
 
-def save_past_the_limit(path: str) -> None:
+def save_past_the_limit(path: Path) -> None:
     """A save in the background that fails: this process may write no more than 4 KiB to a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    limit_files(4096)
     try:
-        handle = fp.save_async(path, {"large": np.zeros(1 << 20)}, options=QUICK)
-        while not handle.done():
-            time.sleep(0.01)
+        wait([fp.save_async(path, {"large": np.zeros(1 << 20)}, options=QUICK)])
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        limit_files()
+
+
+def limit_files(size: int = resource.RLIM_INFINITY) -> None:
+    """Lets no file grow beyond a size."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def run_loop(
-    directory: str, steps: int, *, failing_step: int = 0, pause_secs: float = 0.0
+    directory: Path, failing_step: int = 0, *, steps: int = 4, pause_secs: float = 0.0
 ) -> tuple[int, list[int]]:
     """Trains with the callback; returns what it restored, and the steps that it finalized.
 
@@ -461,44 +433,42 @@ def run_loop(
         every_n_epochs=None,
         every_n_train_steps=1,
         keep_last=2,
-        state_fn=lambda trainer, _: {"progress": {"step": trainer.global_step}},
+        state_fn=lambda loop, _: {"progress": {"step": loop.global_step}},
         finalizer=FinalizeHook(timeout_secs=20),
         options=QUICK,
     )
-    trainer = types.SimpleNamespace(
-        global_step=0, current_epoch=0, callback_metrics={"loss": 0.5}, is_last_batch=False
-    )
-    callback.setup(trainer, None, "fit")
+    loop = trainer(callback_metrics={"loss": 0.5}, is_last_batch=False)
+    callback.setup(loop, None, "fit")
     try:
-        callback.on_fit_start(trainer, None)
+        callback.on_fit_start(loop, None)
         restored = callback.restore({"progress": {"step": 0}})
-        trainer.global_step = restored[1] if restored else 0
-        callback.on_train_start(trainer, None)
-        for step in range(trainer.global_step + 1, steps + 1):
-            callback.on_train_batch_start(trainer, None, None, step)
+        loop.global_step = restored[1] if restored else 0
+        callback.on_train_start(loop, None)
+        for step in range(loop.global_step + 1, steps + 1):
+            callback.on_train_batch_start(loop, None, None, step)
             own = {"w": np.full(1 << 16, step, np.float32)}
             if step == failing_step:
                 callback.finalizer.wait()  # the step before is to succeed
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-            callback.on_layer_ready(trainer, f"layer{jax.process_index()}", own)
+                limit_files(4096)
+            callback.on_layer_ready(loop, f"layer{jax.process_index()}", own)
             if pause_secs and step == failing_step:
                 time.sleep(pause_secs)
-                callback.on_layer_ready(trainer, "last", own)
-            trainer.global_step = step
-            callback.on_train_batch_end(trainer, None, None, None, step)
-        callback.on_train_end(trainer, None)
+                callback.on_layer_ready(loop, "last", own)
+            loop.global_step = step
+            callback.on_train_batch_end(loop, None, None, None, step)
+        callback.on_train_end(loop, None)
     except Exception as error:
-        callback.on_exception(trainer, None, error)
+        callback.on_exception(loop, None, error)
         raise
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        limit_files()
     return restored[1] if restored else 0, [report.step for report in callback.reports]
 
 
-def train_until_told(directory: str, pause_secs: float, **options: Any) -> tuple[int, list[int]]:
+def train_until_told(directory: Path, pause_secs: float, **options: Any) -> tuple[int, list[int]]:
     """Trains at a pace of its own until told to stop; its last step, and those it finalized.
 
-    Unless told it ends after `most_steps`.
+    Unless told it ends after `most_steps`. Beside the directory is a file once it has begun.
     """
     most_steps = options.pop("most_steps", 10_000)
     if "interval_secs" in options:
@@ -506,25 +476,20 @@ def train_until_told(directory: str, pause_secs: float, **options: Any) -> tuple
     callback = PartialCheckpointCallback(
         directory,
         every_n_epochs=None,
-        state_fn=lambda trainer, _: {f"of{jax.process_index()}": np.full(9, trainer.global_step)},
+        state_fn=lambda loop, _: {f"of{jax.process_index()}": np.full(9, loop.global_step)},
         finalizer=FinalizeHook(timeout_secs=20),
         options=QUICK,
         **options,
     )
-    trainer = types.SimpleNamespace(
-        global_step=0,
-        current_epoch=0,
-        callback_metrics={},
-        is_last_batch=False,
-        should_stop=False,
-    )
-    callback.on_fit_start(trainer, None)
-    while not trainer.should_stop and trainer.global_step < most_steps:
+    loop = trainer(is_last_batch=False, should_stop=False)
+    callback.on_fit_start(loop, None)
+    while not loop.should_stop and loop.global_step < most_steps:
         time.sleep(pause_secs)
-        trainer.global_step += 1
-        callback.on_train_batch_end(trainer, None, None, None, trainer.global_step)
-    callback.on_train_end(trainer, None)
-    return trainer.global_step, [report.step for report in callback.reports]
+        loop.global_step += 1
+        callback.on_train_batch_end(loop, None, None, None, loop.global_step)
+        directory.with_suffix(f".{jax.process_index()}").touch()
+    callback.on_train_end(loop, None)
+    return loop.global_step, [report.step for report in callback.reports]
 
 
 def sleep(secs: float) -> None:
@@ -557,7 +522,6 @@ def main() -> None:
             name, arguments, options = pickle.load(calls)  # noqa: S301 - from our own test
         except EOFError:
             break
-        outcome: tuple[Any, Exception | None]
         try:
             outcome = globals()[name](*arguments, **options), None
         except Exception as error:  # noqa: BLE001 - it is raised on the other side

@@ -10,17 +10,15 @@ import os
 import signal
 import sys
 import types
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
 from preloaded import server
 
 import flax_partial as fp
 from flax_partial.storage import local as storage
 from flax_partial.storage import tensorstore_io as arrays
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from multiprocessing.connection import Connection
 
 _CHANGES = frozenset(("os.mkdir", "os.rename", "os.remove", "os.rmdir", "ctypes.dlsym"))
 

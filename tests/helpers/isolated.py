@@ -13,15 +13,13 @@ import os
 import resource
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from preloaded import server
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from multiprocessing.connection import Connection
 
 TIMEOUT_SECS = 150.0  # less than a test has: how long a loaded machine takes is no failure
 _MOST_ADDRESSES = 6 << 30  # beyond what the process has: a runaway ends there, not the machine
@@ -70,6 +68,23 @@ class Isolated:
             self.end()
             return Outcome(error=EndedError(f"the process ended with {code}"))
         return outcome
+
+    def value(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns there; it has to return."""
+        outcome = self.call(function, *arguments)
+        assert outcome.error is None, repr(outcome.error)
+        return outcome.value
+
+    def faults(
+        self, most_bytes: int, function: Callable[..., list[str]], *arguments: Any
+    ) -> list[str]:
+        """The faults that a function finds; that it fails, or takes more memory, is one too."""
+        outcome = self.call(function, *arguments)
+        if outcome.error is not None:
+            return [f"{type(outcome.error).__name__}: {outcome.error}"]
+        if outcome.peak_bytes > most_bytes:
+            return [f"it took {outcome.peak_bytes >> 20} MiB"]
+        return list(outcome.value)
 
     def _start(self) -> None:
         self._pipe, theirs = server().Pipe()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,6 @@ from jax import tree_util
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_utils
 from orbax.checkpoint.experimental import v1
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 STEP = 3  # what a checkpoint has to be named for the readers that look for steps
 
@@ -69,11 +66,7 @@ def map_leaves(function: Any, tree: Any) -> Any:
 
 def abstract(leaf: Any) -> Any:
     """A target for a leaf: none of its data, all else of it."""
-    if isinstance(leaf, jax.Array):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    if isinstance(leaf, (np.ndarray, np.generic, complex)):
-        return np.zeros_like(np.asarray(leaf))  # Orbax knows no complex and no NumPy scalars
-    return leaf if leaf is None else type(leaf)()
+    return trees.emptied(as_orbax(leaf))
 
 
 def as_orbax(leaf: Any) -> Any:

@@ -6,10 +6,8 @@ import functools
 import multiprocessing
 import os
 from multiprocessing import forkserver
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext
+from unittest import mock
 
 
 @functools.cache
@@ -19,12 +17,6 @@ def server() -> ForkServerContext:
     context.set_forkserver_preload(
         ["flax_partial._public", "flax_partial.callbacks", "jax._src.distributed"]
     )
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
+    with mock.patch.dict(os.environ, PYTHONSAFEPATH="1"):
         forkserver.ensure_running()
-    finally:
-        del os.environ["PYTHONSAFEPATH"]
-        if before is not None:
-            os.environ["PYTHONSAFEPATH"] = before
     return context

@@ -87,6 +87,7 @@ class Loop:
         "ready" stands for the moment after everything was streamed.
       counts_first: Whether `global_step` is counted before layers are streamed.
       starts_batches: Whether `on_train_batch_start` is called.
+      trainer: What trains; by default, a new `StubTrainer`.
     """
 
     def __init__(
@@ -100,8 +101,9 @@ class Loop:
         at: Mapping[str, Callable[[StubTrainer], None]] | None = None,
         counts_first: bool = False,
         starts_batches: bool = True,
+        trainer: StubTrainer | None = None,
     ) -> None:
-        self.trainer = StubTrainer()
+        self.trainer = trainer or StubTrainer()
         self.callbacks: Sequence[Any] = callbacks
         self._epochs = epochs
         self._batches = batches

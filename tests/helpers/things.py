@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+import os
+import subprocess
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 import flax_partial as fp
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 QUICK = fp.SaveOptions(durable=False)
 X = np.arange(3)
+MOST_SECS = 60  # that anything may take, on any machine; most takes milliseconds
+
+
+# What may be in the way of a file or a directory, made.
+OBSTACLES: dict[str, Callable[[Path], object]] = {
+    "file": lambda path: path.write_text("precious"),
+    "directory": lambda path: path.mkdir(),
+    "link": lambda path: path.symlink_to("."),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "pipe": os.mkfifo,
+}
+
+
+def stored(path: Path, *states: Any, **how: Any) -> fp.SaveReport:
+    """Makes a checkpoint of some saves, one after another; the report of the last."""
+    reports = [fp.save(path, state, **{"options": QUICK, **how}) for state in states]
+    fp.finalize(path)
+    return reports[-1]
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Waits for something to come true."""
+    end = time.monotonic() + MOST_SECS
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def listing(directory: Path) -> list[str]:
@@ -22,6 +53,47 @@ def listing(directory: Path) -> list[str]:
         f"{entry.relative_to(directory)} {entry.lstat().st_size if entry.is_file() else ''}"
         for entry in directory.rglob("*")
     )
+
+
+@contextlib.contextmanager
+def unchanged(directory: Path) -> Iterator[None]:
+    """Nothing below a directory is another afterwards."""
+    before = listing(directory)
+    yield
+    assert listing(directory) == before
+
+
+def targets(values: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:
+    """A target for arrays, each in a sharding, by their names."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+        for name, x in values.items()
+    }
+
+
+def assert_sharded(array: jax.Array, sharding: Any, value: np.ndarray) -> None:
+    """An array is sharded as wanted, and this process's shards hold their share of a value."""
+    assert array.sharding == sharding
+    for shard in array.addressable_shards:
+        assert np.array_equal(shard.data, value[shard.index])
+
+
+def run_or_skip(command: Sequence[object]) -> None:
+    """Runs a command that only some machines have, or allow; elsewhere the test is skipped."""
+    import pytest  # not in the processes that tests start
+
+    try:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        pytest.skip(f"no {error.filename} here")
+    if done.returncode:
+        pytest.skip(f"{command[0]}: {done.stderr.strip()}")
+
+
+def trainer(**fields: Any) -> types.SimpleNamespace:
+    """As much of a trainer as a callback reads, before its first step."""
+    known = {"global_step": 0, "current_epoch": 0, "callback_metrics": {}, "is_last_batch": True}
+    return types.SimpleNamespace(**{**known, "state": None, **fields})
 
 
 class Element:

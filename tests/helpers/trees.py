@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -102,6 +103,24 @@ def assert_same(got: object, want: object) -> None:
             assert not one, where
         else:
             assert fingerprint(one) == fingerprint(other), where
+
+
+def assert_whole(path: Path, state: Any, **how: Any) -> None:
+    """A finalized checkpoint holds a state, to the bit, and no damage."""
+    report = fp.verify(path)
+    assert report.ok, report.bad
+    assert_same(fp.load(path, **how), state)
+
+
+def emptied(leaf: Any) -> Any:
+    """A leaf of a target: it says what is wanted, and has other content."""
+    if isinstance(leaf, jax.Array):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    if isinstance(leaf, np.ndarray):
+        return np.zeros(leaf.shape, leaf.dtype.newbyteorder("="))
+    if isinstance(leaf, np.generic):
+        return np.zeros((), leaf.dtype)[()]
+    return leaf if is_empty(leaf) else type(leaf)()
 
 
 def as_nested(tree: Any) -> Any:

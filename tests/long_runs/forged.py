@@ -25,20 +25,19 @@ def array(shape: list[int], chunk: list[int], digests: Any = None, **fields: Any
         count *= -(-size // max(step, 1))
     if digests is None:
         digests = [""] * count if count < 10 else []
-    return {
-        "path": ["a"],
-        "keys": "d",
-        "kind": "np.ndarray",
-        "dtype": "uint8",
-        "shape": shape,
-        "chunk": chunk,
-        "boxes": [([0] * len(shape), shape, digests)],
-    } | fields
+    boxes = [([0] * len(shape), shape, digests)]
+    own = {"dtype": "uint8", "shape": shape, "chunk": chunk, "boxes": boxes}
+    return empty("np.ndarray", **own) | fields
 
 
 def text(path: list[str], keys: str, **fields: Any) -> Row:
     """A row of a string."""
     return {"path": path, "keys": keys, "kind": "string", "text": "x"} | fields
+
+
+def empty(kind: str, **fields: Any) -> Row:
+    """A row of an empty container."""
+    return {"path": ["a"], "keys": "d", "kind": kind} | fields
 
 
 ROWS: dict[str, list[Row]] = {
@@ -69,10 +68,7 @@ ROWS: dict[str, list[Row]] = {
     "runs of compressed chunks": [array([3000], [3000], runs=[[0, 0, 1]], compression="zstd")],
     "data of no bytes": [text(["a"], "d", data="????")],
     "placeholder of a string": [text(["a"], "d", placeholder=True)],
-    "placeholder, and what is inside of it": [
-        {"path": ["a"], "keys": "d", "kind": "list", "placeholder": True},
-        text(["a", "b"], "dd"),
-    ],
+    "placeholder, and what is in it": [empty("list", placeholder=True), text(["a", "b"], "dd")],
     "places of other sizes": [array([3], [3], boxes=[([0], [3], [""], ["AAAA"] * 2)])],
     "places in a file": [array([3], [3], boxes=[([0], [3], [""], [[0, 3]])])],
     "runs of no array": [text(["a"], "d", runs=[[0, 0, 1]])],
@@ -100,10 +96,7 @@ ROWS: dict[str, list[Row]] = {
     "lone surrogate in the name of an array": [array([3], [3], path=["\ud800"])],
     "leaf, then what is inside of it": [text(["a"], "d"), text(["a", "b"], "dd")],
     "subtree, then a leaf in its place": [text(["a", "b"], "dd"), text(["a"], "d")],
-    "empty dict, then what is inside of it": [
-        {"path": ["a"], "keys": "d", "kind": "dict"},
-        text(["a", "b"], "dd"),
-    ],
+    "empty dict, then what is inside of it": [empty("dict"), text(["a", "b"], "dd")],
     "one leaf twice": [text(["a"], "d"), text(["a"], "d", text="y")],
     "list and dict in one": [text(["a", "b"], "dd"), text(["a", "0"], "ds")],
     "the root as a leaf": [text([], "")],

@@ -15,7 +15,9 @@ import json
 import random
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import forged
 import numpy as np
@@ -24,46 +26,14 @@ from isolated import Isolated
 
 import flax_partial as fp
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
 QUICK = fp.SaveOptions(durable=False, chunk_bytes=2_000)
-MOST_BYTES = (
-    300 << 20
-)  # what a table may claim before the files are asked for their sizes, and some
+MOST_BYTES = 300 << 20  # what a table may claim before files are asked for their sizes, and some
 FILES = ("part.json", "contents.json", "_METADATA")
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 7, 2**31, 2**62, 2**63, 10**15, 10**30, 1.5, 1e308, -0.0),
-    *(
-        "",
-        "a",
-        "0",
-        "1",
-        "-1",
-        "x" * 1000,
-        "..",
-        "/",
-        "\0",
-        "\ud800",
-        "\u00e9",
-        "np.ndarray",
-        "scalar",
-    ),
-    *(
-        "jax.Array",
-        "string",
-        "prng_key",
-        "dict",
-        "list",
-        "None",
-        "bfloat16",
-        "int4",
-        "float64",
-        "zstd",
-        "blosc",
-        "bytes",
-    ),
+    *("", "a", "0", "1", "-1", "x" * 1000, "..", "/", "\0", "\ud800", "\u00e9", "np.ndarray"),
+    *("scalar", "jax.Array", "string", "prng_key", "dict", "list", "None", "bfloat16", "int4"),
+    *("float64", "zstd", "blosc", "bytes"),
     *([], [[]], [0], [1, 1], [10**9], [0] * 40, {}, {"a": 1}, [[[0], [3], [""]]], ["a", "b"]),
 )
 
@@ -161,12 +131,7 @@ def start(directory: Path) -> Callable[[int], tuple[str, list[str]]]:
             file.write_text(json.dumps(changed(table, choose)))
         else:
             file.write_bytes(forged.envelope(json.dumps(changed(table["table"], choose)).encode()))
-        outcome = apart.call(ask, path)
-        if outcome.error is not None:
-            return kind, [f"{type(outcome.error).__name__}: {outcome.error}"]
-        if outcome.peak_bytes > MOST_BYTES:
-            return kind, [f"it took {outcome.peak_bytes >> 20} MiB"]
-        return kind, list(outcome.value)
+        return kind, apart.faults(MOST_BYTES, ask, path)
 
     return trial
 

@@ -20,72 +20,41 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import CodeType, FrameType
+from typing import Any
 
 import numpy as np
 import trees
 import trials
 from isolated import Isolated
+from things import QUICK, stored
 
 import flax_partial as fp
 from flax_partial.sessions import workers
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from types import CodeType, FrameType
-
-QUICK = fp.SaveOptions(durable=False)
 FIRST = {"first": np.arange(3), "text": "first"}
 SECOND = {"second": {"w": np.arange(40_000), "b": 2}}
 THIRD = {"third": 3}
 PACKAGE = str(Path(fp.__file__).parent)
 
 
-def save(path: Path) -> None:
-    fp.save(path, SECOND, options=QUICK)
-
-
-def replace(path: Path) -> None:
-    fp.save(path, SECOND, options=QUICK, replace=True)
-
-
-def save_async(path: Path) -> None:
-    fp.save_async(path, SECOND, options=QUICK).result()
-
-
-def share(path: Path) -> None:
-    fp.save(path, SECOND, options=QUICK, reuse=_earlier(path.parent))
-
-
-def finalize(path: Path) -> None:
-    fp.finalize(path)
-
-
-def finalize_async(path: Path) -> None:
-    fp.finalize_async(path).result()
-
-
-def abort(path: Path) -> None:
-    fp.abort(path)
-
-
-CALLS = {
-    call.__name__: call
-    for call in (save, replace, save_async, share, finalize, finalize_async, abort)
+CALLS: dict[str, Callable[[Path], object]] = {
+    "save": lambda path: fp.save(path, SECOND, options=QUICK),
+    "replace": lambda path: fp.save(path, SECOND, options=QUICK, replace=True),
+    "save_async": lambda path: fp.save_async(path, SECOND, options=QUICK).result(),
+    "share": lambda path: fp.save(path, SECOND, options=QUICK, reuse=path.with_name("earlier")),
+    "finalize": fp.finalize,
+    "finalize_async": lambda path: fp.finalize_async(path).result(),
+    "abort": fp.abort,
 }
 
 
-def _earlier(directory: Path) -> Path:
-    """A checkpoint beside the others, which `share` shares data with."""
-    return directory / "earlier"
-
-
 def make_earlier(directory: Path) -> None:
-    """Makes that checkpoint, if it is not there."""
-    if not _earlier(directory).exists():
-        fp.save(_earlier(directory), SECOND, options=QUICK)
-        fp.finalize(_earlier(directory))
+    """Makes the checkpoint that `share` shares data with, if it is not there."""
+    if not (directory / "earlier").exists():
+        stored(directory / "earlier", SECOND)
 
 
 # After these instructions CPython looks for signals, and after no others.
@@ -153,7 +122,6 @@ def go_on(path: Path, kept: Iterable[str]) -> None:
         time.sleep(1e-4)
     if path.exists():
         assert_whole(path, *kept)
-        assert gc.isenabled()
         return
     try:
         fp.save(path, THIRD, options=QUICK)
@@ -163,15 +131,14 @@ def go_on(path: Path, kept: Iterable[str]) -> None:
         assert_whole(path, *kept)
     else:
         assert_whole(path, *kept, *SECOND, *THIRD)
-    assert gc.isenabled()
 
 
 def assert_whole(path: Path, *names: str) -> None:
-    loaded = fp.load(path)
+    there = fp.load(path).keys()
+    assert there >= {*names}
     wanted = {**FIRST, **SECOND, **THIRD}
-    trees.assert_same(loaded, {name: wanted[name] for name in loaded})
-    assert loaded.keys() >= {*names}
-    assert fp.verify(path).ok
+    trees.assert_whole(path, {name: wanted[name] for name in there})
+    assert gc.isenabled()
 
 
 # --- in a process apart ---------------------------------------------------------------------------
@@ -197,7 +164,7 @@ def sweep(name: str, directory: Path, first: int, step: int) -> tuple[int, list[
 def signalled(directory: Path, seed: int) -> list[str]:
     """Interrupts a call by a signal at a random moment; returns what failed afterwards."""
     choose = random.Random(seed)  # noqa: S311 - of trials, not of secrets
-    call = choose.choice(list(CALLS.values()))
+    name = choose.choice(list(CALLS))
     path = directory / f"signal{seed}"
     make_earlier(directory)
     fp.save(path, FIRST, options=QUICK)
@@ -205,12 +172,12 @@ def signalled(directory: Path, seed: int) -> list[str]:
     with contextlib.suppress(KeyboardInterrupt):
         try:
             signal.setitimer(signal.ITIMER_REAL, choose.uniform(1e-6, 6e-3))
-            call(path)
+            CALLS[name](path)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-    fault = fault_of(call.__name__, path)
+    fault = fault_of(name, path)
     shutil.rmtree(path, ignore_errors=True)
-    return [f"{call.__name__}: {fault}"] if fault else []
+    return [f"{name}: {fault}"] if fault else []
 
 
 def fault_of(name: str, path: Path) -> str:

@@ -7,7 +7,7 @@ The last line says how many cuts were tried, and after how many of them everythi
 
 from __future__ import annotations
 
-import argparse
+import functools
 import hashlib
 import logging
 import os
@@ -16,23 +16,21 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from disk import Tree
+from fileops import Event
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import promises
+import trials
 from disk import Disk, read_tree, write_tree
-from fileops import build, read_log
+from fileops import read_log
 from nursery import Job, Nursery
 from promises import Said, Then, require
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from disk import Tree
-    from fileops import Event
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,14 @@ def cuts(
                 yield Cut(number + 1, str(event), said, tree, draw.choice(list(Then)))
 
 
+def worst_cut(root: str, events: Sequence[Event], said: Said | None = None) -> Cut:
+    """The cut after some events that leaves only what was fsynced."""
+    disk = Disk(root)
+    disk.replay(events)
+    said = said or Said.of(events)
+    return Cut(len(events), str(events[-1]), said, disk.after_cut(), Then.FINALIZE)
+
+
 def _digest(tree: Tree) -> bytes:
     found = hashlib.blake2b(digest_size=16)
 
@@ -130,38 +136,22 @@ def hold(directory: Path, cut: Cut, check: Callable[[Path, Said, Then], object])
 
 def main() -> int:
     """Tries them; prints a line for each after which something did not hold, and a summary."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=8, help="cuts after each change")
-    parser.add_argument("--directory", type=Path, default=None, help="on the disk to work on")
-    options = parser.parse_args()
+    options = trials.options(__doc__ or "", seed=0, samples=8, directory=None)
     logging.getLogger("flax_partial").setLevel(logging.CRITICAL)
     begun = time.monotonic()
-    tried = held = 0
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         directory = Path(name).resolve()
-        nursery = Nursery(build(directory))
+        nursery = Nursery(directory)
         root, events = record(nursery, directory, durable=True)
         nursery.close()
-        for cut in cuts(root, events, seed=options.seed, samples=options.samples):
-            tried += 1
-            try:
-                hold(directory, cut, promises.check)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it did not hold
-                notes = " ".join(getattr(error, "__notes__", ()))
-                _say(f"BROKEN {notes}: {type(error).__name__}: {error}")
-            else:
-                held += 1
-    _say(
-        f"seed {options.seed}, {len(events)} events: {tried} cuts tried, {held} held, "
-        f"{time.monotonic() - begun:.0f} s"
+        drawn = cuts(root, events, seed=options.seed, samples=options.samples)
+        checks = (("cut", functools.partial(hold, directory, cut, promises.check)) for cut in drawn)
+        tried, held = trials.hold_all(checks)
+    trials.say(
+        f"seed {options.seed}, {len(events)} events: {tried.total()} cuts tried, {held.total()} "
+        f"held, {time.monotonic() - begun:.0f} s"
     )
-    return 0 if held == tried else 1
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    return int(held != tried)
 
 
 if __name__ == "__main__":

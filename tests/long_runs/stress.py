@@ -15,7 +15,6 @@ Where the processes do not end in time, the stacks of all their threads are show
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import os
 import pickle
@@ -23,11 +22,13 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import trials
@@ -35,24 +36,18 @@ from preloaded import server
 
 import flax_partial as fp
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from multiprocessing.sharedctypes import Synchronized
-
 GRACE_SECS = 60.0
+SAVES = ("save", "replace", "save_async")
 QUICK = fp.SaveOptions(durable=False)
 _KINDS = ("save",) * 6 + ("replace",) * 2 + ("save_async",) * 3 + ("status",) * 2 + ("load",) * 2
 KINDS = (*_KINDS, "finalize", "finalize_async", "abort", "steps", "verify")
 ERRORS: dict[str, tuple[type[Exception], ...]] = {
-    "save": (fp.CheckpointExistsError, fp.NoSessionError),
-    "replace": (fp.CheckpointExistsError, fp.NoSessionError),
-    "save_async": (fp.CheckpointExistsError, fp.NoSessionError),
-    "finalize": (fp.CheckpointExistsError, fp.NoSessionError, fp.IncompleteCheckpointError),
-    "finalize_async": (fp.CheckpointExistsError, fp.NoSessionError, fp.IncompleteCheckpointError),
-    "abort": (fp.NoSessionError,),
-    "status": (fp.NoSessionError,),
-    "load": (fp.NoSessionError,),
-    "verify": (fp.NoSessionError,),
+    **dict.fromkeys(("abort", "status", "load", "verify"), (fp.NoSessionError,)),
+    **dict.fromkeys(SAVES, (fp.CheckpointExistsError, fp.NoSessionError)),
+    **dict.fromkeys(
+        ("finalize", "finalize_async"),
+        (fp.CheckpointExistsError, fp.NoSessionError, fp.IncompleteCheckpointError),
+    ),
     "steps": (),
 }
 
@@ -83,7 +78,7 @@ class Done:
 
     @property
     def is_save(self) -> bool:
-        return self.kind in ("save", "replace", "save_async")
+        return self.kind in SAVES
 
 
 def state_of(key: str, number: int) -> dict[str, Any]:
@@ -115,11 +110,8 @@ def work(directory: Path, seed: int, threads: int, secs: float, current: Synchro
                 with current.get_lock():
                     current.value = max(current.value, int(name) + 1)
 
-    workers = [threading.Thread(target=run, args=(thread,)) for thread in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(threads)))
     (directory / f"notes{seed}").write_bytes(pickle.dumps(notes))
 
 
@@ -277,21 +269,14 @@ def run(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, default in (("trials", 20), ("seed", 0), ("processes", 4), ("threads", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--secs", type=float, default=10.0)
-    options = parser.parse_args()
+    defaults = {"trials": 20, "seed": 0, "processes": 4, "threads": 16, "secs": 10.0}
+    options = trials.options(__doc__ or "", **defaults)
     total, held = 0, 0
     for trial in range(options.trials):
         with tempfile.TemporaryDirectory() as directory:
-            count, faults = run(
-                Path(directory),
-                processes=options.processes,
-                threads=options.threads,
-                secs=options.secs,
-                seed=options.seed + trial * options.processes,
-            )
+            seed = options.seed + trial * options.processes
+            how = {"processes": options.processes, "threads": options.threads}
+            count, faults = run(Path(directory), **how, secs=options.secs, seed=seed)
         total += count
         held += not faults
         for fault in faults[:20]:

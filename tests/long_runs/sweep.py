@@ -9,8 +9,7 @@ The last line says how many points were tried, and at how many of them everythin
 
 from __future__ import annotations
 
-import argparse
-import collections
+import functools
 import logging
 import os
 import sys
@@ -21,56 +20,32 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import points
-from fileops import build
+import trials
 from nursery import Nursery
-from points import SERIES
 
 
 def main() -> int:
     """Tries them; prints a line for each that did not hold, and a summary."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the sample, and of what follows")
-    parser.add_argument("--series", action="append", choices=SERIES, help="only these")
-    parser.add_argument("--sample", type=int, help="draw so many points of all series")
-    parser.add_argument("--directory", type=Path, default=None, help="on the disk to work on")
-    options = parser.parse_args()
+    options = trials.options(__doc__ or "", seed=0, series="", sample=0, directory=None)
     logging.getLogger("flax_partial").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        return _sweep(Path(directory).resolve(), options)
-
-
-def _sweep(directory: Path, options: argparse.Namespace) -> int:
-    nursery = Nursery(build(directory))
-    counts = points.count_changes(nursery, directory)
-    if options.sample:
-        chosen = points.sample(counts, options.sample, options.seed)
-    else:
-        chosen = points.every(counts, options.series or list(SERIES), options.seed)
-    tried: collections.Counter[str] = collections.Counter()
-    held: collections.Counter[str] = collections.Counter()
     begun = time.monotonic()
-    for point in chosen:
-        tried[point.series] += 1
-        try:
-            points.hold(nursery, directory, point)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the point did not hold
-            notes = " ".join(getattr(error, "__notes__", ()))
-            _say(f"BROKEN {notes}: {type(error).__name__}: {error}")
-        else:
-            held[point.series] += 1
-    nursery.close()
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        nursery = Nursery(Path(directory).resolve())
+        counts = points.count_changes(nursery)
+        names = [options.series] if options.series else list(points.SERIES)
+        chosen = points.every(counts, names, options.seed)
+        if options.sample:
+            chosen = points.sample(counts, options.sample, options.seed)
+        checks = ((one.series, functools.partial(points.hold, nursery, one)) for one in chosen)
+        tried, held = trials.hold_all(checks)
+        nursery.close()
     for name, number in tried.items():
-        _say(f"{name:24} {number:5} points tried, {held[name]:5} held")
-    _say(
+        trials.say(f"{name:24} {number:5} points tried, {held[name]:5} held")
+    trials.say(
         f"seed {options.seed}, {counts[0]} changes, {counts[1]} of them writes: {tried.total()} "
         f"points tried, {held.total()} held, {time.monotonic() - begun:.0f} s"
     )
-    return 0 if held == tried else 1
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    return int(held != tried)
 
 
 if __name__ == "__main__":

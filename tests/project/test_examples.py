@@ -29,6 +29,8 @@ import flax_partial as fp
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.timeout(700)  # longer than a program may take
+
 LAYERS = ("embed", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head")
 EVERY_4 = ("--checkpoint-every", "4")
 STREAMED = ", ".join(reversed(LAYERS))

@@ -7,35 +7,21 @@ import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
 import trees
 from engine_worker import Worker
+from scripts import GATED, run, run_well
+from things import stored, unchanged
 
 import flax_partial as fp
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-# Saves are made slow, so that the process surely ends before they do.
-SLOW = """
-    import sys, time
-    import numpy as np
-    import flax_partial as fp
-    from flax_partial.storage import local as storage
-
-    real = storage.commit_part
-
-    def slow(*arguments, **options):
-        time.sleep(0.3)
-        real(*arguments, **options)
-
-    storage.commit_part = slow
-    path = sys.argv[1]
-    for index in range(4):
-        fp.save_async(path, {f"{index}": np.full(1000, index)})
+# What is said at the end opens the gate: the process surely ends before its saves do.
+LATE = """
+    import logging
+    logging.getLogger("flax_partial").addFilter(lambda _: gate.set() is None)
 """
 ENDINGS = {
     "end of the script": ("", 0),
@@ -45,56 +31,32 @@ ENDINGS = {
 }
 
 
-def run(path: Path, script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(script), str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
 @pytest.mark.parametrize("case", ENDINGS)
 def test_process_that_ends_finishes_its_saves_and_says_so(tmp_path: Path, case: str) -> None:
     ending, code = ENDINGS[case]
-    done = run(tmp_path / "c", textwrap.dedent(SLOW) + ending)
+    save = "for i in range(4): fp.save_async(path, {str(i): np.full(1000, i)})"
+    done = run(tmp_path / "c", GATED, LATE, save, ending)
     assert done.returncode == code, done.stderr
-    assert "flax_partial" in done.stderr
-    assert "4 saves" in done.stderr
+    assert "flax_partial: finishing 4 saves" in done.stderr
     if "finalize" not in case:
         fp.finalize(tmp_path / "c")
-    trees.assert_same(fp.load(tmp_path / "c"), {f"{i}": np.full(1000, i) for i in range(4)})
+    trees.assert_whole(tmp_path / "c", {f"{i}": np.full(1000, i) for i in range(4)})
 
 
 def test_process_with_nothing_in_flight_ends_without_a_word(tmp_path: Path) -> None:
-    script = """
-        import sys
-        import numpy as np
-        import flax_partial as fp
-        fp.save_async(sys.argv[1], {"a": np.arange(3)}).result()
-        fp.finalize(sys.argv[1])
-    """
-    done = run(tmp_path / "c", script)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    script = 'fp.save_async(path, {"a": np.arange(3)}).result(); fp.finalize(path)'
+    assert run_well(tmp_path / "c", script) == ""
 
 
 def test_save_that_fails_at_exit_is_told(tmp_path: Path) -> None:
     """Nobody can raise it any more; it must not go without a word."""
     script = """
-        import sys, time
-        import flax_partial as fp
-        from flax_partial.storage import local as storage
-
-        def broken(*arguments, **options):
-            time.sleep(0.3)
+        def commit(*arguments, **options):
             raise OSError(28, "No space left on device")
 
-        fp.save(sys.argv[1], {"kept": 1})
-        storage.commit_part = broken
-        fp.save_async(sys.argv[1], {"lost": 2})
+        fp.save_async(path, {"lost": 2})
     """
-    done = run(tmp_path / "c", script)
+    done = run(tmp_path / "c", 'fp.save(path, {"kept": 1})', GATED, LATE, script)
     assert "No space left on device" in done.stderr
     assert str(tmp_path / "c") in done.stderr
     assert fp.status(tmp_path / "c").leaves == ("kept",)
@@ -110,16 +72,16 @@ def test_finalizes_at_once_in_processes_one_commits(tmp_path: Path) -> None:
         return "done"
 
     workers = [Worker() for _ in range(3)]
+    barrier = threading.Barrier(3)
     for attempt in range(8):
         path = tmp_path / f"c{attempt}"
-        for number, worker in enumerate(workers):
-            worker.call("save", str(path), {f"own{number}": np.arange(20_000)})
-        barrier = threading.Barrier(3)
+        state = {f"own{number}": np.arange(20_000) for number in range(3)}
+        for worker, (name, value) in zip(workers, state.items(), strict=True):
+            worker.call("save", str(path), {name: value})
         with ThreadPoolExecutor(3) as pool:
             outcomes = sorted(pool.map(finalize, workers))
         assert outcomes == ["CheckpointExistsError", "CheckpointExistsError", "done"]
-        assert set(fp.load(path)) == {"own0", "own1", "own2"}
-        assert fp.verify(path).ok
+        trees.assert_whole(path, state)
     for worker in workers:
         worker.end()
     assert len(list(tmp_path.iterdir())) == 8  # and no session is left
@@ -135,60 +97,47 @@ def test_process_that_dies_with_the_lock_holds_up_nobody(tmp_path: Path) -> None
     trees.assert_same(fp.load(tmp_path / "c", state, partial=True), state)
 
 
-def test_forked_child_takes_nothing_from_its_parent(tmp_path: Path) -> None:
+# --- forks ----------------------------------------------------------------------------------------
+
+CHILDREN = {"ends": "sys.exit(0)", "lives on": "signal.pause()"}
+
+
+@pytest.mark.parametrize("how", CHILDREN)
+def test_forked_child_takes_nothing_from_its_parent(tmp_path: Path, how: str) -> None:
     """As data loaders fork: the child ends, and the parent's saves and locks are the parent's."""
     script = """
-        import os, sys, time, warnings
         warnings.simplefilter("ignore")
-        import numpy as np
-        import flax_partial as fp
-        from flax_partial.storage import local as storage
-
-        path = sys.argv[1]
+        gate.set()
         fp.save(path, {"before": np.arange(5)})
-        real = storage.commit_part
-
-        def slow(*arguments, **options):
-            time.sleep(0.5)
-            real(*arguments, **options)
-
-        storage.commit_part = slow
+        gate.clear()
         handle = fp.save_async(path, {"in flight": np.arange(5)})
+        has_looked, looked = os.pipe()
         child = os.fork()
         if child == 0:
             assert fp.status(path).leaves == ("before",)
             print("child", flush=True)
-            sys.exit(0) if sys.argv[2] == "ends" else time.sleep(60)
-        if sys.argv[2] == "ends":
+            os.write(looked, b".")
+            CHILD
+        os.read(has_looked, 1)
+        if "exit" in "CHILD":
             assert os.waitpid(child, 0)[1] == 0
+        gate.set()
         handle.result()
         fp.save(path, {"after": np.arange(5)})
         fp.finalize(path)
         print(sorted(fp.load(path)))
-        if sys.argv[2] != "ends":
+        if "exit" not in "CHILD":
             os.kill(child, 9)
             os.waitpid(child, 0)
     """
-    for how in ("ends", "lives on"):
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / how), how],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.stdout == "child\n['after', 'before', 'in flight']\n", done.stderr
-        assert done.returncode == 0
-        assert "saves" not in done.stderr  # the child has none to finish
+    done = run(tmp_path / "c", GATED, script.replace("CHILD", CHILDREN[how]))
+    assert done.stdout == "child\n['after', 'before', 'in flight']\n", done.stderr
+    assert done.returncode == 0
+    assert "saves" not in done.stderr  # the child has none to finish
 
 
 FORKED = """
-    import os, sys, threading, warnings
     warnings.simplefilter("ignore")
-    import numpy as np
-    import flax_partial as fp
-
-    path = sys.argv[1]
     {parent}
     child = os.fork()
     if child == 0:
@@ -223,24 +172,26 @@ PARENTS = {
 }
 
 
+def run_forked(path: Path, parent: str, child: str) -> None:
+    done = run(path, FORKED.replace("{parent}", parent).replace("{child}", child))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("parent", PARENTS.values(), ids=PARENTS)
 def test_child_forked_from_a_user_gets_one_clear_error_for_what_writes(
     tmp_path: Path, parent: str
 ) -> None:
-    fp.save(tmp_path / "c" / "done", {"a": np.arange(20_000)})
-    fp.finalize(tmp_path / "c" / "done")
-    before = sorted(path.name for path in (tmp_path / "c" / "done").rglob("*"))
-    done = run(tmp_path / "c", FORKED.replace("{parent}", parent).replace("{child}", REFUSED))
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "c" / "done").rglob("*")) == before
+    stored(tmp_path / "c" / "done", {"a": np.arange(20_000)})
+    with unchanged(tmp_path / "c" / "done"):
+        run_forked(tmp_path / "c", parent, REFUSED)
 
 
 def test_child_forked_from_a_process_that_only_imported_the_package_saves(tmp_path: Path) -> None:
-    child = "fp.save(path, {'a': np.arange(5)}); fp.finalize(path)"
-    done = run(tmp_path / "c", FORKED.replace("{parent}", "").replace("{child}", child))
-    assert done.returncode == 0, done.stderr
-    trees.assert_same(fp.load(tmp_path / "c"), {"a": np.arange(5)})
+    run_forked(tmp_path / "c", "", "fp.save(path, {'a': np.arange(5)}); fp.finalize(path)")
+    trees.assert_whole(tmp_path / "c", {"a": np.arange(5)})
 
+
+# --- the end of the interpreter -------------------------------------------------------------------
 
 ENDS = {
     "atexit": """
@@ -262,54 +213,36 @@ ENDS = {
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_saves_while_the_interpreter_ends_still_finish(tmp_path: Path, end: str) -> None:
-    begin = """
-        import sys, threading
-        import numpy as np
-        import flax_partial as fp
-
-        path = sys.argv[1]
-        fp.save(path, {"first": np.arange(5)})
-    """
-    done = run(tmp_path / "c", textwrap.dedent(begin) + textwrap.dedent(end))
-    assert (done.returncode, done.stderr) == (0, "")
+    run_well(tmp_path / "c", 'fp.save(path, {"first": np.arange(5)})', end)
     fp.finalize(tmp_path / "c")
     assert set(fp.load(tmp_path / "c")) == {"first", "late", "later"}
 
 
 def test_spawned_child_reads_and_saves_beside_its_parent(tmp_path: Path) -> None:
     """As data loaders should be started: nothing of the parent's use is in the way."""
-    (tmp_path / "script.py").write_text(
-        textwrap.dedent(
-            """
-            import multiprocessing, sys
-            import numpy as np
-            import flax_partial as fp
+    script = """
+        import multiprocessing, sys
+        import numpy as np
+        import flax_partial as fp
 
-            def child(path):
-                assert (fp.load(path + "/one")["a"] == np.arange(5)).all()
-                fp.save(path + "/two", {"child": np.arange(5)})
+        def child(path):
+            assert (fp.load(path + "/one")["a"] == np.arange(5)).all()
+            fp.save(path + "/two", {"child": np.arange(5)})
 
-            if __name__ == "__main__":
-                path = sys.argv[1]
-                fp.save(path + "/one", {"a": np.arange(5)})
-                fp.finalize(path + "/one")
-                fp.load(path + "/one")
-                handle = fp.save_async(path + "/two", {"parent": np.arange(5)})
-                process = multiprocessing.get_context("spawn").Process(target=child, args=(path,))
-                process.start()
-                process.join()
-                assert process.exitcode == 0
-                handle.result()
-                fp.finalize(path + "/two", expect=["parent", "child"])
-            """
-        )
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", tmp_path / "script.py", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+        if __name__ == "__main__":
+            path = sys.argv[1]
+            fp.save(path + "/one", {"a": np.arange(5)})
+            fp.finalize(path + "/one")
+            fp.load(path + "/one")
+            handle = fp.save_async(path + "/two", {"parent": np.arange(5)})
+            process = multiprocessing.get_context("spawn").Process(target=child, args=(path,))
+            process.start()
+            process.join()
+            assert process.exitcode == 0
+            handle.result()
+            fp.finalize(path + "/two", expect=["parent", "child"])
+    """
+    file = tmp_path / "script.py"
+    file.write_text(textwrap.dedent(script))
+    subprocess.run([sys.executable, "-W", "error", file, tmp_path], check=True, timeout=120)
     assert set(fp.load(tmp_path / "two")) == {"parent", "child"}

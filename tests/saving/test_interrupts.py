@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import interrupts
 import pytest
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from isolated import Isolated
+from isolated import Isolated
 
 STEP = 13  # of the points of each call; `interrupts.py` tries all of them
 
@@ -19,9 +15,7 @@ STEP = 13  # of the points of each call; `interrupts.py` tries all of them
 def test_call_interrupted_anywhere_leaves_nothing_locked_or_lost(
     tmp_path: Path, name: str, apart: Isolated
 ) -> None:
-    outcome = apart.call(interrupts.sweep, name, tmp_path, 1, STEP)
-    assert outcome.error is None, str(outcome.error)
-    points, faults = outcome.value
+    points, faults = apart.value(interrupts.sweep, name, tmp_path, 1, STEP)
     assert points >= 3
     assert not faults
 
@@ -30,6 +24,4 @@ def test_signals_at_random_moments_leave_nothing_locked_or_lost(
     tmp_path: Path, apart: Isolated
 ) -> None:
     for seed in range(60):
-        outcome = apart.call(interrupts.signalled, tmp_path, seed)
-        assert outcome.error is None, str(outcome.error)
-        assert not outcome.value
+        assert not apart.value(interrupts.signalled, tmp_path, seed)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +17,13 @@ import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 import trees
 from jax.sharding import NamedSharding, PartitionSpec
-from things import QUICK
+from things import QUICK, stored
 
 import flax_partial as fp
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 BASE = np.random.default_rng(0).standard_normal((300, 1000), np.float32)  # 1.2 MB
 SMALL_CHUNKS = fp.SaveOptions(durable=False, chunk_bytes=100_000)
 ZSTD = fp.SaveOptions(durable=False, compression="zstd")
-
-
-def checkpoint(path: Path, state: Any, **how: Any) -> fp.SaveReport:
-    report = fp.save(path, state, **{"options": QUICK, **how})
-    fp.finalize(path)
-    return report
 
 
 def data_files(path: Path) -> dict[str, tuple[int, int]]:
@@ -42,9 +33,14 @@ def data_files(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def assert_whole(path: Path, state: Any) -> None:
-    report = fp.verify(path)
-    assert report.ok, report.bad
-    trees.assert_same(fp.load(path, target=state), state)
+    trees.assert_whole(path, state, target=state)
+
+
+def reused_bytes(path: Path, state: Any, earlier: Path, **how: Any) -> int:
+    """Makes a checkpoint that may share data with an earlier one, and is whole."""
+    report = stored(path, state, reuse=earlier, **how)
+    assert_whole(path, state)
+    return report.reused_bytes
 
 
 def sharded(value: np.ndarray, *spec: Any) -> jax.Array:
@@ -70,13 +66,12 @@ def test_unchanged_leaf_is_not_written_again(
     tmp_path: Path, make: Callable[[], Any], options: fp.SaveOptions
 ) -> None:
     states = [{"base": make(), "step": step} for step in (1, 2)]
-    checkpoint(tmp_path / "1", states[0], options=options)
-    report = checkpoint(tmp_path / "2", states[1], options=options, reuse=tmp_path / "1")
-    assert report.reused_bytes == fp.metadata(tmp_path / "2").leaves["base"].bytes
+    stored(tmp_path / "1", states[0], options=options)
+    reused = reused_bytes(tmp_path / "2", states[1], tmp_path / "1", options=options)
+    assert reused == fp.metadata(tmp_path / "2").leaves["base"].bytes
     (first,) = data_files(tmp_path / "1").values()
     assert data_files(tmp_path / "2") == {"data.1": first}
-    for path, state in zip((tmp_path / "1", tmp_path / "2"), states, strict=True):
-        assert_whole(path, state)
+    assert_whole(tmp_path / "1", states[0])
 
 
 def test_removing_either_checkpoint_harms_the_other_in_nothing(tmp_path: Path) -> None:
@@ -85,8 +80,8 @@ def test_removing_either_checkpoint_harms_the_other_in_nothing(tmp_path: Path) -
     }
     for gone, left in (("1", "2"), ("2", "1")):
         run = tmp_path / gone
-        checkpoint(run / "1", states["1"])
-        assert checkpoint(run / "2", states["2"], reuse=run / "1").reused_bytes == BASE.nbytes
+        stored(run / "1", states["1"])
+        assert reused_bytes(run / "2", states["2"], run / "1") == BASE.nbytes
         shutil.rmtree(run / gone)
         assert_whole(run / left, states[left])
         trees.assert_same(ocp.load(run / left, states[left]), states[left])
@@ -94,13 +89,13 @@ def test_removing_either_checkpoint_harms_the_other_in_nothing(tmp_path: Path) -
 
 def test_what_changed_is_written_beside_what_did_not(tmp_path: Path) -> None:
     adapter = np.zeros((100, 300), np.float32)
-    checkpoint(tmp_path / "1", {"base": BASE, "adapter": adapter})
+    stored(tmp_path / "1", {"base": BASE, "adapter": adapter})
     adapter[-1, -1] = 1
-    report = checkpoint(tmp_path / "2", {"base": BASE, "adapter": adapter}, reuse=tmp_path / "1")
-    assert report.reused_bytes == BASE.nbytes
+    state = {"base": BASE, "adapter": adapter}
+    assert reused_bytes(tmp_path / "2", state, tmp_path / "1") == BASE.nbytes
     assert list(data_files(tmp_path / "2")) == ["data", "data.1"]
     shutil.rmtree(tmp_path / "1")
-    assert_whole(tmp_path / "2", {"base": BASE, "adapter": adapter})
+    assert_whole(tmp_path / "2", state)
 
 
 def test_a_chain_of_checkpoints_shares_one_file_which_outlives_all_but_the_last(
@@ -110,7 +105,7 @@ def test_a_chain_of_checkpoints_shares_one_file_which_outlives_all_but_the_last(
     for step in range(1, 6):
         state = {"base": BASE, "adapter": np.full((100, 300), step)}
         before = tmp_path / str(step - 1)
-        checkpoint(tmp_path / str(step), state, reuse=before)
+        reused_bytes(tmp_path / str(step), state, before)
         shutil.rmtree(before, ignore_errors=True)
         assert_whole(tmp_path / str(step), state)
         files = data_files(tmp_path / str(step))
@@ -118,41 +113,36 @@ def test_a_chain_of_checkpoints_shares_one_file_which_outlives_all_but_the_last(
     assert len(inodes) == 1
 
 
-@pytest.mark.parametrize("at", [(0, 0), (150, 7), (299, 999)])
-def test_one_other_bit_is_written(tmp_path: Path, at: tuple[int, int]) -> None:
+def with_other_bit(*at: int) -> np.ndarray:
     other = BASE.copy()
     other[at] = np.nextafter(other[at], np.float32(9))
-    checkpoint(tmp_path / "1", {"base": BASE}, options=SMALL_CHUNKS)
-    report = checkpoint(tmp_path / "2", {"base": other}, options=SMALL_CHUNKS, reuse=tmp_path / "1")
-    assert report.reused_bytes == 0
-    assert_whole(tmp_path / "2", {"base": other})
+    return other
 
 
-@pytest.mark.parametrize(
-    ("state", "options"),
-    [
-        pytest.param({"base": BASE.view(np.int32)}, QUICK, id="dtype"),
-        pytest.param({"base": BASE.reshape(1000, 300)}, QUICK, id="shape"),
-        pytest.param({"other": BASE}, QUICK, id="name"),
-        pytest.param({"base": BASE}, SMALL_CHUNKS, id="chunks"),
-        pytest.param({"base": BASE}, ZSTD, id="compression"),
-        pytest.param({"base": BASE}, fp.SaveOptions(checksum=False), id="no digests to compare"),
-    ],
-)
-def test_the_same_bytes_of_another_leaf_are_written(
-    tmp_path: Path, state: Any, options: fp.SaveOptions
-) -> None:
-    checkpoint(tmp_path / "1", {"base": BASE})
-    report = checkpoint(tmp_path / "2", state, options=options, reuse=tmp_path / "1")
-    assert report.reused_bytes == 0
-    assert_whole(tmp_path / "2", state)
+# What differs from a leaf "base" that was saved by some options -> what is saved now, and how.
+OTHERS: dict[str, tuple[fp.SaveOptions, Any, fp.SaveOptions]] = {
+    "first bit": (SMALL_CHUNKS, {"base": with_other_bit(0, 0)}, SMALL_CHUNKS),
+    "a bit": (SMALL_CHUNKS, {"base": with_other_bit(150, 7)}, SMALL_CHUNKS),
+    "last bit": (SMALL_CHUNKS, {"base": with_other_bit(299, 999)}, SMALL_CHUNKS),
+    "dtype": (QUICK, {"base": BASE.view(np.int32)}, QUICK),
+    "shape": (QUICK, {"base": BASE.reshape(1000, 300)}, QUICK),
+    "name": (QUICK, {"other": BASE}, QUICK),
+    "chunks": (QUICK, {"base": BASE}, SMALL_CHUNKS),
+    "compression": (QUICK, {"base": BASE}, ZSTD),
+    "no digests to compare": (QUICK, {"base": BASE}, fp.SaveOptions(checksum=False)),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_another_leaf_or_stored_otherwise_is_written(tmp_path: Path, case: str) -> None:
+    before, state, options = OTHERS[case]
+    stored(tmp_path / "1", {"base": BASE}, options=before)
+    assert reused_bytes(tmp_path / "2", state, tmp_path / "1", options=options) == 0
 
 
 def test_stacked_rows_are_reused_however_they_are_cut(tmp_path: Path) -> None:
     rows = np.arange(8 * 30_000, dtype=np.float32).reshape(8, 30_000)
-    for start in (4, 0):
-        fp.save(tmp_path / "1", {"w": fp.Slice(rows[start : start + 4], start, 8)}, options=QUICK)
-    fp.finalize(tmp_path / "1")
+    stored(tmp_path / "1", *({"w": fp.Slice(rows[at : at + 4], at, 8)} for at in (4, 0)))
     reused = []
     for start, stop in ((0, 2), (2, 4), (4, 8)):
         piece = {"w": fp.Slice(rows[start:stop], start, 8)}
@@ -165,10 +155,9 @@ def test_stacked_rows_are_reused_however_they_are_cut(tmp_path: Path) -> None:
 
 
 def test_newest_generation_is_what_is_compared(tmp_path: Path) -> None:
-    fp.save(tmp_path / "1", {"base": BASE}, options=QUICK)
-    checkpoint(tmp_path / "1", {"base": -BASE}, replace=True)
+    stored(tmp_path / "1", {"base": BASE}, {"base": -BASE}, replace=True)
     fp.save(tmp_path / "2", {"base": BASE}, options=QUICK, reuse=tmp_path / "1")
-    again = checkpoint(tmp_path / "2", {"base": -BASE}, replace=True, reuse=tmp_path / "1")
+    again = stored(tmp_path / "2", {"base": -BASE}, replace=True, reuse=tmp_path / "1")
     assert again.reused_bytes == BASE.nbytes
     shutil.rmtree(tmp_path / "1")
     assert_whole(tmp_path / "2", {"base": -BASE})
@@ -180,7 +169,7 @@ def test_file_that_holds_mostly_other_data_is_not_kept_alive(tmp_path: Path) -> 
     for step in range(1, 5):
         state = {"base": BASE, "rest": np.full((3, 300, 1000), step, np.float32)}
         before = tmp_path / str(step - 1)
-        reused.append(checkpoint(tmp_path / str(step), state, reuse=before).reused_bytes)
+        reused.append(reused_bytes(tmp_path / str(step), state, before))
         shutil.rmtree(before, ignore_errors=True)
         assert_whole(tmp_path / str(step), state)
     assert reused == [0, 0, BASE.nbytes, BASE.nbytes]
@@ -198,10 +187,9 @@ def test_file_that_holds_mostly_other_data_is_not_kept_alive(tmp_path: Path) -> 
 def test_what_is_too_small_for_a_link_is_written_again(
     tmp_path: Path, state: Any, files: list[str]
 ) -> None:
-    checkpoint(tmp_path / "1", state)
-    assert checkpoint(tmp_path / "2", state, reuse=tmp_path / "1").reused_bytes == 0
+    stored(tmp_path / "1", state)
+    assert reused_bytes(tmp_path / "2", state, tmp_path / "1") == 0
     assert list(data_files(tmp_path / "2")) == files
-    assert_whole(tmp_path / "2", state)
 
 
 def test_file_of_which_less_and_less_is_in_use_is_let_go(tmp_path: Path) -> None:
@@ -213,13 +201,13 @@ def test_file_of_which_less_and_less_is_in_use_is_let_go(tmp_path: Path) -> None
         for name in changed:
             values[name] += 1
         before = tmp_path / str(int(step) - 1)
-        report = checkpoint(tmp_path / step, values, reuse=before)
+        reused = reused_bytes(tmp_path / step, values, before)
         shutil.rmtree(before, ignore_errors=True)
         assert_whole(tmp_path / step, values)
         used = sum(file.stat().st_size for file in tmp_path.rglob("data*"))
         assert used <= 2 * sum(value.nbytes for value in values.values())
         wanted = {"1": "", "2": "ab", "3": "", "4": "abc"}[step]
-        assert report.reused_bytes == sum(values[name].nbytes for name in wanted)
+        assert reused == sum(values[name].nbytes for name in wanted)
 
 
 def test_session_that_is_not_finalized_is_not_shared_with(tmp_path: Path) -> None:
@@ -229,16 +217,14 @@ def test_session_that_is_not_finalized_is_not_shared_with(tmp_path: Path) -> Non
         assert report.reused_bytes == 0
         fp.abort(tmp_path / "2")
     (tmp_path / "1.partial_save").rename(tmp_path / "1")  # as if it were, without finalize
-    assert checkpoint(tmp_path / "2", {"base": BASE}, reuse=tmp_path / "1").reused_bytes == 0
+    assert reused_bytes(tmp_path / "2", {"base": BASE}, tmp_path / "1") == 0
 
 
 @pytest.mark.parametrize("before", ["nowhere", "not/even/there", "file", "orbax", "2"])
 def test_where_there_is_nothing_to_share_everything_is_written(tmp_path: Path, before: str) -> None:
     (tmp_path / "file").write_text("")
     ocp.save(tmp_path / "orbax", {"base": BASE})
-    report = checkpoint(tmp_path / "2", {"base": BASE}, reuse=tmp_path / before)
-    assert report.reused_bytes == 0
-    assert_whole(tmp_path / "2", {"base": BASE})
+    assert reused_bytes(tmp_path / "2", {"base": BASE}, tmp_path / before) == 0
 
 
 @pytest.mark.parametrize("before", ["", 7])
@@ -271,27 +257,26 @@ def _replace_by_link(path: Path) -> None:
 def test_damage_that_can_be_seen_without_reading_is_not_shared(
     tmp_path: Path, file: str, damage: Callable[[Path], None]
 ) -> None:
-    checkpoint(tmp_path / "1", {"base": BASE})
+    stored(tmp_path / "1", {"base": BASE})
     (path,) = (tmp_path / "1").glob(f"state/part.*/{file}")
     damage(path)
-    assert checkpoint(tmp_path / "2", {"base": BASE}, reuse=tmp_path / "1").reused_bytes == 0
-    assert_whole(tmp_path / "2", {"base": BASE})
+    assert reused_bytes(tmp_path / "2", {"base": BASE}, tmp_path / "1") == 0
 
 
 def test_damage_to_shared_data_is_found_by_verify_in_both_and_ends_with_other_data(
     tmp_path: Path,
 ) -> None:
-    checkpoint(tmp_path / "1", {"base": BASE})
+    stored(tmp_path / "1", {"base": BASE})
     (path,) = (tmp_path / "1").glob("state/part.*/data")
     with path.open("r+b") as file:
         file.seek(5000)
         file.write(b"damage")
-    checkpoint(tmp_path / "2", {"base": BASE}, reuse=tmp_path / "1")
+    stored(tmp_path / "2", {"base": BASE}, reuse=tmp_path / "1")
     for name in ("1", "2"):
         assert list(fp.verify(tmp_path / name).bad) == ["base"]
         with pytest.raises(fp.CorruptCheckpointError):
             fp.load(tmp_path / name)
-    checkpoint(tmp_path / "3", {"base": BASE})  # written anew
+    stored(tmp_path / "3", {"base": BASE})  # written anew
     assert_whole(tmp_path / "3", {"base": BASE})
 
 
@@ -306,9 +291,7 @@ def test_earlier_checkpoint_that_goes_while_a_session_is_saved_is_done_without(
     tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:
     layers = {str(i): BASE + i for i in range(3)}
-    for name, value in layers.items():
-        fp.save(tmp_path / "1", {name: value}, options=QUICK)
-    fp.finalize(tmp_path / "1")
+    stored(tmp_path / "1", *({name: value} for name, value in layers.items()))
     how = {"options": QUICK, "reuse": tmp_path / "1"}
     assert fp.save(tmp_path / "2", {"0": layers.pop("0")}, **how).reused_bytes == BASE.nbytes
     harm(tmp_path / "1")
@@ -321,29 +304,22 @@ def test_earlier_checkpoint_that_goes_while_a_session_is_saved_is_done_without(
 def test_earlier_checkpoints_are_removed_while_saves_share_their_files(tmp_path: Path) -> None:
     """Each save finds its file, or writes; whatever the moment at which it goes."""
     layers = {f"layer{i}": BASE[: 30 + i] for i in range(20)}
-    for name, value in layers.items():
-        fp.save(tmp_path / "0", {name: value}, options=QUICK)
-    fp.finalize(tmp_path / "0")
+    stored(tmp_path / "0", *({name: value} for name, value in layers.items()))
     for step in range(1, 13):
         before, path = tmp_path / str(step - 1), tmp_path / str(step)
-        removal = threading.Timer(step / 1000, shutil.rmtree, [before], {"ignore_errors": True})
-        removal.start()
         handles = [
             fp.save_async(path, {name: value}, options=QUICK, reuse=before)
             for name, value in layers.items()
         ]
+        handles[step].add_done_callback(lambda _, before=before: shutil.rmtree(before))
         wait(handles)
         fp.finalize(path)
-        removal.join()
-        shutil.rmtree(before, ignore_errors=True)
         assert_whole(path, layers)
 
 
 def test_other_file_system_is_written_to(tmp_path: Path, other_file_system: Path) -> None:
-    checkpoint(other_file_system / "1", {"base": BASE})
-    report = checkpoint(tmp_path / "2", {"base": BASE}, reuse=other_file_system / "1")
-    assert report.reused_bytes == 0
-    assert_whole(tmp_path / "2", {"base": BASE})
+    stored(other_file_system / "1", {"base": BASE})
+    assert reused_bytes(tmp_path / "2", {"base": BASE}, other_file_system / "1") == 0
 
 
 @pytest.fixture

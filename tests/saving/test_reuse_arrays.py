@@ -10,7 +10,8 @@ import gc
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,11 @@ import numpy as np
 import pytest
 import trees
 from jax.sharding import NamedSharding, PartitionSpec
-from things import QUICK
+from things import QUICK, stored
 
 import flax_partial as fp
 from flax_partial.loading.data_reader import aligned_empty
 from flax_partial.saving import describe, job, snapshot
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ROWS = np.random.default_rng(0).standard_normal((200, 1000), np.float32)
 DURABLE = fp.SaveOptions()
@@ -58,9 +56,7 @@ def checkpoints(directory: Path, state: Any, count: int, **how: Any) -> list[fp.
 
 
 def assert_whole(path: Path, state: Any) -> None:
-    report = fp.verify(path)
-    assert report.ok, report.bad
-    trees.assert_same(fp.load(path, target=state), state)
+    trees.assert_whole(path, state, target=state)
 
 
 def sharded() -> jax.Array:
@@ -77,8 +73,8 @@ def test_array_that_lives_on_is_not_copied_again(
     reports = checkpoints(tmp_path, state, 3, options=options)
     assert [report.reused_bytes for report in reports] == [0, 2 * ROWS.nbytes, 2 * ROWS.nbytes]
     assert sum(copied_bytes) == 2 * ROWS.nbytes + 3 * 8
-    shutil.rmtree(tmp_path / "1")
-    shutil.rmtree(tmp_path / "2")
+    for step in "12":
+        shutil.rmtree(tmp_path / step)
     assert_whole(tmp_path / "3", state)
 
 
@@ -91,8 +87,7 @@ def test_arrays_of_a_cpu_are_always_read(tmp_path: Path, monkeypatch: pytest.Mon
     checkpoints(tmp_path, state, 2)
     memory[7] = 5
     assert (np.asarray(state["frozen"])[7] == 5).all()
-    fp.save(tmp_path / "3", state, options=QUICK, reuse=tmp_path / "2")
-    fp.finalize(tmp_path / "3")
+    stored(tmp_path / "3", state, reuse=tmp_path / "2")
     assert (np.asarray(fp.load(tmp_path / "3")["frozen"])[7] == 5).all()
 
 
@@ -112,39 +107,30 @@ def test_another_array_at_the_place_of_one_that_died_is_another(tmp_path: Path) 
         state = {"w": jnp.asarray(ROWS) + step}
         ids.add(id(state["w"]))
         path = tmp_path / str(step)
-        report = fp.save(path, state, options=QUICK, reuse=tmp_path / str(step - 1))
-        fp.finalize(path)
-        assert report.reused_bytes == 0
+        assert stored(path, state, reuse=tmp_path / str(step - 1)).reused_bytes == 0
         assert_whole(path, state)
         del state
         gc.collect()
     assert len(ids) < 11  # or this has tried nothing
 
 
-def test_where_the_file_is_gone_the_array_is_copied_and_written(
-    tmp_path: Path, copied_bytes: list[int]
+@pytest.mark.parametrize(
+    ("options", "is_there"),
+    [
+        pytest.param(QUICK, False, id="its file is gone"),
+        pytest.param(fp.SaveOptions(chunk_bytes=99_999), True, id="in other chunks"),
+        pytest.param(DURABLE, True, id="not on the disk for certain"),
+    ],
+)
+def test_array_that_was_saved_otherwise_is_copied_and_written(
+    tmp_path: Path, copied_bytes: list[int], *, options: fp.SaveOptions, is_there: bool
 ) -> None:
     state = {"frozen": jnp.asarray(ROWS)}
     checkpoints(tmp_path, state, 2)
-    (file,) = (tmp_path / "2").glob("state/part.*/data*")
-    file.unlink()
+    if not is_there:
+        next((tmp_path / "2").glob("state/part.*/data*")).unlink()
     copied_bytes.clear()
-    fp.save(tmp_path / "3", state, options=QUICK, reuse=tmp_path / "2")
-    fp.finalize(tmp_path / "3")
-    assert copied_bytes == [ROWS.nbytes]
-    assert_whole(tmp_path / "3", state)
-
-
-@pytest.mark.parametrize("options", [fp.SaveOptions(chunk_bytes=99_999), DURABLE])
-def test_array_that_was_saved_otherwise_is_looked_at(
-    tmp_path: Path, copied_bytes: list[int], options: fp.SaveOptions
-) -> None:
-    """In other chunks; or without being on the disk for certain, which a durable save has to be."""
-    state = {"frozen": jnp.asarray(ROWS)}
-    checkpoints(tmp_path, state, 2)
-    copied_bytes.clear()
-    fp.save(tmp_path / "3", state, options=options, reuse=tmp_path / "2")
-    fp.finalize(tmp_path / "3")
+    stored(tmp_path / "3", state, options=options, reuse=tmp_path / "2")
     assert copied_bytes == [ROWS.nbytes]
     assert_whole(tmp_path / "3", state)
 
@@ -156,11 +142,10 @@ def test_save_that_fails_leaves_nothing_of_what_it_shared(tmp_path: Path) -> Non
     conflicting = {"frozen": state["frozen"], "other": 2}
     with pytest.raises(fp.KeyConflictError):
         fp.save(tmp_path / "3", conflicting, options=QUICK, reuse=tmp_path / "2")
-    session = tmp_path / "3.partial_save"
-    assert len(list(session.glob("state/part.*"))) == 1
+    assert len(list(tmp_path.glob("3.partial_save/state/part.*"))) == 1
     fp.save(tmp_path / "3", state, options=QUICK, reuse=tmp_path / "2")
     fp.abort(tmp_path / "3")
-    assert not session.exists()
+    assert not (tmp_path / "3.partial_save").exists()
     assert_whole(tmp_path / "2", state)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,9 @@ import numpy as np
 import pytest
 import trees
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
-from things import QUICK
+from things import assert_sharded, stored, targets
 
 import flax_partial as fp
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 SHAPE = (8, 16, 24)
 AXES = "xyz"
@@ -46,20 +44,10 @@ def values() -> dict[str, np.ndarray]:
     return {name: random.integers(0, 256, SHAPE, np.uint8) for name in SPECS}
 
 
-def put(tree: dict[str, np.ndarray], specs: Iterable[PartitionSpec], **kind: Any) -> Any:
-    mesh = trees.mesh("xyz")
-    return {
-        name: jax.device_put(value, NamedSharding(mesh, spec, **kind))
-        for (name, value), spec in zip(tree.items(), specs, strict=True)
-    }
-
-
-def target(state: Any, specs: Iterable[PartitionSpec], **kind: Any) -> Any:
-    mesh = trees.mesh("xyz")
-    return {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec, **kind))
-        for (name, x), spec in zip(state.items(), specs, strict=True)
-    }
+def shardings(specs: Iterable[PartitionSpec] = SPECS.values(), **kind: Any) -> Any:
+    """A sharding for each of the values."""
+    some = (NamedSharding(trees.mesh("xyz"), spec, **kind) for spec in specs)
+    return dict(zip(SPECS, some, strict=True))
 
 
 def boxes_of(path: Path) -> dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
@@ -77,7 +65,7 @@ def test_every_mix_is_written_once_and_loads_into_every_other(
     tmp_path: Path, memory_kind: str
 ) -> None:
     path, state = tmp_path / "c", values()
-    arrays = put(state, SPECS.values(), memory_kind=memory_kind)
+    arrays = jax.device_put(state, shardings(memory_kind=memory_kind))
     fp.save(path, arrays, options=fp.SaveOptions(durable=False, chunk_bytes=500))
     for name, boxes in boxes_of(path).items():
         shards = {str(shard.index) for shard in arrays[name].addressable_shards}
@@ -87,13 +75,10 @@ def test_every_mix_is_written_once_and_loads_into_every_other(
     assert fp.verify(path).ok
     others = list(SPECS.values())
     for shift in (0, 1, 17, 64):
-        wanted = target(state, others[shift:] + others[:shift], memory_kind=memory_kind)
-        loaded = fp.load(path, wanted)
-        for name, array in loaded.items():
-            assert array.sharding == wanted[name].sharding
+        wanted = shardings(others[shift:] + others[:shift], memory_kind=memory_kind)
+        for name, array in fp.load(path, targets(state, wanted)).items():
             assert array.sharding.memory_kind == memory_kind
-            for shard in array.addressable_shards:
-                assert np.array_equal(shard.data, state[name][shard.index]), name
+            assert_sharded(array, wanted[name], state[name])
 
 
 MESHES = {
@@ -122,15 +107,13 @@ def test_each_byte_is_read_once_however_many_devices_hold_it(
     host = np.random.default_rng(1).random((1024, 4096), np.float32)
     saved = jax.device_put(host, NamedSharding(trees.mesh("xy"), PartitionSpec("y", "x")))
     options = fp.SaveOptions(durable=False, chunk_bytes=chunk_bytes)
-    fp.save(tmp_path / "c", {"w": saved, "other": saved + 1, "small": 1}, options=options)
-    fp.finalize(tmp_path / "c")
+    stored(tmp_path / "c", {"w": saved, "other": saved + 1, "small": 1}, options=options)
     fp.load(tmp_path / "c", {"small": 0}, partial=True)  # what is imported late is imported now
-    wanted = {"w": jax.ShapeDtypeStruct(host.shape, host.dtype, sharding=MESHES[name])}
+    wanted = targets({"w": host}, {"w": MESHES[name]})
     before = bytes_read()
     loaded = fp.load(tmp_path / "c", wanted, partial=True)["w"]
     assert host.nbytes <= bytes_read() - before <= host.nbytes * 1.02
-    assert loaded.sharding == MESHES[name]
-    assert np.array_equal(loaded, host)
+    assert_sharded(loaded, MESHES[name], host)
 
 
 def test_sharding_that_does_not_divide_the_array_is_refused(tmp_path: Path) -> None:
@@ -138,8 +121,7 @@ def test_sharding_that_does_not_divide_the_array_is_refused(tmp_path: Path) -> N
     # By JAX too, in words that differ from version to version: there is no such array.
     with pytest.raises(ValueError, match="divi"):
         jax.device_put(np.zeros(9), uneven)
-    fp.save(tmp_path / "c", {"w": np.zeros(9, np.float32)}, options=QUICK)
-    fp.finalize(tmp_path / "c")
+    stored(tmp_path / "c", {"w": np.zeros(9, np.float32)})
     with pytest.raises(fp.TargetMismatchError, match=r"'w'.*does not fit"):
         fp.load(tmp_path / "c", {"w": jax.ShapeDtypeStruct((9,), jnp.float32, sharding=uneven)})
 
@@ -149,29 +131,7 @@ def test_what_jax_makes_of_shards_that_would_be_uneven_is_saved(tmp_path: Path) 
     even = jax.device_put(jnp.arange(16.0), sharding)
     shorten = jax.jit(lambda x: jax.lax.with_sharding_constraint(x[:13], sharding))
     state = {"constrained": shorten(even), "cut": even[:3], "grown": jnp.append(even, 1.0)}
-    fp.save(tmp_path / "c", state, options=QUICK)
-    fp.finalize(tmp_path / "c")
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    loaded = fp.load(tmp_path / "c", target)
+    stored(tmp_path / "c", state)
+    loaded = fp.load(tmp_path / "c", jax.tree.map(trees.emptied, state))
     trees.assert_same(loaded, state)
     assert all(loaded[name].sharding == state[name].sharding for name in state)
-
-
-def test_arrays_still_being_computed_may_be_donated_or_deleted_at_once(tmp_path: Path) -> None:
-    floats = {name: value.astype(np.float32) for name, value in values().items()}
-    arrays = put(floats, SPECS.values())
-    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda _, y: jnp.sin(y) + x, x))
-    wanted = {name: np.asarray(slow(array)) for name, array in list(arrays.items())[::9]}
-    state = {name: slow(arrays[name]) for name in wanted}
-    handle = fp.save_async(tmp_path / "c", state, options=QUICK)
-    for number, array in enumerate(state.values()):
-        if number % 2:
-            array.delete()
-        else:
-            jax.jit(lambda x: x * 0, donate_argnums=0)(array)
-    handle.result()
-    fp.finalize(tmp_path / "c")
-    loaded = fp.load(tmp_path / "c", jax.tree.map(np.empty_like, wanted))
-    trees.assert_same(loaded, wanted)

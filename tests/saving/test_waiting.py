@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
 import trees
+from scripts import run_well
 
 import flax_partial as fp
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-
-def run(path: Path, script: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(script), str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 # The worker sends SIGINT in the middle of its first piece, and goes on once the caller has had it.
 INTERRUPTED = """
-    import os, signal, sys, threading
-    import numpy as np
-    import flax_partial as fp
+    from flax_partial.sessions import registry
     from flax_partial.sessions.workers import Task
-    from flax_partial.storage import direct_io
+    from flax_partial.storage import direct_io, local
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    path, main = sys.argv[1], threading.main_thread().ident
+    main = threading.main_thread().ident
     direct_io._AT_ONCE_BYTES = 1 << 20
     fp.save(path, {"first": 1})
     pieces, stopped, may_go_on = [], threading.Event(), threading.Event()
@@ -69,8 +50,6 @@ INTERRUPTED = """
         sys.exit("it was not interrupted")
     os.writev, Task.stop = writev, stop
     if TWICE:  # it has returned at once, and its worker is undoing it
-        from flax_partial.sessions import registry, workers
-        from flax_partial.storage import local
         registry.session_of(local.resolve(path)).wait()
     assert len(pieces) == 1, pieces
     assert pieces[0] <= direct_io._AT_ONCE_BYTES, pieces
@@ -85,7 +64,7 @@ INTERRUPTED = """
 def test_interrupted_save_stops_at_the_next_piece_and_is_undone(
     tmp_path: Path, *, twice: bool
 ) -> None:
-    run(tmp_path / "c", INTERRUPTED.replace("TWICE", repr(twice)))
+    run_well(tmp_path / "c", INTERRUPTED.replace("TWICE", repr(twice)))
     trees.assert_same(fp.load(tmp_path / "c"), {"first": 1, "large": np.ones(8 << 20, np.uint8)})
 
 
@@ -109,18 +88,13 @@ STARTS = {
     """,
 }
 FOREIGN = """
-    import sys, threading
-    import numpy as np
-    import flax_partial as fp
-
-    path, call = sys.argv[1], fp.{call}
-    errors, ended = [], threading.Semaphore(0)
+    call, errors, ended = fp.CALL, [], threading.Semaphore(0)
 
     def worker(number):
         def work():
             try:
                 for i in range(12):
-                    saved = call(path, {{f"{{number}}.{{i}}": np.full((64, 64), 100 * number + i)}})
+                    saved = call(path, {f"{number}.{i}": np.full((64, 64), 100 * number + i)})
                     if call is fp.save_async:
                         saved.result()
             except BaseException as error:
@@ -143,21 +117,15 @@ FOREIGN = """
 def test_threads_that_python_does_not_know_save_like_others(
     tmp_path: Path, start: str, call: str
 ) -> None:
-    run(tmp_path / "c", textwrap.dedent(start) + textwrap.dedent(FOREIGN.format(call=call)))
-    loaded = fp.load(tmp_path / "c")
-    assert set(loaded) == {f"{number}.{i}" for number in range(6) for i in range(12)}
-    assert (loaded["3.7"] == 307).all()
-    assert fp.verify(tmp_path / "c").ok
+    run_well(tmp_path / "c", start, FOREIGN.replace("CALL", call))
+    saved = {f"{n}.{i}": np.full((64, 64), 100 * n + i) for n in range(6) for i in range(12)}
+    trees.assert_whole(tmp_path / "c", saved)
 
 
 def test_callback_of_a_handle_may_save_and_finalize(tmp_path: Path) -> None:
     """It is called by a worker, which must not wait for itself."""
     script = """
-        import sys, threading
-        import numpy as np
-        import flax_partial as fp
-
-        path, ended, errors = sys.argv[1], threading.Event(), []
+        ended, errors = threading.Event(), []
 
         def follow(handle):
             try:
@@ -171,5 +139,5 @@ def test_callback_of_a_handle_may_save_and_finalize(tmp_path: Path) -> None:
         assert ended.wait(60)
         assert not errors, errors
     """
-    run(tmp_path / "c", script)
+    run_well(tmp_path / "c", script)
     assert set(fp.load(tmp_path / "c")) == {"first", "second"}

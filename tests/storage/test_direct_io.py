@@ -6,8 +6,9 @@ import errno
 import fcntl
 import os
 import resource
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,6 @@ from hypothesis import strategies as st
 
 from flax_partial.storage import direct_io
 from flax_partial.storage.direct_io import NewFile
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 MEMORY = np.random.default_rng(0).integers(0, 256, 6 << 20, np.uint8)
 SIZES = (0, 1, 100, 4095, 4096, 4097, 65_535, 65_536, 65_537, 300_000, 1 << 20, (1 << 20) + 1)
@@ -47,10 +45,7 @@ def write(path: Path, wanted: Sequence[tuple[int, int]], *, durable: bool = True
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(wanted=runs)
 def test_what_is_appended_is_where_it_was_said_to_be(
-    tmp_path: Path,
-    *,
-    durable: bool,
-    wanted: list[tuple[int, int]],
+    tmp_path: Path, *, durable: bool, wanted: list[tuple[int, int]]
 ) -> None:
     write(tmp_path / "data", wanted, durable=durable)
 
@@ -100,11 +95,7 @@ def test_short_writes_are_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     real = os.writev
-
-    def short(descriptor: int, buffers: Any) -> int:
-        return real(descriptor, [buffers[0][:step]])
-
-    monkeypatch.setattr(os, "writev", short)
+    monkeypatch.setattr(os, "writev", lambda file, buffers: real(file, [buffers[0][:step]]))
     write(tmp_path / "data", [(3, 1 << 20), (5, 100), (0, 300_000)])
 
 
@@ -120,25 +111,26 @@ def test_error_of_writing_is_raised_and_closes_the_file(tmp_path: Path) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
+def watch(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, note: Any) -> None:
+    """Has a function's arguments noted before it is called."""
+    real = getattr(owner, name)
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        note(*arguments)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, noting)
+
+
 def test_large_file_is_written_around_the_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the file system can; and nothing but the ends of runs is copied on the way."""
-    flags = []
-    real = os.open
-
-    def watched(path: Any, flag: int, *more: Any, **options: Any) -> int:
-        flags.append(flag & os.O_DIRECT)
-        return real(path, flag, *more, **options)
-
+    flags: list[int] = []
     taken: list[int] = []
-    monkeypatch.setattr(os, "open", watched)
-    fill = direct_io._Buffer.fill  # noqa: SLF001
-    monkeypatch.setattr(
-        direct_io._Buffer,  # noqa: SLF001
-        "fill",
-        lambda buffer, view: taken.append(len(view)) or fill(buffer, view),
-    )
+    watch(monkeypatch, os, "open", lambda _, flag, *_more: flags.append(flag & os.O_DIRECT))
+    buffer = direct_io._Buffer  # noqa: SLF001
+    watch(monkeypatch, buffer, "fill", lambda _, view: taken.append(len(view)))
     write(tmp_path / "data", [(1, 2 << 20), (2, 2 << 20)])
     assert flags[0]
     assert sum(taken) < 8 * direct_io.BLOCK_BYTES

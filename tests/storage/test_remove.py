@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from terminal import on_terminal
-from things import QUICK, X, listing
+from things import QUICK, X, listing, stored, unchanged
 
 import flax_partial as fp
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
 
 def write(path: Path) -> Path:
-    fp.save(path, {"a": X, "b": np.ones((4, 4))}, options=QUICK)
-    fp.finalize(path)
-    return path
+    return stored(path, {"a": X, "b": np.ones((4, 4))}).path
 
 
 def test_removed_checkpoint_is_gone_and_nothing_else(tmp_path: Path) -> None:
@@ -39,42 +35,31 @@ def test_what_is_no_checkpoint_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "2").mkdir()
     write(tmp_path / "3")
     (tmp_path / "4").symlink_to("3")
-    before = listing(tmp_path)
-    for name in ("1", "2", "5"):
-        with pytest.raises(fp.NoSessionError, match=f"no finalized checkpoint at .*/{name}"):
-            fp.remove(tmp_path / name)
-    with pytest.raises(NotADirectoryError):
-        fp.remove(tmp_path / "4")
-    assert listing(tmp_path) == before
+    with unchanged(tmp_path):
+        for name in ("1", "2", "5"):
+            with pytest.raises(fp.NoSessionError, match=f"no finalized checkpoint at .*/{name}"):
+                fp.remove(tmp_path / name)
+        with pytest.raises(NotADirectoryError):
+            fp.remove(tmp_path / "4")
 
 
-def load(path: Path, look: Callable[[int, int], None]) -> Any:
-    return fp.load(path, progress=look)
-
-
-def load_one(path: Path, look: Callable[[int, int], None]) -> Any:
-    return fp.load(path, {"b": np.ones((4, 4))}, partial=True, progress=look)
-
-
-@pytest.mark.parametrize("read", [load, load_one])
-def test_checkpoint_that_is_being_loaded_stays_until_it_is(read: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [{}, {"target": {"b": np.ones((4, 4))}, "partial": True}])
+def test_checkpoint_that_is_being_loaded_stays_until_it_is(how: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "1")
     reads, may_end = threading.Event(), threading.Event()
-    loaded = []
 
     def look(_done: int, _total: int) -> None:
         reads.set()
         assert may_end.wait(30)
 
-    reader = threading.Thread(target=lambda: loaded.append(read(path, look)))
-    reader.start()
-    assert reads.wait(30)
-    with pytest.raises(fp.CheckpointInUseError, match="being read, and was not removed"):
-        fp.remove(path)
-    assert fp.steps(tmp_path) == [1]
-    may_end.set()
-    reader.join()
-    np.testing.assert_array_equal(loaded[0]["b"], np.ones((4, 4)))
+    with ThreadPoolExecutor(1) as reader:
+        loaded = reader.submit(fp.load, path, progress=look, **how)
+        assert reads.wait(30)
+        with pytest.raises(fp.CheckpointInUseError, match="being read, and was not removed"):
+            fp.remove(path)
+        assert fp.steps(tmp_path) == [1]
+        may_end.set()
+    np.testing.assert_array_equal(loaded.result()["b"], np.ones((4, 4)))
     fp.remove(path)
     assert listing(tmp_path) == []
 
@@ -92,8 +77,7 @@ def test_checkpoint_that_another_process_reads_stays_until_that_ends(tmp_path: P
 
 def test_load_says_how_far_it_is(tmp_path: Path) -> None:
     state = {str(i): np.full((40, 2**20), i, np.uint8) for i in range(4)} | {"s": "text"}
-    fp.save(tmp_path / "1", state, options=QUICK)
-    fp.finalize(tmp_path / "1")
+    stored(tmp_path / "1", state)
     told: list[tuple[int, int]] = []
     loaded = fp.load(tmp_path / "1", progress=lambda done, total: told.append((done, total)))
     size = 40 << 20

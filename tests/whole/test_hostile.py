@@ -9,12 +9,12 @@ import ast
 import contextlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import forged
 import jax
@@ -23,51 +23,35 @@ import pytest
 import trees
 from hypothesis import given
 from hypothesis import strategies as st
-from things import QUICK, X, listing
+from isolated import Isolated
+from things import OBSTACLES, QUICK, X, listing, run_or_skip, stored, unchanged
 
 import flax_partial as fp
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from isolated import Isolated
 
 # --- names ----------------------------------------------------------------------------------------
 
 NAMES = (
-    *("", " ", ".", "..", "...", "../..", "../../escape", "/", "//", "/etc/passwd", "a/b", "a//b"),
     *(
-        "\0",
-        "a\0b",
-        "\n",
-        "\r\n",
-        "\t",
-        "\x7f",
-        "\ufeff",
-        "\uffff",
-        "\u202e",
-        "e\u0301",
-        "\U0001f4a9",
+        "",
+        " ",
+        "a b",
+        "a b ",
+        ".",
+        "..",
+        "...",
+        "../..",
+        "../../escape",
+        "/",
+        "//",
+        "/etc/passwd",
+        "a/b",
+        "a//b",
     ),
+    *("\0", "a\0b", "\n", "\r\n", "\t", "\x7f", "\ufeff", "\uffff", "\u202e", "e\u0301"),
+    *("\U0001f4a9", "~", "~0", "~1", "$HOME", "`id`", "{}", "[0]", "*", "None", "0", "-1"),
     *("zarr.json", "c", "c/0", "c/0/0", ".zarray", ".zgroup", "d", "manifest.ocdbt", "_METADATA"),
     *("part.json", "contents.json", "state", "data", "_sharding", "_strings.json", "part.0.p0.x"),
-    *(
-        "'",
-        '"',
-        "\\",
-        "%2e%2e",
-        "~",
-        "~0",
-        "~1",
-        "$HOME",
-        "`id`",
-        "{}",
-        "[0]",
-        "*",
-        "None",
-        "0",
-        "-1",
-    ),
+    *("'", '"', "\\", "%2e%2e", "a b", "a b "),
     *("__class__", "__proto__", "__reduce__", "x" * 5_000, "\u00e9" * 3_000, "a" * 300 + "/" * 300),
 )
 SIZES = {"within the table": 3, "in the data file": 400, "large": 40_000}
@@ -86,9 +70,7 @@ def test_any_name_is_stored_like_any_other(tmp_path: Path, size: str) -> None:
     fp.save(tmp_path / "c", state, options=QUICK)
     session = {path.relative_to(tmp_path).parts for path in tmp_path.rglob("*")}
     assert all(len(parts) <= 4 for parts in session)  # no name has become a directory
-    fp.finalize(tmp_path / "c")
-    trees.assert_same(fp.load(tmp_path / "c"), state)
-    assert fp.verify(tmp_path / "c").ok
+    trees.assert_whole(fp.finalize(tmp_path / "c").path, state)
     for name in state.keys() - {"text"}:
         wanted = {name: state[name]}
         trees.assert_same(fp.load(tmp_path / "c", wanted, partial=True), wanted)
@@ -120,14 +102,11 @@ def test_names_are_at_odds_or_come_back(state: Any) -> None:
         path = Path(directory, "c")
         names = list(stored_names(state))
         if len(set(names)) < len(names):
-            with pytest.raises(fp.KeyConflictError):
+            with unchanged(path.parent), pytest.raises(fp.KeyConflictError):
                 fp.save(path, state, options=QUICK)
-            assert not listing(path.parent)
             return
-        fp.save(path, state, options=QUICK)
-        fp.finalize(path)
-        trees.assert_same(fp.load(path), state)
-        assert fp.verify(path).ok
+        stored(path, state)
+        trees.assert_whole(path, state)
         assert not outside(path.parent)
 
 
@@ -149,8 +128,7 @@ def test_tree_that_jax_cannot_flatten_is_refused_and_harms_nothing(tmp_path: Pat
             with pytest.raises(fp.UnsupportedLeafError, match="nested"):
                 call(tmp_path / "c", tree)
     assert not listing(tmp_path)
-    fp.save(tmp_path / "c", {"deep": deep(700, X)})
-    fp.finalize(tmp_path / "c")
+    stored(tmp_path / "c", {"deep": deep(700, X)})
     with pytest.raises(fp.UnsupportedLeafError, match="nested"):
         fp.load(tmp_path / "c", around)
     trees.assert_same(fp.load(tmp_path / "c"), {"deep": deep(700, X)})
@@ -168,9 +146,7 @@ def in_depth(path: Path) -> bool:
 
 
 def test_tree_of_a_thousand_levels_is_stored(tmp_path: Path, apart: Isolated) -> None:
-    outcome = apart.call(in_depth, tmp_path / "c")
-    assert outcome.error is None, repr(outcome.error)
-    assert outcome.value
+    assert apart.value(in_depth, tmp_path / "c")
 
 
 @pytest.mark.parametrize("width", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
@@ -253,9 +229,8 @@ def test_object_that_fails_fails_the_save_and_nothing_else(
     finally:
         FailingArray.is_armed = False
     assert listing(tmp_path) == before
-    fp.save(tmp_path / "c", {"ok": X, "bad": X})
-    fp.finalize(tmp_path / "c")
-    trees.assert_same(fp.load(tmp_path / "c"), {"first": X, "ok": X, "bad": X})
+    stored(tmp_path / "c", {"ok": X, "bad": X})
+    trees.assert_whole(tmp_path / "c", {"first": X, "ok": X, "bad": X})
 
 
 # --- code -----------------------------------------------------------------------------------------
@@ -289,22 +264,19 @@ def events_of(path: Path) -> list[str]:
 def test_reading_runs_nothing_that_a_checkpoint_holds(tmp_path: Path, apart: Isolated) -> None:
     for name in ("whole", *forged.ROWS):
         path = tmp_path / name.replace(" ", "_")
-        report = fp.save(path, {"a": jax.numpy.arange(3), "b": "__import__('os')"}, options=QUICK)
-        fp.finalize(path)
+        report = stored(path, {"a": jax.numpy.arange(3), "b": "__import__('os')"})
         if name != "whole":
             head = {"started_ns": 1, "committed_ns": 2, "parts": 1, "first_part": report.part}
             head["data_parts"] = [report.part]
             (path / "state" / "contents.json").write_bytes(forged.table(name, head))
-        outcome = apart.call(events_of, path)
-        assert outcome.error is None, repr(outcome.error)
-        assert not outcome.value, name
+        assert not apart.value(events_of, path), name
 
 
 def test_package_knows_nothing_that_runs_data() -> None:
     spec = importlib.util.find_spec("flax_partial")
     assert spec is not None
     assert spec.origin is not None
-    for file in Path(spec.origin).parent.glob("*.py"):
+    for file in Path(spec.origin).parent.rglob("*.py"):
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -320,9 +292,15 @@ def test_package_knows_nothing_that_runs_data() -> None:
 def works(path: Path) -> None:
     fp.save(path, {"a": X})
     fp.save_async(path, {"b": np.arange(40_000)}).result()
-    fp.finalize(path)
-    trees.assert_same(fp.load(path), {"a": X, "b": np.arange(40_000)})
-    assert fp.verify(path).ok
+    trees.assert_whole(fp.finalize(path).path, {"a": X, "b": np.arange(40_000)})
+
+
+def save_a(path: Path) -> fp.SaveReport:
+    return fp.save(path, {"a": X})
+
+
+def names_in(directory: Path) -> set[str]:
+    return {entry.name for entry in directory.iterdir()}
 
 
 def refuses(path: Path, error: type[Exception]) -> None:
@@ -334,31 +312,21 @@ def refuses(path: Path, error: type[Exception]) -> None:
         fp.finalize(path)
 
 
-def test_path_below_a_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["file/c", "file/deeper/c"])
+def test_path_below_a_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("precious")
-    refuses(tmp_path / "file" / "c", NotADirectoryError)
-    refuses(tmp_path / "file" / "deeper" / "c", NotADirectoryError)
-    assert listing(tmp_path) == ["file 8"]
+    with unchanged(tmp_path):
+        refuses(tmp_path / name, NotADirectoryError)
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling link", "pipe"])
 def test_what_is_at_the_path_is_left_alone(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "c"
-    match kind:
-        case "file":
-            path.write_text("precious")
-        case "link":
-            (tmp_path / "target").mkdir()
-            path.symlink_to("target")
-        case "dangling link":
-            path.symlink_to("nowhere")
-        case "pipe":
-            os.mkfifo(path)
-    before = listing(tmp_path)
-    refuses(path, fp.CheckpointExistsError)
-    with pytest.raises(fp.NoSessionError):
-        fp.load(path)
-    assert listing(tmp_path) == before
+    OBSTACLES[kind](path)
+    with unchanged(tmp_path):
+        refuses(path, fp.CheckpointExistsError)
+        with pytest.raises(fp.NoSessionError):
+            fp.load(path)
     assert not fp.steps(path)
 
 
@@ -371,11 +339,6 @@ def test_parent_that_is_a_dangling_link_is_refused_or_made(tmp_path: Path) -> No
 def test_link_in_a_circle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to("circle")
     refuses(tmp_path / "circle" / "c", OSError)
-
-
-@pytest.mark.parametrize("name", [" ", "a b", "\n", "\u5c42", "-rf", "c.partial_save.d", "x" * 242])
-def test_any_name_of_a_directory_will_do(tmp_path: Path, name: str) -> None:
-    works(tmp_path / name)
 
 
 def test_other_file_system_through_a_link(tmp_path: Path) -> None:
@@ -419,67 +382,50 @@ def test_user_without_permission_is_told_so_and_changes_nothing(apart: Isolated)
         directory = Path(name)
         directory.chmod(0o755)
         for checkpoint in ("open", "closed"):
-            fp.save(directory / checkpoint, {"a": np.arange(40_000)})
-            fp.finalize(directory / checkpoint)
+            stored(directory / checkpoint, {"a": np.arange(40_000)})
         (part,) = directory.glob("closed/state/part.*")
         (part / "data").chmod(0)
         fp.save(directory / "session", {"a": X})
-        before = listing(directory)
-        outcome = apart.call(as_somebody_else, directory)
-        assert outcome.error is None, repr(outcome.error)
-        assert outcome.value == ["PermissionError"] * 4 + ["ok"]
-        assert listing(directory) == before
+        with unchanged(directory):
+            outcomes = apart.value(as_somebody_else, directory)
+        assert outcomes == ["PermissionError"] * 4 + ["ok"]
         fp.finalize(directory / "session")
 
 
 @contextlib.contextmanager
 def read_only(directory: Path) -> Iterator[None]:
     """Nobody can write into a directory, not even root."""
-    if shutil.which("chattr") is None:
-        pytest.skip("there is no chattr")
-    commands = (["chattr", "+i", directory], ["chattr", "-i", directory])
-    done = subprocess.run(commands[0], check=False, capture_output=True)
-    if done.returncode:
-        pytest.skip(f"chattr: {done.stderr.decode()}")
+    run_or_skip(["chattr", "+i", directory])
     try:
         yield
     finally:
-        subprocess.run(commands[1], check=True)
+        subprocess.run(["chattr", "-i", directory], check=True)
 
 
 def test_directory_that_takes_no_files_fails_and_harms_nothing(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     fp.save(runs / "session", {"a": X})
-    fp.save(runs / "done", {"a": X})
-    fp.finalize(runs / "done")
-    before = listing(tmp_path)
-    with read_only(runs):
-        for call in (fp.finalize, fp.abort):
+    stored(runs / "done", {"a": X})
+    calls = ((fp.finalize, "session"), (fp.abort, "session"), (save_a, "new"))
+    with unchanged(runs / "done"):
+        with read_only(runs):
+            for call, name in calls:
+                with pytest.raises(OSError, match="not permitted"):
+                    call(runs / name)
+            trees.assert_whole(runs / "done", {"a": X})
+        with read_only(runs / "session.partial_save" / "state"):
+            handle = fp.save_async(runs / "session", {"b": X})
             with pytest.raises(OSError, match="not permitted"):
-                call(runs / "session")
-        with pytest.raises(OSError, match="not permitted"):
-            fp.save(runs / "new", {"a": X})
-        trees.assert_same(fp.load(runs / "done"), {"a": X})
-        assert fp.verify(runs / "done").ok
-    with read_only(runs / "session.partial_save" / "state"):
-        handle = fp.save_async(runs / "session", {"b": X})
-        with pytest.raises(OSError, match="not permitted"):
-            handle.result()
-    assert [line for line in listing(tmp_path) if "session" not in line] == [
-        line for line in before if "session" not in line
-    ]
-    fp.finalize(runs / "session")
-    trees.assert_same(fp.load(runs / "session"), {"a": X})
+                handle.result()
+    assert names_in(runs) == {"done", "session.partial_save"}
+    trees.assert_whole(fp.finalize(runs / "session").path, {"a": X})
 
 
 @contextlib.contextmanager
 def mounted_read_only(directory: Path) -> Iterator[None]:
     """The file system itself takes no changes, as a snapshot or a dead disk."""
-    mount = ["mount", "--bind", directory, directory]
-    done = subprocess.run(mount, check=False, capture_output=True)
-    if done.returncode:
-        pytest.skip(f"mount: {done.stderr.decode()}")
+    run_or_skip(["mount", "--bind", directory, directory])
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", directory], check=True)
         yield
@@ -488,8 +434,7 @@ def mounted_read_only(directory: Path) -> Iterator[None]:
 
 
 def test_read_only_file_system_is_read_and_refuses_every_change(tmp_path: Path) -> None:
-    fp.save(tmp_path / "1", {"a": X})
-    fp.finalize(tmp_path / "1")
+    stored(tmp_path / "1", {"a": X})
     fp.save(tmp_path / "2", {"a": X})
     changes: list[Callable[[], Any]] = [
         lambda: fp.save(tmp_path / "2", {"b": X}),
@@ -498,29 +443,22 @@ def test_read_only_file_system_is_read_and_refuses_every_change(tmp_path: Path) 
         lambda: fp.finalize(tmp_path / "2"),
         lambda: fp.abort(tmp_path / "2"),
     ]
-    with mounted_read_only(tmp_path):
-        before = listing(tmp_path)
+    with mounted_read_only(tmp_path), unchanged(tmp_path):
         for change in changes:
             with pytest.raises(OSError, match="Read-only file system"):
                 change()
-        assert listing(tmp_path) == before
-        trees.assert_same(fp.load(tmp_path / "1"), {"a": X})
-        assert fp.verify(tmp_path / "1").ok
+        trees.assert_whole(tmp_path / "1", {"a": X})
         assert fp.steps(tmp_path) == [1]
         assert fp.status(tmp_path / "2").leaves == ("a",)
-    fp.save(tmp_path / "2", {"b": X})
-    fp.finalize(tmp_path / "2")
-    trees.assert_same(fp.load(tmp_path / "2"), {"a": X, "b": X})
+    stored(tmp_path / "2", {"b": X})
+    trees.assert_whole(tmp_path / "2", {"a": X, "b": X})
 
 
 def test_session_that_is_a_mount_point_is_kept(tmp_path: Path) -> None:
     """It cannot be renamed: finalize says so, and everything is still there."""
     session = tmp_path / "c.partial_save"
     session.mkdir()
-    mount = ["mount", "-t", "tmpfs", "tmpfs", session]
-    done = subprocess.run(mount, check=False, capture_output=True)
-    if done.returncode:
-        pytest.skip(f"mount: {done.stderr.decode()}")
+    run_or_skip(["mount", "-t", "tmpfs", "tmpfs", session])
     try:
         fp.save(tmp_path / "c", {"a": X})
         for _ in range(2):
@@ -536,15 +474,13 @@ def test_session_that_is_a_mount_point_is_kept(tmp_path: Path) -> None:
 
 def test_session_whose_state_is_elsewhere_is_refused(tmp_path: Path) -> None:
     """What finalize derives would be cleared and written there: in another checkpoint, perhaps."""
-    fp.save(tmp_path / "other", {"a": X})
-    fp.finalize(tmp_path / "other")
+    stored(tmp_path / "other", {"a": X})
     (tmp_path / "c.partial_save").mkdir()
     (tmp_path / "c.partial_save" / "state").symlink_to(tmp_path / "other" / "state")
-    before = listing(tmp_path / "other")
-    for call in (fp.finalize, lambda path: fp.save(path, {"c": X}), fp.abort):
-        with pytest.raises(fp.CheckpointExistsError, match="symbolic link"):
-            call(tmp_path / "c")
-    assert listing(tmp_path / "other") == before
+    with unchanged(tmp_path / "other"):
+        for call in (fp.finalize, save_a, fp.abort):
+            with pytest.raises(fp.CheckpointExistsError, match="symbolic link"):
+                call(tmp_path / "c")
     assert fp.verify(tmp_path / "other").ok
 
 
@@ -555,16 +491,9 @@ def test_table_that_is_no_file_is_damage(tmp_path: Path, what: str) -> None:
 
     def replace(table: Path) -> None:
         table.unlink()
-        match what:
-            case "pipe":
-                os.mkfifo(table)
-            case "directory":
-                table.mkdir()
-            case "device":
-                table.symlink_to("/dev/zero")
+        OBSTACLES[what](table)
 
-    report = fp.save(tmp_path / "c", {"a": X})
-    fp.finalize(tmp_path / "c")
+    report = stored(tmp_path / "c", {"a": X})
     replace(tmp_path / "c" / "state" / report.part / "part.json")
     replace(tmp_path / "c" / "state" / "_METADATA")
     trees.assert_same(fp.load(tmp_path / "c"), {"a": X})  # it needs neither

@@ -5,15 +5,18 @@ What a table here leaves out is what Orbax itself cannot do; the comments say wh
 
 from __future__ import annotations
 
+import functools
+import itertools
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as v0
+import orbax_side as side
 import pytest
 import trees
 from flax import nnx
@@ -21,33 +24,9 @@ from flax.core import FrozenDict
 from hypothesis import assume, given, settings
 from jax import tree_util
 from orbax.checkpoint.experimental import v1
-from orbax_side import (
-    READERS,
-    STEP,
-    Nothing,
-    abstract,
-    as_nested,
-    as_orbax,
-    assert_same,
-    has_strings,
-    keys,
-    map_leaves,
-    on,
-    on_device,
-    optimizer_state,
-    read_v0_pytree,
-    read_v0_standard,
-    read_v1,
-    sharded,
-    train_state,
-)
+from things import QUICK, stored
 
 import flax_partial as fp
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-QUICK = fp.SaveOptions(durable=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,20 +41,8 @@ def _wide_types() -> Iterator[None]:
 # --- what is saved
 
 
-def jax_dtypes() -> Any:
-    return {name: jnp.asarray(trees.random_bits(name, (3, 5), 1)) for name in trees.DTYPES}
-
-
-def numpy_dtypes() -> Any:
-    return {name: trees.random_bits(name, (3, 5), 2) for name in trees.DTYPES}
-
-
-def numpy_scalars() -> Any:
-    return {name: trees.random_bits(name, (2,), 3)[0] for name in trees.DTYPES}
-
-
-def sharded_keys() -> jax.Array:
-    return jax.device_put(jax.random.split(jax.random.key(1), 8), on("xy", "y"))
+def bits(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {name: trees.random_bits(name, shape, 1) for name in trees.DTYPES}
 
 
 class Net(nnx.Module):
@@ -85,27 +52,27 @@ class Net(nnx.Module):
 
 
 STATES: dict[str, Callable[[], Any]] = {
-    "jax-dtypes": jax_dtypes,
-    "numpy-dtypes": numpy_dtypes,
-    "numpy-scalars": numpy_scalars,
+    "jax-dtypes": lambda: jax.tree.map(jnp.asarray, bits((3, 5))),
+    "numpy-dtypes": lambda: bits((3, 5)),
+    "numpy-scalars": lambda: {name: array[0] for name, array in bits((2,)).items()},
     "zero-dim": lambda: {"jax": jnp.float32(2.5), "numpy": np.array(7, np.int16)},
     "zero-size": lambda: {"jax": jnp.zeros((0, 3)), "numpy": np.zeros((2, 0, 4), np.int8)},
     "all-zeros": lambda: {"jax": jnp.zeros((4, 4)), "numpy": np.zeros(9)},
     "non-finite": lambda: np.array([np.nan, np.inf, -np.inf, -0.0, 5e-324]),
     "fortran-order": lambda: np.asfortranarray(np.arange(12).reshape(3, 4)),
-    "last-device": lambda: on_device(7),
-    "sharded-rows": lambda: sharded("x", "x"),
-    "sharded-both": lambda: sharded("xy", "x", "y"),
-    "sharded-columns-only": lambda: sharded("xy", None, "y"),
-    "sharded-by-two-axes": lambda: sharded("xyz", ("x", "z"), "y"),
-    "sharded-short-spec": lambda: sharded("xyz", "y"),
-    "replicated": lambda: sharded("xy"),
-    "replicated-scalar": lambda: jax.device_put(jnp.int32(4), on("xyz")),
-    "key-threefry": lambda: jax.random.key(0, impl="threefry2x32"),
-    "key-rbg": lambda: jax.random.key(5, impl="rbg"),
-    "key-unsafe-rbg": lambda: jax.random.key(6, impl="unsafe_rbg"),
-    "keys": keys,
-    "keys-sharded": sharded_keys,
+    "last-device": lambda: side.on_device(7),
+    "sharded-rows": lambda: side.sharded("x", "x"),
+    "sharded-both": lambda: side.sharded("xy", "x", "y"),
+    "sharded-columns-only": lambda: side.sharded("xy", None, "y"),
+    "sharded-by-two-axes": lambda: side.sharded("xyz", ("x", "z"), "y"),
+    "sharded-short-spec": lambda: side.sharded("xyz", "y"),
+    "replicated": lambda: side.sharded("xy"),
+    "replicated-scalar": lambda: jax.device_put(jnp.int32(4), side.on("xyz")),
+    **{f"key-{name}": functools.partial(jax.random.key, 5, impl=name) for name in trees.KEY_IMPLS},
+    "keys": side.keys,
+    "keys-sharded": lambda: jax.device_put(
+        jax.random.split(jax.random.key(1), 8), side.on("xy", "y")
+    ),
     "ints": lambda: [0, -5, 2**63 - 1, -(2**63), 2**63, 2**64 - 1],
     "bools": lambda: [True, False],
     "floats": lambda: [2.5, -0.0, float("inf"), float("nan"), 5e-324],
@@ -114,7 +81,7 @@ STATES: dict[str, Callable[[], Any]] = {
     "empty-dict": dict,
     "empty-list": list,
     "empty-tuple": tuple,
-    "empty-named-tuple": Nothing,
+    "empty-named-tuple": side.Nothing,
     "nested-dicts": lambda: {"a": {"b": {"c": np.ones(2)}, "d": 1}, "z": 2.0},
     "odd-names": lambda: {"a b": 1, "ü/\n": np.ones(1), "..": jnp.ones(2), "c": {"0": 2}, "~": 3},
     "integer-keys": lambda: {0: jnp.ones(2), 10: {-3: 1}},
@@ -125,8 +92,8 @@ STATES: dict[str, Callable[[], Any]] = {
     "dataclass": lambda: trees.Block(jnp.ones((2, 2)), {"x": trees.Block(1, None)}),
     "frozen-dict": lambda: FrozenDict({"a": {"b": jnp.ones(2)}, "c": 3}),
     "nnx-state": lambda: nnx.state(Net()),
-    "train-state": train_state,
-    "optax": optimizer_state,
+    "train-state": side.train_state,
+    "optax": side.optimizer_state,
 }
 # v0's StandardCheckpointer refuses strings, whoever saved them, where it is given a target.
 STRINGS: dict[str, Callable[[], Any]] = {
@@ -138,46 +105,44 @@ STRINGS: dict[str, Callable[[], Any]] = {
 # --- all states, by all readers
 
 
-def stored(path: Path, *states: Any, options: fp.SaveOptions = QUICK) -> Path:
-    for state in states:
-        fp.save(path, state, options=options, replace=True)
-    fp.finalize(path)
-    return path
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A case, saved; all readers share it, as none may change it."""
-
-    path: Path
-    state: Any
-
-
 @pytest.fixture(scope="module", params=[*STATES, *STRINGS])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stored:
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Any]:
+    """A case, saved; all readers share it, as none may change it."""
     make = (STATES | STRINGS)[request.param]
-    state = {"x": make(), "other": jnp.arange(2)}
-    return Stored(stored(tmp_path_factory.mktemp(request.param) / str(STEP), state), state)
+    path, state = (
+        tmp_path_factory.mktemp(request.param) / str(side.STEP),
+        {"x": make(), "y": jnp.ones(2)},
+    )
+    return stored(path, state).path, state
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_orbax_reads_without_a_target(reader: Any, case: Stored) -> None:
-    assert_same(reader(case.path, None), as_nested(case.state))
+@pytest.mark.parametrize("reader", side.READERS.values(), ids=side.READERS)
+def test_orbax_reads_without_a_target(reader: Any, case: tuple[Path, Any]) -> None:
+    path, state = case
+    side.assert_same(reader(path, None), side.as_nested(state))
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_orbax_reads_into_a_target(reader: Any, case: Stored) -> None:
-    target = map_leaves(abstract, case.state)
-    if reader is read_v0_standard and has_strings(target):
+@pytest.mark.parametrize("reader", side.READERS.values(), ids=side.READERS)
+def test_orbax_reads_into_a_target(reader: Any, case: tuple[Path, Any]) -> None:
+    path, state = case
+    target = side.map_leaves(side.abstract, state)
+    if reader is side.read_v0_standard and side.has_strings(target):
         pytest.skip("StandardCheckpointer takes no target with strings, whoever saved them")
-    assert_same(reader(case.path, target), map_leaves(as_orbax, case.state))
+    side.assert_same(reader(path, target), side.map_leaves(side.as_orbax, state))
 
 
-@pytest.mark.parametrize("reader", [read_v1, read_v0_standard, read_v0_pytree])
+@pytest.mark.parametrize("reader", [side.read_v1, side.read_v0_standard, side.read_v0_pytree])
 def test_orbax_reshards_into_a_target(reader: Any, tmp_path: Path) -> None:
-    path = stored(tmp_path / str(STEP), {"x": sharded("xy", "x", "y"), "y": on_device(7)})
-    want = {"x": sharded("xyz", "z", ("y", "x")), "y": jax.device_put(on_device(2), on("x"))}
-    assert_same(reader(path, jax.tree.map(abstract, want)), want)
+    path = stored(
+        tmp_path / str(side.STEP), {"x": side.sharded("xy", "x", "y"), "y": side.on_device(7)}
+    ).path
+    want = {
+        "x": side.sharded("xyz", "z", ("y", "x")),
+        "y": jax.device_put(side.on_device(2), side.on("x")),
+    }
+    side.assert_same(reader(path, jax.tree.map(side.abstract, want)), want)
 
 
 # --- what our saves can do, and a save of Orbax cannot
@@ -192,22 +157,16 @@ SESSIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
         ({"a": BIG, "b": 1}, {"a": BIG[:2] + 1}, {"b": "now"}),
         {"a": BIG[:2] + 1, "b": "now"},
     ),
-    "slices": (
-        [{"a": fp.Slice(BIG[i : i + 2], i, 6)} for i in (4, 0, 2)],
-        {"a": BIG},
-    ),
-    "slices-of-columns": (
-        [{"a": fp.Slice(BIG[:, i : i + 1], i, 4, axis=1)} for i in range(4)],
-        {"a": BIG},
-    ),
-    "slices-of-both": (
-        [
-            {"a": fp.Slice(BIG[i : i + 2, j : j + 1], (i, j), (6, 4), (0, 1))}
-            for i in (4, 0, 2)
-            for j in range(4)
+} | {
+    name: ([{"a": piece} for piece in pieces], {"a": BIG})
+    for name, pieces in {
+        "slices": [fp.Slice(BIG[i : i + 2], i, 6) for i in (4, 0, 2)],
+        "slices-of-columns": [fp.Slice(BIG[:, i : i + 1], i, 4, axis=1) for i in range(4)],
+        "slices-of-both": [
+            fp.Slice(BIG[i : i + 2, j : j + 1], (i, j), (6, 4), (0, 1))
+            for i, j in itertools.product((4, 0, 2), range(4))
         ],
-        {"a": BIG},
-    ),
+    }.items()
 }
 OPTIONS = {
     "plain": QUICK,
@@ -223,17 +182,16 @@ OPTIONS = {
 def test_orbax_reads_what_many_saves_add_up_to(
     states: Any, want: Any, options: fp.SaveOptions, tmp_path: Path
 ) -> None:
-    path = stored(tmp_path / "checkpoint", *states, options=options)
-    assert_same(v1.load(path), want)
-    assert_same(read_v0_pytree(path, None), want)
+    path = stored(tmp_path / "checkpoint", *states, options=options, replace=True).path
+    side.assert_same(v1.load(path), want)
+    side.assert_same(side.read_v0_pytree(path, None), want)
 
 
 def test_data_that_was_lost_is_an_error_for_orbax_and_not_zeros(tmp_path: Path) -> None:
-    path = stored(tmp_path / "checkpoint", {"a": np.ones(1000)})
-    (part,) = path.glob("state/part.*")
-    (part / "data").unlink()
+    report = stored(tmp_path / "checkpoint", {"a": np.ones(1000)})
+    (report.path / "state" / report.part / "data").unlink()
     with pytest.raises(ValueError, match="a/c/0"):
-        v1.load(path)
+        v1.load(report.path)
 
 
 @settings(max_examples=20)
@@ -243,28 +201,30 @@ def test_orbax_reads_any_tree_that_it_can_name(tree: Any) -> None:
     pointers = [path for path, leaf in trees.flat(tree)[0] if isinstance(leaf, str)]
     assume(not any("~" in tree_util.keystr(path) for path in pointers))
     with tempfile.TemporaryDirectory() as directory:
-        path = stored(Path(directory, "checkpoint"), tree)
-        assert_same(v1.load(path), as_nested(tree))
+        path = stored(Path(directory, "checkpoint"), tree).path
+        side.assert_same(v1.load(path), side.as_nested(tree))
 
 
 # --- metadata and runs
 
 
 def test_orbax_describes_our_checkpoint(tmp_path: Path) -> None:
-    state = {"x": sharded("xy", "x"), "n": np.zeros((2, 3), np.int8), "s": "text", "i": 1}
-    fp.save(tmp_path / str(STEP), state, custom_metadata={"run": {"lr": 0.1}}, options=QUICK)
-    fp.save(tmp_path / str(STEP), {"z": 2}, custom_metadata={"run": {"seed": 1}}, options=QUICK)
-    committed = fp.finalize(tmp_path / str(STEP))
-    described = v1.metadata(tmp_path / str(STEP))
+    state = {"x": side.sharded("xy", "x"), "n": np.zeros((2, 3), np.int8), "s": "text", "i": 1}
+    fp.save(tmp_path / str(side.STEP), state, custom_metadata={"run": {"lr": 0.1}}, options=QUICK)
+    fp.save(
+        tmp_path / str(side.STEP), {"z": 2}, custom_metadata={"run": {"seed": 1}}, options=QUICK
+    )
+    committed = fp.finalize(tmp_path / str(side.STEP))
+    described = v1.metadata(tmp_path / str(side.STEP))
     assert described.custom_metadata == {"run": {"lr": 0.1, "seed": 1}}
     assert described.init_timestamp_nsecs / 1e9 == committed.started_at
     assert described.commit_timestamp_nsecs / 1e9 == committed.committed_at
     leaf = described.metadata["x"]
     assert (leaf.shape, leaf.dtype) == ((8, 16), np.float64)
-    assert leaf.sharding_metadata.to_jax_sharding() == on("xy", "x")
+    assert leaf.sharding_metadata.to_jax_sharding() == side.on("xy", "x")
     assert described.metadata["n"].shape == (2, 3)
     with v0.CheckpointManager(tmp_path) as manager:
-        assert manager.metadata(STEP).custom_metadata == described.custom_metadata
+        assert manager.metadata(side.STEP).custom_metadata == described.custom_metadata
 
 
 def test_managers_see_finalized_steps_only(tmp_path: Path) -> None:
@@ -288,5 +248,5 @@ def test_a_manager_goes_on_from_our_steps(tmp_path: Path) -> None:
         manager.wait_until_finished()
         assert sorted(manager.all_steps()) == [1, 2]
     assert fp.steps(tmp_path) == [1, 2]
-    assert_same(fp.load(tmp_path / "2"), {"a": np.zeros(3)})
-    assert_same(fp.load(tmp_path / "1"), {"a": np.ones(3)})
+    side.assert_same(fp.load(tmp_path / "2"), {"a": np.zeros(3)})
+    side.assert_same(fp.load(tmp_path / "1"), {"a": np.ones(3)})

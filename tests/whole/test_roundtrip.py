@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,9 @@ from flax.training.train_state import TrainState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
-from things import QUICK, Element
+from things import Element, stored, targets
 
 import flax_partial as fp
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @contextmanager
@@ -36,45 +34,26 @@ def new_path() -> Iterator[Path]:
         yield Path(directory, "checkpoint")
 
 
-def store(path: Path, *states: Any, options: fp.SaveOptions = QUICK) -> None:
-    for state in states:
-        fp.save(path, state, options=options)
-    fp.finalize(path)
-
-
 @settings(max_examples=60)
 @given(trees.trees, trees.options)
 def test_tree_comes_back_without_a_target(tree: Any, options: fp.SaveOptions) -> None:
     with new_path() as path:
-        store(path, tree, options=options)
-        assert fp.verify(path).ok
-        loaded = fp.load(path)
-        trees.assert_same(loaded, trees.as_nested(tree))
-        for leaf in jax.tree.leaves(loaded):
+        stored(path, tree, options=options)
+        trees.assert_whole(path, trees.as_nested(tree))
+        for leaf in jax.tree.leaves(fp.load(path)):
             if isinstance(leaf, jax.Array):  # never on a remembered topology
                 assert leaf.devices() == {jax.devices()[0]}
             if isinstance(leaf, np.ndarray):
                 assert leaf.flags.writeable
 
 
-def emptied(leaf: Any) -> Any:
-    """A leaf that says what is wanted, and has other content."""
-    if isinstance(leaf, jax.Array):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    if isinstance(leaf, np.ndarray):
-        return np.empty(leaf.shape, leaf.dtype.newbyteorder("="))
-    if isinstance(leaf, np.generic):
-        return np.zeros((), leaf.dtype)[()]
-    return leaf if trees.is_empty(leaf) else type(leaf)()
-
-
 @settings(max_examples=40)
 @given(trees.trees, trees.options)
 def test_tree_comes_back_into_its_own_structure(tree: Any, options: fp.SaveOptions) -> None:
     with new_path() as path:
-        store(path, tree, options=options)
-        target = jax.tree.map(emptied, tree, is_leaf=trees.is_empty)
-        trees.assert_same(fp.load(path, target), tree)
+        stored(path, tree, options=options)
+        target = jax.tree.map(trees.emptied, tree, is_leaf=trees.is_empty)
+        trees.assert_whole(path, tree, target=target)
 
 
 @settings(max_examples=40)
@@ -84,9 +63,8 @@ def test_array_comes_back_in_the_sharding_of_the_target(
 ) -> None:
     sharding = data.draw(trees.shardings(array.shape))
     with new_path() as path:
-        store(path, {"w": array}, options=options)
-        target = {"w": jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)}
-        loaded = fp.load(path, target)
+        stored(path, {"w": array}, options=options)
+        loaded = fp.load(path, targets({"w": array}, {"w": sharding}))
         trees.assert_same(loaded, {"w": array})
         assert loaded["w"].sharding == sharding
 
@@ -107,9 +85,7 @@ def test_array_saved_slice_by_slice_comes_back_as_one(
             rows = array.take(range(start, end), axis)
             value = fp.Slice(rows, start, size, axis - array.ndim * data.draw(st.integers(0, 1)))
             fp.save(path, {"w": value}, options=options)
-        fp.finalize(path)
-        assert fp.verify(path).ok
-        trees.assert_same(fp.load(path), {"w": array})
+        trees.assert_whole(fp.finalize(path).path, {"w": array})
 
 
 @pytest.mark.parametrize("dtype", trees.DTYPES)
@@ -131,9 +107,7 @@ def test_every_dtype_comes_back_in_chunks_of_every_size(tmp_path: Path, dtype: s
     packed = fp.SaveOptions(durable=False, chunk_bytes=997, compression="zstd")
     fp.save(tmp_path / "packed", state, options=packed)
     for name in ("plain", "packed"):
-        fp.finalize(tmp_path / name)
-        trees.assert_same(fp.load(tmp_path / name), state)
-        assert fp.verify(tmp_path / name).ok
+        trees.assert_whole(fp.finalize(tmp_path / name).path, state)
 
 
 @pytest.mark.parametrize("dtype", trees.DTYPES)
@@ -144,11 +118,10 @@ def test_every_dtype_comes_back_as_a_sharded_array(tmp_path: Path, dtype: str) -
     with jax.enable_x64(new_val=True):
         array = jax.device_put(host, sharding)
         assert array.dtype.name == dtype
-        store(tmp_path / "c", {"w": array}, options=fp.SaveOptions(chunk_bytes=1009))
-        target = {"w": jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=other)}
-        loaded = fp.load(tmp_path / "c", target)["w"]
-        assert loaded.sharding == other
-        trees.assert_same({"w": loaded}, {"w": array})
+        stored(tmp_path / "c", {"w": array}, options=fp.SaveOptions(chunk_bytes=1009))
+        loaded = fp.load(tmp_path / "c", targets({"w": array}, {"w": other}))
+        assert loaded["w"].sharding == other
+        trees.assert_same(loaded, {"w": array})
         trees.assert_same(fp.load(tmp_path / "c"), {"w": array})
 
 
@@ -156,7 +129,7 @@ def test_wide_jax_array_is_refused_and_not_narrowed_where_jax_has_no_such_dtype(
     tmp_path: Path,
 ) -> None:
     with jax.enable_x64(new_val=True):
-        store(tmp_path / "c", {"w": jnp.arange(3, dtype=jnp.int64)})
+        stored(tmp_path / "c", {"w": jnp.arange(3, dtype=jnp.int64)})
     with pytest.raises(fp.TargetMismatchError, match=r"'w'.*int64"):
         fp.load(tmp_path / "c")
     loaded = fp.load(tmp_path / "c", {"w": np.zeros(3, np.int64)})
@@ -178,37 +151,22 @@ def test_nan_payloads_and_signed_zero_survive_on_every_road(tmp_path: Path) -> N
         "zero": -0.0,
         "complex": complex(-0.0, math.nan),
     }
-    handle = fp.save_async(tmp_path / "c", state)
-    handle.result()
-    fp.finalize(tmp_path / "c")
-    trees.assert_same(fp.load(tmp_path / "c"), state)
+    fp.save_async(tmp_path / "c", state)
+    trees.assert_whole(fp.finalize(tmp_path / "c").path, state)
 
 
 @pytest.mark.parametrize("impl", trees.KEY_IMPLS)
 def test_keys_come_back_as_keys_sharded_as_the_target_says(tmp_path: Path, impl: str) -> None:
     keys = jax.random.split(jax.random.key(7, impl=impl), (8, 3))
     sharding = NamedSharding(trees.mesh("x"), PartitionSpec("x"))
-    store(tmp_path / "c", {"one": keys[0, 0], "many": jax.device_put(keys, sharding)})
+    stored(tmp_path / "c", {"one": keys[0, 0], "many": jax.device_put(keys, sharding)})
     trees.assert_same(fp.load(tmp_path / "c"), {"one": keys[0, 0], "many": keys})
     other = NamedSharding(trees.mesh("xy"), PartitionSpec("y"))
-    target = {
-        "one": keys[0, 0],
-        "many": jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=other),
-    }
+    target = targets({"one": keys[0, 0], "many": keys}, {"one": None, "many": other})
     loaded = fp.load(tmp_path / "c", target)
     trees.assert_same(loaded, {"one": keys[0, 0], "many": keys})
     assert loaded["many"].sharding.is_equivalent_to(other, 2)
     assert fp.metadata(tmp_path / "c").leaves["many"].shape == (8, 3)
-
-
-def test_array_in_pinned_host_memory_comes_back(tmp_path: Path) -> None:
-    sharding = NamedSharding(trees.mesh("x"), PartitionSpec("x"), memory_kind="pinned_host")
-    array = jax.device_put(np.arange(64.0, dtype=np.float32), sharding)
-    store(tmp_path / "c", {"w": array})
-    target = {"w": jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)}
-    loaded = fp.load(tmp_path / "c", target)
-    assert loaded["w"].sharding == sharding
-    trees.assert_same(loaded, {"w": array})
 
 
 class Model(nnx.Module):
@@ -221,9 +179,8 @@ def test_nnx_state_and_its_optimizer_come_back(tmp_path: Path) -> None:
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
     state = {"params": nnx.state(model), "opt_state": nnx.state(optimizer)}
-    store(tmp_path / "c", {"params": state["params"]}, {"opt_state": state["opt_state"]})
-    target = jax.eval_shape(lambda: state)
-    loaded = fp.load(tmp_path / "c", target)
+    stored(tmp_path / "c", {"params": state["params"]}, {"opt_state": state["opt_state"]})
+    loaded = fp.load(tmp_path / "c", jax.eval_shape(lambda: state))
     assert isinstance(loaded["params"], nnx.State)
     trees.assert_same(loaded, state)
     nnx.update(model, loaded["params"])
@@ -241,10 +198,9 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optax_state_comes_back(tmp_path: Path, name: str) -> None:
     params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
-    state = OPTIMIZERS[name].init(params)
-    store(tmp_path / "c", {"opt": state})
-    loaded = fp.load(tmp_path / "c", {"opt": jax.eval_shape(lambda: state)})
-    trees.assert_same(loaded, {"opt": state})
+    state = {"opt": OPTIMIZERS[name].init(params)}
+    stored(tmp_path / "c", state)
+    trees.assert_whole(tmp_path / "c", state, target=jax.eval_shape(lambda: state))
 
 
 def test_train_state_comes_back_and_goes_on(tmp_path: Path) -> None:
@@ -252,15 +208,15 @@ def test_train_state_comes_back_and_goes_on(tmp_path: Path) -> None:
     state = TrainState.create(apply_fn=lambda: None, params=params, tx=optax.sgd(0.1, momentum=0.9))
     grads = jax.tree.map(jnp.ones_like, params)
     state = state.apply_gradients(grads=grads)
-    store(tmp_path / "c", state)
-    loaded = fp.load(tmp_path / "c", jax.tree.map(emptied, state))
+    stored(tmp_path / "c", state)
+    loaded = fp.load(tmp_path / "c", jax.tree.map(trees.emptied, state))
     trees.assert_same(loaded, state)
     trees.assert_same(loaded.apply_gradients(grads=grads), state.apply_gradients(grads=grads))
 
 
 def test_leaves_are_found_by_name_whatever_their_containers(tmp_path: Path) -> None:
     w, b = np.arange(3), np.arange(4)
-    store(tmp_path / "c", {"block": trees.Block(w, b), "pair": trees.Pair(1, "two")})
+    stored(tmp_path / "c", {"block": trees.Block(w, b), "pair": trees.Pair(1, "two")})
     target = {"block": FrozenDict(bias=b * 0, kernel=w * 0), "pair": {"right": "", "left": 0}}
     loaded = fp.load(tmp_path / "c", target)
     trees.assert_same(
@@ -269,15 +225,10 @@ def test_leaves_are_found_by_name_whatever_their_containers(tmp_path: Path) -> N
 
 
 KEYS = {
-    "dots": {"..": 1, "...": np.arange(2)},
     "slashes": {"a/b": np.arange(2), "/": np.arange(3), "a": {"b/": 1}},
     "zarr names": {"c": np.arange(2), "zarr.json": np.arange(3), "d": {"c": {"0": np.arange(4)}}},
-    "control characters": {"\n": np.arange(2), "\0": np.arange(3), "\x7f": "x"},
     "non-ASCII": {"größe": np.arange(2), "层": {"重み": np.arange(3)}, "🎲": 1},
-    "spaces": {" ": 1, "a b": np.arange(2), "a b ": np.arange(3)},
-    "long": {"k" * 5000: np.arange(3)},
     "empty": {"": np.arange(3), "a": {"": np.arange(2)}, "c": np.arange(4)},
-    "quotes": {"'": 1, '"': np.arange(2), "\\": "x"},
     "integers": {-1: 1, 0: np.arange(2), 10**30: "x"},
     "JSON pointers": {"~0": "a", "~1": "b", "a~1b": "c", "m~": {"x/y": "d"}},
     "strings under one": {"a": "x", "a/b": "y"},
@@ -286,27 +237,20 @@ KEYS = {
 
 @pytest.mark.parametrize("name", KEYS)
 def test_unusual_keys_come_back(tmp_path: Path, name: str) -> None:
-    store(tmp_path / "c", KEYS[name])
-    assert fp.verify(tmp_path / "c").ok
-    trees.assert_same(fp.load(tmp_path / "c"), KEYS[name])
+    stored(tmp_path / "c", KEYS[name])
+    trees.assert_whole(tmp_path / "c", KEYS[name])
 
 
 @pytest.mark.parametrize("state", [np.arange(3), 5, "text", [1, 2], (1, None)], ids=repr)
 def test_state_need_not_be_a_dict(tmp_path: Path, state: Any) -> None:
-    store(tmp_path / "c", state)
+    stored(tmp_path / "c", state)
     trees.assert_same(fp.load(tmp_path / "c"), trees.as_nested(state))
     trees.assert_same(fp.load(tmp_path / "c", state), state)
 
 
 def test_lists_and_tuples_saved_an_element_at_a_time_come_back_in_order(tmp_path: Path) -> None:
-    for index in reversed(range(12)):
-        fp.save(
-            tmp_path / "c",
-            jax.tree_util.tree_map_with_path(lambda _, x: x, Element(index, np.arange(index))),
-            options=QUICK,
-        )
-    fp.finalize(tmp_path / "c")
-    trees.assert_same(fp.load(tmp_path / "c"), [np.arange(index) for index in range(12)])
+    stored(tmp_path / "c", *(Element(index, np.arange(index)) for index in reversed(range(12))))
+    trees.assert_whole(tmp_path / "c", [np.arange(index) for index in range(12)])
 
 
 def test_metadata_says_what_is_there_without_reading_arrays(tmp_path: Path) -> None:
@@ -316,9 +260,8 @@ def test_metadata_says_what_is_there_without_reading_arrays(tmp_path: Path) -> N
     state = {"w": sharded, "n": np.zeros(3, ">i2"), "k": jax.random.key(0), "s": "text", "e": {}}
     before = fp.save(tmp_path / "c", state, custom_metadata={"step": 3}).committed_at
     returned = fp.finalize(tmp_path / "c")
-    for file in (tmp_path / "c" / "state").glob("part.*/data"):
-        file.unlink()
-    for file in (tmp_path / "c" / "state" / "d").iterdir():
+    state_files = tmp_path / "c" / "state"
+    for file in (*state_files.glob("part.*/data"), *state_files.glob("d/*")):
         file.unlink()
     found = fp.metadata(tmp_path / "c")
     assert found == returned
@@ -338,22 +281,11 @@ def test_metadata_says_what_is_there_without_reading_arrays(tmp_path: Path) -> N
     assert found.leaves["n"].sharding is None
 
 
-def test_sharded_array_is_written_once_however_often_it_is_replicated(tmp_path: Path) -> None:
-    host = np.arange(1 << 18, dtype=np.float32)
-    replicated = jax.device_put(host, NamedSharding(trees.mesh("xy"), PartitionSpec("y")))
-    report = fp.save(tmp_path / "c", {"w": replicated})
-    assert report.bytes == host.nbytes
-    stored = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-    assert stored < host.nbytes * 1.1
-
-
 def test_default_device_is_where_arrays_come_back(tmp_path: Path) -> None:
-    store(tmp_path / "c", {"w": jax.device_put(np.arange(3), jax.devices()[5])})
+    stored(tmp_path / "c", {"w": jax.device_put(np.arange(3), jax.devices()[5])})
     with jax.default_device(jax.devices()[2]):
         assert fp.load(tmp_path / "c")["w"].devices() == {jax.devices()[2]}
         target = {"w": jax.ShapeDtypeStruct((3,), jnp.int32)}
         assert fp.load(tmp_path / "c", target)["w"].devices() == {jax.devices()[2]}
-    target = {
-        "w": jax.ShapeDtypeStruct((3,), jnp.int32, sharding=SingleDeviceSharding(jax.devices()[4]))
-    }
+    target = targets(target, {"w": SingleDeviceSharding(jax.devices()[4])})
     assert fp.load(tmp_path / "c", target)["w"].devices() == {jax.devices()[4]}

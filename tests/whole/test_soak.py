@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import soak
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from isolated import Isolated
-
-
-def soaked(directory: Path, checkpoints: int) -> list[soak.Sample]:
-    return soak.soak(directory, checkpoints, 0)
+from isolated import Isolated
 
 
 @pytest.mark.parametrize("checkpoints", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_nothing_grows(tmp_path: Path, checkpoints: int, apart: Isolated) -> None:
     """A share of `soak.py`, in a process in which nothing else has been done."""
-    outcome = apart.call(soaked, tmp_path, checkpoints)
-    assert outcome.error is None, repr(outcome.error)
-    assert len(outcome.value) > 40
-    assert not soak.growth(outcome.value)
+    samples = apart.value(soak.soak, tmp_path, checkpoints, 0)
+    assert len(samples) > 40
+    assert not soak.growth(samples)
 
 
 @pytest.mark.parametrize("name", ["memory_bytes", "objects", "threads", "descriptors", "entries"])

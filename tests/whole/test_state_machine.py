@@ -6,6 +6,8 @@ the answer to which of the saves then in flight were committed, which nobody can
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -18,12 +20,7 @@ import trees
 from engine_worker import Worker
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    invariant,
-    precondition,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from things import QUICK, Element
 
 import flax_partial as fp
@@ -31,17 +28,9 @@ import flax_partial as fp
 pytestmark = pytest.mark.timeout(900)  # to shorten an example that fails takes many runs
 
 # Names of leaves, as paths. Some cannot stand beside others.
-PATHS = (
-    ("a",),
-    ("b",),
-    ("tree", "x"),
-    ("tree", "y"),
-    ("tree",),
-    ("tree", "x", "deep"),
-    ("list", 0),
-    ("list", 1),
-    ("list", 2),
-    ("list", "z"),
+PATHS: tuple[tuple[Any, ...], ...] = (
+    *(("a",), ("b",), ("tree",), ("tree", "x"), ("tree", "y"), ("tree", "x", "deep")),
+    *(("list", 0), ("list", 1), ("list", 2), ("list", "z")),
 )
 ROWS = 4  # of the one leaf that is saved in slices
 STACKED = ("stacked",)
@@ -95,17 +84,12 @@ class Model:
         return {*self.leaves, *([STACKED] if self.rows else [])}
 
     def conflicts(self, state: Paths, rows: range | None, *, replace: bool) -> bool:
-        for path in state:
-            for other in self.held():
-                if path == other:
-                    if not replace:
-                        return True
-                    continue
-                shared = min(len(path), len(other))
-                if path[:shared] == other[:shared]:
-                    return True  # one lies inside the other
-                if path[0] == other[0] == "list" and ("z" in path) != ("z" in other):
-                    return True
+        for path, other in itertools.product(state, self.held()):
+            shared = min(len(path), len(other))
+            is_inside = path[:shared] == other[:shared]  # one of the other, or they are one
+            is_mixed = path[0] == other[0] == "list" and ("z" in path) != ("z" in other)
+            if (is_mixed or is_inside) and not (path == other and replace):
+                return True
         return rows is not None and not replace and any(row in self.rows for row in rows)
 
     def add(self, save: Save) -> None:
@@ -188,13 +172,9 @@ class Checkpoints(RuleBasedStateMachine):
 
     names = st.sampled_from(("one", "one", "one", "two"))
 
-    @rule(name=names, paths=path_sets, rows=row_ranges, replace=st.booleans())
-    def save(self, name: str, paths: set[Any], rows: range | None, *, replace: bool) -> None:
-        self.save_one(name, paths, rows, replace=replace, wait=True)
-
-    @rule(name=names, paths=path_sets, rows=row_ranges, replace=st.booleans())
-    def save_async(self, name: str, paths: set[Any], rows: range | None, *, replace: bool) -> None:
-        self.save_one(name, paths, rows, replace=replace, wait=False)
+    @rule(name=names, paths=path_sets, rows=row_ranges, replace=st.booleans(), wait=st.booleans())
+    def save(self, *, wait: bool, **what: Any) -> None:
+        self.save_one(**what, wait=wait)
 
     def save_one(
         self, name: str, paths: set[Any], rows: range | None, *, replace: bool, wait: bool
@@ -208,18 +188,20 @@ class Checkpoints(RuleBasedStateMachine):
         options = {"replace": replace, "custom_metadata": metadata, "options": QUICK}
         options["reuse"] = self.path({"one": "two", "two": "one"}[name])
         model = self.sessions.get(name, Model())
-        if name in self.done:
-            with pytest.raises(fp.CheckpointExistsError):
-                self.worker.call(*arguments, **options)
-        elif model.conflicts(state, rows, replace=replace):
-            with pytest.raises(fp.KeyConflictError):
-                self.worker.call(*arguments, **options)
-        else:
-            answer = self.worker.call(*arguments, **options)
-            self.sessions[name] = model
-            model.add(save)
-            if not wait:
-                self.in_flight[name].append((answer, save))
+        is_conflict = model.conflicts(state, rows, replace=replace)
+        if name in self.done or is_conflict:
+            kind = fp.CheckpointExistsError if name in self.done else fp.KeyConflictError
+            self.refused(kind, *arguments, **options)
+            return
+        answer = self.worker.call(*arguments, **options)
+        self.sessions[name] = model
+        model.add(save)
+        if not wait:
+            self.in_flight[name].append((answer, save))
+
+    def refused(self, kind: type[Exception], *arguments: Any, **options: Any) -> None:
+        with pytest.raises(kind):
+            self.worker.call(*arguments, **options)
 
     @precondition(lambda self: any(model.leaves for model in self.sessions.values()))
     @rule(data=st.data(), replace=st.booleans(), wait=st.booleans())
@@ -253,13 +235,14 @@ class Checkpoints(RuleBasedStateMachine):
         for name, saves in self.in_flight.items():
             if not saves:
                 continue
-            held = self.worker.call("status", self.path(name)).custom_metadata.get("saves", {})
-            model = self.sessions[name]
+            model = self.sessions.pop(name)
             maybe = {f"{save.number}" for _, save in saves}
+            held: dict[str, int] = {}
+            with contextlib.suppress(fp.NoSessionError):  # not even its directory was made
+                held = self.worker.call("status", self.path(name)).custom_metadata.get("saves", {})
+                # Which of them are there is chance, and what follows must not be: start over.
+                self.worker.call("abort", self.path(name))
             assert model.saves.keys() - maybe <= held.keys() <= model.saves.keys()
-            # Which of them are there is chance, and what follows must not be: start over.
-            self.worker.call("abort", self.path(name))
-            del self.sessions[name]
         self.in_flight = {"one": [], "two": []}
 
     @rule(name=names, expect=st.none() | st.sets(st.sampled_from(PATHS), max_size=2))
@@ -271,17 +254,13 @@ class Checkpoints(RuleBasedStateMachine):
         elif model is None:
             error = fp.NoSessionError
         else:
-            is_there = {
-                path
-                for path in expect or ()
-                if any(leaf[: len(path)] == path for leaf in model.leaves)
-            }
-            is_whole = model.is_whole and is_there == (expect or set())
+            is_whole = model.is_whole and all(
+                any(leaf[: len(path)] == path for leaf in model.leaves) for path in expect or ()
+            )
             error = None if is_whole else fp.PartialCheckpointError
         self.in_flight[name] = []  # it waits for them, in every case
         if error:
-            with pytest.raises(error):
-                self.worker.call("finalize", self.path(name), expect=names)
+            self.refused(error, "finalize", self.path(name), expect=names)
         elif model is not None:
             found = self.worker.call("finalize", self.path(name), expect=names)
             assert found.custom_metadata == {"saves": model.saves, "last": model.last}
@@ -309,8 +288,7 @@ class Checkpoints(RuleBasedStateMachine):
             self.worker.call("abort", self.path(name))
             del self.sessions[name]
         else:
-            with pytest.raises(fp.NoSessionError):
-                self.worker.call("abort", self.path(name))
+            self.refused(fp.NoSessionError, "abort", self.path(name))
 
     @precondition(lambda self: self.done)
     @rule(name=names)
@@ -318,16 +296,14 @@ class Checkpoints(RuleBasedStateMachine):
         if name in self.done:
             trees.assert_same(self.worker.call("load", self.path(name)), self.done[name].tree())
         else:
-            with pytest.raises(fp.NoSessionError):
-                self.worker.call("load", self.path(name))
+            self.refused(fp.NoSessionError, "load", self.path(name))
 
     @precondition(lambda self: self.done)
     @rule()
     def remove_what_is_done(self) -> None:
         """Then the path is free again."""
         for name in self.done:
-            trees.assert_same(fp.load(self.path(name)), self.done[name].tree())
-            assert fp.verify(self.path(name)).ok
+            trees.assert_whole(self.path(name), self.done[name].tree())
             shutil.rmtree(self.path(name))
         self.done = {}
 
@@ -336,8 +312,7 @@ class Checkpoints(RuleBasedStateMachine):
     def status(self, name: str) -> None:
         self.settle(name)
         if name not in self.sessions:
-            with pytest.raises(fp.NoSessionError):
-                self.worker.call("status", self.path(name))
+            self.refused(fp.NoSessionError, "status", self.path(name))
             return
         model = self.sessions[name]
         found = self.worker.call("status", self.path(name))
@@ -349,7 +324,10 @@ class Checkpoints(RuleBasedStateMachine):
     @invariant()
     def nothing_else_lies_about(self) -> None:
         found = {entry.name for entry in Path(self.directory.name).iterdir()}
-        assert found == {*self.done, *(f"{name}.partial_save" for name in self.sessions)}
+        allowed = {*self.done, *(f"{name}.partial_save" for name in self.sessions)}
+        # The first save in flight makes the directory when its turn comes.
+        not_sure = {f"{name}.partial_save" for name, saves in self.in_flight.items() if saves}
+        assert allowed - not_sure <= found <= allowed
 
 
 Checkpoints.TestCase.settings = settings(max_examples=40, stateful_step_count=30)

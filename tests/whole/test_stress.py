@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import stress
 from things import QUICK
 
 import flax_partial as fp
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def test_all_at_once_is_as_if_one_after_the_other(tmp_path: Path) -> None:
