@@ -187,7 +187,8 @@ class WorkerPool:
     def unfinished(self) -> int:
         """Number of tasks that are queued or being done."""
         with self._lock:
-            return sum(not task.is_over for task in [*self._running.values(), *self._queue])
+            tasks = [*self._running.values(), *self._queue]
+            return sum(not task.handle.done() for task in tasks)  # as callers see it
 
     def release_idle(self) -> None:
         """Has the workers that wait for a task end, unless there is one."""
