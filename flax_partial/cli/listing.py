@@ -12,8 +12,9 @@ from flax_partial.cli import places
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.loading.catalog import is_finalized
-from flax_partial.storage import local as storage
+from flax_partial.storage import files, session_dir
 from flax_partial.storage.parts import part_names
+from flax_partial.storage.paths import CONTENTS, DELETED_SUFFIX, SESSION_SUFFIX, STATE
 
 # What `CheckpointManager` of Orbax keeps beside a checkpoint's tree.
 _ORBAX_METRICS = Path("metrics", "metrics")
@@ -56,14 +57,14 @@ def directory(path: str) -> Path:
     if not found.is_dir():
         kind = "is not a directory" if found.exists() else "does not exist"
         raise WrongUseError(f"{path} {kind}")
-    if found.resolve().name.endswith(storage.SESSION_SUFFIX) or is_finalized(found):
+    if found.resolve().name.endswith(SESSION_SUFFIX) or is_finalized(found):
         raise WrongUseError(f"{path} is a checkpoint, not a directory of them: use show or status")
     return found
 
 
 def entries(directory: Path) -> list[Entry]:
     """Reads what is in a directory: by step, then by name."""
-    paths = (directory / name for name in storage.listed(directory) if not _is_removed(name))
+    paths = (directory / name for name in files.listed(directory) if not _is_removed(name))
     found = [entry for path in paths if path.is_dir() and (entry := _entry(path))]
     return sorted(found, key=lambda one: (one.step is None, one.step or 0, one.name))
 
@@ -80,7 +81,7 @@ def one_checkpoint(path: str, out: Output, state: str = places.FINALIZED) -> str
       WrongUseError: It cannot name a checkpoint, or is a run that has none in this state.
     """
     found, where = Path(path), places.resolve(path)
-    if (found / storage.STATE).exists() or storage.is_session(where) or is_finalized(found):
+    if (found / STATE).exists() or session_dir.is_session(where) or is_finalized(found):
         return path
     held = entries(found)
     if not held:
@@ -121,11 +122,11 @@ def best(entries: Sequence[Entry], monitor: str | None, mode: str) -> str | None
 
 def _entry(path: Path) -> Entry | None:
     """Returns None for what is neither a checkpoint nor a session."""
-    state = path / storage.STATE
+    state = path / STATE
     try:
-        if path.name.endswith(storage.SESSION_SUFFIX):
+        if path.name.endswith(SESSION_SUFFIX):
             return _unfinished(path)
-        is_ours = (state / storage.CONTENTS).exists() or part_names(state)
+        is_ours = (state / CONTENTS).exists() or part_names(state)
         if is_ours or is_finalized(path):
             return _finalized(path)
     except (fp.PartialCheckpointError, WrongUseError, OSError) as error:
@@ -170,7 +171,7 @@ def _unfinished(path: Path) -> Entry | None:
 
 
 def _is_removed(name: str) -> bool:
-    return name.startswith(".") and name.endswith(storage.DELETED_SUFFIX)
+    return name.startswith(".") and name.endswith(DELETED_SUFFIX)
 
 
 def _step(path: Path, metadata: dict[str, Any]) -> int | None:
@@ -182,13 +183,13 @@ def _step(path: Path, metadata: dict[str, Any]) -> int | None:
 
 def step_in_name(name: str) -> int | None:
     """Returns the step that a checkpoint or session is called by: 12 in `prefix_0000012`."""
-    digits = name.removesuffix(storage.SESSION_SUFFIX).rpartition("_")[2]
+    digits = name.removesuffix(SESSION_SUFFIX).rpartition("_")[2]
     return int(digits) if digits.isascii() and digits.isdecimal() else None
 
 
 def _orbax_metrics(path: Path) -> object:
     try:
-        return json.loads(storage.read(path / _ORBAX_METRICS) or b"{}")
+        return json.loads(files.read(path / _ORBAX_METRICS) or b"{}")
     except ValueError:
         return {}
 

@@ -12,9 +12,9 @@ from flax_partial.format.model import Contents, Part
 from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
 from flax_partial.reports import CheckpointMetadata, SessionStatus
 from flax_partial.runs import completeness
-from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath
+from flax_partial.storage import checkpoint_dir, files, paths, session_dir
 from flax_partial.storage.parts import read_parts
+from flax_partial.storage.paths import SESSION_SUFFIX, STATE, CheckpointPath
 
 FINALIZED, UNFINISHED, DAMAGED, DROPPED = "finalized", "unfinished", "damaged", "dropped"
 OURS, ORBAX = "flax_partial", "orbax"
@@ -27,14 +27,14 @@ def resolve(path: str) -> CheckpointPath:
       WrongUseError: It cannot name a checkpoint.
     """
     try:
-        return storage.resolve(path)
+        return paths.resolve(path)
     except ValueError as error:
         raise WrongUseError(str(error)) from error
 
 
 def is_session_meant(path: str, where: CheckpointPath) -> bool:
     """Whether a path is that of a session, not of a checkpoint that may lie beside it."""
-    return path.rstrip("/").endswith(storage.SESSION_SUFFIX) and storage.is_session(where)
+    return path.rstrip("/").endswith(SESSION_SUFFIX) and session_dir.is_session(where)
 
 
 def finalized(path: str) -> CheckpointPath:
@@ -59,7 +59,7 @@ def open_finalized(path: str) -> Iterator[Checkpoint]:
       CorruptCheckpointError: Its table of contents is damaged.
     """
     where = finalized(path)
-    with storage.reading(where.final):
+    with checkpoint_dir.reading(where.final):
         yield open_checkpoint(where)
 
 
@@ -107,8 +107,8 @@ def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) ->
     Raises:
       NoSessionError: There is none.
     """
-    if not storage.is_session(where):
-        raise storage.no_session(where)
+    if not session_dir.is_session(where):
+        raise session_dir.no_session(where)
     if is_foreign(where):
         raise NoSessionError(
             f"{where.session} is not an unfinished checkpoint of flax_partial: only the program "
@@ -121,8 +121,8 @@ def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) ->
 
 def is_foreign(where: CheckpointPath) -> bool:
     """Whether a session's directory holds something, but nothing of ours."""
-    names = storage.listed(where.session)
-    return bool(names) and storage.STATE not in names
+    names = files.listed(where.session)
+    return bool(names) and STATE not in names
 
 
 def read_contents(path: str) -> tuple[Contents, str]:
@@ -137,7 +137,7 @@ def read_contents(path: str) -> tuple[Contents, str]:
     """
     where = resolve(path)
     is_there = where.final.exists() and not is_session_meant(path, where)
-    if is_there or not storage.is_session(where):
+    if is_there or not session_dir.is_session(where):
         return open_checkpoint(where).contents, FINALIZED
     session = read_session(where)
     contents = Contents(

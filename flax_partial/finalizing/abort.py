@@ -5,8 +5,8 @@ from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import Handle
 from flax_partial.sessions.registry import forget, session_of
 from flax_partial.sessions.workers import Task
-from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath, PathLike
+from flax_partial.storage import paths, session_dir
+from flax_partial.storage.paths import CheckpointPath, PathLike
 
 
 def abort(path: PathLike) -> None:
@@ -24,7 +24,7 @@ def abort(path: PathLike) -> None:
       OSError: It cannot be removed.
     """
     check_not_forked("abort")
-    where = storage.resolve(path)
+    where = paths.resolve(path)
     workers.finalizing.run(Task(lambda _: _abort(where), Handle[None]()))
 
 
@@ -35,5 +35,5 @@ def _abort(where: CheckpointPath) -> None:
         session.wait()
     finally:
         forget(session, for_good=True)
-    with storage.locked_exclusively(where):
-        storage.remove_session(where)
+    with session_dir.locked_exclusively(where):
+        session_dir.remove_session(where)

@@ -33,9 +33,9 @@ from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import FinalizeHandle
 from flax_partial.sessions.registry import Session, failed_parts, forget, session_of
 from flax_partial.sessions.workers import Task
-from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath, PathLike
+from flax_partial.storage import files, paths, session_dir
 from flax_partial.storage.parts import read_parts
+from flax_partial.storage.paths import CheckpointPath, PathLike
 
 _MOST_NAMED = 20  # leaves that an error lists
 
@@ -107,7 +107,7 @@ def _task(
 ) -> Task[CheckpointMetadata]:
     """Checks what a caller can get wrong; returns what a worker has to do."""
     check_not_forked("finalize")
-    where = storage.resolve(path)
+    where = paths.resolve(path)
     expected = _names(expect)
     chosen = None if processes is None else tuple(processes)
 
@@ -165,18 +165,18 @@ def _commit_when_whole(
     session: Session, expected: Sequence[str], timeout_secs: float, task: Task[Any]
 ) -> Contents:
     where = session.where
-    storage.require_absent(where)
+    session_dir.require_absent(where)
     if timeout_secs:
         _wait_for_leaves(where, expected, timeout_secs, task)
     try:
         task.check()
-        with storage.locked_exclusively(where), collector.paused():
+        with session_dir.locked_exclusively(where), collector.paused():
             task.check()
             session.remove_failed()
             with TraceAnnotation("flax_partial.finalize", checkpoint=where.final.name):
                 return _commit(session, expected)
     except NoSessionError:
-        storage.require_absent(where)  # somebody else has finalized it while this one waited
+        session_dir.require_absent(where)  # somebody else has finalized it while this one waited
         raise
 
 
@@ -202,7 +202,7 @@ def _wait_for_leaves(
 def _commit(session: Session, expected: Sequence[str]) -> Contents:
     """Makes the checkpoint of a locked session."""
     where = session.where
-    storage.require_absent(where)
+    session_dir.require_absent(where)
     found = read_parts(where.state, failed=session.not_removed)
     _require_undamaged(where, found.damaged)
     plan = merge(found.committed)
@@ -210,15 +210,15 @@ def _commit(session: Session, expected: Sequence[str]) -> Contents:
     derived = derive(plan, committed_ns=time.time_ns())
     data, root_files = derived.contents_bytes, derived.root_files
     for name in found.torn:  # nobody saves while the session is locked: these are dead
-        storage.remove_part(where, name)
-    storage.clear_root(where)
+        session_dir.remove_part(where, name)
+    session_dir.clear_root(where)
     needed_bytes = sum(sum(map(len, pieces)) for pieces in root_files.values()) + len(data)
-    with storage.full_disk_explained(where, lambda: needed_bytes):
+    with files.full_disk_explained(where, lambda: needed_bytes):
         try:
-            storage.commit_checkpoint(where, root_files=root_files, contents=data)
+            session_dir.commit_checkpoint(where, root_files=root_files, contents=data)
         except BaseException:
             with contextlib.suppress(OSError):  # it takes room, and is made anew in any case
-                storage.clear_root(where)
+                session_dir.clear_root(where)
             raise
     return derived.contents
 
@@ -264,7 +264,7 @@ def _lost(where: CheckpointPath, plan: MergePlan) -> list[str]:
         for part, places in sources:
             end = max((sum(place) for place in places if not isinstance(place, bytes)), default=0)
             if end and part not in sizes:
-                sizes[part] = storage.size_of_data(where, data_path(part))
+                sizes[part] = session_dir.size_of_data(where, data_path(part))
             if end and end > sizes[part]:
                 lost.append(f"{leaf.name}, in {part}")
                 break

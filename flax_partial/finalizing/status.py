@@ -4,9 +4,9 @@ from flax_partial.format.metadata import merge_metadata
 from flax_partial.format.model import Part
 from flax_partial.reports import PartStatus, SessionStatus
 from flax_partial.sessions.registry import failed_parts
-from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath, PathLike
+from flax_partial.storage import paths, session_dir
 from flax_partial.storage.parts import SessionParts, read_parts
+from flax_partial.storage.paths import CheckpointPath, PathLike
 
 
 def status(path: PathLike) -> SessionStatus:
@@ -18,9 +18,9 @@ def status(path: PathLike) -> SessionStatus:
     Raises:
       NoSessionError: There is no session.
     """
-    where = storage.resolve(path)
-    if not storage.is_session(where):
-        raise storage.no_session(where)
+    where = paths.resolve(path)
+    if not session_dir.is_session(where):
+        raise session_dir.no_session(where)
     return status_of(where, read_parts(where.state, failed=failed_parts(where)))
 
 

@@ -8,8 +8,8 @@ from flax_partial.sessions import workers
 from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import Handle
 from flax_partial.sessions.workers import Task
-from flax_partial.storage import local as storage
-from flax_partial.storage.local import PathLike
+from flax_partial.storage import checkpoint_dir, files, paths
+from flax_partial.storage.paths import STATE, PathLike
 
 
 def steps(directory: PathLike) -> list[int]:
@@ -24,7 +24,7 @@ def steps(directory: PathLike) -> list[int]:
     """
     root = Path(directory)
     return sorted(
-        int(name) for name in storage.listed(root) if _is_step(name) and is_finalized(root / name)
+        int(name) for name in files.listed(root) if _is_step(name) and is_finalized(root / name)
     )
 
 
@@ -55,10 +55,10 @@ def remove(path: PathLike) -> None:
       OSError: It cannot be removed, or only in part: then it is no checkpoint any more.
     """
     check_not_forked("remove")
-    where = storage.resolve(path)
+    where = paths.resolve(path)
     if not is_finalized(where.final):
         raise NoSessionError(f"There is no finalized checkpoint at {where.final}.")
-    workers.finalizing.run(Task(lambda _: storage.remove_checkpoint(where), Handle[None]()))
+    workers.finalizing.run(Task(lambda _: checkpoint_dir.remove_checkpoint(where), Handle[None]()))
 
 
 def _is_step(name: str) -> bool:
@@ -67,7 +67,7 @@ def _is_step(name: str) -> bool:
 
 def is_finalized(path: Path) -> bool:
     """Whether a directory is a finalized checkpoint, ours or Orbax's."""
-    state = path / storage.STATE
+    state = path / STATE
     if (path / "_CHECKPOINT_METADATA").is_file() and (state / "_METADATA").is_file():
         return True
     return orbax_reader.is_checkpoint(path)

@@ -15,10 +15,10 @@ from flax_partial.loading import data_reader as data_files
 from flax_partial.loading import orbax_reader
 from flax_partial.loading import target as placing
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
-from flax_partial.storage import local as storage
+from flax_partial.storage import checkpoint_dir, files, paths, session_dir
 from flax_partial.storage import tensorstore_io as arrays
-from flax_partial.storage.local import CheckpointPath, PathLike
 from flax_partial.storage.parts import part_names
+from flax_partial.storage.paths import CONTENTS, STATE, CheckpointPath, PathLike
 
 _UNSUSPICIOUS_BYTES = 256 << 20  # reading this much takes longer than asking for the files' sizes
 _MOST_PACKED = 1 << 15  # bytes that one stands for in zstd: its shortest block is 4, for 128 KiB
@@ -45,7 +45,7 @@ class OwnCheckpoint:
 
     def __init__(self, path: Path, contents: Contents) -> None:
         self.contents = contents
-        self._state = path / storage.STATE
+        self._state = path / STATE
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
         """Reads regions, as `Checkpoint.read` says."""
@@ -86,7 +86,7 @@ class OwnCheckpoint:
         total = sum(size for size, _ in sizes)
         if total <= _UNSUSPICIOUS_BYTES:
             return None
-        held = storage.bytes_below(self._state)
+        held = files.bytes_below(self._state)
         if sum(size // most for size, most in sizes) <= held:
             return None
         return f"what is read would be of {total} bytes, and {self._state} holds {held}"
@@ -113,8 +113,8 @@ def metadata(path: PathLike) -> CheckpointMetadata:
       NoSessionError: There is no finalized checkpoint at `path`.
       CorruptCheckpointError: Its table of contents is damaged.
     """
-    where = storage.resolve(path)
-    with storage.reading(where.final):
+    where = paths.resolve(path)
+    with checkpoint_dir.reading(where.final):
         return described(where, open_checkpoint(where).contents)
 
 
@@ -125,11 +125,11 @@ def open_checkpoint(where: CheckpointPath) -> Checkpoint:
       NoSessionError: There is none.
       CorruptCheckpointError: It is damaged.
     """
-    path = where.final / storage.STATE / storage.CONTENTS
-    data = storage.read(path)
-    names = part_names(where.final / storage.STATE)
+    path = where.final / STATE / CONTENTS
+    data = files.read(path)
+    names = part_names(where.final / STATE)
     if data is None and names:  # unless it was finalized between these two looks
-        data = storage.read(path)
+        data = files.read(path)
     if data is not None:
         contents = decode_contents(data, where=str(path))
         if contents.first_part not in names:
@@ -149,7 +149,7 @@ def open_checkpoint(where: CheckpointPath) -> Checkpoint:
 
 
 def _nothing_to_load(where: CheckpointPath) -> NoSessionError:
-    if storage.is_session(where):
+    if session_dir.is_session(where):
         return NoSessionError(
             f"{where.final} is not finalized: its parts are in {where.session}. Finalize it first."
         )

@@ -20,8 +20,8 @@ from flax_partial.loading import target as placing
 from flax_partial.loading.batches import region_bytes
 from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
 from flax_partial.loading.target import Placement
-from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath, PathLike
+from flax_partial.storage import checkpoint_dir, paths
+from flax_partial.storage.paths import CheckpointPath, PathLike
 
 _NNX_VALUE = "value"
 _PIECE_BYTES = 96 << 20  # of a load that says how far it is
@@ -60,8 +60,8 @@ def load(
       CorruptCheckpointError: Data on disk is damaged; it names the leaves.
       OSError: The system refused to read it, which says nothing of the data.
     """
-    where = storage.resolve(path)
-    with collector.paused(), storage.reading(where.final):
+    where = paths.resolve(path)
+    with collector.paused(), checkpoint_dir.reading(where.final):
         return _load(
             where, target, partial=partial, keep_missing=keep_missing, cast=cast, progress=progress
         )

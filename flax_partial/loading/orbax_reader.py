@@ -25,7 +25,7 @@ from flax_partial.format import orbax as orbax_format
 from flax_partial.format.keypaths import INDEX, STR_KEY, KeyPath, KeyTree
 from flax_partial.format.metadata import merge_metadata
 from flax_partial.format.model import STORABLE_DTYPES, Contents, Leaf, Region
-from flax_partial.storage import local as storage
+from flax_partial.storage import files
 from flax_partial.storage import tensorstore_io as arrays
 from flax_partial.storage.tensorstore_io import Store
 
@@ -139,7 +139,7 @@ def _item_directories(path: Path) -> list[tuple[Path, tuple[str, ...]]]:
         return []
     if _is_item(path):
         return [(path, ())]
-    names = [name for name in sorted(storage.listed(path)) if _is_item(path / name)]
+    names = [name for name in sorted(files.listed(path)) if _is_item(path / name)]
     if _MANAGER_ITEM not in names and not any((path / mark).is_file() for mark in _MARKS):
         return []  # a directory of checkpoints, perhaps
     return [(path / name, (name,) if len(names) > 1 else ()) for name in names]
@@ -151,7 +151,7 @@ def _is_item(path: Path) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; an empty one where there is no file."""
-    data = storage.read(path)
+    data = files.read(path)
     if data is None:
         return {}
     try:
@@ -301,7 +301,7 @@ def _random_keys(directory: Path) -> dict[str, str]:
     """Returns the implementation of each PRNG key; each process tells of what it wrote."""
     found: dict[str, str] = {}
     folder = directory / orbax_format.ARRAY_METADATAS
-    for file in storage.listed(folder):
+    for file in files.listed(folder):
         for entry in _read_json(folder / file).get("array_metadatas", ()):
             metadata = entry["array_metadata"]
             implementation = (metadata.get("ext_metadata") or {}).get(orbax_format.RANDOM_KEY_IMPL)

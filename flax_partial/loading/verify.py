@@ -11,9 +11,9 @@ from flax_partial.format.model import Contents
 from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.checkpoint import open_checkpoint
 from flax_partial.reports import VerifyReport
-from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath, PathLike
+from flax_partial.storage import checkpoint_dir, files, paths
 from flax_partial.storage.parts import read_parts
+from flax_partial.storage.paths import CONTENTS, STATE, CheckpointPath, PathLike
 
 _VERIFIED_AT_ONCE_BYTES = 256 << 20
 
@@ -35,8 +35,8 @@ def verify(path: PathLike) -> VerifyReport:
 
 def verify_with(path: PathLike, *, progress: Callable[[int, int], None]) -> VerifyReport:
     """Does what `verify` does, and tells after each batch how many bytes of how many are read."""
-    where = storage.resolve(path)
-    with collector.paused(), storage.reading(where.final):
+    where = paths.resolve(path)
+    with collector.paused(), checkpoint_dir.reading(where.final):
         return _verify(where, progress)
 
 
@@ -74,19 +74,17 @@ def _derive_again(
 
 def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tuple[str, str]]:
     """Derives the root files from the parts once more; yields those that differ, and why."""
-    state = where.final / storage.STATE
+    state = where.final / STATE
     found = read_parts(state)
-    yield from ((f"{storage.STATE}/{name}", why) for name, why in found.damaged.items())
-    yield from ((f"{storage.STATE}/{name}", "it has no table of contents") for name in found.torn)
+    yield from ((f"{STATE}/{name}", why) for name, why in found.damaged.items())
+    yield from ((f"{STATE}/{name}", "it has no table of contents") for name in found.torn)
     derived = None
     if not found.torn and not found.damaged:
-        derived = _derive_again(
-            merge(found.committed), contents, storage.read(state / storage.CONTENTS)
-        )
+        derived = _derive_again(merge(found.committed), contents, files.read(state / CONTENTS))
         if derived is None or derived.contents != contents:
-            yield f"{storage.STATE}/{storage.CONTENTS}", "it is not what the parts add up to"
-    files = orbax_format.root_files(contents) if derived is None else derived.root_files
+            yield f"{STATE}/{CONTENTS}", "it is not what the parts add up to"
+    derived_files = orbax_format.root_files(contents) if derived is None else derived.root_files
     del found, derived  # a table of contents each
-    for name, pieces in files.items():
-        if not storage.holds(where.final / name, pieces):
+    for name, pieces in derived_files.items():
+        if not files.holds(where.final / name, pieces):
             yield name, "it is missing, or not what the parts add up to"

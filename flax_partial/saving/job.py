@@ -28,9 +28,9 @@ from flax_partial.saving.write import link_held, write_part
 from flax_partial.sessions import registry
 from flax_partial.sessions.handles import SaveHandle
 from flax_partial.sessions.workers import Task
-from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath
+from flax_partial.storage import files, session_dir
 from flax_partial.storage.parts import prefix_of_name
+from flax_partial.storage.paths import CheckpointPath
 
 _budget = MemoryBudget()
 
@@ -155,7 +155,7 @@ class SaveJob:
         own_name = prefix_of_name(self._part) + uuid.uuid4().hex[:12]
         self._name = part_path(own_name, process=self._part.process, processes=agreement.count())
         session = self.session
-        with storage.full_disk_explained(session.where, lambda: self._needed_bytes):
+        with files.full_disk_explained(session.where, lambda: self._needed_bytes):
             session.require_not_aborted()
             task.check()
             with session.entered(durable=self._options.durable):
@@ -185,7 +185,7 @@ class SaveJob:
         )
 
     def _write(self, task: Task[SaveReport]) -> None:
-        directory = storage.create_part(self.session.where, self._name)
+        directory = session_dir.create_part(self.session.where, self._name)
         durable = self._options.durable
         linked = link_held(directory, self._held)
         left = [at for at in range(len(self._leaves)) if at not in linked]
@@ -210,7 +210,7 @@ class SaveJob:
         has_data_file = bool(written.bytes or written.reused or linked)
         task.check()  # the last chance: from here on the save happens
         with TraceAnnotation("flax_partial.commit"):
-            storage.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
+            session_dir.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
         self._reach("committed_at")
         if self._options.checksum:
             sharing.remember(self.session.where, self._name, part, self._arrays)

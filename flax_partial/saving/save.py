@@ -19,8 +19,8 @@ from flax_partial.saving.job import SaveJob
 from flax_partial.sessions import workers
 from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import SaveHandle
-from flax_partial.storage import local as storage
-from flax_partial.storage.local import PathLike
+from flax_partial.storage import paths
+from flax_partial.storage.paths import PathLike
 
 _DEFAULTS = SaveOptions()
 # The save that the main thread is preparing. Signals reach that thread alone: where it calls anew
@@ -126,8 +126,8 @@ def _prepare(
     """Checks everything that a caller can get wrong by itself."""
     started = time.perf_counter()
     check_not_forked("save")
-    where = storage.resolve(path)
-    earlier = None if reuse is None else storage.resolve(reuse)
+    where = paths.resolve(path)
+    earlier = None if reuse is None else paths.resolve(reuse)
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     metadata = check_metadata(custom_metadata)

@@ -17,9 +17,9 @@ from flax_partial.format.model import Leaf, Part, data_file_bytes, data_part, da
 from flax_partial.saving.reuse import DataFile, Earlier, Shared
 from flax_partial.saving.saved_arrays import SavedArrays
 from flax_partial.sessions.registry import Session
-from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath
+from flax_partial.storage import checkpoint_dir, files, session_dir
 from flax_partial.storage.parts import read_parts
+from flax_partial.storage.paths import CheckpointPath
 
 Arrays = Sequence["weakref.ref[Any] | None"]
 """Of each leaf of a save, the array that may be remembered, if it is one."""
@@ -49,9 +49,9 @@ def hold_files(
       durable: Whether only files count that are on the disk for certain.
     """
     shared = _saved_arrays.shared_with(earlier.final, arrays, leaves, durable=durable)
-    if not shared or not storage.has_contents(earlier.finalized):
+    if not shared or not checkpoint_dir.has_contents(earlier.finalized):
         return []
-    files = [(one, storage.hold(one.file.path, size=one.file.bytes)) for one in shared]
+    files = [(one, files.hold(one.file.path, size=one.file.bytes)) for one in shared]
     return [(one, file) for one, file in files if file is not None]
 
 
@@ -84,7 +84,7 @@ def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
     """Nothing that is wrong with an earlier checkpoint keeps a save from being written."""
     finalized = checkpoint.finalized
     try:
-        if storage.has_contents(finalized):
+        if checkpoint_dir.has_contents(finalized):
             with collector.paused():
                 parts = read_parts(finalized.state, process=agreement.index()).committed
                 return Earlier(parts, _data_files(finalized, parts))
@@ -99,7 +99,7 @@ def _data_files(where: CheckpointPath, parts: Mapping[str, Part]) -> dict[str, D
     for name, part in parts.items():
         for number in data_file_bytes(part.leaves):
             file = data_part(name, number)
-            size = storage.size_of_data(where, data_path(file))
+            size = session_dir.size_of_data(where, data_path(file))
             place = where.finalized.state / data_path(file)
             found[file] = DataFile(place, size, part.durable)
     return found

@@ -29,7 +29,7 @@ from flax_partial.format.model import (
 )
 from flax_partial.saving.reuse import Earlier, Plan, Shared
 from flax_partial.sessions import workers
-from flax_partial.storage import local as storage
+from flax_partial.storage import files
 from flax_partial.storage.direct_io import NewFile
 from flax_partial.storage.tensorstore_io import encoded_chunks
 
@@ -120,7 +120,7 @@ def _link_files(
     for file, one in enumerate(shared, start=first_file):
         target = directory.parent / data_path(data_part(directory.name, file))
         sync = durable and not one.file.durable
-        if storage.share(one.file.path, target, size=one.file.bytes, sync=sync):
+        if files.share(one.file.path, target, size=one.file.bytes, sync=sync):
             done |= {at: leaf.with_boxes(leaf.boxes, file=file) for at, leaf in one.leaves.items()}
     return done
 
@@ -134,8 +134,8 @@ def link_held(directory: Path, held: Sequence[tuple[Shared, BinaryIO]]) -> dict[
     done: dict[int, Leaf] = {}
     for number, (one, file) in enumerate(held, start=1):
         target = directory.parent / data_path(data_part(directory.name, number))
-        if not storage.share(one.file.path, target, size=one.file.bytes, sync=False):
-            storage.copy_held(file, target)
+        if not files.share(one.file.path, target, size=one.file.bytes, sync=False):
+            files.copy_held(file, target)
         done |= {at: leaf.with_boxes(leaf.boxes, file=number) for at, leaf in one.leaves.items()}
     return done
 

@@ -21,9 +21,9 @@ from flax_partial.format.model import Leaf
 from flax_partial.sessions import workers
 from flax_partial.sessions.claims import Claims
 from flax_partial.sessions.handles import SaveHandle
-from flax_partial.storage import local as storage
-from flax_partial.storage.local import CheckpointPath
+from flax_partial.storage import files, locks, session_dir
 from flax_partial.storage.parts import read_parts
+from flax_partial.storage.paths import CheckpointPath
 
 _LOG = logging.getLogger("flax_partial")
 
@@ -45,14 +45,14 @@ class Session:
         self._claims = Claims()
         self._begun = weakref.WeakSet[object]()  # saves under way
         self._pending: dict[object, Sequence[Leaf]] = {}  # what those have claimed
-        self._directory: storage.DirectoryLock | None = None  # what the claims are about
+        self._directory: locks.DirectoryLock | None = None  # what the claims are about
         self._failed: list[SaveHandle] = []
         self._last_time_ns = 0
         self._entering = threading.Lock()  # guards what follows; workers only, who may wait long
         self._writers = 0
-        self._locked: storage.DirectoryLock | None = None
-        self._prepared: storage.DirectoryLock | None = None  # what holds all that it has to
-        self._synced: storage.DirectoryLock | None = None  # what this process has made durable
+        self._locked: locks.DirectoryLock | None = None
+        self._prepared: locks.DirectoryLock | None = None  # what holds all that it has to
+        self._synced: locks.DirectoryLock | None = None  # what this process has made durable
 
     # What a caller does.
 
@@ -80,7 +80,7 @@ class Session:
           NoSessionError: The session is being aborted.
         """
         self.require_not_aborted()
-        storage.require_absent(self.where)
+        session_dir.require_absent(self.where)
         with self._lock:
             self._look()
             claimed = self._claims.claim(
@@ -123,14 +123,14 @@ class Session:
         While saves are pending, their workers do so.
         """
         known = None if self._directory is None else self._directory.identity
-        if self._pending or storage.identity(self.where.session) == known:
+        if self._pending or files.identity(self.where.session) == known:
             return
-        directory = storage.open_session(self.where)
+        directory = session_dir.open_session(self.where)
         if directory is not None:
-            storage.check_is_ours(self.where)
+            session_dir.check_is_ours(self.where)
         self._take_over(directory)
 
-    def _take_over(self, directory: storage.DirectoryLock | None) -> None:
+    def _take_over(self, directory: locks.DirectoryLock | None) -> None:
         """Makes the claims those of a directory, and of the saves that are pending."""
         claims = Claims()
         if directory is not None:
@@ -178,10 +178,10 @@ class Session:
 
     def _enter(self, *, durable: bool) -> None:
         if self._locked is None or self._locked is not self._directory:
-            directory = storage.lock_for_saving(self.where, self._directory)
+            directory = session_dir.lock_for_saving(self.where, self._directory)
             if directory is not self._prepared:
                 try:
-                    storage.prepare_session(self.where)
+                    session_dir.prepare_session(self.where)
                 except BaseException:
                     directory.release()
                     raise
@@ -193,7 +193,7 @@ class Session:
         try:
             self.remove_failed()
             if durable and self._synced is not self._locked:
-                storage.sync_session(self.where)
+                session_dir.sync_session(self.where)
                 self._synced = self._locked
         except BaseException:
             self._unlock_if_idle()
@@ -229,8 +229,8 @@ class Session:
         with self._entering:
             self.not_removed |= {part}
             with contextlib.suppress(OSError):
-                storage.remove_part(self.where, part)
-            if not storage.may_have_table(self.where, part):  # it counts for nothing
+                session_dir.remove_part(self.where, part)
+            if not session_dir.may_have_table(self.where, part):  # it counts for nothing
                 self.not_removed -= {part}
 
     def remove_failed(self) -> None:
@@ -240,7 +240,7 @@ class Session:
           OSError: It cannot be removed.
         """
         for part in sorted(self.not_removed):
-            storage.remove_part(self.where, part)
+            session_dir.remove_part(self.where, part)
             self.not_removed -= {part}
 
     def wait(self) -> None:
@@ -258,7 +258,7 @@ class Session:
         if not self.is_idle:
             return False
         try:
-            current = storage.identity(self.where.session)
+            current = files.identity(self.where.session)
         except OSError:  # such as a name that is too long: there never was a session
             return True
         return self._directory is None or current != self._directory.identity

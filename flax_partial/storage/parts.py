@@ -7,7 +7,8 @@ from pathlib import Path
 from flax_partial.errors import CorruptCheckpointError
 from flax_partial.format.model import Part
 from flax_partial.format.tables import decode_part
-from flax_partial.storage import local as storage
+from flax_partial.storage import files
+from flax_partial.storage.paths import PART_FOLDER, PART_PREFIX, PART_TABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,10 @@ def part_names(state: Path) -> list[str]:
 
     Those in a directory `p<number>` of several processes' parts are called with it.
     """
-    names = storage.listed(state)
-    for folder in filter(storage.PART_FOLDER.fullmatch, names[:]):
-        names += [f"{folder}/{name}" for name in storage.listed(state / folder)]
-    found = [name for name in names if _own_name(name).startswith(storage.PART_PREFIX)]
+    names = files.listed(state)
+    for folder in filter(PART_FOLDER.fullmatch, names[:]):
+        names += [f"{folder}/{name}" for name in files.listed(state / folder)]
+    found = [name for name in names if _own_name(name).startswith(PART_PREFIX)]
     return sorted(found, key=lambda name: (_own_name(name), name))
 
 
@@ -77,13 +78,13 @@ def _own_name(name: str) -> str:
 
 def prefix_of_name(part: Part) -> str:
     """What the name of a part's directory begins with: when it was saved, and by which process."""
-    return f"{storage.PART_PREFIX}{part.time_ns:019d}.p{part.process}."
+    return f"{PART_PREFIX}{part.time_ns:019d}.p{part.process}."
 
 
 def _read_part(state: Path, name: str) -> Part | None:
     """Returns None where there is no table: it appears whole, or not at all."""
-    path = state / name / storage.PART_TABLE
-    data = storage.read(path)
+    path = state / name / PART_TABLE
+    data = files.read(path)
     if data is None:
         return None
     part = decode_part(data, where=str(path))

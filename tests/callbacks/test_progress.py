@@ -17,7 +17,7 @@ import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
 from flax_partial.loading import load as loading
 from flax_partial.loading.checkpoint import OwnCheckpoint
-from flax_partial.storage import local as storage
+from flax_partial.storage import session_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -44,7 +44,7 @@ def slow(function: Callable[..., Any], secs: float) -> Callable[..., Any]:
 
 def train(directory: Path, steps: Iterable[int]) -> None:
     """Saves at the first step, which takes more than two seconds to write."""
-    storage.commit_part = slow(storage.commit_part, 0.3)
+    session_dir.commit_part = slow(session_dir.commit_part, 0.3)
     callback = PartialCheckpointCallback(
         directory, every_n_epochs=None, every_n_train_steps=1000, progress=True
     )
@@ -135,9 +135,9 @@ def test_load_shows_how_far_it_is(tmp_path: Path) -> None:
 
 
 def test_into_a_pipe_there_is_no_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    storage_commit = storage.commit_part
+    storage_commit = session_dir.commit_part
     try:
         train(tmp_path, range(2))
     finally:
-        storage.commit_part = storage_commit
+        session_dir.commit_part = storage_commit
     assert capfd.readouterr() == ("", "")

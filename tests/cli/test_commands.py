@@ -21,7 +21,7 @@ from things import Element, listing
 import flax_partial as fp
 from flax_partial.cli.main import PROBLEM, WRONG_USE, main
 from flax_partial.runs import completeness
-from flax_partial.storage import local as storage
+from flax_partial.storage import checkpoint_dir
 
 HALF = fp.Slice(np.ones((1, 3)), start=0, size=2)  # of a stacked leaf
 
@@ -180,7 +180,7 @@ def test_rm_removes_a_checkpoint_even_a_damaged_one(run_directory: Path, shell: 
 
 @pytest.mark.parametrize("command", ["rm {}/10", "prune {} --keep-last 1"])
 def test_what_is_read_is_not_removed(command: str, run_directory: Path, shell: Shell) -> None:
-    with storage.reading(run_directory / "10"):
+    with checkpoint_dir.reading(run_directory / "10"):
         shell.run(*command.format(run_directory).split(), "--yes", status=PROBLEM)
     assert 10 in fp.steps(run_directory)
 

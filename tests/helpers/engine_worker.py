@@ -17,7 +17,7 @@ from typing import Any
 from preloaded import server
 
 import flax_partial as fp
-from flax_partial.storage import local as storage
+from flax_partial.storage import checkpoint_dir, files, session_dir
 from flax_partial.storage import tensorstore_io as arrays
 
 _CHANGES = frozenset(("os.mkdir", "os.rename", "os.remove", "os.rmdir", "ctypes.dlsym"))
@@ -109,7 +109,7 @@ def _die_at(call: str, path: str, state: Any, event: int) -> None:
         left, is_changed = left - 1, False
 
     sys.addaudithook(watch)
-    for module in (storage, arrays):
+    for module in (files, session_dir, checkpoint_dir, arrays):
         for name, function in vars(module).copy().items():
             is_own = getattr(function, "__module__", None) == module.__name__
             if isinstance(function, types.FunctionType) and is_own:

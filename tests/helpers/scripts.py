@@ -16,14 +16,14 @@ path = sys.argv[1]
 """
 # No save commits before `gate` is set.
 GATED = """
-from flax_partial.storage import local
-commit, gate = local.commit_part, threading.Event()
+from flax_partial.storage import session_dir
+commit, gate = session_dir.commit_part, threading.Event()
 
 def commit_at_gate(*arguments, **options):
     assert gate.wait(60)
     commit(*arguments, **options)
 
-local.commit_part = commit_at_gate
+session_dir.commit_part = commit_at_gate
 """
 
 

@@ -21,7 +21,8 @@ from things import MOST_SECS, QUICK, X, listing, stored, unchanged, until
 import flax_partial as fp
 from flax_partial.saving import job
 from flax_partial.sessions import registry
-from flax_partial.storage import local as storage
+from flax_partial.storage import locks, paths, session_dir
+from flax_partial.storage.paths import CheckpointPath
 
 
 def at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
@@ -186,7 +187,7 @@ def no_space_left(directory: Path, *_: Any, **__: Any) -> None:
 def test_errors_of_several_saves_are_all_told(
     broken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "commit_part", no_space_left)
+    monkeypatch.setattr(session_dir, "commit_part", no_space_left)
     wait([fp.save_async(broken, {f"lost{index}": X}) for index in range(3)])
     monkeypatch.undo()
     with pytest.raises(OSError, match="No space left") as caught:
@@ -211,7 +212,7 @@ def test_finalize_never_passes_a_save_that_fails_while_it_waits(
         waiting.set()
         wait_for_saves(session)
 
-    monkeypatch.setattr(storage, "commit_part", fail_late)
+    monkeypatch.setattr(session_dir, "commit_part", fail_late)
     monkeypatch.setattr(registry.Session, "wait", note_and_wait)
     handle = fp.save_async(broken, {"lost": X})
     callbacks = handle._done_callbacks  # noqa: SLF001 - none may come before this one
@@ -232,7 +233,7 @@ def test_save_that_fails_leaves_the_session_as_it_was(
         (directory / "part.json.tmp").write_bytes(table)
         no_space_left(directory)
 
-    monkeypatch.setattr(storage, "commit_part", failing)
+    monkeypatch.setattr(session_dir, "commit_part", failing)
     with unchanged(broken.parent), pytest.raises(OSError, match="No space left"):
         fp.save(broken, {"lost": np.arange(100_000)}, custom_metadata={"lost": True})
     monkeypatch.undo()
@@ -244,11 +245,9 @@ def test_session_that_another_thread_enters_meanwhile_keeps_its_errors(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saves into other sessions tidy up what this process knows of sessions that are gone."""
-    real = storage.lock_for_saving
+    real = session_dir.lock_for_saving
 
-    def lock(
-        where: storage.CheckpointPath, known: storage.DirectoryLock | None
-    ) -> storage.DirectoryLock:
+    def lock(where: CheckpointPath, known: locks.DirectoryLock | None) -> locks.DirectoryLock:
         def save_another() -> None:
             if where.final.name == "c":
                 fp.save(path.with_name(f"other{len(list(path.parent.iterdir()))}"), {"a": X})
@@ -258,7 +257,7 @@ def test_session_that_another_thread_enters_meanwhile_keeps_its_errors(
         save_another()
         return held
 
-    monkeypatch.setattr(storage, "lock_for_saving", lock)
+    monkeypatch.setattr(session_dir, "lock_for_saving", lock)
     handle = fp.save_async(path, {"a": X})
     with pytest.raises(fp.KeyConflictError):
         fp.save(path, {"a": X})
@@ -270,14 +269,14 @@ def test_save_that_comes_too_late_leaves_no_session(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process finalizes, and renames the session, just as this one looks for it."""
-    real = storage._create_session  # noqa: SLF001 - no caller can time this
+    real = session_dir._create_session  # noqa: SLF001 - no caller can time this
 
-    def create(where: storage.CheckpointPath) -> bool:
+    def create(where: CheckpointPath) -> bool:
         is_new = real(where)
         where.final.mkdir()
         return is_new
 
-    monkeypatch.setattr(storage, "_create_session", create)
+    monkeypatch.setattr(session_dir, "_create_session", create)
     with pytest.raises(fp.CheckpointExistsError):
         fp.save(path, {"a": X})
     assert listing(path.parent) == ["c "]
@@ -382,18 +381,18 @@ def save_bounded(path: Path, name: str, size: int) -> fp.SaveHandle:
 def test_memory_budget_makes_save_async_wait_and_says_how_long(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, commit = threading.Event(), storage.commit_part
+    gate, commit = threading.Event(), session_dir.commit_part
 
     def commit_at_gate(directory: Path, table: bytes, **options: Any) -> None:
         assert gate.wait(MOST_SECS)
         commit(directory, table, **options)
 
-    monkeypatch.setattr(storage, "commit_part", commit_at_gate)
+    monkeypatch.setattr(session_dir, "commit_part", commit_at_gate)
     save_bounded(path, "first", 6000)
     save_bounded(path, "small", 3000)  # there is room for it, so that it does not wait either
     with ThreadPoolExecutor(1) as caller:
         call = caller.submit(save_bounded, path, "second", 6000)
-        until(lambda: job._budget._changed._waiters)  # type: ignore[attr-defined] # noqa: SLF001
+        until(lambda: job._budget._waiting)  # noqa: SLF001
         seen = time.perf_counter()
         assert not call.done()
         opened = time.perf_counter()
@@ -444,20 +443,20 @@ def test_abort_holds_no_lock_for_a_queued_save_that_it_refused(
 ) -> None:
     """While another caller is about to claim: nobody else would give the lock back."""
     gates = {"c": threading.Event(), "busy": threading.Event()}
-    at_gate, commit = threading.Semaphore(0), storage.commit_part
+    at_gate, commit = threading.Semaphore(0), session_dir.commit_part
 
     def commit_at_gate(directory: Path, table: bytes, **options: Any) -> None:
         at_gate.release()
         assert gates["busy" if "busy" in str(directory) else "c"].wait(MOST_SECS)
         commit(directory, table, **options)
 
-    monkeypatch.setattr(storage, "commit_part", commit_at_gate)
+    monkeypatch.setattr(session_dir, "commit_part", commit_at_gate)
     for one in (path.with_name("busy"), path):  # both workers
         fp.save_async(one, {"a": X})
     assert all(at_gate.acquire(timeout=MOST_SECS) for _ in gates)
     queued = fp.save_async(path, {"b": X})
     about_to_claim = object()
-    session = registry.begin_save(storage.resolve(path), about_to_claim)
+    session = registry.begin_save(paths.resolve(path), about_to_claim)
     with ThreadPoolExecutor(1) as pool:
         aborted = pool.submit(fp.abort, path)
         until(lambda: session.is_aborted)

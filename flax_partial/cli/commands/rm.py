@@ -7,7 +7,7 @@ from flax_partial.cli import places, text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import BAD, Output
 from flax_partial.loading.catalog import is_finalized
-from flax_partial.storage import local as storage
+from flax_partial.storage import files
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     final = places.finalized(options.path).final
     if not is_finalized(final):
         raise WrongUseError(f"there is no finalized checkpoint at {final}")
-    size = storage.bytes_below(final)
+    size = files.bytes_below(final)
     is_wanted = options.yes or out.is_agreed(f"{final}: {text.size(size)}", "remove it")
     if is_wanted:
         fp.remove(final)

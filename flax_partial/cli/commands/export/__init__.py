@@ -17,7 +17,7 @@ from flax_partial.errors import UnsupportedLeafError, first_few
 from flax_partial.format.model import Leaf
 from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint
-from flax_partial.storage import local as storage
+from flax_partial.storage import files
 
 _AT_ONCE_BYTES = 64 << 20  # reading takes about as much again
 _MOST_NAMED = 10
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
         leaves = selection.chosen(checkpoint.contents.leaves, options.only, options.skip)
         arrays = safetensors.ordered(leaves)
         layout = _lay_out(arrays, leaves, checkpoint.contents.custom_metadata)
-        with storage.new_file(target) as descriptor, out.bar("Exporting") as progress:
+        with files.new_file(target) as descriptor, out.bar("Exporting") as progress:
             _write(descriptor, layout.header, 0)
             _write_tensors(descriptor, layout, arrays, checkpoint, progress)
     widened = {leaf.name: leaf.dtype for leaf in arrays if leaf.dtype in safetensors.WIDER}
