@@ -187,8 +187,16 @@ def no_space_left(directory: Path, *_: Any, **__: Any) -> None:
 def test_errors_of_several_saves_are_all_told(
     broken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_dir, "commit_part", no_space_left)
-    wait([fp.save_async(broken, {f"lost{index}": X}) for index in range(3)])
+    all_are_called = threading.Event()  # else a call would raise the error of one before
+
+    def fail_late(directory: Path, *_: Any, **__: Any) -> None:
+        assert all_are_called.wait(MOST_SECS)
+        no_space_left(directory)
+
+    monkeypatch.setattr(session_dir, "commit_part", fail_late)
+    handles = [fp.save_async(broken, {f"lost{index}": X}) for index in range(3)]
+    all_are_called.set()
+    wait(handles)
     monkeypatch.undo()
     with pytest.raises(OSError, match="No space left") as caught:
         fp.finalize(broken)
@@ -455,7 +463,7 @@ def test_abort_holds_no_lock_for_a_queued_save_that_it_refused(
         fp.save_async(one, {"a": X})
     assert all(at_gate.acquire(timeout=MOST_SECS) for _ in gates)
     queued = fp.save_async(path, {"b": X})
-    about_to_claim = object()
+    about_to_claim = threading.Event()  # in the place of a save
     session = registry.begin_save(paths.resolve(path), about_to_claim)
     with ThreadPoolExecutor(1) as pool:
         aborted = pool.submit(fp.abort, path)
