@@ -33,6 +33,7 @@ from test_callback import assert_is_step, names_in, wait_for_leaves
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
 from flax_partial.runs import completeness
+from flax_partial.storage import session_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -212,12 +213,20 @@ def test_exception_lets_saves_finish_and_leaves_the_session(
 
 @pytest.mark.usefixtures("_full_disk")
 def test_exception_is_not_hidden_by_a_save_that_failed_since_the_last_hook(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     callback = PartialCheckpointCallback(tmp_path, every_n_train_steps=1)
+    create_part, hook_has_ended = session_dir.create_part, threading.Event()
+
+    def create_later(*arguments: Any) -> Path:
+        assert hook_has_ended.wait(60)
+        return create_part(*arguments)
+
+    monkeypatch.setattr(session_dir, "create_part", create_later)
 
     def fail(trainer: StubTrainer) -> None:
         callback.on_layer_ready(trainer, "bad", TOO_LARGE)
+        hook_has_ended.set()
         while not callback.failed_saves:
             time.sleep(0.01)
         raise ZeroDivisionError

@@ -15,7 +15,7 @@ import trees
 from flax.core import FrozenDict
 from flax.training.train_state import TrainState
 from jax import tree_util
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_utils
 from orbax.checkpoint.experimental import v1
 
@@ -99,6 +99,12 @@ def _without_target(leaf: Any) -> Any:
     if isinstance(leaf, (Nothing, optax.EmptyState)):
         return None
     return {} if isinstance(leaf, Mapping) else as_orbax(leaf)
+
+
+def on_first_device(leaf: Any) -> Any:
+    """What lies on one device is said to lie on the first, which every reader has."""
+    is_on_one = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, SingleDeviceSharding)
+    return jax.device_put(leaf, jax.devices()[0]) if is_on_one else leaf
 
 
 def assert_same(got: Any, want: Any) -> None:

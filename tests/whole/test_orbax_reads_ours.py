@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,7 +124,8 @@ def case(
 @pytest.mark.parametrize("reader", side.READERS.values(), ids=side.READERS)
 def test_orbax_reads_without_a_target(reader: Any, case: tuple[Path, Any]) -> None:
     path, state = case
-    side.assert_same(reader(path, None), side.as_nested(state))
+    want = side.map_leaves(side.on_first_device, side.as_nested(state))
+    side.assert_same(reader(path, None), want)
 
 
 @pytest.mark.parametrize("reader", side.READERS.values(), ids=side.READERS)
@@ -202,7 +206,37 @@ def test_orbax_reads_any_tree_that_it_can_name(tree: Any) -> None:
     assume(not any("~" in tree_util.keystr(path) for path in pointers))
     with tempfile.TemporaryDirectory() as directory:
         path = stored(Path(directory, "checkpoint"), tree).path
-        side.assert_same(v1.load(path), side.as_nested(tree))
+        want = side.map_leaves(side.on_first_device, side.as_nested(tree))
+        side.assert_same(v1.load(path), want)
+
+
+ON_ONE_DEVICE = """
+import sys, jax, numpy as np
+from orbax.checkpoint.experimental import v1
+
+assert jax.device_count() == 1
+loaded = v1.load(sys.argv[1])
+for number in range(8):
+    np.testing.assert_array_equal(loaded[f"on{number}"], np.full(3, number))
+"""
+
+
+def test_orbax_reads_arrays_of_many_devices_where_there_is_one(tmp_path: Path) -> None:
+    """As pipeline stages leave them, each on the device of its stage."""
+    state = {
+        f"on{number}": jax.device_put(np.full(3, number), device)
+        for number, device in enumerate(jax.devices())
+    }
+    path = stored(tmp_path / "checkpoint", state).path
+    done = subprocess.run(
+        [sys.executable, "-c", ON_ONE_DEVICE, path],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # --- metadata and runs
