@@ -243,6 +243,12 @@ class WorkerPool:
 _pools: "weakref.WeakSet[WorkerPool]" = weakref.WeakSet()
 
 
+def release_idle() -> None:
+    """Has all workers that wait for a task end now, instead of after a while."""
+    for pool in list(_pools):
+        pool.release_idle()
+
+
 class _Exit:
     """The end of the interpreter: what is in flight is finished first, and that is said."""
 
@@ -265,8 +271,7 @@ class _Exit:
                 saves,
                 finalizes,
             )
-        for pool in list(_pools):
-            pool.release_idle()
+        release_idle()
 
 
 # One hashes while the other waits for the disk. More of them take the interpreter lock from the
