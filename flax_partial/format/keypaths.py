@@ -289,9 +289,8 @@ class KeyTree:
         self._last = None
         for children, text in reversed(way):
             node = children.get(text)
-            if node is not None:
-                if node.children or node.places > 0:
-                    return
+            if node is not None and (node.children or node.places > 0):
+                return
             children.pop(text, None)
 
     def has_inside(self, path: KeyPath) -> bool:
