@@ -198,6 +198,10 @@ class KeyTree:
         self._top: _Children = {}  # the root, under the empty text
         self._last: tuple[tuple[str, ...], str, _Children] | None = None  # node of the last leaf
 
+    def __bool__(self) -> bool:
+        """Whether it holds anything, be it a leaf or an empty container."""
+        return bool(self._top)
+
     def __contains__(self, name: str) -> bool:
         return prefix_of(name) in self._owners
 
@@ -294,6 +298,8 @@ class KeyTree:
         for children, text in reversed(way):
             node = children.get(text)
             if node is not None and (node.children or node.places > 0):
+                if not node.children:
+                    node.is_list = None
                 return
             children.pop(text, None)
 
