@@ -5,6 +5,7 @@ assembled. How a tree was described is remembered by its structure: the next sav
 only compares each leaf's type, shape, dtype and sharding.
 """
 
+import math
 import operator
 import re
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, NamedSharding, Sharding, SingleDeviceSharding
 from msgspec import Struct
 
 from flax_partial.distributed import agreement
@@ -283,7 +284,7 @@ def _describe(
 ) -> tuple[Leaf, Sequence[Source]]:
     if isinstance(value, str):  # np.str_ too
         _require_utf8(path, value)
-        return Leaf(path, kinds.STRING, text=str(value)), ()
+        return Leaf(path, kinds.STRING, text=str.__str__(value)), ()  # as for a key
     if isinstance(value, bytes):  # np.bytes_ too
         return Leaf(path, kinds.BYTES, data=bytes(value)), ()
     if isinstance(value, (jax.Array, np.ndarray, np.generic, Slice)):
@@ -345,7 +346,7 @@ def _describe_array(
     cut = None
     if isinstance(value, Slice):
         cut, value = value, value.value
-    rank = np.ndim(value)  # a key's data has more axes than the key
+    rank = getattr(value, "ndim", 0)  # a key's data has more axes than the key
     if isinstance(value, jax.Array):
         kind, text, value = _jax_kind(path, value)
     elif isinstance(value, (np.ndarray, np.generic)):
@@ -366,9 +367,12 @@ def _describe_array(
         )
     rows = {} if cut is None else _rows_of(path, value.shape, cut, rank)
     shape = _whole(value.shape, rows)
+    if math.prod(size or 1 for size in shape) * value.dtype.itemsize > kinds.MOST_BYTES:
+        raise _unsupported(path, f"is of shape {list(shape)}", "No array can be as large.")
     axes = frozenset(rows)
     placed, unit, sharding = _boxes(value, axes)
     if cut is not None and cut.sharding is not None:
+        _require_devices(path, cut.sharding)
         sharding = _sharding_json(cut.sharding, frozenset())
     if cut is None and unit == shape and value.nbytes <= chunk_bytes and value.size:
         chunk = shape
@@ -419,6 +423,16 @@ def _native(path: KeyPath, value: np.ndarray | np.generic) -> np.ndarray:
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return array
+
+
+def _require_devices(path: KeyPath, sharding: object) -> None:
+    is_abstract = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh)
+    if is_abstract or not isinstance(sharding, Sharding):
+        raise _unsupported(
+            path,
+            f"is a Slice with sharding={sharding!r}",
+            "Give the sharding of the whole array, which names devices; or None.",
+        )
 
 
 @dataclass(frozen=True, slots=True)

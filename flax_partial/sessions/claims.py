@@ -74,7 +74,7 @@ class Claims:
         Raises:
           KeyConflictError: Some cannot be claimed; it names all of them.
         """
-        if is_tree and not (replace or self._held or self._only):
+        if is_tree and not (replace or self._only or self._tree):
             self._only = leaves
             return leaves
         self._hold_only()
