@@ -51,13 +51,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         help="a picture (.png, .svg), or a trace for Perfetto and chrome://tracing (.json), of "
-        "the whole run; can be repeated; is replaced where it is there; default: timeline.png",
+        "the whole run; can be repeated; is replaced where it is there; default: timeline.png, "
+        "if matplotlib is installed",
     )
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Draws a timeline."""
-    targets = [_target(path) for path in options.out or ([] if out.is_json else [_DEFAULT_OUT])]
+    targets = [_target(path) for path in options.out or []]
+    if not (targets or out.is_json):
+        targets = _default_targets(out)
     directory, asked = _directory(options.path)
     runs, step = _chosen(directory, asked)
     chart = layout.chart_of(runs[-1], step)
@@ -89,8 +92,18 @@ def _target(path: str) -> Path:
     if not target.parent.is_dir():
         raise WrongUseError(f"{target.parent} is not a directory")
     if target.suffix in _PICTURES:
-        picture.require_matplotlib()
+        missing = picture.why_none()
+        if missing:
+            raise WrongUseError(f"no picture: {missing}")
     return target
+
+
+def _default_targets(out: Output) -> list[Path]:
+    """A picture that nobody asked for by name: without matplotlib, a note and the table."""
+    missing = picture.why_none()
+    if missing:
+        out.note(f"no picture: {missing}")
+    return [] if missing else [_target(_DEFAULT_OUT)]
 
 
 def _directory(path: str) -> tuple[Path, int | None]:
