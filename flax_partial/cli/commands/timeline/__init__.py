@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
-from flax_partial.cli import places, text
+from flax_partial.cli import listing, places, text
 from flax_partial.cli.commands.timeline import chrome_trace, layout, picture
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import GOOD, Column, Output, Row, picked
@@ -37,15 +37,21 @@ _COLUMNS = (
     Column("COMMITTED", is_number=True),
 )
 
+EXAMPLES = (
+    "timeline runs/lm",
+    "timeline runs/lm/5 --out fifth.svg",
+    "timeline runs/lm --out run.json",
+)
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.description = (
         "Draw when each group of a checkpoint was ready, copied to the host, written and "
-        "committed, and what held training. PATH is a run's directory, of which the newest "
-        "checkpoint is drawn, or one of its checkpoints, which may be gone or unfinished."
+        "committed, and what held training. Of a run the newest checkpoint is "
+        "drawn; another one may be gone by now, or unfinished."
     )
-    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("path", metavar="PATH", help="a run, or one of its checkpoints")
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -141,7 +147,7 @@ def _chosen(directory: Path, asked: int | None) -> tuple[list[Run], int]:
 
 def _why_none(path: str) -> str:
     if not os.path.lexists(path):
-        return f"{path} does not exist"
+        return listing.absent(Path(path))
     if _is_orbax(Path(path)):
         return f"{path} has no timeline: Orbax wrote it, and records none"
     return f"{path} has no timeline: only runs of PartialCheckpointCallback record one"
