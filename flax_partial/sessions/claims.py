@@ -92,9 +92,6 @@ class Claims:
             if replace and given.placeholder:  # it replaces what is there
                 leaf = structs.replace(given, placeholder=False)
             chunks = _chunks_of(leaf)
-            if leaf.placeholder and leaf.name not in self._held:
-                claimed.append(leaf)  # it gives way to what lies inside of it
-                continue
             generation = self._generation(leaf, chunks, replace, newest)
             if isinstance(generation, str):
                 problems.append(generation)
@@ -115,6 +112,7 @@ class Claims:
         self._hold_only()
         for leaf in leaves:
             if leaf.placeholder:
+                self._tree.discard_place(leaf)
                 continue
             generations = self._held.get(leaf.name, {})
             held = generations.get(leaf.generation)
@@ -137,7 +135,8 @@ class Claims:
         newest_on_disk: Mapping[str, int],
     ) -> int | str:
         """Returns the generation in which a leaf can be saved, or why it cannot."""
-        problem = self._tree.problem_with(leaf)
+        gives_way = leaf.placeholder and self._tree.has_inside(leaf)
+        problem = None if gives_way else self._tree.problem_with(leaf)
         if problem:
             return problem
         generations = self._held.get(leaf.name)
@@ -164,6 +163,7 @@ class Claims:
 
     def _hold(self, leaf: Leaf, chunks: frozenset[int] | None) -> None:
         if leaf.placeholder:
+            self._tree.add_place(leaf)
             return
         generations = self._held.get(leaf.name)
         if not generations:
