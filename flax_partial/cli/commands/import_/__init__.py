@@ -111,7 +111,7 @@ def _opened(paths: Sequence[str], out: Output) -> Iterator[tuple[_Source, dict[s
             raise WrongUseError(listing.absent(Path(path)))
     directories = [path for path in paths if Path(path).is_dir()]
     if not directories:
-        with SafetensorsFiles([*map(Path, paths)]) as files:
+        with contextlib.closing(SafetensorsFiles([*map(Path, paths)])) as files:
             yield files, files.custom_metadata, _SAFETENSORS
         return
     if len(paths) > 1:
