@@ -95,7 +95,11 @@ def finalize_async(
       and it raises what `finalize` would.
     """
     task = _task(path, expect, processes, timeout_secs)
-    workers.finalizing.submit(task)
+    try:
+        workers.finalizing.submit(task)
+    except BaseException:
+        task.withdraw()  # else an interrupted call would finalize, some time later
+        raise
     return cast("FinalizeHandle", task.handle)
 
 
