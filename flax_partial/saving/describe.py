@@ -35,6 +35,7 @@ _How = tuple[int, str | None]
 """Wanted size of a chunk, in bytes; the chunks' codec."""
 
 _MOST_KNOWN_LEAVES = 1 << 17  # of the trees whose description is remembered, beside the last
+_MOST_KNOWN_TREES = 1 << 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,9 @@ class _KnownTrees:
             except (TypeError, ValueError):
                 return
             self._leaves += len(tree.templates) - (len(replaced.templates) if replaced else 0)
-            while self._leaves > _MOST_KNOWN_LEAVES and len(self._known) > 1:
+            while len(self._known) > 1 and (
+                self._leaves > _MOST_KNOWN_LEAVES or len(self._known) > _MOST_KNOWN_TREES
+            ):
                 _, dropped = self._known.popitem(last=False)
                 self._leaves -= len(dropped.templates)
 
@@ -170,7 +173,7 @@ def describe(
     """
     values, structure = keypaths.values_of(state)
     how = chunk_bytes, compression
-    key = structure, how, agreement.count()
+    key = _keys_on_the_way(structure), structure, how, agreement.count()
     tree = _known_trees.get(key)
     if tree is None or (tree.text and tree.text != str(structure)):
         flat, _ = keypaths.flatten(state)
@@ -187,6 +190,22 @@ def describe(
             None if one.at is None else _lasting(values[one.at]) for one in described.tree.templates
         ]
     return described
+
+
+def _keys_on_the_way(structure: Any) -> tuple[object, ...]:
+    """The keys of the dicts on the way to the first leaf, and on the way to the last.
+
+    JAX leaves them out of the hash of a structure: without them, those of all layers of a model
+    would have the same one.
+    """
+    found: list[object] = []
+    for end in (0, -1):
+        inner = structure
+        while (node := inner.node_data()) is not None and (children := inner.children()):
+            if node[0] is dict:
+                found.append(tuple(map(str, node[1])))
+            inner = children[end]
+    return tuple(found)
 
 
 def _anew(flat: Sequence[tuple[Any, Any]], how: _How) -> Described:

@@ -122,3 +122,11 @@ def test_key_that_equals_one_saved_before_is_looked_at(tmp_path: Path, key: obje
     with pytest.raises(fp.UnsupportedLeafError, match="keys must be strings or integers"):
         fp.save(tmp_path / "2", {key: np.zeros(2)}, options=QUICK)
     assert not list(tmp_path.glob("2*"))
+
+
+def test_structures_that_differ_in_keys_alone_do_not_collide() -> None:
+    """To JAX they have one hash, and a dict of thousands of them would be searched one by one."""
+    layers = [{"layers": {f"{number}": {"w": 0, "b": 0}}, "step": 0} for number in range(100)]
+    layers += [{"step": 0, "weights": ({f"{number}": 0},)} for number in range(100)]
+    keys = [describe._keys_on_the_way(jax.tree.structure(tree)) for tree in layers]  # noqa: SLF001
+    assert len(set(map(hash, keys))) == len(keys)
