@@ -146,6 +146,10 @@ def sync_session(where: CheckpointPath) -> None:
 
 def _foreign_entries(where: CheckpointPath) -> list[str]:
     known = _STATE_FILES | _STATE_DIRECTORIES
+
+    def is_of_parts(name: str) -> bool:
+        return name.startswith(PART_PREFIX) or PART_FOLDER.fullmatch(name) is not None
+
     found = [
         name for name in files.listed(where.session) if name != STATE and name not in _ROOT_FILES
     ]
