@@ -6,6 +6,7 @@ is a worker's, and undoes itself where it fails.
 
 import dataclasses
 import os
+import sys
 import threading
 import time
 import uuid
@@ -141,13 +142,14 @@ class SaveJob:
     # What a worker does.
 
     def _run(self, task: Task[SaveReport]) -> SaveReport:
+        handled = sys.exception()  # by a caller whose own thread this is
         try:
             return self._commit(task)
         except BaseException as error:
             if self.is_background:
                 self.session.fail(self.handle)  # before it may be forgotten for being idle
             self._skip()
-            clear_frames(error)  # who keeps the error would keep what was to be written
+            clear_frames(error, until=handled)  # who keeps it would keep what was to be written
             raise
 
     def _skip(self) -> None:
