@@ -166,7 +166,7 @@ class WorkerPool:
                 task.is_submitted = True
                 task.run()
             else:
-                with _place_lent():
+                with place_lent():
                     self.submit(task)
                     task.wait()
         except BaseException:
@@ -275,8 +275,8 @@ def release_idle() -> None:
 
 
 @contextlib.contextmanager
-def _place_lent() -> Iterator[None]:
-    """Lends this thread's place, should it be a worker's, while it waits for another pool.
+def place_lent() -> Iterator[None]:
+    """Lends this thread's place, should it be a worker's, to another worker while it waits.
 
     A callback of a handle is called by a worker, and may wait for what its pool has to do yet.
     """
