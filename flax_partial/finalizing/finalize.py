@@ -113,6 +113,8 @@ def _task(
     check_not_forked("finalize")
     where = paths.resolve(path)
     expected = _names(expect)
+    if timeout_secs is not None and not timeout_secs >= 0:
+        raise ValueError(f"timeout_secs is a number of seconds, 0 or more, not {timeout_secs!r}")
     chosen = None if processes is None else tuple(processes)
 
     def work(task: Task[CheckpointMetadata]) -> CheckpointMetadata:
