@@ -158,7 +158,7 @@ def _nothing_to_load(where: CheckpointPath) -> NoSessionError:
 
 def described(where: CheckpointPath, contents: Contents) -> CheckpointMetadata:
     """Returns the public description of a table of contents."""
-    leaves = {leaf.name: _describe_leaf(leaf) for leaf in contents.leaves}
+    leaves = {leaf.name: leaf for leaf in map(_describe_leaf, contents.leaves)}
     return CheckpointMetadata(
         path=where.final,
         leaves=leaves,
