@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._timeline import Recorder
+    from flax_partial.callbacks.policies import Mode
 
 
 class Checkpoint:
@@ -73,6 +74,11 @@ class Checkpoint:
     def is_closed(self) -> bool:
         """Whether all callbacks that save into it are done."""
         return bool(self.members) and self.members.keys() <= self.done
+
+    @property
+    def monitors(self) -> set[str]:
+        """The metrics that are to score it."""
+        return {name for member in self.members.values() for name in member.retention.modes}
 
     def save(self, member: Member, groups: Mapping[str, Leaves], *, is_last: bool = False) -> None:
         """Saves groups in the background; returns once their arrays may be donated.
@@ -139,7 +145,7 @@ class Checkpoint:
                 raise self.error
             if metrics:
                 options = next(iter(self.members.values())).options
-                metadata = self._metadata({"metrics": metrics})
+                metadata = self._metadata({"metrics": metrics, "ranked_by": self._ranked_by})
                 fp.save(self.path, {}, custom_metadata=metadata, options=options)
             began[0] = time.perf_counter()
             return sorted(self.claims.names)
@@ -186,6 +192,12 @@ class Checkpoint:
         if not expected:
             raise fp.EmptyStateError("No callback had anything to save.")
         fp.finalize(self.path, expect=expected, processes=[jax.process_index()])
+
+    @property
+    def _ranked_by(self) -> dict[str, Mode]:
+        """Metrics by which its callbacks rank checkpoints, each with its mode."""
+        modes = (member.retention.modes for member in self.members.values())
+        return {monitor: mode for of_one in modes for monitor, mode in of_one.items()}
 
     def _closing(self, member: Member) -> dict[str, Any]:
         groups = self._groups.get(member.key, [])

@@ -13,18 +13,22 @@ import logging
 import re
 import shutil
 import uuid
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 
 import flax_partial as fp
-from flax_partial.runs import completeness
+from flax_partial.callbacks._metrics import finite_numbers
+from flax_partial.callbacks.policies import SavedStep, ranked
+from flax_partial.runs import completeness, liveness
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping
+    from collections.abc import Container, Iterable
     from pathlib import Path
 
     from flax_partial.callbacks._schedule import Retention
+    from flax_partial.runs.liveness import Life
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +38,26 @@ _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _HALF_DELETED = re.compile(r"\.\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
 
 
-def recover(directory: Path, *, live: Container[Path] = ()) -> str:
+def recover(
+    directory: Path, life: Life, *, live: Container[Path], begins: bool, timeout_secs: float
+) -> str:
     """Finalizes the sessions whose groups are all there, drops all others, and logs which.
 
-    Under `jax.distributed` all processes call it; the first of them does it, the others wait.
+    Those of another run that lives are left alone. Under `jax.distributed` all processes call it;
+    the first of them does it, the others wait.
 
     Args:
       directory: A run's directory of steps; it need not exist.
+      life: This run's.
       live: Checkpoints that this process is writing: their sessions are kept.
+      begins: Whether the run begins to train: then no other one may.
+      timeout_secs: For how many seconds to wait for other processes.
 
     Returns:
       A name for the run that begins here, the same in all processes and never used before.
 
     Raises:
+      CheckpointInUseError: It begins, and another run lives there.
       OSError: The storage failed; calling again goes on where this stopped. Where this process may
         only read, it changes nothing, and logs that instead.
       IncompleteCheckpointError: Some process did not call it in time.
@@ -55,14 +66,31 @@ def recover(directory: Path, *, live: Container[Path] = ()) -> str:
     run: str = fp.agree(
         f"recover {directory.absolute()}",
         ready=lambda: None,
-        act=lambda _: _recover(directory, live),
+        act=lambda _: _recover(directory, life, live, begins=begins, timeout_secs=timeout_secs),
+        timeout_secs=timeout_secs,
     )
     return run
 
 
-def _recover(directory: Path, live: Container[Path]) -> str:
-    entries = sorted(directory.iterdir()) if directory.is_dir() else []
-    for entry in entries:
+def _recover(
+    directory: Path, life: Life, live: Container[Path], *, begins: bool, timeout_secs: float
+) -> str:
+    if begins:
+        directory.mkdir(parents=True, exist_ok=True)
+    if directory.is_dir():
+        with liveness.recovering(directory, timeout_secs):
+            if begins:
+                life.begin()
+            other = None if life.has_begun else liveness.living(directory)
+            if other is None:
+                _settle_all(directory, live)
+            else:
+                logger.info("Left %s as it is: a run trains in it (%s).", directory, other)
+    return uuid.uuid4().hex
+
+
+def _settle_all(directory: Path, live: Container[Path]) -> None:
+    for entry in sorted(directory.iterdir()):
         session = _SESSION.fullmatch(entry.name)
         if session and directory / session[1] not in live:
             path = directory / session[1]
@@ -72,7 +100,6 @@ def _recover(directory: Path, live: Container[Path]) -> str:
                 if error.errno not in _READ_ONLY:
                     raise
                 logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
-    return uuid.uuid4().hex
 
 
 def check_is_newer(directory: Path, step: int) -> Path | None:
@@ -114,7 +141,8 @@ def prune(directory: Path, retention: Retention, *, protected: Container[int] = 
     """Removes the checkpoints that are no longer to be kept, oldest first.
 
     Each is renamed, then deleted: killed anywhere, a checkpoint is whole or is none, and `sweep`
-    deletes the rest of it. One that is being read stays until the next call.
+    deletes the rest of it. One that is being read stays until the next call. What cannot be looked
+    into has no score.
 
     Args:
       directory: A run's directory of steps.
@@ -124,9 +152,9 @@ def prune(directory: Path, retention: Retention, *, protected: Container[int] = 
     if not (retention.removes and _is_primary()):
         return
     steps = fp.steps(directory)
-    known = _facts(directory, steps) if retention.looks_inside else {}
-    times = {step: committed_at for step, (_, committed_at) in known.items()}
-    for step in retention.expired(steps, _scores(known, retention.monitor), times):
+    known = _looked_into(directory, steps) if retention.looks_inside else {}
+    saved = [known.get(step, SavedStep(step)) for step in steps]
+    for step in retention.expired(saved):
         if step not in protected:
             _remove(directory / str(step))
 
@@ -174,8 +202,9 @@ def choose(directory: Path, retention: Retention, which: str | int) -> int | Non
         )
     found = best(directory, retention)
     if found is None and steps:
-        facts = _facts(directory, steps).values()
-        names = sorted({name for metrics, _ in facts for name in metrics})
+        names = sorted(
+            {name for one in _looked_into(directory, steps).values() for name in one.metrics}
+        )
         raise ValueError(
             f"No checkpoint in {directory} has the metric {retention.monitor!r}, by which the best "
             f"is chosen. Metrics that are stored: {', '.join(names) or 'none'}."
@@ -185,38 +214,37 @@ def choose(directory: Path, retention: Retention, which: str | int) -> int | Non
 
 def best(directory: Path, retention: Retention) -> tuple[int, float] | None:
     """Returns the step of the best checkpoint and its score; None if none has a score."""
-    known = _scores(_facts(directory, fp.steps(directory)), retention.monitor)
-    return next(((step, known[step]) for step in retention.ranked(known, known)), None)
+    monitor = retention.monitor
+    if monitor is None:
+        return None
+    known = _looked_into(directory, fp.steps(directory))
+    scores = {step: one.metrics[monitor] for step, one in known.items() if monitor in one.metrics}
+    return next(((step, scores[step]) for step in ranked(scores, retention.mode)), None)
 
 
-_Facts = tuple["Mapping[str, Any]", float]
-"""A checkpoint's metrics, and when it was finalized, in seconds since the epoch."""
-
-
-def _facts(directory: Path, steps: Iterable[int]) -> dict[int, _Facts]:
+def _looked_into(directory: Path, steps: Iterable[int]) -> dict[int, SavedStep]:
     found = {}
     for step in steps:
         path = directory / str(step)
         # Another process may have removed it; and what is damaged has no score.
         with contextlib.suppress(FileNotFoundError, fp.CorruptCheckpointError):
             status = path.stat()
-            found[step] = _facts_of(path, status.st_ino, status.st_mtime_ns)
+            found[step] = _look_into(path, status.st_ino, status.st_mtime_ns)
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _facts_of(path: Path, _inode: int, _mtime_ns: int) -> _Facts:
-    """Reads them once: the table of contents of a large model takes a while."""
+def _look_into(path: Path, _inode: int, _mtime_ns: int) -> SavedStep:
+    """Reads it once: the table of contents of a large model takes a while."""
     metadata = fp.metadata(path)
-    return metadata.custom_metadata.get("metrics", {}), metadata.committed_at
-
-
-def _scores(known: Mapping[int, _Facts], monitor: str | None) -> dict[int, float]:
-    return {
-        step: float(metrics[monitor])
-        for step, (metrics, _) in known.items()
-        if monitor is not None and monitor in metrics
-    }
+    custom = metadata.custom_metadata
+    metrics, ranked_by = custom.get("metrics"), custom.get("ranked_by")
+    return SavedStep(
+        step=int(path.name),
+        metrics=finite_numbers(metrics) if isinstance(metrics, Mapping) else {},
+        ranked_by=ranked_by if isinstance(ranked_by, Mapping) else {},
+        finalized_at=metadata.committed_at,
+    )
 
 
 def _settle(path: Path, step: int) -> None:

@@ -6,6 +6,7 @@ What is saved is Keras's own tree of a model, `model.get_state_tree()`: trainabl
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
@@ -18,6 +19,7 @@ import keras
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
 
 
 _METRICS = "metrics_variables"  # sums that Keras starts anew with each epoch, of its own accord
@@ -44,7 +46,8 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
           directory: A run's directory, which holds a checkpoint a step.
           resume: Whether `fit` goes on from the newest checkpoint, where it has a later step than
             the model.
-          options: What else `PartialCheckpointCallback` takes, but for `state_fn`.
+          options: What else `PartialCheckpointCallback` takes, but for `state_fn`; `mode` is "auto"
+            by default, as it is in Keras.
 
         Raises:
           RuntimeError: Keras runs on another backend than JAX.
@@ -57,7 +60,7 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
                 f"Keras runs on {keras.backend.backend()!r}. Set KERAS_BACKEND=jax before keras is "
                 "imported: what is checkpointed here are arrays of JAX."
             )
-        self._loop = Loop(directory, self._state, options)
+        self._loop = Loop(directory, self._state, {"mode": "auto"} | options)
         self._resumes = resume
         self._step_of_epoch = 0
 
@@ -79,10 +82,16 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         self._loop.trainer.current_epoch = epoch
         self._step_of_epoch = self._loop.trainer.global_step
 
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Finalizes what has waited for its score."""
+        self._loop.begin_step()
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves the step if it is to be saved."""
-        is_last = batch + 1 == self.params.get("steps")
-        self._loop.step(self._step_of_epoch + batch + 1, logs, is_last_batch=is_last)
+        steps = self.params.get("steps")
+        # Of several in one execution, Keras names the last there could have been.
+        done = batch + 1 if steps is None else min(batch + 1, steps)
+        self._loop.step(self._step_of_epoch + done, logs, is_last_batch=done == steps)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Saves if that is due, and finalizes with the metrics of the epoch, validation's too."""
@@ -101,9 +110,22 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         return {root: tree[root] for root in tree if root != _METRICS} | {_EPOCHS: epochs_done}
 
     def _resume(self) -> None:
-        tree = self._loop.restore(self._state())
+        with _hinted():
+            tree = self._loop.restore(self._state())
         self._set_initial_epoch(tree.pop(_EPOCHS))
         self.model.set_state_tree(tree)
 
     def _set_initial_epoch(self, epoch: int | None) -> None:
         self.model._initial_epoch = epoch  # noqa: SLF001 - as Keras's own BackupAndRestore does
+
+
+@contextlib.contextmanager
+def _hinted() -> Iterator[None]:
+    """Says in an error what Keras does to the names of a model that is built again."""
+    try:
+        yield
+    except fp.TargetMismatchError as error:
+        raise fp.TargetMismatchError(
+            f"{error}\nKeras numbers names on ('adam_1') where a model is built again in one process: "
+            "call keras.utils.clear_session() before it is built, or name layers and optimizers."
+        ) from error

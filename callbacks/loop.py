@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+from flax_partial.callbacks._copies import Copyable
 from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 if TYPE_CHECKING:
@@ -95,6 +96,17 @@ class Loop:
         self.trainer.callback_metrics = dict(metrics or {})
         self.checkpoints.on_train_batch_end(self.trainer, None, None, None, step)
 
+    def begin_step(self) -> None:
+        """Reports that the next step begins: no more metrics will come for the one before."""
+        if self.is_running:
+            step = self.trainer.global_step
+            self.checkpoints.on_train_batch_start(self.trainer, None, None, step)
+
+    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Reports more metrics of the step that ended last, such as those of a validation."""
+        self.trainer.callback_metrics = {**self.trainer.callback_metrics, **metrics}
+        self.checkpoints.on_validation_end(self.trainer, None)
+
     def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None) -> None:
         """Reports that an epoch is done; without metrics, those of its last step count."""
         self._has_epochs = True
@@ -131,7 +143,7 @@ class Loop:
             self.start(0)
 
 
-class LoopCheckpoint:
+class LoopCheckpoint(Copyable):
     """Base of every adapter: owns a callback, and is a context manager around the loop.
 
     Where the block ends well, it waits until every checkpoint is finalized. Where it ends by an

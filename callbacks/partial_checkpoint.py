@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,17 +20,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import flax_partial as fp
 from flax_partial.callbacks import _directory, _state
 from flax_partial.callbacks._clock import Clock
+from flax_partial.callbacks._copies import Copyable
 from flax_partial.callbacks._finished import Finished
 from flax_partial.callbacks._groups import Grouping
+from flax_partial.callbacks._leaves import flatten
 from flax_partial.callbacks._member import Failures, Member
 from flax_partial.callbacks._metrics import send
+from flax_partial.callbacks._preemption import check_signals
 from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.progress import Bar
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
     from datetime import timedelta
 
     from flax_partial.callbacks._claims import Claims
@@ -38,11 +42,12 @@ if TYPE_CHECKING:
     from flax_partial.callbacks._metrics import OnMetrics
     from flax_partial.callbacks._reports import CheckpointReport
     from flax_partial.callbacks._stacked import Stacked
+    from flax_partial.callbacks.policies import Policy
 
 logger = logging.getLogger(__name__)
 
 
-class PartialCheckpointCallback:
+class PartialCheckpointCallback(Copyable):
     """Checkpoints a training loop group by group, into `directory/<step>/`.
 
     A trainer that can stream calls `on_layer_ready` and `on_optimizer_state_ready` in each step,
@@ -79,13 +84,15 @@ class PartialCheckpointCallback:
         group_by: GroupBy | None = None,
         stacked: Stacked | None = None,
         state_fn: _state.StateFn | None = None,
+        keep: Policy | Iterable[Policy] | None = None,
         keep_last: int | None = None,
         monitor: str | None = None,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["min", "max", "auto"] = "min",
         save_top_k: int | None = None,
         keep_every_n_steps: int | None = None,
         keep_time_interval: timedelta | None = None,
         save_on_preemption: bool = True,
+        preemption_signals: Iterable[int] = (signal.SIGTERM,),
         save_on_exception: bool = False,
         finalizer: FinalizeHook | None = None,
         options: fp.SaveOptions | None = None,
@@ -111,11 +118,18 @@ class PartialCheckpointCallback:
           state_fn: From trainer and module to the tree to save, in which NNX objects may stand; by
             default, an NNX module with `trainer.optimizer`, a Flax `TrainState`, or
             `trainer.state`.
-          keep_last: Keep so many of the newest checkpoints. Without this and the other three that
-            say what to keep, all are kept; with any of them, the newest and what any one keeps.
-          monitor: The one of the trainer's `callback_metrics` that scores a checkpoint.
-          mode: Whether the best score is the smallest or the largest.
-          save_top_k: Keep so many of the best checkpoints.
+          keep: Policies that say which checkpoints to keep (`flax_partial.callbacks.policies`), one
+            or several. Without this and the other four that say what to keep, all are kept; with
+            any of them, the newest and what any one keeps.
+          keep_last: Keep so many of the newest checkpoints.
+          monitor: The one of the trainer's `callback_metrics` that scores a checkpoint. Only what
+            was set in a checkpoint's own step, or by a validation after it, is its score: a
+            checkpoint that lacks it waits for that until the next step begins. By default, that of
+            the first `BestN` of `keep`.
+          mode: Whether the best score is the smallest or the largest; "auto" tells by the words of
+            its name ("loss", "accuracy"), and refuses one that it does not know.
+          save_top_k: Keep so many of the best checkpoints, and the newest 5 whose score is not
+            known (`BestN` of `keep` takes another number). -1: all are kept, whatever else is said.
           keep_every_n_steps: Keep the first checkpoint at or after each n-th step.
           keep_time_interval: Keep the oldest checkpoint, and after it always the first that is
             finalized so much later than the one kept before.
@@ -123,6 +137,9 @@ class PartialCheckpointCallback:
             finished, finalize, and stop: by `trainer.should_stop = True`, or, where the trainer has
             no such attribute, `SystemExit(143)`. A handler that was there before is called then,
             in place of that exit. Listens from `on_fit_start` to the end of training.
+          preemption_signals: Which signals say that, such as `(SIGTERM, SIGUSR1)` where SLURM is
+            told to send one (`--signal=USR1@300`). Of another one the exit status is 128 and its
+            number, too.
           save_on_exception: When training fails, save the last step that was finished. Its arrays
             are kept until the next one is; if some were donated to the step under way, it cannot
             be saved, and that is logged.
@@ -152,18 +169,26 @@ class PartialCheckpointCallback:
         self._state_fn = state_fn
         self._on_metrics = on_metrics
         self._save_on_exception = save_on_exception
-        key = f"{type(self).__qualname__}({every_n_epochs=}, {every_n_train_steps=}, {monitor=})"
+        where = str(self.directory)
+        options_of_key = f"{every_n_epochs=}, {every_n_train_steps=}, {monitor=}"
+        key = f"{type(self).__qualname__}({where!r}, {options_of_key})"
         self._member = Member(
             key=self.finalizer.runs.unique_key(key),
             schedule=Schedule(every_n_epochs, every_n_train_steps, train_time_interval),
             clock=None if train_time_interval is None else Clock(train_time_interval),
-            retention=Retention(
-                keep_last, monitor, mode, save_top_k, keep_every_n_steps, keep_time_interval
+            retention=Retention.of(
+                keep=keep,
+                keep_last=keep_last,
+                monitor=monitor,
+                mode=mode,
+                save_top_k=save_top_k,
+                keep_every_n_steps=keep_every_n_steps,
+                keep_time_interval=keep_time_interval,
             ),
             options=options,
             reuse_unchanged=reuse_unchanged,
             shows_progress=progress,
-            saves_on_preemption=save_on_preemption,
+            signals=check_signals(preemption_signals if save_on_preemption else ()),
             failures=failures,
         )
         self._finished: Finished | None = None
@@ -206,14 +231,18 @@ class PartialCheckpointCallback:
         with self._blocked("on_fit_start", trainer):
             self._step_before = trainer.global_step
             self._run.start(self._member, trainer.global_step)
+            self._look(trainer)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Remembers the step that training, restored by now, starts from."""
         self._step_before = trainer.global_step
+        self._look(trainer)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        """Remembers the step before the batch."""
+        """Remembers the step before the batch; finalizes it if it was waiting for its score."""
         self._step_before = trainer.global_step
+        self._look(trainer)
+        self._run.finish_closed()
         self._run.recorder.step_began()
 
     def on_train_batch_end(
@@ -223,9 +252,11 @@ class PartialCheckpointCallback:
         with self._blocked("on_train_batch_end", trainer):
             step, member = trainer.global_step, self._member
             is_new = step not in (self._step_before, member.last_saved)
-            if is_new and self._step_before is not None and member.failures.are_raised:
-                self._run.check_first_step(step)
+            if is_new and self._step_before is not None and not member.has_checked:
+                self._check(trainer, module, step)
+                member.has_checked = True
             self._run.advance(step)
+            self._look(trainer)
             self._reach(step, "on_train_batch_end")
             if self._is_due(trainer, step, epoch_ends=trainer.is_last_batch):
                 self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
@@ -236,20 +267,29 @@ class PartialCheckpointCallback:
             self._run.recorder.step_ended(step)
             self._stop_after_last(trainer, step)
 
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        """Scores the checkpoint of the last finished step, if it was waiting for that."""
+        self._look(trainer)
+        if not trainer.is_last_batch:
+            self._run.finish_scored()
+
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Finalizes; saves first where no batch was said to be the epoch's last."""
         with self._blocked("on_train_epoch_end", trainer):
             step = trainer.global_step
+            self._look(trainer)
             self._reach(step, "on_train_epoch_end")
             if self._is_due(trainer, step, epoch_ends=True):
                 self._save(trainer, module, step, epoch_ends=True)
-            self._run.end_epoch(trainer.callback_metrics)
+            self._run.finish_scored()
+            self._run.check_monitor(self._member)
             self._stop_after_last(trainer, step)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Waits until every checkpoint is finalized."""
         with self._blocked("on_train_end", trainer):
             step = trainer.global_step
+            self._look(trainer)
             self._reach(step, "on_train_end")
             is_last = self._member.saves_on_preemption and self._run.preemption.is_due(step)
             if is_last and step not in (0, self._member.last_saved):
@@ -265,8 +305,9 @@ class PartialCheckpointCallback:
         With `save_on_exception` it saves the last finished step before, if that can be had.
         """
         self._run.stop_listening(self._member)
+        self._run.say_what_is_finished(exception)
         if self._save_on_exception:
-            self._rescue(trainer)
+            self._rescue()
         self._run.end(self._member)
         self._finished = None
         if not (self._save_on_exception and self._run.awaits_members):
@@ -417,15 +458,15 @@ class PartialCheckpointCallback:
         def take(claims: Claims) -> Any:
             return self._take(trainer, module, claims)
 
-        metrics = None if epoch_ends else trainer.callback_metrics
-        self._save_tree(take, step, trainer.current_epoch, metrics)
+        self._save_tree(take, step, trainer.current_epoch, epoch_ends=epoch_ends)
 
     def _save_tree(
         self,
         take: Callable[[Claims], Any],
         step: int,
         epoch: int,
-        metrics: Mapping[str, Any] | None,
+        *,
+        epoch_ends: bool,
     ) -> None:
         member = self._member
         checkpoint = self._run.open(member, step=step, epoch=epoch)
@@ -434,7 +475,27 @@ class PartialCheckpointCallback:
             groups = self._grouping.rest(take(checkpoint.claims), checkpoint.claims)
         except Exception as error:  # noqa: BLE001 - of state_fn, group_by, or a tree they cannot take
             checkpoint.fail(error, [member])
-        self._run.close(member, checkpoint, groups, epoch=epoch, metrics=metrics)
+        self._run.close(member, checkpoint, groups, epoch=epoch, epoch_ends=epoch_ends)
+
+    def _check(self, trainer: Any, module: Any, step: int) -> None:
+        """Finds what would fail when the first checkpoint is due, and raises or logs it.
+
+        Raises:
+          CheckpointExistsError: The directory holds this step, or a later one.
+          UnsupportedLeafError: No checkpoint can hold some leaf of the state.
+          Exception: What `state_fn` raises; or the directory cannot be made.
+        """
+        try:
+            self._run.check_is_newer(step)
+            is_due = self._is_due(trainer, step, epoch_ends=trainer.is_last_batch)
+            tree = None if is_due else _state.take(trainer, module, self._state_fn)
+            if tree is not None and flatten(tree):  # else it may be streamed, all of it
+                fp.check(tree)
+        except Exception as error:
+            if self._member.failures.are_raised:
+                error.add_note("No checkpoint is due yet; the first one would have failed so.")
+                raise
+            logger.exception("The first checkpoint of %s will fail.", self.directory)
 
     def _take(self, trainer: Any, module: Any, claims: Claims) -> Any:
         tree = _state.take(trainer, module, self._state_fn)
@@ -445,16 +506,17 @@ class PartialCheckpointCallback:
             )
         return tree
 
-    def _rescue(self, trainer: Any) -> None:
+    def _rescue(self) -> None:
         """Saves the last finished step, and finalizes what is complete; training has failed."""
-        finished, metrics = self._finished, trainer.callback_metrics
+        finished = self._finished
         try:
             if finished is not None and finished.step not in (0, self._member.last_saved):
                 finished.check_is_there()
                 logger.warning("Training failed: step %d is saved before it ends.", finished.step)
                 self._run.rescued_step = finished.step
-                self._save_tree(lambda _: finished.tree, finished.step, finished.epoch, metrics)
-            self._run.end_epoch(metrics)
+                step, epoch = finished.step, finished.epoch
+                self._save_tree(lambda _: finished.tree, step, epoch, epoch_ends=False)
+            self._run.finish_closed()
         except Exception:
             logger.exception("The last finished step could not be saved.")
 
@@ -462,6 +524,9 @@ class PartialCheckpointCallback:
         if self._step_before is None:
             self._step_before = int(trainer.global_step)
         return self._step_before
+
+    def _look(self, trainer: Any) -> None:
+        self._run.look(trainer.global_step, trainer.callback_metrics)
 
     def _reach(self, step: int, hook: str) -> None:
         if self._member.saves_on_preemption:
@@ -472,7 +537,7 @@ class PartialCheckpointCallback:
         member, preemption = self._member, self._run.preemption
         if member.saves_on_preemption and preemption.is_last(member.key, step):
             for run in self.finalizer.runs:
-                run.end_epoch(trainer.callback_metrics)
+                run.finish_closed()
                 run.wait(show_progress=member.shows_progress)
             preemption.stop(trainer)
 

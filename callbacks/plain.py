@@ -75,6 +75,16 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
         self._state = state
         self._loop.step(self.steps_done + 1, metrics)
 
+    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Adds to the metrics of the step that was done last, such as those of a validation.
+
+        Where its checkpoint lacks its score it has waited for that; it waits until the next `step`.
+
+        Args:
+          metrics: As of `step`.
+        """
+        self._loop.add_metrics(metrics)
+
     def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Reports that an epoch is done, the first being 0, and saves if it is to be saved.
 

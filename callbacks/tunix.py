@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
     """Checkpoints the model that a `PeftTrainer` trains, and goes on from the newest checkpoint.
 
-    The last step is saved as well, as the end of an epoch, unless `every_n_epochs=None`. The loss
-    that is stored with a checkpoint is the newest that tunix has reported, mostly that of the step
-    before. tunix calls no hook where `train` raises: put `with hooks:` around it.
+    The last step is saved as well, as the end of an epoch, unless `every_n_epochs=None`. tunix
+    reports a step's loss during the next one: a checkpoint has its own "loss" only where `monitor`
+    makes it wait for that, and its "eval_loss" where an evaluation followed its step.
+
+    tunix calls no hook where `train` raises: put `with hooks:` around it.
     """
 
     def __init__(
@@ -45,7 +47,6 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
         self._loop = Loop(directory, lambda: self._state, options)
         self._resumes = resume
         self._state: Any = None
-        self._metrics: dict[str, Any] = {}
 
     def on_train_start(self, train_ctx: Any) -> None:
         """Recovers what an ended run has left, and restores the newest checkpoint.
@@ -68,8 +69,12 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
         self._report(train_ctx)
 
     def on_train_step_end(self, train_ctx: Any, train_step: int, train_loss: float) -> None:
-        """Saves the step that has just ended, if it is to be saved."""
-        self._metrics = self._metrics | {"loss": train_loss}
+        """Saves the step that has just ended, if it is to be saved; the loss is of the one before.
+
+        `train_step` counts from 0.
+        """
+        if train_step + 1 == self._loop.trainer.global_step:
+            self._loop.add_metrics({"loss": train_loss})
         self._report(train_ctx)
 
     def on_train_end(self, train_ctx: Any) -> None:
@@ -78,12 +83,13 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
         self._loop.close(None)
 
     def on_eval_step_start(self, train_ctx: Any) -> None:
-        """Nothing to do."""
+        """Saves the step that is evaluated, if it is to be saved and was not."""
+        self._report(train_ctx)
 
     def on_eval_step_end(self, train_ctx: Any, eval_loss: float) -> None:
-        """Stores the loss with the checkpoints to come."""
-        self._metrics = self._metrics | {"eval_loss": eval_loss}
+        """Scores the step that was evaluated."""
+        self._loop.add_metrics({"eval_loss": eval_loss})
 
     def _report(self, train_ctx: Any) -> None:
         if self._loop.is_running and train_ctx.train_steps > self._loop.trainer.global_step:
-            self._loop.step(train_ctx.train_steps, self._metrics)
+            self._loop.step(train_ctx.train_steps, None)
