@@ -126,6 +126,6 @@ def _hinted() -> Iterator[None]:
         yield
     except fp.TargetMismatchError as error:
         raise fp.TargetMismatchError(
-            f"{error}\nKeras numbers names on ('adam_1') where a model is built again in one process: "
+            f"{error}\nKeras numbers names on (adam_1) if a model is built again in one process: "
             "call keras.utils.clear_session() before it is built, or name layers and optimizers."
         ) from error

@@ -128,7 +128,7 @@ def test_first_checkpoint_without_a_score_says_which_metrics_there_are(
     (said,) = [record.getMessage() for record in caplog.records if "score" in record.getMessage()]
     assert says in said
     assert fp.steps(tmp_path) == [2, 4, 6]  # not ranked, and not removed for it
-    with pytest.raises(ValueError, match="No checkpoint in .* has the metric 'val_loss'"):
+    with pytest.raises(ValueError, match=r"No checkpoint in .* has the metric 'val_loss'"):
         PartialCheckpointCallback(tmp_path, monitor="val_loss").restore(which="best")
 
 
