@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _SESSION = re.compile(r"(\d+)\.partial_save")
 # What `fp.remove` leaves when it is killed, and what `fp.abort` does.
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IS_WRITTEN = "another process still saves into it."
 _HALF_DELETED = re.compile(r"\.\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
 
 
@@ -83,17 +84,20 @@ def _recover(
                 life.begin()
             other = None if life.has_begun else liveness.living(directory)
             if other is None:
-                _settle_all(directory, live)
+                _settle_all(directory, live, timeout_secs=timeout_secs if begins else 0)
             else:
                 logger.info("Left %s as it is: a run trains in it (%s).", directory, other)
     return uuid.uuid4().hex
 
 
-def _settle_all(directory: Path, live: Container[Path]) -> None:
+def _settle_all(directory: Path, live: Container[Path], *, timeout_secs: float) -> None:
     for entry in sorted(directory.iterdir()):
         session = _SESSION.fullmatch(entry.name)
         if session and directory / session[1] not in live:
             path = directory / session[1]
+            if not liveness.wait_until_idle(entry, timeout_secs):
+                logger.warning("Left the unfinished checkpoint %s as it is: %s", path, _IS_WRITTEN)
+                continue
             try:
                 _settle(path, int(session[1]))
             except OSError as error:
@@ -119,12 +123,21 @@ def check_is_newer(directory: Path, step: int) -> Path | None:
     return directory / str(newest)
 
 
-def drop_unless_complete(path: Path, step: int, why: str) -> None:
+def drop_unless_complete(path: Path, step: int, why: str, *, timeout_secs: float) -> None:
     """Drops a session that lacks anything of the checkpoint of `step`, and logs why.
 
     One that lacks nothing is left for `recover` to finalize: it failed for some other reason.
+
+    Args:
+      path: The checkpoint.
+      step: Its step.
+      why: Why it is not finalized.
+      timeout_secs: For how many seconds to wait for other processes that save into it.
     """
     if not _is_primary():
+        return
+    if not liveness.wait_until_idle(path.with_name(f"{path.name}.partial_save"), timeout_secs):
+        logger.warning("Left the unfinished checkpoint %s as it is: %s", path, _IS_WRITTEN)
         return
     try:
         if completeness.missing(fp.status(path), step) is not None:

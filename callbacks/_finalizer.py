@@ -165,7 +165,9 @@ class Finalizer:
         now = time.time()
         self._recorder.ended(checkpoint.step, timeline.GIVEN_UP, began_at=now, ended_at=now)
         if why_dropped is not None:
-            _directory.drop_unless_complete(checkpoint.path, checkpoint.step, why_dropped)
+            _directory.drop_unless_complete(
+                checkpoint.path, checkpoint.step, why_dropped, timeout_secs=self._timeout_secs
+            )
 
     def _prune(self, retention: Retention) -> None:
         protected = () if self._resumed is None else (self._resumed,)

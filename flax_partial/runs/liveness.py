@@ -106,6 +106,23 @@ def living(directory: Path) -> str | None:
         lock.close()
 
 
+def wait_until_idle(session: Path, timeout_secs: float) -> bool:
+    """Waits until no process writes to a session; returns whether that came in time.
+
+    Args:
+      session: Its directory.
+      timeout_secs: For how many seconds to wait.
+    """
+    try:
+        lock = locks.open_directory(session)
+    except OSError:  # it is no session
+        return True
+    if lock is None:
+        return True
+    with contextlib.closing(lock):
+        return _wait(lock, timeout_secs, f"for another process, which saves into {session}")
+
+
 @contextmanager
 def recovering(directory: Path, timeout_secs: float) -> Iterator[None]:
     """Keeps other processes from recovering a directory, and runs from beginning in it, meanwhile.
@@ -120,20 +137,27 @@ def recovering(directory: Path, timeout_secs: float) -> Iterator[None]:
     if lock is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory))
     with contextlib.closing(lock):
-        began, is_told = time.monotonic(), False
-        while not _try(lock, fcntl.LOCK_EX):
-            waited_secs = time.monotonic() - began
-            if waited_secs > timeout_secs:
-                raise CheckpointInUseError(
-                    errno.EWOULDBLOCK,
-                    f"Another process has recovered it for more than {timeout_secs:g} s",
-                    str(directory),
-                )
-            if waited_secs > _PATIENCE_SECS and not is_told:
-                logger.warning("Waiting for another process, which recovers %s.", directory)
-                is_told = True
-            time.sleep(_PAUSE_SECS)
+        if not _wait(lock, timeout_secs, f"for another process, which recovers {directory}"):
+            raise CheckpointInUseError(
+                errno.EWOULDBLOCK,
+                f"Another process has recovered it for more than {timeout_secs:g} s",
+                str(directory),
+            )
         yield
+
+
+def _wait(lock: locks.DirectoryLock, timeout_secs: float, what: str) -> bool:
+    """Waits until nobody else has a lock; returns whether that came in time."""
+    began, is_told = time.monotonic(), False
+    while not _try(lock, fcntl.LOCK_EX):
+        waited_secs = time.monotonic() - began
+        if waited_secs >= timeout_secs:
+            return False
+        if waited_secs > _PATIENCE_SECS and not is_told:
+            logger.warning("Waiting %s.", what)
+            is_told = True
+        time.sleep(_PAUSE_SECS)
+    return True
 
 
 def _try(lock: locks.DirectoryLock, kind: int) -> bool:

@@ -157,6 +157,26 @@ def test_recovery_by_somebody_else_is_waited_for_and_no_longer_than_the_hook_say
     callback.recover()
 
 
+def test_session_that_another_process_writes_to_is_waited_for_no_longer_than_the_hook_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fp.save(tmp_path / "3", {"a": 1})
+    hook = FinalizeHook(timeout_secs=0.1)
+    callback = PartialCheckpointCallback(tmp_path, finalizer=hook)
+    session = os.open(tmp_path / "3.partial_save", os.O_RDONLY)
+    try:
+        fcntl.flock(session, fcntl.LOCK_SH)
+        callback.recover()
+        trainer = begun(callback)
+    finally:
+        os.close(session)
+    assert caplog.text.count("another process still saves into it") == 2
+    assert names_in(tmp_path) == ["3.partial_save"]
+    callback.on_train_end(trainer, None)
+    callback.recover()
+    assert names_in(tmp_path) == []
+
+
 def test_run_that_cannot_be_locked_is_taken_for_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

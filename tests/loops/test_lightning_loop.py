@@ -290,3 +290,57 @@ def test_without_resume_a_directory_that_holds_a_run_is_refused(tmp_path: Path) 
     fit(tmp_path, Lit(), LightningCheckpoint(tmp_path / "run"), max_epochs=1)
     with pytest.raises(fp.CheckpointExistsError):
         fit(tmp_path, Lit(), LightningCheckpoint(tmp_path / "run", resume=False))
+
+
+VAL_LOSSES = {2: 0.9, 4: 0.1, 6: 0.5, 8: 0.7, 10: 0.2}
+
+
+class Validated(Lit):
+    """Its validation knows the step."""
+
+    logs_late = False
+
+    def validation_step(self, *_: Any) -> None:
+        if not self.logs_late:
+            self.log("val_loss", torch.tensor(VAL_LOSSES.get(self.global_step, 9.0)))
+
+    def on_train_epoch_end(self) -> None:
+        if self.logs_late:
+            self.log("val_loss", torch.tensor(VAL_LOSSES.get(self.global_step, 9.0)))
+
+
+def scores(directory: Path) -> dict[int, float | None]:
+    def of(step: int) -> float | None:
+        custom = fp.metadata(directory / str(step)).custom_metadata
+        return custom.get("metrics", {}).get("val_loss")  # type: ignore[no-any-return]
+
+    return {step: of(step) for step in fp.steps(directory)}
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 1])
+def test_checkpoint_has_the_score_of_its_own_step_wherever_validation_comes(
+    tmp_path: Path, sanity_steps: int
+) -> None:
+    by_steps = {"every_n_epochs": None, "every_n_train_steps": 1}
+    ours = LightningCheckpoint(tmp_path / "run", monitor="val_loss", **by_steps)
+    options = {"max_steps": 10, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    fit(tmp_path, Validated(), ours, num_sanity_val_steps=sanity_steps, **options)
+    expected = {step: VAL_LOSSES.get(step) for step in range(1, 11)}
+    assert scores(tmp_path / "run") == pytest.approx(expected, nan_ok=True)
+    assert ours.best_model_path == str(tmp_path / "run" / "4")
+
+
+@pytest.mark.parametrize("logs_late", [False, True], ids=["validation", "on_train_epoch_end"])
+def test_epoch_has_the_score_of_its_end(tmp_path: Path, *, logs_late: bool) -> None:
+    module = Validated()
+    module.logs_late = logs_late
+    ours = LightningCheckpoint(tmp_path / "run", monitor="val_loss")
+    fit(tmp_path, module, ours, max_epochs=2)
+    assert scores(tmp_path / "run") == pytest.approx({5: 9.0, 10: 0.2})
+
+
+def test_two_callbacks_save_into_two_directories(tmp_path: Path) -> None:
+    newest = LightningCheckpoint(tmp_path / "newest", keep_last=2)
+    milestones = LightningCheckpoint(tmp_path / "milestones", keep_every_n_steps=10)
+    fit(tmp_path, Lit(), newest, milestones)
+    assert [fp.steps(one.directory) for one in (newest, milestones)] == [[10, 15], [10, 15]]
