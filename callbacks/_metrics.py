@@ -40,8 +40,8 @@ def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 class StepMetrics:
     """The metrics of the newest step, told from those of earlier ones.
 
-    A value is of an earlier step if it is the object that was there before. Python's numbers may be
-    one object by chance (all zeros are): in a mapping that was not there before they are new.
+    A value is of an earlier step if it is the object that was there before. Python's numbers and
+    texts may be one object by chance (all zeros are): in a mapping that is new they are new.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class StepMetrics:
         is_new = metrics is not self._mapping
         for name, value in metrics.items():
             is_known = name in self._seen and _is_same(value, self._seen[name])
-            if not is_known or (is_new and isinstance(value, int | float)):
+            if not is_known or (is_new and isinstance(value, int | float | str)):
                 self._own[name] = value
         self._seen, self._mapping = dict(metrics), metrics
 

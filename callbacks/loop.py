@@ -108,7 +108,7 @@ class Loop:
         self.checkpoints.on_validation_end(self.trainer, None)
 
     def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None) -> None:
-        """Reports that an epoch is done; without metrics, those of its last step count."""
+        """Reports that an epoch is done; its metrics add to those of its last step."""
         self._has_epochs = True
         self.trainer.current_epoch = epoch
         self.trainer.is_last_batch = True

@@ -90,7 +90,7 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
 
         Args:
           epoch: Which one.
-          metrics: Those of the whole epoch, as of `step`; by default those of its last step.
+          metrics: Those of the whole epoch, as of `step`; they add to those of its last step.
         """
         self._loop.end_epoch(epoch, metrics)
 

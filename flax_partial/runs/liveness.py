@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _FILE = "running.json"
 _PAUSE_SECS = 0.05
-_TRIES = 3  # who probes the lock holds it for an instant
+_INSTANT_SECS = 0.15  # for as long at most who probes a lock holds it
 _PATIENCE_SECS = 1.0  # after which a wait is logged
 # What a file system says that knows no `flock`, or none of a file that is open for reading only.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
@@ -64,9 +64,13 @@ class Life:
         if self._lock is not None:
             return
         folder = self._directory / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            logger.warning("Others cannot see that a run trains in %s: %s", self._directory, error)
+            return
         lock = locks.make_file(folder / _FILE)
-        if not any(_try(lock, fcntl.LOCK_EX) or time.sleep(_PAUSE_SECS) for _ in range(_TRIES)):
+        if not _wait(lock, _INSTANT_SECS, "for who looks whether a run lives"):
             who = _described(lock)
             lock.close()
             raise CheckpointInUseError(

@@ -4,6 +4,7 @@ The kernel drops the lock of a process that dies. Sessions and checkpoints are l
 directories: there is no lock file. That a run lives is told by a file, which says whose lock it is.
 """
 
+import contextlib
 import fcntl
 import os
 import sys
@@ -40,7 +41,8 @@ class DirectoryLock:
     def close(self) -> None:
         """Gives the lock back and closes the directory; a second call does nothing."""
         if self._process == os.getpid():  # closing would do, unless a forked child has it open, too
-            self.release()
+            with contextlib.suppress(OSError):  # of a file system without locks
+                self.release()
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)

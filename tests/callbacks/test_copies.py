@@ -47,7 +47,7 @@ def test_copy_of_a_callback_that_trains_is_as_good_as_new(tmp_path: Path) -> Non
 
 def test_loop_is_copied_too(tmp_path: Path) -> None:
     with copy.deepcopy(checkpointing(tmp_path, every_n_train_steps=1)) as ckpt:
-        ckpt.step(new_state())
+        ckpt.step(new_state(0))
     assert fp.steps(tmp_path) == [1]
 
 

@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from shell import Shell
 from stub_trainer import Loop, begun, end_step, fitted, new_state, run_program
-from test_callback import assert_is_step, names_in
+from test_callback import assert_is_step, names_in, wait_for_leaves
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
@@ -35,8 +34,7 @@ def live(tmp_path: Path) -> Iterator[Path]:
     end_step(callback, trainer, 1)
     callback.finalizer.wait()
     callback.on_layer_ready(trainer, "head", new_state(2)["params"]["head"])
-    while not fp.status(tmp_path / "2").leaves:
-        time.sleep(0.01)
+    wait_for_leaves(tmp_path / "2", 2)
     yield tmp_path
     end_step(callback, trainer, 2)
     callback.on_train_end(trainer, None)
@@ -74,7 +72,7 @@ def test_another_process_restores_and_leaves_the_run_alone(live: Path) -> None:
 
 
 def test_another_callback_of_the_process_restores_and_leaves_the_run_alone(live: Path) -> None:
-    state, step = PartialCheckpointCallback(live).restore(new_state()) or (None, 0)
+    state, step = PartialCheckpointCallback(live).restore(new_state(0)) or (None, 0)
     assert (step, state is None) == (1, False)
 
 

@@ -172,7 +172,7 @@ def test_epochs_are_saved_with_the_metrics_of_the_epoch(tmp_path: Path) -> None:
             ckpt.end_epoch(epoch, metrics={"accuracy": epoch})
     assert fp.steps(tmp_path) == [4, 8]
     custom = fp.metadata(tmp_path / "8").custom_metadata
-    assert custom["metrics"] == {"accuracy": 3.0}
+    assert custom["metrics"] == {"loss": 9.0, "accuracy": 3.0}
     assert custom["epoch"] == 3
 
 

@@ -60,7 +60,7 @@ class BestOfTheNewest:
         (Odd(), {1, 3, 5}),
         (BestOfTheNewest(), {4}),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_policy_keeps(policy: Any, kept: set[int]) -> None:
     assert set(policy.keep(saved(dict(LOSSES)))) == kept
@@ -155,7 +155,7 @@ def test_starting_restoring_and_looking_remove_nothing(tmp_path: Path, then: Any
     fitted(tmp_path, metrics=lambda step: {"loss": LOSSES[step]}, **FIRST, **often)
     assert fp.steps(tmp_path) == [2, 5]
     again = PartialCheckpointCallback(tmp_path, **FIRST | then)
-    assert again.restore(new_state()) is not None
+    assert again.restore(new_state(0)) is not None
     assert (again.last_model_path, again.best_model_path is not None) == (str(tmp_path / "5"), True)
     trainer = begun(again)
     again.on_train_end(trainer, None)
@@ -168,7 +168,7 @@ def test_what_ranked_otherwise_outlives_later_checkpoints(tmp_path: Path, then: 
     both = {"metrics": lambda step: dict.fromkeys(("loss", "val/loss"), 10.0 - step)}
     fitted(tmp_path, batches=5, metrics=lambda step: {"loss": LOSSES[step]}, **FIRST, **often)
     again = PartialCheckpointCallback(tmp_path, **often, **FIRST | then)
-    state, step = again.restore(new_state()) or (None, 0)
+    state, step = again.restore(new_state(0)) or (None, 0)
     Loop(again, batches=9, **both).resume(state, step).fit()
     best = 6 if "mode" in then else 9
     assert fp.steps(tmp_path) == sorted({2, 5, best, 9})

@@ -320,7 +320,11 @@ def test_save_that_fails_then_hides_no_exception(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "flax_partial")
+
+    def bad(trainer: StubTrainer, _: Any) -> Any:
+        return {"w": object() if trainer.global_step > 1 else 0}
+
     with pytest.raises(StepError):
-        trained(tmp_path, state_fn=lambda *_: {"w": object()}, at=BEFORE_STEP_3, **RESCUED)
+        trained(tmp_path, state_fn=bad, at=BEFORE_STEP_3, **RESCUED)
     assert "A checkpoint had failed, too" in caplog.text
     assert fp.steps(tmp_path) == []

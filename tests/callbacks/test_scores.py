@@ -74,7 +74,7 @@ def test_validation_at_the_end_of_an_epoch_scores_a_step_that_was_due_by_steps(
     with checkpointing(tmp_path, every_n_train_steps=5, **keeps) as ckpt:
         for epoch, loss in enumerate([0.9, 0.2, 0.5]):
             for _ in range(10):  # the tenth is due by steps as well
-                ckpt.step(new_state(), metrics={"loss": 1.0})
+                ckpt.step(new_state(0), metrics={"loss": 1.0})
             ckpt.end_epoch(epoch, metrics={"val_loss": loss})
     assert ckpt.callback.best_model_score == 0.2
     assert stored(tmp_path) == {20: {"loss": 1, "val_loss": 0.2}, 30: {"loss": 1, "val_loss": 0.5}}
@@ -83,7 +83,7 @@ def test_validation_at_the_end_of_an_epoch_scores_a_step_that_was_due_by_steps(
 def test_plain_loop_adds_metrics_after_the_step(tmp_path: Path) -> None:
     with checkpointing(tmp_path, monitor="val_loss", **EACH_STEP) as ckpt:
         for step in range(1, 5):
-            ckpt.step(new_state(), metrics={"loss": float(step)})
+            ckpt.step(new_state(0), metrics={"loss": float(step)})
             if step % 2 == 0:
                 ckpt.add_metrics({"val_loss": 1 / step})
     assert stored(tmp_path) == {
@@ -124,7 +124,7 @@ def test_checkpoint_waits_for_its_score_and_for_nothing_else(tmp_path: Path) -> 
 def test_first_checkpoint_without_a_score_says_which_metrics_there_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, metrics: Any, says: str
 ) -> None:
-    fitted(tmp_path, epochs=3, metrics=lambda _: metrics, monitor="val_loss", save_top_k=1)
+    fitted(tmp_path, epochs=3, metrics=lambda _: dict(metrics), monitor="val_loss", save_top_k=1)
     (said,) = [record.getMessage() for record in caplog.records if "score" in record.getMessage()]
     assert says in said
     assert fp.steps(tmp_path) == [2, 4, 6]  # not ranked, and not removed for it
