@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import logging
+import os
 import re
 import shutil
 import uuid
@@ -19,9 +20,10 @@ import jax
 
 import flax_partial as fp
 from flax_partial.runs import completeness
+from flax_partial.runs.directory import checkpoints, step_in_name
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping
+    from collections.abc import Container, Mapping
     from pathlib import Path
 
     from flax_partial.callbacks._schedule import Retention
@@ -81,15 +83,59 @@ def check_is_newer(directory: Path, step: int) -> Path | None:
     Raises:
       CheckpointExistsError: Some checkpoint is of this step, or a later one.
     """
-    newest = max(fp.steps(directory), default=-1)
-    if newest < 0:
-        return None
+    newest, path = next(reversed(checkpoints(directory).items()), (-1, None))
     if newest >= step:
-        raise fp.CheckpointExistsError(
-            f"{directory} holds step {newest} already, and training is only at step {step}: the "
-            "steps of two runs would mix. Restore the newest checkpoint, or use another directory."
-        )
-    return directory / str(newest)
+        raise _mixed(directory, newest, step)
+    return path
+
+
+def _mixed(directory: Path, newest: int, step: int) -> fp.CheckpointExistsError:
+    return fp.CheckpointExistsError(
+        f"{directory} holds step {newest} already, and training is only at step {step}: the steps "
+        "of two runs would mix. Restore the newest checkpoint; or, to go back to an older one, "
+        "restore with discard_later=True, which removes the later ones; or use another directory."
+    )
+
+
+def check_none_later(directory: Path, step: int, path: Path | None = None) -> None:
+    """Checks that training may go on from a step, whose checkpoint is at `path`, if that is known.
+
+    Raises:
+      CheckpointExistsError: There are later ones; or one of this step that is another.
+    """
+    in_the_way = _later(directory, step, path)
+    if in_the_way:
+        raise _mixed(directory, in_the_way[-1], step)
+
+
+def _later(directory: Path, step: int, path: Path | None) -> list[int]:
+    held = checkpoints(directory)
+    is_another = path is not None and step in held and not held[step].samefile(path)
+    return [one for one in held if one > step or (one == step and is_another)]
+
+
+def discard(directory: Path, step: int, path: Path) -> None:
+    """Removes what `check_none_later` would refuse.
+
+    The newest goes first: killed meanwhile, what is left is of one run. Under `jax.distributed` all
+    processes call it.
+
+    Raises:
+      CheckpointInUseError: Somebody is reading one of them; those that are older stay, too.
+      OSError: One of them cannot be removed.
+    """
+    fp.agree(
+        f"discard {directory}",
+        ready=lambda: None,
+        act=lambda _: _discard(directory, step, path),
+    )
+
+
+def _discard(directory: Path, step: int, path: Path) -> None:
+    held = checkpoints(directory)
+    for one in reversed(_later(directory, step, path)):
+        fp.remove(held[one])
+        logger.warning("Removed %s: training goes on from step %d.", held[one], step)
 
 
 def drop_unless_complete(path: Path, step: int, why: str) -> None:
@@ -123,12 +169,12 @@ def prune(directory: Path, retention: Retention, *, protected: Container[int] = 
     """
     if not (retention.removes and _is_primary()):
         return
-    steps = fp.steps(directory)
-    known = _facts(directory, steps) if retention.looks_inside else {}
+    found = checkpoints(directory)
+    known = _facts(found) if retention.looks_inside else {}
     times = {step: committed_at for step, (_, committed_at) in known.items()}
-    for step in retention.expired(steps, _scores(known, retention.monitor), times):
+    for step in retention.expired(found, _scores(known, retention.monitor), times):
         if step not in protected:
-            _remove(directory / str(step))
+            _remove(found[step])
 
 
 def _remove(path: Path) -> None:
@@ -153,39 +199,58 @@ def sweep(directory: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)  # another process may be deleting it, too
 
 
-def choose(directory: Path, retention: Retention, which: str | int) -> int | None:
-    """Returns the newest step, the best of those with a score, or a given one; None if none.
+def choose(
+    directory: Path, retention: Retention, which: str | int | os.PathLike[str]
+) -> tuple[int, Path] | None:
+    """Returns the newest step, the best of those with a score, or a given one, and its path.
+
+    None where there is no checkpoint yet.
 
     Raises:
-      ValueError: The best one is asked for, and no metric, or no checkpoint that has it.
-      NoSessionError: There is no checkpoint of the step asked for.
+      ValueError: The best one is asked for, and no metric, or no checkpoint that has it. Or nothing
+        tells the step of the path that is asked for.
+      NoSessionError: There is no checkpoint of the step, or at the path, that is asked for.
     """
-    steps = fp.steps(directory)
+    held = checkpoints(directory)
+    if isinstance(which, os.PathLike) or (isinstance(which, str) and os.sep in which):
+        return _at_path(which)
     if isinstance(which, int) and not isinstance(which, bool):
-        if which not in steps:
-            raise fp.NoSessionError(f"{directory} holds no checkpoint of step {which}: {steps}.")
-        return which
+        if which not in held:
+            raise fp.NoSessionError(f"{directory} holds no checkpoint of step {which}: {[*held]}.")
+        return which, held[which]
     if which == "latest":
-        return max(steps, default=None)
+        return next(reversed(held.items()), None)
     if which != "best" or retention.monitor is None:
         raise ValueError(
-            f"which={which!r} with monitor={retention.monitor!r}: it must be 'latest', a step, or "
-            "'best' where a monitor scores the checkpoints."
+            f"which={which!r} with monitor={retention.monitor!r}: it must be 'latest', a step, a "
+            "checkpoint's path, or 'best' where a monitor scores the checkpoints."
         )
     found = best(directory, retention)
-    if found is None and steps:
-        facts = _facts(directory, steps).values()
+    if found is None and held:
+        facts = _facts(held).values()
         names = sorted({name for metrics, _ in facts for name in metrics})
         raise ValueError(
             f"No checkpoint in {directory} has the metric {retention.monitor!r}, by which the best "
             f"is chosen. Metrics that are stored: {', '.join(names) or 'none'}."
         )
-    return None if found is None else found[0]
+    return None if found is None else (found[0], held[found[0]])
+
+
+def _at_path(path: str | os.PathLike[str]) -> tuple[int, Path]:
+    described = fp.metadata(path)
+    step = described.custom_metadata.get("step")
+    if not isinstance(step, int):
+        step = step_in_name(described.path.name)
+    if step is None:
+        raise ValueError(
+            f"which={str(path)!r}: nothing there tells of which step it is. Load it with fp.load."
+        )
+    return step, described.path
 
 
 def best(directory: Path, retention: Retention) -> tuple[int, float] | None:
     """Returns the step of the best checkpoint and its score; None if none has a score."""
-    known = _scores(_facts(directory, fp.steps(directory)), retention.monitor)
+    known = _scores(_facts(checkpoints(directory)), retention.monitor)
     return next(((step, known[step]) for step in retention.ranked(known, known)), None)
 
 
@@ -193,10 +258,9 @@ _Facts = tuple["Mapping[str, Any]", float]
 """A checkpoint's metrics, and when it was finalized, in seconds since the epoch."""
 
 
-def _facts(directory: Path, steps: Iterable[int]) -> dict[int, _Facts]:
+def _facts(held: Mapping[int, Path]) -> dict[int, _Facts]:
     found = {}
-    for step in steps:
-        path = directory / str(step)
+    for step, path in held.items():
         # Another process may have removed it; and what is damaged has no score.
         with contextlib.suppress(FileNotFoundError, fp.CorruptCheckpointError):
             status = path.stat()

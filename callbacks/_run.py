@@ -174,9 +174,9 @@ class Run:
           OSError: The directory cannot be made.
         """
         if not self._is_checked:
-            self._is_checked = True
             self.directory.mkdir(parents=True, exist_ok=True)
             _directory.check_is_newer(self.directory, step)
+            self._is_checked = True
 
     def advance(self, step: int) -> None:
         """Drops the checkpoints of steps before `step` that are open; finalizes closed ones."""
@@ -228,6 +228,7 @@ class Run:
         *,
         epoch: int,
         metrics: Mapping[str, Any] | None,
+        closing: Mapping[str, Any],
     ) -> None:
         """Saves the last groups of a callback; once all are done the checkpoint is closed.
 
@@ -237,6 +238,7 @@ class Run:
           groups: Group to its leaves.
           epoch: The epoch under way, the first being 0.
           metrics: The trainer's; None if the step ends its epoch, whose metrics are yet to come.
+          closing: What its last part says of training.
         """
         with self._lock:
             if not checkpoint.members:
@@ -246,7 +248,7 @@ class Run:
                     if self.is_due(other, checkpoint.step, epoch, epoch_ends=metrics is None)
                 }
                 checkpoint.members = due | {member.key: member}
-        checkpoint.save(member, groups, is_last=True)
+        checkpoint.save(member, groups, closing=closing)
         member.last_saved = checkpoint.step
         if member.clock is not None:
             member.clock.saved()
