@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import logging
+import os
 import re
 import shutil
 import uuid
@@ -22,9 +23,10 @@ import flax_partial as fp
 from flax_partial.callbacks._metrics import finite_numbers
 from flax_partial.callbacks.policies import SavedStep, ranked
 from flax_partial.runs import completeness, liveness
+from flax_partial.runs.directory import checkpoints, step_in_name
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Container
     from pathlib import Path
 
     from flax_partial.callbacks._schedule import Retention
@@ -112,15 +114,59 @@ def check_is_newer(directory: Path, step: int) -> Path | None:
     Raises:
       CheckpointExistsError: Some checkpoint is of this step, or a later one.
     """
-    newest = max(fp.steps(directory), default=-1)
-    if newest < 0:
-        return None
+    newest, path = next(reversed(checkpoints(directory).items()), (-1, None))
     if newest >= step:
-        raise fp.CheckpointExistsError(
-            f"{directory} holds step {newest} already, and training is only at step {step}: the "
-            "steps of two runs would mix. Restore the newest checkpoint, or use another directory."
-        )
-    return directory / str(newest)
+        raise _mixed(directory, newest, step)
+    return path
+
+
+def _mixed(directory: Path, newest: int, step: int) -> fp.CheckpointExistsError:
+    return fp.CheckpointExistsError(
+        f"{directory} holds step {newest} already, and training is only at step {step}: the steps "
+        "of two runs would mix. Restore the newest checkpoint; or, to go back to an older one, "
+        "restore with discard_later=True, which removes the later ones; or use another directory."
+    )
+
+
+def check_none_later(directory: Path, step: int, path: Path | None = None) -> None:
+    """Checks that training may go on from a step, whose checkpoint is at `path`, if that is known.
+
+    Raises:
+      CheckpointExistsError: There are later ones; or one of this step that is another.
+    """
+    in_the_way = _later(directory, step, path)
+    if in_the_way:
+        raise _mixed(directory, in_the_way[-1], step)
+
+
+def _later(directory: Path, step: int, path: Path | None) -> list[int]:
+    held = checkpoints(directory)
+    is_another = path is not None and step in held and not held[step].samefile(path)
+    return [one for one in held if one > step or (one == step and is_another)]
+
+
+def discard(directory: Path, step: int, path: Path) -> None:
+    """Removes what `check_none_later` would refuse.
+
+    The newest goes first: killed meanwhile, what is left is of one run. Under `jax.distributed` all
+    processes call it.
+
+    Raises:
+      CheckpointInUseError: Somebody is reading one of them; those that are older stay, too.
+      OSError: One of them cannot be removed.
+    """
+    fp.agree(
+        f"discard {directory}",
+        ready=lambda: None,
+        act=lambda _: _discard(directory, step, path),
+    )
+
+
+def _discard(directory: Path, step: int, path: Path) -> None:
+    held = checkpoints(directory)
+    for one in reversed(_later(directory, step, path)):
+        fp.remove(held[one])
+        logger.warning("Removed %s: training goes on from step %d.", held[one], step)
 
 
 def drop_unless_complete(path: Path, step: int, why: str, *, timeout_secs: float) -> None:
@@ -164,12 +210,12 @@ def prune(directory: Path, retention: Retention, *, protected: Container[int] = 
     """
     if not (retention.removes and _is_primary()):
         return
-    steps = fp.steps(directory)
-    known = _looked_into(directory, steps) if retention.looks_inside else {}
-    saved = [known.get(step, SavedStep(step)) for step in steps]
+    found = checkpoints(directory)
+    known = _looked_into(found) if retention.looks_inside else {}
+    saved = [known.get(step, SavedStep(step)) for step in found]
     for step in retention.expired(saved):
         if step not in protected:
-            _remove(directory / str(step))
+            _remove(found[step])
 
 
 def _remove(path: Path) -> None:
@@ -194,35 +240,52 @@ def sweep(directory: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)  # another process may be deleting it, too
 
 
-def choose(directory: Path, retention: Retention, which: str | int) -> int | None:
-    """Returns the newest step, the best of those with a score, or a given one; None if none.
+def choose(
+    directory: Path, retention: Retention, which: str | int | os.PathLike[str]
+) -> tuple[int, Path] | None:
+    """Returns the newest step, the best of those with a score, or a given one, and its path.
+
+    None where there is no checkpoint yet.
 
     Raises:
-      ValueError: The best one is asked for, and no metric, or no checkpoint that has it.
-      NoSessionError: There is no checkpoint of the step asked for.
+      ValueError: The best one is asked for, and no metric, or no checkpoint that has it. Or nothing
+        tells the step of the path that is asked for.
+      NoSessionError: There is no checkpoint of the step, or at the path, that is asked for.
     """
-    steps = fp.steps(directory)
+    held = checkpoints(directory)
+    if isinstance(which, os.PathLike) or (isinstance(which, str) and os.sep in which):
+        return _at_path(which)
     if isinstance(which, int) and not isinstance(which, bool):
-        if which not in steps:
-            raise fp.NoSessionError(f"{directory} holds no checkpoint of step {which}: {steps}.")
-        return which
+        if which not in held:
+            raise fp.NoSessionError(f"{directory} holds no checkpoint of step {which}: {[*held]}.")
+        return which, held[which]
     if which == "latest":
-        return max(steps, default=None)
+        return next(reversed(held.items()), None)
     if which != "best" or retention.monitor is None:
         raise ValueError(
-            f"which={which!r} with monitor={retention.monitor!r}: it must be 'latest', a step, or "
-            "'best' where a monitor scores the checkpoints."
+            f"which={which!r} with monitor={retention.monitor!r}: it must be 'latest', a step, a "
+            "checkpoint's path, or 'best' where a monitor scores the checkpoints."
         )
     found = best(directory, retention)
-    if found is None and steps:
-        names = sorted(
-            {name for one in _looked_into(directory, steps).values() for name in one.metrics}
-        )
+    if found is None and held:
+        names = sorted({name for one in _looked_into(held).values() for name in one.metrics})
         raise ValueError(
             f"No checkpoint in {directory} has the metric {retention.monitor!r}, by which the best "
             f"is chosen. Metrics that are stored: {', '.join(names) or 'none'}."
         )
-    return None if found is None else found[0]
+    return None if found is None else (found[0], held[found[0]])
+
+
+def _at_path(path: str | os.PathLike[str]) -> tuple[int, Path]:
+    described = fp.metadata(path)
+    step = described.custom_metadata.get("step")
+    if not isinstance(step, int):
+        step = step_in_name(described.path.name)
+    if step is None:
+        raise ValueError(
+            f"which={str(path)!r}: nothing there tells of which step it is. Load it with fp.load."
+        )
+    return step, described.path
 
 
 def best(directory: Path, retention: Retention) -> tuple[int, float] | None:
@@ -230,30 +293,29 @@ def best(directory: Path, retention: Retention) -> tuple[int, float] | None:
     monitor = retention.monitor
     if monitor is None:
         return None
-    known = _looked_into(directory, fp.steps(directory))
+    known = _looked_into(checkpoints(directory))
     scores = {step: one.metrics[monitor] for step, one in known.items() if monitor in one.metrics}
     return next(((step, scores[step]) for step in ranked(scores, retention.mode)), None)
 
 
-def _looked_into(directory: Path, steps: Iterable[int]) -> dict[int, SavedStep]:
+def _looked_into(held: Mapping[int, Path]) -> dict[int, SavedStep]:
     found = {}
-    for step in steps:
-        path = directory / str(step)
+    for step, path in held.items():
         # Another process may have removed it; and what is damaged has no score.
         with contextlib.suppress(FileNotFoundError, fp.CorruptCheckpointError):
             status = path.stat()
-            found[step] = _look_into(path, status.st_ino, status.st_mtime_ns)
+            found[step] = _look_into(path, step, status.st_ino, status.st_mtime_ns)
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _look_into(path: Path, _inode: int, _mtime_ns: int) -> SavedStep:
+def _look_into(path: Path, step: int, _inode: int, _mtime_ns: int) -> SavedStep:
     """Reads it once: the table of contents of a large model takes a while."""
     metadata = fp.metadata(path)
     custom = metadata.custom_metadata
     metrics, ranked_by = custom.get("metrics"), custom.get("ranked_by")
     return SavedStep(
-        step=int(path.name),
+        step=step,
         metrics=finite_numbers(metrics) if isinstance(metrics, Mapping) else {},
         ranked_by=ranked_by if isinstance(ranked_by, Mapping) else {},
         finalized_at=metadata.committed_at,

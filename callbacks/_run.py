@@ -7,6 +7,7 @@ left to the next run.
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections import Counter
@@ -21,7 +22,7 @@ from flax_partial.callbacks._metrics import StepMetrics, lacking
 from flax_partial.callbacks._preemption import Preemption
 from flax_partial.callbacks._reports import BlockedTime
 from flax_partial.callbacks._timeline import Recorder
-from flax_partial.runs.liveness import Life
+from flax_partial.runs import liveness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -61,7 +62,7 @@ class Run:
         self.finalizer = Finalizer(directory, self.recorder, timeout_secs)
         self.rescued_step: int | None = None
         self.has_begun = False
-        self._life = Life(directory)  # of several processes, the first one's
+        self._life = liveness.Life(directory)  # of several processes, the first one's
         self._timeout_secs = timeout_secs
         # Guards all below. Nothing is waited for while it is held, but where a clock or the end of
         # the interpreter has the caller do it.
@@ -184,6 +185,14 @@ class Run:
         self.recorder.begin(self._name)
         self.finalizer.sweep()
 
+    def check_is_alone(self) -> None:
+        """Raises CheckpointInUseError if another run lives in the directory."""
+        other = None if self.has_begun else liveness.living(self.directory)
+        if other is not None:
+            raise fp.CheckpointInUseError(
+                errno.EWOULDBLOCK, f"Another run trains there ({other})", str(self.directory)
+            )
+
     # While training.
 
     def add_blocked(self, secs: float, hook: str) -> None:
@@ -257,6 +266,7 @@ class Run:
         *,
         epoch: int,
         epoch_ends: bool,
+        closing: Mapping[str, Any],
     ) -> None:
         """Saves the last groups of a callback; once all are done the checkpoint is closed.
 
@@ -269,6 +279,7 @@ class Run:
           groups: Group to its leaves.
           epoch: The epoch under way, the first being 0.
           epoch_ends: Whether the step ends its epoch, whose metrics are yet to come.
+          closing: What its last part says of training.
         """
         with self._lock:
             if not checkpoint.members:
@@ -278,7 +289,7 @@ class Run:
                     if self.is_due(other, checkpoint.step, epoch, epoch_ends=epoch_ends)
                 }
                 checkpoint.members = due | {member.key: member}
-        checkpoint.save(member, groups, is_last=True)
+        checkpoint.save(member, groups, closing=closing)
         member.last_saved = checkpoint.step
         if member.clock is not None:
             member.clock.saved()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
 from flax_partial.callbacks import _extras
-from flax_partial.callbacks.loop import Loop, LoopCheckpoint
+from flax_partial.callbacks._state import RestoreOptions
+from flax_partial.callbacks.loop import Loop, LoopCheckpoint, resume_options, resuming
 
 _extras.need("keras", extra="keras")
 
@@ -38,20 +39,26 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, resume: bool = True, **options: Any
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        resume: bool | RestoreOptions = True,
+        **options: Any,
     ) -> None:
         """Prepares a callback; nothing is written before training begins.
 
         Args:
           directory: A run's directory, which holds a checkpoint a step.
           resume: Whether `fit` goes on from the newest checkpoint, where it has a later step than
-            the model.
+            the model. Or from which, and how: a dict of what `PartialCheckpointCallback.restore`
+            takes beside the target, such as `{"which": 60, "discard_later": True}`; with `which`,
+            whatever the step of the model is.
           options: What else `PartialCheckpointCallback` takes, but for `state_fn`; `mode` is "auto"
             by default, as it is in Keras.
 
         Raises:
           RuntimeError: Keras runs on another backend than JAX.
-          TypeError: There is no such option.
+          TypeError: There is no such option, or none such of `resume`.
           ValueError: An option has a value that makes no sense, alone or with another.
         """
         super().__init__()
@@ -61,7 +68,7 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
                 "imported: what is checkpointed here are arrays of JAX."
             )
         self._loop = Loop(directory, self._state, {"mode": "auto"} | options)
-        self._resumes = resume
+        self._resume = resume_options(resume)
         self._step_of_epoch = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -69,12 +76,15 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
 
         Raises:
           TargetMismatchError: The checkpoint does not fit the model; nothing was updated.
+          CheckpointExistsError: It is older than the newest.
         """
         step = int(self.model.optimizer.iterations)
         self._loop.start(step)
-        newest = fp.latest(self.callback.directory)
-        if self._resumes and newest is not None and int(newest.name) > step:
-            self._resume()
+        if self._resume is None:
+            return
+        is_later = max(fp.steps(self.callback.directory), default=0) > step
+        if is_later or "which" in self._resume:
+            self._go_on(self._resume)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Remembers the step before the epoch."""
@@ -109,11 +119,13 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         epochs_done = trainer.current_epoch + trainer.is_last_batch
         return {root: tree[root] for root in tree if root != _METRICS} | {_EPOCHS: epochs_done}
 
-    def _resume(self) -> None:
-        with _hinted():
-            tree = self._loop.restore(self._state())
-        self._set_initial_epoch(tree.pop(_EPOCHS))
-        self.model.set_state_tree(tree)
+    def _go_on(self, options: RestoreOptions) -> None:
+        with resuming(), _hinted():
+            tree = self._loop.restore(self._state(), **options)
+        if tree is not None:
+            self._set_initial_epoch(tree.pop(_EPOCHS))
+            self.model.set_state_tree(tree)
+            self._resume = RestoreOptions()  # to go back once is enough
 
     def _set_initial_epoch(self, epoch: int | None) -> None:
         self.model._initial_epoch = epoch  # noqa: SLF001 - as Keras's own BackupAndRestore does

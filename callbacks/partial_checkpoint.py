@@ -11,11 +11,11 @@ counts before or after it streams.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import signal
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import flax_partial as fp
 from flax_partial.callbacks import _directory, _state
@@ -27,14 +27,18 @@ from flax_partial.callbacks._leaves import flatten
 from flax_partial.callbacks._member import Failures, Member
 from flax_partial.callbacks._metrics import send
 from flax_partial.callbacks._preemption import check_signals
+from flax_partial.callbacks._restored import Progress, progress_of
 from flax_partial.callbacks._schedule import Retention, Schedule
+from flax_partial.callbacks._stateful import Extras
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.progress import Bar
+from flax_partial.runs.directory import checked, probably_meant
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from datetime import timedelta
+    from pathlib import Path
 
     from flax_partial.callbacks._claims import Claims
     from flax_partial.callbacks._groups import GroupBy
@@ -45,6 +49,20 @@ if TYPE_CHECKING:
     from flax_partial.callbacks.policies import Policy
 
 logger = logging.getLogger(__name__)
+
+_HookT = TypeVar("_HookT", bound="Callable[..., None]")
+_STEP_LEAF = "checkpoint_step"  # that earlier versions added to the tree, for themselves
+
+
+def in_training(hook: _HookT) -> _HookT:
+    """Has a hook do nothing while `setup` has said that nothing is trained in earnest."""
+
+    @functools.wraps(hook)
+    def run(self: PartialCheckpointCallback, *arguments: Any, **named: Any) -> None:
+        if not self.is_idle:
+            hook(self, *arguments, **named)
+
+    return cast("_HookT", run)
 
 
 class PartialCheckpointCallback(Copyable):
@@ -70,8 +88,11 @@ class PartialCheckpointCallback(Copyable):
     of it as `fp.Slice`; the rows that it did not stream are taken when the step ends.
 
     Attributes:
-      directory: The run's directory.
+      directory: The run's directory; absolute.
       finalizer: The hook that finalizes.
+      restored: How far training was at the checkpoint that was restored last; None before.
+      is_idle: Whether a trainer that only validates, tests or predicts, or only tries whether all
+        runs (Lightning's `fast_dev_run`), has called `setup`: then no hook does anything.
     """
 
     def __init__(
@@ -85,6 +106,7 @@ class PartialCheckpointCallback(Copyable):
         stacked: Stacked | None = None,
         state_fn: _state.StateFn | None = None,
         keep: Policy | Iterable[Policy] | None = None,
+        extras: Mapping[str, Any] | None = None,
         keep_last: int | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max", "auto"] = "min",
@@ -104,7 +126,7 @@ class PartialCheckpointCallback(Copyable):
         """Prepares a callback; nothing is written before training begins.
 
         Args:
-          directory: A run's directory, which holds a checkpoint a step.
+          directory: A run's directory, which holds a checkpoint a step; `~` is the home directory.
           every_n_epochs: Save at the end of each n-th epoch; None for no epoch.
           every_n_train_steps: Save after each n-th step as well; None for none.
           train_time_interval: Save as well once so much time has gone by since the last save. Of
@@ -118,6 +140,11 @@ class PartialCheckpointCallback(Copyable):
           state_fn: From trainer and module to the tree to save, in which NNX objects may stand; by
             default, an NNX module with `trainer.optimizer`, a Flax `TrainState`, or
             `trainer.state`.
+          extras: From a name to an object with a state of its own, which is saved beside the arrays
+            and set by `restore`: an iterator of data with `get_state` and `set_state` (Grain's) or
+            `state_dict` and `load_state_dict`, `random` or `random.Random`, a NumPy generator, what
+            has `to_json` and `from_json`; or a pair of functions, one that returns a state and one
+            that takes it. Each process keeps its own.
           keep: Policies that say which checkpoints to keep (`flax_partial.callbacks.policies`), one
             or several. Without this and the other four that say what to keep, all are kept; with
             any of them, the newest and what any one keeps.
@@ -158,15 +185,18 @@ class PartialCheckpointCallback(Copyable):
             loaded, for longer than a second; none while a display of rich is running.
 
         Raises:
-          ValueError: An option has a value that makes no sense, alone or with another.
-          TypeError: `stacked` maps something else than names to numbers, or tuples of them.
+          ValueError: An option has a value that makes no sense, alone or with another; or
+            `directory` is a URL, or lies in a checkpoint.
+          TypeError: `stacked` maps something else than names to numbers, or tuples of them; or one
+            of `extras` has no state that can be got and set.
         """
         failures = Failures(on_save_error)
-        self.directory = Path(directory)
+        self.directory = checked(directory)
         self.finalizer = finalizer or FinalizeHook()
         self._run = self.finalizer.runs.of(self.directory)
         self._grouping = Grouping(group_by, stacked or {})
         self._state_fn = state_fn
+        self._extras = Extras(extras or {})
         self._on_metrics = on_metrics
         self._save_on_exception = save_on_exception
         where = str(self.directory)
@@ -191,8 +221,12 @@ class PartialCheckpointCallback(Copyable):
             signals=check_signals(preemption_signals if save_on_preemption else ()),
             failures=failures,
         )
+        self.restored: Progress | None = None
         self._finished: Finished | None = None
         self._step_before: int | None = None
+        self._epoch_began = 0  # steps done then
+        self._is_training = False
+        self.is_idle = False
 
     # What a trainer that streams calls.
 
@@ -223,21 +257,39 @@ class PartialCheckpointCallback(Copyable):
     # Lightning's hooks.
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
-        """Joins the callbacks that share its hook."""
-        self._run.join(self._member)
+        """Joins the callbacks that share its hook, if there is training to come."""
+        self.is_idle = stage != "fit" or bool(getattr(trainer, "fast_dev_run", False))
+        if not self.is_idle:
+            self._run.join(self._member)
 
+    @in_training
     def on_fit_start(self, trainer: Any, module: Any) -> None:
-        """Finalizes or drops what an ended run has left, and removes what is not to be kept."""
-        with self._blocked("on_fit_start", trainer):
-            self._step_before = trainer.global_step
-            self._run.start(self._member, trainer.global_step)
-            self._look(trainer)
+        """Finalizes or drops what an ended run has left.
 
+        Raises:
+          CheckpointExistsError: Training goes on from a step that was restored, and there are later
+            ones.
+          UnsupportedLeafError: The state of one of `extras` cannot be stored.
+        """
+        with self._blocked("on_fit_start", trainer):
+            step = trainer.global_step
+            self._extras.metadata()  # what is wrong with them is said now
+            if self.restored is not None and self.restored.step == step > 0:
+                _directory.check_none_later(self.directory, step)
+            elif step != self._member.last_saved:
+                self._epoch_began = step
+            self._step_before = step
+            self._run.start(self._member, step)
+            self._look(trainer)
+            self._is_training = True
+
+    @in_training
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Remembers the step that training, restored by now, starts from."""
         self._step_before = trainer.global_step
         self._look(trainer)
 
+    @in_training
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """Remembers the step before the batch; finalizes it if it was waiting for its score."""
         self._step_before = trainer.global_step
@@ -245,6 +297,7 @@ class PartialCheckpointCallback(Copyable):
         self._run.finish_closed()
         self._run.recorder.step_began()
 
+    @in_training
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -261,18 +314,21 @@ class PartialCheckpointCallback(Copyable):
             if self._is_due(trainer, step, epoch_ends=trainer.is_last_batch):
                 self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
             if self._save_on_exception:
-                self._finished = Finished.of(trainer, module, self._state_fn)
+                closing = self._closing(trainer, epoch_ends=trainer.is_last_batch)
+                self._finished = Finished.of(trainer, module, self._state_fn, closing)
                 member.has_finished_step = True
             self._step_before = step
             self._run.recorder.step_ended(step)
             self._stop_after_last(trainer, step)
 
+    @in_training
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         """Scores the checkpoint of the last finished step, if it was waiting for that."""
         self._look(trainer)
         if not trainer.is_last_batch:
             self._run.finish_scored()
 
+    @in_training
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Finalizes; saves first where no batch was said to be the epoch's last."""
         with self._blocked("on_train_epoch_end", trainer):
@@ -283,8 +339,10 @@ class PartialCheckpointCallback(Copyable):
                 self._save(trainer, module, step, epoch_ends=True)
             self._run.finish_scored()
             self._run.check_monitor(self._member)
+            self._epoch_began = step
             self._stop_after_last(trainer, step)
 
+    @in_training
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Waits until every checkpoint is finalized."""
         with self._blocked("on_train_end", trainer):
@@ -299,11 +357,13 @@ class PartialCheckpointCallback(Copyable):
             finally:
                 self._end()
 
+    @in_training
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Lets saves in flight finish, and leaves what is not finalized to the next run.
 
         With `save_on_exception` it saves the last finished step before, if that can be had.
         """
+        self._is_training = False
         self._run.stop_listening(self._member)
         self._run.say_what_is_finished(exception)
         if self._save_on_exception:
@@ -318,6 +378,7 @@ class PartialCheckpointCallback(Copyable):
         except Exception:
             logger.exception("What checkpoints cost could not be reported.")
 
+    @in_training
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """Waits until every checkpoint is finalized."""
         with self._blocked("teardown", trainer):
@@ -378,54 +439,112 @@ class PartialCheckpointCallback(Copyable):
         """Finalizes or drops what an ended run has left unfinished, as `on_fit_start` does."""
         self._run.recover()
 
+    @property
+    def epoch_began(self) -> int:
+        """Steps done when the epoch under way began."""
+        return self._epoch_began
+
     def restore(
-        self, target: Any = None, *, which: Literal["latest", "best"] | int = "latest"
+        self,
+        target: Any = None,
+        *,
+        which: str | int | os.PathLike[str] = "latest",
+        partial: bool = False,
+        keep_missing: bool = False,
+        cast: bool = False,
+        discard_later: bool = False,
     ) -> tuple[Any, int] | None:
         """Loads the newest or best checkpoint, or that of a step; recovers first.
 
-        The checkpoint stays, whatever is to be kept, until training has finalized a newer one.
+        The checkpoint stays, whatever is to be kept, until training has finalized a newer one. Once
+        training has begun (after `on_fit_start`), an older step than the newest is refused, unless
+        `discard_later`: what is trained from there would mix with the later ones. Before, it may be
+        looked at; training that then begins there is refused in `on_fit_start`.
 
         Args:
           target: What to load: a tree of arrays or `jax.ShapeDtypeStruct`, which decides structure,
-            dtypes and shardings and may lack leaves that the checkpoint has; an NNX module, or a
-            tree in which NNX objects stand (`{"params": model, "opt_state": optimizer}`), which
-            are updated in place; None for everything, as nested dicts and lists. What it lacks is
-            not read: `{"params": params}` loads the parameters only, and so does an NNX module.
-          which: "latest", "best" by `monitor` and `mode`, or a step.
+            dtypes and shardings; an NNX module, which is its "params", or a tree in which NNX
+            objects stand (`{"params": model, "opt_state": optimizer}`), which are updated in place;
+            None for everything, as nested dicts and lists.
+          which: "latest", "best" by `monitor` and `mode`, a step, or the path of a checkpoint,
+            wherever it lies.
+          partial: Whether `target`, or this callback's `extras`, may lack what the checkpoint has;
+            that is not read.
+          keep_missing: Whether the checkpoint may lack leaves of `target`, or `extras`; those stay
+            as they are.
+          cast: Whether a dtype that differs is converted; an error otherwise.
+          discard_later: Whether later checkpoints are removed, once this one is loaded.
 
         Returns:
           The state and its step; None if there is no checkpoint yet.
 
         Raises:
           ValueError: `which` is "best", and there is no `monitor`, or no checkpoint that has it.
-          NoSessionError: There is no checkpoint of the step that `which` is.
-          TargetMismatchError: The checkpoint does not fit `target`; nothing was updated.
+          NoSessionError: There is no checkpoint of the step, or at the path, that `which` is.
+          TargetMismatchError: It does not fit `target`, or `extras`; nothing was updated.
+          CheckpointExistsError: Training would go on from an older step than the newest.
+          CheckpointInUseError: A later one that is to be discarded is being read, or another run
+            trains in the directory.
         """
+        options = _state.LoadOptions(partial=partial, keep_missing=keep_missing, cast=cast)
         self.recover()
-        while True:
-            step = _directory.choose(self.directory, self._member.retention, which)
-            if step is None:
-                logger.info("There is no checkpoint in %s to restore.", self.directory)
-                return None
-            self._run.finalizer.resume(step)
+        while found := _directory.choose(self.directory, self._member.retention, which):
             try:
-                restored = self._load(self.directory / str(step), target)
+                return self._restore(*found, target, options, discard_later=discard_later)
             except fp.NoSessionError:
-                if step in fp.steps(self.directory):
+                if which not in ("latest", "best") or found[1].exists():
                     raise
-                continue  # another process has just removed it
-            self._member.last_saved = step
-            return restored, step
+                # another process has just removed it
+        logger.info(
+            "There is no checkpoint in %s to restore.%s",
+            self.directory,
+            probably_meant(self.directory),
+        )
+        return None
 
-    def _load(self, path: Path, target: Any) -> Any:
+    def _restore(
+        self,
+        step: int,
+        path: Path,
+        target: Any,
+        options: _state.LoadOptions,
+        *,
+        discard_later: bool,
+    ) -> tuple[Any, int]:
+        if self._is_training and not discard_later:
+            _directory.check_none_later(self.directory, step, path)
+        described = fp.metadata(path)
+        progress = progress_of(described.custom_metadata, step)
+        extras = self._extras.find(
+            described.custom_metadata,
+            partial=options["partial"] or target is None,
+            keep_missing=options["keep_missing"],
+        )
+        if _STEP_LEAF in described.leaves:
+            options = {**options, "partial": True}
+        self._run.finalizer.resume(step)
+        state = self._load(path, target, options)
+        self._extras.set(extras)
+        if discard_later:
+            self._run.check_is_alone()
+            _directory.discard(self.directory, step, path)
+        self._member.last_saved = step
+        self._epoch_began = step - progress.steps_of_epoch
+        self.restored = progress
+        logger.info("Restored step %d from %s.", step, path)
+        return state, step
+
+    def _load(self, path: Path, target: Any, options: _state.LoadOptions) -> Any:
         if not self._member.shows_progress:
-            return _state.load(path, target)
+            return _state.load(path, target, options)
         with contextlib.closing(Bar("Loading a checkpoint")) as bar:
-            return _state.load(path, target, progress=bar.update)
+            return _state.load(path, target, options, progress=bar.update)
 
     # How it saves.
 
     def _is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
+        if self.is_idle:
+            return False
         return self._run.is_due(self._member, step, trainer.current_epoch, epoch_ends=epoch_ends)
 
     @contextlib.contextmanager
@@ -458,13 +577,15 @@ class PartialCheckpointCallback(Copyable):
         def take(claims: Claims) -> Any:
             return self._take(trainer, module, claims)
 
-        self._save_tree(take, step, trainer.current_epoch, epoch_ends=epoch_ends)
+        closing = self._closing(trainer, epoch_ends=epoch_ends)
+        self._save_tree(take, step, trainer.current_epoch, closing, epoch_ends=epoch_ends)
 
     def _save_tree(
         self,
         take: Callable[[Claims], Any],
         step: int,
         epoch: int,
+        closing: Mapping[str, Any],
         *,
         epoch_ends: bool,
     ) -> None:
@@ -475,7 +596,9 @@ class PartialCheckpointCallback(Copyable):
             groups = self._grouping.rest(take(checkpoint.claims), checkpoint.claims)
         except Exception as error:  # noqa: BLE001 - of state_fn, group_by, or a tree they cannot take
             checkpoint.fail(error, [member])
-        self._run.close(member, checkpoint, groups, epoch=epoch, epoch_ends=epoch_ends)
+        self._run.close(
+            member, checkpoint, groups, epoch=epoch, epoch_ends=epoch_ends, closing=closing
+        )
 
     def _check(self, trainer: Any, module: Any, step: int) -> None:
         """Finds what would fail when the first checkpoint is due, and raises or logs it.
@@ -497,6 +620,13 @@ class PartialCheckpointCallback(Copyable):
                 raise
             logger.exception("The first checkpoint of %s will fail.", self.directory)
 
+    def _closing(self, trainer: Any, *, epoch_ends: bool) -> Mapping[str, Any]:
+        """Returns what is saved of training after a step, beside the arrays."""
+        step, epoch = trainer.global_step, trainer.current_epoch
+        steps_of_epoch = 0 if epoch_ends else step - self._epoch_began
+        progress = Progress(step, epoch + epoch_ends, steps_of_epoch)
+        return {**progress.metadata, **self._extras.metadata()}
+
     def _take(self, trainer: Any, module: Any, claims: Claims) -> Any:
         tree = _state.take(trainer, module, self._state_fn)
         if tree is None and self._state_fn is None and not claims.names:
@@ -514,8 +644,13 @@ class PartialCheckpointCallback(Copyable):
                 finished.check_is_there()
                 logger.warning("Training failed: step %d is saved before it ends.", finished.step)
                 self._run.rescued_step = finished.step
-                step, epoch = finished.step, finished.epoch
-                self._save_tree(lambda _: finished.tree, step, epoch, epoch_ends=False)
+                self._save_tree(
+                    lambda _: finished.tree,
+                    finished.step,
+                    finished.epoch,
+                    finished.closing,
+                    epoch_ends=False,
+                )
             self._run.finish_closed()
         except Exception:
             logger.exception("The last finished step could not be saved.")
@@ -542,6 +677,7 @@ class PartialCheckpointCallback(Copyable):
             preemption.stop(trainer)
 
     def _end(self) -> None:
+        self._is_training = False
         self._run.wait(show_progress=self._member.shows_progress)
         self._run.end(self._member)
         self._finished = None

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flax_partial.callbacks import _extras
-from flax_partial.callbacks.loop import Loop, LoopCheckpoint
+from flax_partial.callbacks._state import RestoreOptions
+from flax_partial.callbacks.loop import Loop, LoopCheckpoint, resume_options, resuming
 
 _extras.need("tunix", extra="tunix")
 
@@ -30,22 +31,28 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, resume: bool = True, **options: Any
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        resume: bool | RestoreOptions = True,
+        **options: Any,
     ) -> None:
         """Prepares hooks; nothing is written before training begins.
 
         Args:
           directory: A run's directory, which holds a checkpoint a step.
           resume: Whether `train` goes on from the newest checkpoint. A trainer that has trained
-            already, or that tunix has restored, goes on by itself.
+            already, or that tunix has restored, goes on by itself. Or from which, and how: a dict
+            of what `PartialCheckpointCallback.restore` takes beside the target, such as
+            `{"which": 60, "discard_later": True}`.
           options: What else `PartialCheckpointCallback` takes, but for `state_fn`.
 
         Raises:
-          TypeError: There is no such option.
+          TypeError: There is no such option, or none such of `resume`.
           ValueError: An option has a value that makes no sense, alone or with another.
         """
         self._loop = Loop(directory, lambda: self._state, options)
-        self._resumes = resume
+        self._resume = resume_options(resume)
         self._state: Any = None
 
     def on_train_start(self, train_ctx: Any) -> None:
@@ -55,10 +62,16 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
 
         Raises:
           TargetMismatchError: The checkpoint does not fit the model; nothing was updated.
+          CheckpointExistsError: It is older than the newest.
         """
         self._state = {"params": train_ctx.model, "opt_state": train_ctx.optimizer}
         self._loop.start(train_ctx.train_steps)
-        if self._resumes and train_ctx.train_steps == 0 and self._loop.restore(self._state):
+        if self._resume is None or train_ctx.train_steps > 0:
+            return
+        with resuming():
+            restored = self._loop.restore(self._state, **self._resume)
+        if restored is not None:
+            self._resume = RestoreOptions()  # to go back once is enough
             steps = self._loop.trainer.global_step
             rounds = train_ctx.config.gradient_accumulation_steps or 1
             train_ctx._train_steps = steps  # noqa: SLF001 - tunix has no other way

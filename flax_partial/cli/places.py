@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.errors import CheckpointInUseError, NoSessionError
@@ -18,6 +19,18 @@ from flax_partial.storage.paths import SESSION_SUFFIX, STATE, CheckpointPath
 
 FINALIZED, UNFINISHED, DAMAGED, DROPPED = "finalized", "unfinished", "damaged", "dropped"
 OURS, ORBAX = "flax_partial", "orbax"
+
+
+def local(path: str) -> Path:
+    """Takes a path as it stands on a command line, and leaves it relative where it is.
+
+    Raises:
+      WrongUseError: It is a URL.
+    """
+    try:
+        return Path(paths.expanded(path))
+    except ValueError as error:
+        raise WrongUseError(str(error)) from error
 
 
 def resolve(path: str) -> CheckpointPath:

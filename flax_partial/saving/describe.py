@@ -33,7 +33,7 @@ Source = np.ndarray | jax.Array
 _How = tuple[int, str | None]
 """Wanted size of a chunk, in bytes; the chunks' codec."""
 
-_MOST_KNOWN_LEAVES = 1 << 19  # of all trees whose description is remembered
+_MOST_KNOWN_LEAVES = 1 << 17  # of the trees whose description is remembered, beside the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +113,13 @@ class KnownTree:
 
     Attributes:
       templates: How their leaves were described.
+      text: The structure as text, where there are integer keys; else empty. To Python `1`, `True`
+        and `1.0` are equal, and so are structures that have them as keys; only one can be saved.
       is_tree: Whether their leaves were claimed before: among themselves they have no conflict.
     """
 
     templates: list[_Template] = field(default_factory=list)
+    text: str = ""
     is_tree: bool = False
 
 
@@ -137,11 +140,12 @@ class _KnownTrees:
     def put(self, key: Any, tree: KnownTree) -> None:
         with self._lock:
             try:
+                replaced = self._known.pop(key, None)
                 self._known[key] = tree
             except (TypeError, ValueError):
                 return
-            self._leaves += len(tree.templates)
-            while self._leaves > _MOST_KNOWN_LEAVES:
+            self._leaves += len(tree.templates) - (len(replaced.templates) if replaced else 0)
+            while self._leaves > _MOST_KNOWN_LEAVES and len(self._known) > 1:
                 _, dropped = self._known.popitem(last=False)
                 self._leaves -= len(dropped.templates)
 
@@ -167,11 +171,13 @@ def describe(
     how = chunk_bytes, compression
     key = structure, how, agreement.count()
     tree = _known_trees.get(key)
-    if tree is None:
+    if tree is None or (tree.text and tree.text != str(structure)):
         flat, _ = keypaths.flatten(state)
         if len(flat) == 1 and not flat[0][0] and is_leaf(flat[0][1]):
             flat = []
         described = _anew(flat, how)
+        if any(keypaths.INT_KEY in one.path.kinds for one in described.tree.templates):
+            described.tree.text = str(structure)
         _known_trees.put(key, described.tree)
     else:
         described = _again(tree, values, how)

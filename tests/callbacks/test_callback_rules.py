@@ -60,7 +60,7 @@ def test_best_needs_a_monitor(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="monitor=None"):
         PartialCheckpointCallback(tmp_path).restore(which="best")
     with pytest.raises(ValueError, match="which='newest'"):
-        PartialCheckpointCallback(tmp_path, monitor="loss").restore(which="newest")  # type: ignore[arg-type]
+        PartialCheckpointCallback(tmp_path, monitor="loss").restore(which="newest")
 
 
 def test_schedule_counts_epochs_from_zero_and_steps_from_one() -> None:

@@ -135,7 +135,7 @@ def test_restore_of_a_step_and_of_parameters_only(tmp_path: Path) -> None:
     callback = PartialCheckpointCallback(tmp_path)
     state, step = restored(callback, new_state(0), which=4)
     assert state["seen"] == step == 4
-    only, _ = restored(callback, {"params": new_state(0)["params"]}, which=2)
+    only, _ = restored(callback, {"params": new_state(0)["params"]}, which=2, partial=True)
     assert list(only) == ["params"]
     np.testing.assert_array_equal(only["params"]["head"]["b"], [2, 2])
     with pytest.raises(fp.NoSessionError, match=r"no checkpoint of step 5: \[2, 4, 6\]"):

@@ -76,6 +76,12 @@ def test_another_callback_of_the_process_restores_and_leaves_the_run_alone(live:
     assert (step, state is None) == (1, False)
 
 
+def test_another_process_does_not_discard_what_it_has_saved(live: Path) -> None:
+    callback = PartialCheckpointCallback(live)
+    with pytest.raises(fp.CheckpointInUseError, match="Another run trains there"):
+        callback.restore(new_state(0), discard_later=True)
+
+
 def test_second_job_is_refused_before_it_trains(live: Path) -> None:
     run_program(_TRAINS, live, os.getpid())
 

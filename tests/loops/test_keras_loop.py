@@ -145,6 +145,31 @@ def test_the_next_fit_of_a_model_that_was_resumed_trains_as_it_is_told(tmp_path:
     assert fit(model, epochs=2).epoch == [0, 1]
 
 
+def test_going_back_is_done_once_and_when_it_is_asked_for(tmp_path: Path) -> None:
+    fit(new_model(), KerasCheckpoint(tmp_path))
+    with pytest.raises(fp.CheckpointExistsError, match="discard_later") as told:
+        fit(new_model(), KerasCheckpoint(tmp_path, resume={"which": 4}))
+    assert "resume={" in "".join(told.value.__notes__)
+    assert fp.steps(tmp_path) == [4, 8, 12]
+    checkpoints = KerasCheckpoint(tmp_path, resume={"which": 4, "discard_later": True})
+    model = new_model()
+    assert fit(model, checkpoints).epoch == [1, 2]
+    assert_equal(variables(model), uninterrupted())
+    assert fp.steps(tmp_path) == [4, 8, 12]
+    assert fit(new_model(), checkpoints).epoch == []
+
+
+def test_another_model_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
+    model = new_model()
+    fit(model, KerasCheckpoint(tmp_path), epochs=1)
+    keras.backend.clear_session()
+    smaller = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)])
+    smaller.compile(optimizer=keras.optimizers.Adam(0.01), loss="mse")
+    with pytest.raises(fp.TargetMismatchError, match="is not in the target"):
+        fit(smaller, KerasCheckpoint(tmp_path))
+    assert fit(smaller, KerasCheckpoint(tmp_path, resume={"partial": True})).epoch == [1, 2]
+
+
 @pytest.mark.parametrize(("at_once", "steps"), [(2, [2, 4]), (3, [4])])
 def test_steps_executed_several_at_once_are_counted(
     tmp_path: Path, at_once: int, steps: list[int]

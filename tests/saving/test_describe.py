@@ -88,3 +88,12 @@ def test_structure_that_cannot_be_hashed_is_described_each_time(tmp_path: Path) 
         fp.save(tmp_path / str(number), Node(jnp.arange(number + 1)), options=QUICK)
         fp.finalize(tmp_path / str(number))
         assert fp.load(tmp_path / str(number))["value"].shape == (number + 1,)
+
+
+@pytest.mark.parametrize("key", [True, 1.0, np.int64(1)], ids=repr)
+def test_key_that_equals_one_saved_before_is_looked_at(tmp_path: Path, key: object) -> None:
+    """To Python, and to JAX, a dict with it is of the same structure."""
+    fp.save(tmp_path / "1", {1: np.zeros(2)}, options=QUICK)
+    with pytest.raises(fp.UnsupportedLeafError, match="keys must be strings or integers"):
+        fp.save(tmp_path / "2", {key: np.zeros(2)}, options=QUICK)
+    assert not list(tmp_path.glob("2*"))
