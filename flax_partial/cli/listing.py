@@ -11,6 +11,7 @@ import flax_partial as fp
 from flax_partial.cli import places
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
+from flax_partial.loading import catalog
 from flax_partial.loading.catalog import is_finalized
 from flax_partial.storage import files, session_dir
 from flax_partial.storage.parts import part_names
@@ -53,7 +54,7 @@ def directory(path: str) -> Path:
     Raises:
       WrongUseError: There is none.
     """
-    found = Path(path)
+    found = places.local(path)
     if not found.is_dir():
         kind = "is not a directory" if found.exists() else "does not exist"
         raise WrongUseError(f"{path} {kind}")
@@ -80,7 +81,7 @@ def one_checkpoint(path: str, out: Output, state: str = places.FINALIZED) -> str
     Raises:
       WrongUseError: It cannot name a checkpoint, or is a run that has none in this state.
     """
-    found, where = Path(path), places.resolve(path)
+    found, where = places.local(path), places.resolve(path)
     if (found / STATE).exists() or session_dir.is_session(where) or is_finalized(found):
         return path
     held = entries(found)
@@ -183,8 +184,7 @@ def _step(path: Path, metadata: dict[str, Any]) -> int | None:
 
 def step_in_name(name: str) -> int | None:
     """Returns the step that a checkpoint or session is called by: 12 in `prefix_0000012`."""
-    digits = name.removesuffix(SESSION_SUFFIX).rpartition("_")[2]
-    return int(digits) if digits.isascii() and digits.isdecimal() else None
+    return catalog.step_in_name(name.removesuffix(SESSION_SUFFIX))
 
 
 def _orbax_metrics(path: Path) -> object:

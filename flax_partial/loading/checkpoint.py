@@ -11,8 +11,8 @@ from flax_partial.format import model as kinds
 from flax_partial.format.assembly import read_inline
 from flax_partial.format.model import Contents, Leaf, Region
 from flax_partial.format.tables import decode_contents
+from flax_partial.loading import catalog, orbax_reader
 from flax_partial.loading import data_reader as data_files
-from flax_partial.loading import orbax_reader
 from flax_partial.loading import target as placing
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
 from flax_partial.storage import checkpoint_dir, files, paths, session_dir
@@ -153,7 +153,8 @@ def _nothing_to_load(where: CheckpointPath) -> NoSessionError:
         return NoSessionError(
             f"{where.final} is not finalized: its parts are in {where.session}. Finalize it first."
         )
-    return NoSessionError(f"There is no checkpoint at {where.final}.")
+    meant = catalog.probably_meant(where.final)
+    return NoSessionError(f"There is no checkpoint at {where.final}.{meant}")
 
 
 def described(where: CheckpointPath, contents: Contents) -> CheckpointMetadata:

@@ -99,7 +99,7 @@ def _directory(path: str) -> tuple[Path, int | None]:
     Raises:
       WrongUseError: There is no timeline at `path`.
     """
-    directory = Path(path)
+    directory = places.local(path)
     if (directory / timeline.FOLDER).is_dir():
         return directory, None
     final = places.resolve(path).final
