@@ -127,7 +127,8 @@ def metadata(path: PathLike) -> CheckpointMetadata:
     with checkpoint_dir.reading(where.final):
         checkpoint = open_checkpoint(where)
         composition = checkpoint.composition
-        left_out = composition.others | {name: str(why) for name, why in composition.broken.items()}
+        left_out = {name: str(why) for name, why in composition.broken.items()}
+        left_out.update(composition.others)
         return replace(described(where, checkpoint.contents), left_out=left_out)
 
 

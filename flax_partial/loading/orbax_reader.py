@@ -69,7 +69,11 @@ class OrbaxCheckpoint:
         """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf."""
         from_stores = iter(
             arrays.read_stores(
-                [(self.stores[leaf.name], *box) for leaf, *box in regions if not leaf.boxes]
+                [
+                    (self.stores[leaf.name], start, shape)
+                    for leaf, start, shape in regions
+                    if not leaf.boxes
+                ]
             )
         )
         outcomes = [
@@ -186,7 +190,7 @@ def _read_key(item: Item) -> Tree:
     if not about["typed"]:
         return tree
     # Which implementation made it is not stored: Orbax takes the one that is JAX's default.
-    implementation = str(jax.config.jax_default_prng_impl)
+    implementation = str(jax.config.jax_default_prng_impl)  # type: ignore[attr-defined]
     return Tree([replace(tree.leaves[0], kind=kinds.PRNG_KEY, text=implementation)], tree.stores)
 
 
@@ -203,11 +207,12 @@ def _read_json(item: Item) -> Tree:
 def _json_leaves(value: Any, texts: tuple[str, ...], key_kinds: str) -> Iterator[Leaf]:
     path = KeyPath(texts, key_kinds)
     path.name.encode()  # no lone surrogates
-    if isinstance(value, (dict, list)) and value:
-        is_list = isinstance(value, list)
-        kind = INDEX if is_list else STR_KEY
-        for key, inner in enumerate(value) if is_list else value.items():
-            yield from _json_leaves(inner, (*texts, str(key)), key_kinds + kind)
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _json_leaves(inner, (*texts, key), key_kinds + STR_KEY)
+    elif isinstance(value, list) and value:
+        for index, inner in enumerate(value):
+            yield from _json_leaves(inner, (*texts, str(index)), key_kinds + INDEX)
     elif isinstance(value, str):
         yield Leaf(path, kinds.STRING, text=value)
     elif isinstance(value, (bool, int, float)):
@@ -217,10 +222,10 @@ def _json_leaves(value: Any, texts: tuple[str, ...], key_kinds: str) -> Iterator
         box = Box((), (), places=(data.tobytes(),))
         yield Leaf(path, kinds.SCALAR, data.dtype.name, boxes=(box,))
     else:
-        empty = {dict: kinds.DICT, list: kinds.LIST}
-        yield Leaf(path, empty.get(type(value), kinds.NONE))
+        yield Leaf(path, _EMPTY[type(value)])
 
 
+_EMPTY: Mapping[type, str] = {dict: kinds.DICT, list: kinds.LIST, type(None): kinds.NONE}
 _READERS = {
     Kind.TREE: _read_tree,
     Kind.ARRAY: _read_array,
