@@ -5,7 +5,14 @@
 
 import importlib
 import pkgutil
+import sys
 from typing import TYPE_CHECKING
+
+if sys.platform == "win32":
+    raise ImportError(
+        "flax_partial needs Linux or macOS: Windows has no flock, and cannot make the names in a "
+        "directory durable. WSL 2 is Linux."
+    )
 
 from flax_partial.sessions import forks as _forks  # noqa: F401 - it has to know of every fork
 

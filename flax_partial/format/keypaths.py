@@ -41,8 +41,12 @@ class KeyPath(Struct, gc=False):
 
 
 def is_leaf(node: object) -> bool:
-    """Whether a node that JAX does not take for a leaf is one here: None, and empty containers."""
-    return node is None or (isinstance(node, (list, tuple, Mapping)) and not node)
+    """Whether a node that JAX does not take for a leaf is one here: None, and empty containers.
+
+    An empty container of a type that JAX does not know is a leaf to JAX, and of no kind here.
+    """
+    is_empty = isinstance(node, (list, tuple, Mapping)) and not node
+    return node is None or (is_empty and not tree_util.all_leaves([node]))
 
 
 def values_of(tree: Any) -> tuple[list[Any], tree_util.PyTreeDef]:
@@ -133,12 +137,12 @@ def _convert(key: object, path: tuple[Any, ...]) -> tuple[str, str]:
             )
     if not text.isascii():
         _require_utf8(text, path)
-    return text, kind
+    return str.__str__(text), kind  # of an enum's member, its text, and not its name
 
 
 def _decimal(number: int, path: tuple[Any, ...]) -> str:
     try:
-        return str(number)
+        return str(int(number))  # of an enum's member, its number, and not its name
     except ValueError as error:
         raise UnsupportedLeafError(
             f"An integer key beside {tree_util.keystr(path[:-1])!r} is longer than Python writes."
@@ -170,10 +174,17 @@ def prefix_of(name: str) -> str:
 
 
 class _Node(Struct, gc=False):
-    """What has children: by their keys' texts further nodes, or None for a leaf."""
+    """What has children: by their keys' texts further nodes, or None for a leaf.
 
-    is_list: bool
+    Attributes:
+      is_list: Whether the keys are indices; None as long as there are no children.
+      children: The children.
+      places: Number of placeholders that hold the node, even where it has no children.
+    """
+
+    is_list: bool | None
     children: "_Children"
+    places: int = 0
 
 
 _Children = dict[str, _Node | None]
@@ -187,6 +198,10 @@ class KeyTree:
         self._top: _Children = {}  # the root, under the empty text
         self._last: tuple[tuple[str, ...], str, _Children] | None = None  # node of the last leaf
 
+    def __bool__(self) -> bool:
+        """Whether it holds anything, be it a leaf or an empty container."""
+        return bool(self._top)
+
     def __contains__(self, name: str) -> bool:
         return prefix_of(name) in self._owners
 
@@ -198,6 +213,21 @@ class KeyTree:
         """Adds a leaf; where it cannot be added changes nothing, and says why."""
         return self._walk(path, adds=True)
 
+    def add_place(self, path: KeyPath) -> str | None:
+        """Adds an empty container, which leaves may fill or replace; where it cannot be, as `add`.
+
+        Nothing is added where a leaf stands.
+        """
+        found = self._parent_of(path, adds=True)
+        if not isinstance(found, tuple):
+            return found
+        children, text = found
+        if text not in children:
+            children[text] = _Node(None, {})
+        if (node := children[text]) is not None:
+            node.places += 1
+        return None
+
     def _walk(self, path: KeyPath, *, adds: bool) -> str | None:
         prefix = prefix_of(path.name)
         owner = self._owners.get(prefix)
@@ -208,10 +238,12 @@ class KeyTree:
             return found
         children, text = found
         node = children.get(text)
-        if node is not None:
+        if node is not None and node.children:
             return _leaf_and_subtree(path.name, path.name + "." + next(iter(node.children)))
         if adds:
             self._owners[prefix] = path
+            if node is not None:
+                self._last = None  # it may be that node
             children[text] = None
         return None
 
@@ -229,6 +261,10 @@ class KeyTree:
                 if not adds:
                     return None
                 node = children[text] = _Node(kind == INDEX, {})  # below it nothing can conflict
+            elif node.is_list is None:
+                if not adds:
+                    return None
+                node.is_list = kind == INDEX
             elif node.is_list != (kind == INDEX):
                 return _mixed(".".join(path.texts[:depth]), path.name)
             children, text = node.children, inner
@@ -238,27 +274,43 @@ class KeyTree:
 
     def discard(self, path: KeyPath) -> None:
         """Removes a leaf, and the nodes that only it held up."""
-        self._last = None
         del self._owners[prefix_of(path.name)]
-        children = self._top
-        trail = []
+        self._prune(self._way_to(path))
+
+    def discard_place(self, path: KeyPath) -> None:
+        """Removes an empty container, unless a leaf has taken its place."""
+        children, text = (way := self._way_to(path))[-1]
+        if (node := children.get(text)) is not None:
+            node.places -= 1
+            self._prune(way)
+
+    def _way_to(self, path: KeyPath) -> list[tuple["_Children", str]]:
+        """For each node on the way to a path, what it lies in, and under which text."""
+        children, way = self._top, []
         for text in ("", *path.texts):
-            trail.append((children, text))
+            way.append((children, text))
             node = children.get(text)
             children = {} if node is None else node.children
-        for children, text in reversed(trail):
-            del children[text]
-            if children:
+        return way
+
+    def _prune(self, way: list[tuple["_Children", str]]) -> None:
+        self._last = None
+        for children, text in reversed(way):
+            node = children.get(text)
+            if node is not None and (node.children or node.places > 0):
+                if not node.children:
+                    node.is_list = None
                 return
+            children.pop(text, None)
 
     def has_inside(self, path: KeyPath) -> bool:
-        """Whether leaves lie inside of `path`."""
+        """Whether anything lies inside of `path`."""
         node = self._top.get("")
         for text in path.texts:
             if node is None:
                 return False
             node = node.children.get(text)
-        return node is not None
+        return node is not None and bool(node.children)
 
     def gaps(self) -> Iterator[str]:
         """Says which lists lack an element; linear in the tree, whatever its indices are."""

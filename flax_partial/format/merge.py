@@ -6,8 +6,8 @@ The rules, which stand here and nowhere else:
 2. Parts that hold the same generation of a leaf agree on what it is (path, kind, dtype, shape,
    chunks), and a chunk that several of them hold has the same digest in all: it is taken once.
 3. A leaf is complete when its chunks cover its shape.
-4. A placeholder, an empty container, counts only where no part holds a leaf of its name, or inside
-   of it.
+4. A placeholder, an empty container, counts only where no part holds a leaf of its name, or
+   anything inside of it.
 5. The leaves form a tree that a reader can represent (`keypaths.KeyTree`), lists without gaps.
 6. Dictionaries of custom metadata merge deeply in the order of the saves; the later value wins.
 """
@@ -110,14 +110,14 @@ def _age(leaf: Leaf) -> tuple[bool, int]:
 
 
 def _without_placeholders(held: Iterable[list[_Holder]]) -> Iterable[list[_Holder]]:
-    """Leaves out the placeholders inside of which other parts hold leaves."""
+    """Leaves out the placeholders inside of which something lies."""
     listed = list(held)
     if not any(holders[0][1].placeholder for holders in listed):
         return listed
     tree = KeyTree()
     for holders in listed:
-        if not holders[0][1].placeholder:
-            tree.add(holders[0][1].path)
+        leaf = holders[0][1]
+        tree.add_place(leaf.path) if leaf.placeholder else tree.add(leaf.path)
     return [
         holders
         for holders in listed

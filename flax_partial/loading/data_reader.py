@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from flax_partial.format.chunks import (
 )
 from flax_partial.format.digests import bytes_of, digest
 from flax_partial.format.model import Leaf, Region, data_path
+from flax_partial.storage import system
 
 _ALIGNED_BYTES = 64  # what JAX's CPU devices ask of memory to take it over
 _MAPPED_BYTES = 4 << 20  # from here on NumPy asks for huge pages
@@ -132,34 +134,31 @@ class _Reading:
         cut[...] = self._array[slices(offset, self._shape)]
         return cut
 
-    def _attempt(self, read_segment: Callable[[_Segment, int], None], segment: _Segment) -> None:
+    def _attempt(self, read_segment: Callable[[_Segment, FileIO], None], segment: _Segment) -> None:
         if self._error is not None:
             return
         try:
-            descriptor = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                read_segment(segment, descriptor)
-            finally:
-                os.close(descriptor)
+            with segment.path.open("rb", buffering=0) as file:
+                read_segment(segment, file)
         except (ValueError, OSError) as error:
             self._error = error
 
-    def _read_in_order(self, segment: _Segment, descriptor: int) -> None:
+    def _read_in_order(self, segment: _Segment, file: FileIO) -> None:
         """Reads chunks of which the box's memory is made: each to where it lies in it."""
         whole, size = bytes_of(self._array), self._leaf.chunk_bytes
         for i in range(segment.chunks):
             begin = (segment.first + i) * size
             piece = whole[begin : begin + size]  # the last one may be without its padding
-            _read_whole(descriptor, piece, segment.offset + i * size)
+            _read_whole(file, piece, segment.offset + i * size)
             self._check(segment.first + i, piece)
 
-    def _read_apart(self, segment: _Segment, descriptor: int) -> None:
+    def _read_apart(self, segment: _Segment, file: FileIO) -> None:
         """Reads chunks whose rows lie apart in the box's memory."""
         leaf, end = self._leaf, segment.first + segment.chunks
         places = islice(chunk_regions(self._size, leaf.chunk), segment.first, end)
         for i, place in enumerate(places):
             chunk = np.empty(leaf.chunk, leaf.numpy_dtype)
-            _read_whole(descriptor, bytes_of(chunk), segment.offset + i * leaf.chunk_bytes)
+            _read_whole(file, bytes_of(chunk), segment.offset + i * leaf.chunk_bytes)
             piece = chunk[tuple(slice(cut.stop - cut.start) for cut in place)]
             self._check(segment.first + i, bytes_of(piece))
             self._array[place] = piece
@@ -204,10 +203,11 @@ def _require_there(segment: _Segment, chunk_bytes: int) -> None:
         raise ValueError(f"{segment.path} is of {size} bytes, and the data in it goes to {end}")
 
 
-def _read_whole(descriptor: int, into: np.ndarray, offset: int) -> None:
+def _read_whole(file: FileIO, into: np.ndarray, offset: int) -> None:
     view = into.data
+    file.seek(offset)
     while view:
-        count = os.preadv(descriptor, [view], offset)
+        count = file.readinto(view[: system.MOST_BYTES])
         if not count:
             raise ValueError("its data file was cut short")
-        view, offset = view[count:], offset + count
+        view = view[count:]

@@ -51,8 +51,8 @@ def hold_files(
     shared = _saved_arrays.shared_with(earlier.final, arrays, leaves, durable=durable)
     if not shared or not checkpoint_dir.has_contents(earlier.finalized):
         return []
-    files = [(one, files.hold(one.file.path, size=one.file.bytes)) for one in shared]
-    return [(one, file) for one, file in files if file is not None]
+    opened = [(one, files.hold(one.file.path, size=one.file.bytes)) for one in shared]
+    return [(one, file) for one, file in opened if file is not None]
 
 
 def remember(where: CheckpointPath, name: str, part: Part, arrays: Arrays) -> None:
@@ -60,11 +60,11 @@ def remember(where: CheckpointPath, name: str, part: Part, arrays: Arrays) -> No
     if not any(arrays):
         return
     try:
-        files = _data_files(where, {name: part})
+        data_files = _data_files(where, {name: part})
     except OSError:  # no reason to fail a save that is committed
         return
     for array, leaf in zip(arrays, part.leaves, strict=True):
-        file = files.get(data_part(name, leaf.file))
+        file = data_files.get(data_part(name, leaf.file))
         if array is not None and file is not None:
             _saved_arrays.remember(array, checkpoint=where.final, file=file, leaf=leaf)
 

@@ -74,7 +74,7 @@ class Claims:
         Raises:
           KeyConflictError: Some cannot be claimed; it names all of them.
         """
-        if is_tree and not (replace or self._held or self._only):
+        if is_tree and not (replace or self._only or self._tree):
             self._only = leaves
             return leaves
         self._hold_only()
@@ -89,9 +89,6 @@ class Claims:
             if replace and given.placeholder:  # it replaces what is there
                 leaf = structs.replace(given, placeholder=False)
             chunks = _chunks_of(leaf)
-            if leaf.placeholder and leaf.name not in self._held:
-                claimed.append(leaf)  # it gives way to what lies inside of it
-                continue
             generation = self._generation(leaf, chunks, replace, newest)
             if isinstance(generation, str):
                 problems.append(generation)
@@ -112,6 +109,7 @@ class Claims:
         self._hold_only()
         for leaf in leaves:
             if leaf.placeholder:
+                self._tree.discard_place(leaf.path)
                 continue
             generations = self._held.get(leaf.name, {})
             held = generations.get(leaf.generation)
@@ -134,7 +132,8 @@ class Claims:
         newest_on_disk: Mapping[str, int],
     ) -> int | str:
         """Returns the generation in which a leaf can be saved, or why it cannot."""
-        problem = self._tree.problem_with(leaf.path)
+        gives_way = leaf.placeholder and self._tree.has_inside(leaf.path)
+        problem = None if gives_way else self._tree.problem_with(leaf.path)
         if problem:
             return problem
         generations = self._held.get(leaf.name)
@@ -161,6 +160,7 @@ class Claims:
 
     def _hold(self, leaf: Leaf, chunks: frozenset[int] | None) -> None:
         if leaf.placeholder:
+            self._tree.add_place(leaf.path)
             return
         generations = self._held.get(leaf.name)
         if not generations:

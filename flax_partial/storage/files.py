@@ -1,7 +1,6 @@
 """Files and directories as such: reading, atomic and durable writing, renaming, removal."""
 
 import contextlib
-import ctypes
 import errno
 import os
 import shutil
@@ -16,12 +15,12 @@ from flax_partial.errors import (
     CheckpointExistsError,
     CorruptCheckpointError,
 )
+from flax_partial.storage import system
 from flax_partial.storage.paths import DELETED_SUFFIX, CheckpointPath
 
 _NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT))
 _WRITE_BYTES = 1 << 20
-_RENAME_NOREPLACE = 1
-_AT_FDCWD = -100
+_NOT_EXCLUSIVE = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP))
 
 
 def identity(directory: Path) -> tuple[int, int] | None:
@@ -129,7 +128,7 @@ def copy_held(file: BinaryIO, target: Path) -> None:
         file.seek(0)
         shutil.copyfileobj(file, copy)
         copy.flush()
-        os.fsync(copy.fileno())
+        system.sync(copy.fileno())
 
 
 def write(path: Path, pieces: Sequence[bytes], *, durable: bool) -> None:
@@ -139,9 +138,9 @@ def write(path: Path, pieces: Sequence[bytes], *, durable: bool) -> None:
         for data in _joined(pieces):
             view = memoryview(data)
             while view:
-                view = view[os.write(descriptor, view) :]
+                view = view[os.write(descriptor, view[: system.MOST_BYTES]) :]
         if durable:
-            os.fsync(descriptor)
+            system.sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -179,7 +178,7 @@ def new_file(path: Path) -> Iterator[int]:
     try:
         try:
             yield descriptor
-            os.fsync(descriptor)
+            system.sync(descriptor)
         finally:
             os.close(descriptor)
         rename_to_new(temporary, path)
@@ -215,15 +214,15 @@ def fsync_directory(directory: Path) -> None:
 def _fsync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        system.sync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def rename_to_new(source: Path, target: Path) -> None:
     """Renames without replacing anything: plain rename(2) would replace an empty directory."""
-    code = _renameat2(source, target)
-    if code in (errno.EINVAL, errno.ENOSYS):  # the file system, or the kernel, does not know it
+    code = system.rename_exclusively(source, target)
+    if code in _NOT_EXCLUSIVE:
         if not os.path.lexists(target):
             os.rename(source, target)
             return
@@ -232,17 +231,6 @@ def rename_to_new(source: Path, target: Path) -> None:
         raise CheckpointExistsError(f"{target} exists already; the session {source} was kept.")
     if code:
         raise OSError(code, os.strerror(code), str(source), None, str(target))
-
-
-def _renameat2(source: Path, target: Path) -> int:
-    """Returns the error number, 0 for success; ENOSYS where the C library has no such call."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if call is None:
-        return errno.ENOSYS
-    old, new = os.fsencode(source), os.fsencode(target)
-    if call(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_NOREPLACE) == 0:
-        return 0
-    return ctypes.get_errno()
 
 
 def remove_directory(directory: Path) -> None:

@@ -3,6 +3,7 @@
 There is no lock file, and the kernel drops the lock of a process that dies.
 """
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -46,9 +47,19 @@ class DirectoryLock:
 
 
 def open_directory(directory: Path, *, follow: bool = False) -> DirectoryLock | None:
-    """Opens a directory, through a symbolic link only if asked to; None where there is none."""
+    """Opens a directory, through a symbolic link only if asked to; None where there is none.
+
+    Raises:
+      NotADirectoryError: Something else is there.
+    """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     try:
         return DirectoryLock(os.open(directory, flags if follow else flags | os.O_NOFOLLOW))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        # Of a link that is not followed, Linux says ENOTDIR, and macOS ELOOP.
+        if error.errno == errno.ELOOP and not follow and os.path.islink(directory):
+            code = errno.ENOTDIR
+            raise NotADirectoryError(code, os.strerror(code), str(directory)) from None
+        raise

@@ -71,29 +71,49 @@ def nested(leaves: Paths) -> Any:
     return tree
 
 
+def is_empty(value: Any) -> bool:
+    return isinstance(value, dict) and not value
+
+
+def is_inside(path: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return len(path) > len(other) and path[: len(other)] == other
+
+
+def is_mixed(path: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether one makes a list of what is a dict to the other."""
+    return path[0] == other[0] == "list" and ("z" in path) != ("z" in other)
+
+
 @dataclass
 class Model:
-    """What a session holds."""
+    """What a session holds; an empty dict that replaces nothing holds a place for others."""
 
     leaves: Paths = field(default_factory=dict)
+    places: set[tuple[Any, ...]] = field(default_factory=set)
     rows: dict[int, np.ndarray] = field(default_factory=dict)
     saves: dict[str, int] = field(default_factory=dict)  # the merged custom metadata
     last: int = 0
 
     def held(self) -> set[tuple[Any, ...]]:
-        return {*self.leaves, *([STACKED] if self.rows else [])}
+        return {*self.everything(), *([STACKED] if self.rows else [])}
 
     def conflicts(self, state: Paths, rows: range | None, *, replace: bool) -> bool:
-        for path, other in itertools.product(state, self.held()):
-            shared = min(len(path), len(other))
-            is_inside = path[:shared] == other[:shared]  # one of the other, or they are one
-            is_mixed = path[0] == other[0] == "list" and ("z" in path) != ("z" in other)
-            if (is_mixed or is_inside) and not (path == other and replace):
+        for path, other in itertools.product(state, self.leaves):
+            is_place = is_empty(state[path]) and not replace
+            if is_mixed(path, other) or is_inside(path, other):
+                return True
+            if (is_inside(other, path) and not is_place) or (path == other and not replace):
+                return True
+        for path, other in itertools.product(state, self.places):
+            is_place = is_empty(state[path]) and not replace
+            if is_mixed(path, other) or (is_inside(other, path) and not is_place):
                 return True
         return rows is not None and not replace and any(row in self.rows for row in rows)
 
-    def add(self, save: Save) -> None:
-        self.leaves |= save.state
+    def add(self, save: Save, *, replace: bool) -> None:
+        places = {path for path, value in save.state.items() if is_empty(value) and not replace}
+        self.leaves |= {path: save.state[path] for path in save.state.keys() - places}
+        self.places = (self.places | places) - self.leaves.keys()
         if save.rows is not None:
             if any(row in self.rows for row in save.rows):
                 self.rows = {}  # a replacement: all of them have to be saved again
@@ -103,12 +123,18 @@ class Model:
 
     @property
     def is_whole(self) -> bool:
-        indices = {path[1] for path in self.leaves if path[0] == "list"} - {"z"}
+        indices = {path[1] for path in self.everything() if path[0] == "list"} - {"z"}
         has_gap = indices != set(range(len(indices)))
         return bool(self.saves) and not has_gap and len(self.rows) in (0, ROWS)
 
+    def everything(self) -> Paths:
+        """The leaves, with the places that are left."""
+        taken = [*self.leaves, *self.places]
+        left = {path for path in self.places if not any(is_inside(one, path) for one in taken)}
+        return self.leaves | {path: {} for path in left}
+
     def tree(self) -> Any:
-        leaves = dict(self.leaves)
+        leaves = self.everything()
         if self.rows:
             leaves[STACKED] = np.stack([self.rows[row] for row in range(ROWS)])
         return nested(leaves)
@@ -195,7 +221,7 @@ class Checkpoints(RuleBasedStateMachine):
             return
         answer = self.worker.call(*arguments, **options)
         self.sessions[name] = model
-        model.add(save)
+        model.add(save, replace=replace)
         if not wait:
             self.in_flight[name].append((answer, save))
 
@@ -255,7 +281,8 @@ class Checkpoints(RuleBasedStateMachine):
             error = fp.NoSessionError
         else:
             is_whole = model.is_whole and all(
-                any(leaf[: len(path)] == path for leaf in model.leaves) for path in expect or ()
+                any(leaf[: len(path)] == path for leaf in model.everything())
+                for path in expect or ()
             )
             error = None if is_whole else fp.PartialCheckpointError
         self.in_flight[name] = []  # it waits for them, in every case
@@ -271,7 +298,7 @@ class Checkpoints(RuleBasedStateMachine):
     def complete_finalize_and_load(self) -> None:
         name = min(self.sessions)
         model = self.sessions[name]
-        indices = {path[1] for path in model.leaves if path[0] == "list"} - {"z"}
+        indices = {path[1] for path in model.everything() if path[0] == "list"} - {"z"}
         for index in set(range(max(indices, default=-1))) - indices:
             self.save_one(name, {("list", index)}, None, replace=False, wait=False)
         for row in set(range(ROWS)) - set(model.rows) if model.rows else ():

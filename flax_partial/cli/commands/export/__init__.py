@@ -17,7 +17,7 @@ from flax_partial.errors import UnsupportedLeafError, first_few
 from flax_partial.format.model import Leaf
 from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint
-from flax_partial.storage import files
+from flax_partial.storage import files, system
 
 _AT_ONCE_BYTES = 64 << 20  # reading takes about as much again
 _MOST_NAMED = 10
@@ -124,5 +124,5 @@ def _write_tensors(
 def _write(descriptor: int, data: bytes | memoryview, at: int) -> None:
     left = memoryview(data)
     while left:
-        written = os.pwrite(descriptor, left, at)
+        written = os.pwrite(descriptor, left[: system.MOST_BYTES], at)
         left, at = left[written:], at + written
