@@ -113,11 +113,13 @@ def read_table(path: Path) -> dict[str, Any]:
     return table
 
 
-def find(path: Path) -> Items | None:
+def find(path: Path, *, is_meant: bool) -> Items | None:
     """Finds the items of a checkpoint.
 
     Args:
       path: The checkpoint, or an item in it.
+      is_meant: Whether somebody says that it is one: then no mark is needed, such as handlers that
+        are called by themselves do not leave.
 
     Returns:
       None where no checkpoint is, or one that is not finished, or one without any such item.
@@ -129,13 +131,14 @@ def find(path: Path) -> Items | None:
         return None
     table = read_table(path / orbax_format.CHECKPOINT_METADATA)
     handlers = table.get("item_handlers")
-    whole = _item(path, "", handlers if isinstance(handlers, str) else _handler_in_parent(path))
+    handler = handlers if isinstance(handlers, str) else _handler_in_parent(path)
+    is_marked = any((path / mark).is_file() for mark in _MARKS)
+    whole = _item(path, "", handler, is_inside=is_meant and not is_marked)
     if whole is not None:
         return Items(table, (whole,), {})
     deleted = read_table(path / _DELETION).get("checkpointable_name")
     names = [name for name in _directories(path) if name != deleted]
-    is_marked = any((path / mark).is_file() for mark in _MARKS)
-    if not (is_marked or _looks_like_step(path, names)):
+    if not (is_marked or _looks_like_step(path, names, is_meant=is_meant)):
         return None  # a directory of checkpoints, perhaps
     return _of_step(path, names, table, handlers if isinstance(handlers, dict) else {})
 
@@ -146,7 +149,7 @@ def _of_step(path: Path, names: Sequence[str], table: Table, handlers: Table) ->
     metrics = None
     for name in names:
         handler = str(handlers.get(name, ""))
-        item = _item(path / name, name, handler)
+        item = _item(path / name, name, handler, is_inside=True)
         if item is None:
             others[name] = f"only its own handler reads it: {handler or 'not named'}"
         elif name != orbax_format.METRICS or item.kind != Kind.JSON:
@@ -187,7 +190,7 @@ def _directories(path: Path) -> list[str]:
     ]
 
 
-def _looks_like_step(path: Path, names: Sequence[str]) -> bool:
+def _looks_like_step(path: Path, names: Sequence[str], *, is_meant: bool) -> bool:
     """Whether it is a step of a manager that left no mark in it, as older ones did.
 
     Its trees have no mark of their own, and are not steps themselves.
@@ -197,7 +200,7 @@ def _looks_like_step(path: Path, names: Sequence[str]) -> bool:
         return True
     return (
         bool(trees)
-        and path.name.rpartition("_")[2].isdecimal()
+        and (is_meant or path.name.rpartition("_")[2].isdecimal())
         and not any(name.isdecimal() for name in trees)
         and not any((path / name / mark).exists() for name in trees for mark in _MARKS)
     )
@@ -207,12 +210,19 @@ def _is_tree(directory: Path) -> bool:
     return (directory / orbax_format.TREE_METADATA).is_file()
 
 
-def _item(directory: Path, name: str, handler: str) -> Item | None:
-    """What a directory is as an item; None if nothing that is read here."""
+def _item(directory: Path, name: str, handler: str, *, is_inside: bool) -> Item | None:
+    """What a directory is as an item; None if nothing that is read here.
+
+    Args:
+      directory: The directory.
+      name: What the item is called.
+      handler: What wrote it; empty if that is not known.
+      is_inside: Whether it is known to be an item.
+    """
     if _is_tree(directory):
         kind = Kind.ARRAY if handler.endswith(_ARRAY_HANDLER) else Kind.TREE
         return Item(name, kind, directory)
-    is_unknown = bool(name) and not handler  # of a step that does not name its handlers
+    is_unknown = is_inside and not handler
     if is_unknown or handler.endswith(_KEY_HANDLER):
         for key, about in _keys(directory):
             return Item(name, Kind.KEY, key, about)

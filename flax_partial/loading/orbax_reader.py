@@ -92,7 +92,7 @@ def _damaged(leaf: Leaf, error: Exception) -> CorruptCheckpointError:
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory looks like a finished checkpoint of Orbax, or an item of one."""
     try:
-        return orbax_items.find(path) is not None
+        return orbax_items.find(path, is_meant=False) is not None
     except CorruptCheckpointError:
         return True
 
@@ -110,7 +110,7 @@ def find(path: Path) -> OrbaxCheckpoint | None:
       CorruptCheckpointError: It is damaged; it names the file, or the leaves.
       UnsupportedLeafError: It holds a leaf that is not read here.
     """
-    items = orbax_items.find(path)
+    items = orbax_items.find(path, is_meant=True)
     if items is None:
         if orbax_items.is_of_msgpack(path):
             raise UnsupportedLeafError(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as v0
 import pytest
+from etils import epath
 from orbax.checkpoint.experimental import v1
 from orbax_side import assert_same
 
@@ -159,6 +160,23 @@ def test_directory_of_checkpoints_is_not_taken_for_an_old_step(tmp_path: Path) -
     without_marks(tmp_path / "runs" / "x")
     assert fp.steps(tmp_path) == []
     assert fp.steps(tmp_path / "8") == []
+
+
+def test_what_handlers_wrote_by_themselves_is_read_where_it_is_meant(tmp_path: Path) -> None:
+    """Without a checkpointer around them nothing marks it as a checkpoint, or names them."""
+    items = v0.args.Composite(**{name: ITEMS[name][0] for name in ("tree", "json", "key")})
+    for name, handler, save, want in (
+        ("items", v0.CompositeCheckpointHandler(), items, {k: ITEMS[k][1] for k in items.keys()}),  # noqa: SIM118
+        *(
+            (name, HANDLERS[type(ITEMS[name][0])](), *ITEMS[name])
+            for name in ("json", "key", "tree")
+        ),
+    ):
+        (tmp_path / name).mkdir()
+        handler.save(epath.Path(tmp_path / name), args=save)
+        handler.finalize(epath.Path(tmp_path / name))
+        assert_same(fp.load(tmp_path / name), want)
+    assert fp.steps(tmp_path) == []
 
 
 # --- metrics
