@@ -171,7 +171,7 @@ def chosen(checkpoint: Checkpoint, where: CheckpointPath, wanted: Sequence[KeyPa
     only, names = checkpoint.composition.only_tree, set(checkpoint.composition.broken)
     if only is None:
         return checkpoint
-    names.update(leaf.path.texts[0] for leaf in checkpoint.contents.leaves)
+    names.update(leaf.texts[0] for leaf in checkpoint.contents.leaves)
     if any(path.texts[:1] and path.texts[0] in names for path in wanted):
         return checkpoint
     return open_checkpoint(paths.resolve(where.final / only))
@@ -210,7 +210,9 @@ def described(where: CheckpointPath, contents: Contents) -> CheckpointMetadata:
 
 
 def _describe_leaf(leaf: Leaf) -> LeafMetadata:
-    shape, dtype = leaf.shape, leaf.dtype
+    shape = leaf.shape
+    dtype: str = leaf.dtype
     if leaf.kind == kinds.PRNG_KEY:
         shape, dtype = placing.key_shape_and_dtype(leaf)
-    return LeafMetadata(leaf.name, leaf.kind, shape, dtype, leaf.bytes, leaf.sharding)
+    sharding = None if leaf.sharding is None else leaf.sharding.json
+    return LeafMetadata(leaf.name, leaf.kind, shape, dtype, leaf.bytes, sharding)

@@ -22,9 +22,9 @@ from flax_partial.errors import (
 from flax_partial.format import model as kinds
 from flax_partial.format import orbax as orbax_format
 from flax_partial.format.assembly import read_inline
-from flax_partial.format.keypaths import INDEX, STR_KEY, KeyPath
+from flax_partial.format.keypaths import INDEX, STR_KEY
 from flax_partial.format.metadata import merge_metadata
-from flax_partial.format.model import STORABLE_DTYPES, Box, Contents, Leaf, Region
+from flax_partial.format.model import Box, Contents, Dtype, Leaf, Region
 from flax_partial.loading import orbax_items, orbax_tree
 from flax_partial.loading.orbax_items import Item, Items, Kind
 from flax_partial.loading.orbax_tree import Tree
@@ -135,7 +135,7 @@ def find(path: Path) -> OrbaxCheckpoint | None:
             leaves.append(leaf)
             if stored.name in tree.stores:
                 stores[leaf.name] = tree.stores[stored.name]
-    orbax_tree.require_tree(path, [leaf.path for leaf in leaves])
+    orbax_tree.require_tree(path, leaves)
     # A tree may have metadata of its own; with several items, whose it was would be lost.
     own = [tree.custom_metadata for tree in trees.values() if len(items.found) == 1]
     of_trees = [item.name for item in items.found if item.kind == Kind.TREE]
@@ -150,7 +150,7 @@ def find(path: Path) -> OrbaxCheckpoint | None:
 
 
 def _below(name: str, leaf: Leaf) -> Leaf:
-    return replace(leaf, path=KeyPath((name, *leaf.path.texts), STR_KEY + leaf.path.kinds))
+    return replace(leaf, texts=(name, *leaf.texts), key_kinds=STR_KEY + leaf.key_kinds)
 
 
 def _contents(items: Items, leaves: Sequence[Leaf], custom: Sequence[Any]) -> Contents:
@@ -177,7 +177,7 @@ def _read_array(item: Item) -> Tree:
     tree = orbax_tree.read(item.path)
     if len(tree.leaves) != 1:
         raise CorruptCheckpointError(f"{item.path}: {len(tree.leaves)} leaves are no single array.")
-    leaf = replace(tree.leaves[0], path=KeyPath((), ""))
+    leaf = replace(tree.leaves[0], texts=(), key_kinds="")
     return Tree([leaf], dict(zip([leaf.name], tree.stores.values(), strict=False)))
 
 
@@ -200,32 +200,38 @@ def _read_json(item: Item) -> Tree:
         leaves = [*_json_leaves(value, (), "")]
     except (ValueError, OverflowError, RecursionError) as error:
         raise UnsupportedLeafError(f"{item.path} does not fit into a tree: {error}") from error
-    orbax_tree.require_tree(item.path, [leaf.path for leaf in leaves])
+    orbax_tree.require_tree(item.path, leaves)
     return Tree(leaves, {})
 
 
 def _json_leaves(value: Any, texts: tuple[str, ...], key_kinds: str) -> Iterator[Leaf]:
-    path = KeyPath(texts, key_kinds)
-    path.name.encode()  # no lone surrogates
     if isinstance(value, dict) and value:
         for key, inner in value.items():
+            key.encode()  # no lone surrogates
             yield from _json_leaves(inner, (*texts, key), key_kinds + STR_KEY)
     elif isinstance(value, list) and value:
         for index, inner in enumerate(value):
             yield from _json_leaves(inner, (*texts, str(index)), key_kinds + INDEX)
     elif isinstance(value, str):
-        yield Leaf(path, kinds.STRING, text=value)
+        yield Leaf(texts, key_kinds, kinds.STRING, text=value)
     elif isinstance(value, (bool, int, float)):
-        data = np.asarray(value)
-        if data.dtype.name not in STORABLE_DTYPES:
-            raise OverflowError(f"{path.name!r} is larger than any integer of 64 bits")
-        box = Box((), (), places=(data.tobytes(),))
-        yield Leaf(path, kinds.SCALAR, data.dtype.name, boxes=(box,))
+        dtype = _dtype_of(value)
+        box = Box((), (), places=(np.asarray(value, dtype).tobytes(),))
+        yield Leaf(texts, key_kinds, kinds.SCALAR, dtype=dtype, boxes=(box,))
     else:
-        yield Leaf(path, _EMPTY[type(value)])
+        yield Leaf(texts, key_kinds, _EMPTY[type(value)])
 
 
-_EMPTY: Mapping[type, str] = {dict: kinds.DICT, list: kinds.LIST, type(None): kinds.NONE}
+def _dtype_of(number: float) -> Dtype:
+    """The dtype in which a number of Python's is saved; `asarray` refuses what is larger."""
+    if isinstance(number, bool):
+        return "bool"
+    if isinstance(number, int):
+        return "int64" if number < 2**63 else "uint64"
+    return "float64"
+
+
+_EMPTY: Mapping[type, kinds.Kind] = {dict: kinds.DICT, list: kinds.LIST, type(None): kinds.NONE}
 _READERS = {
     Kind.TREE: _read_tree,
     Kind.ARRAY: _read_array,

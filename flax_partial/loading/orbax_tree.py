@@ -16,14 +16,14 @@ from flax_partial.errors import CorruptCheckpointError, UnsupportedLeafError, fi
 from flax_partial.format import model as kinds
 from flax_partial.format import orbax as orbax_format
 from flax_partial.format.keypaths import INDEX, STR_KEY, KeyPath, KeyTree
-from flax_partial.format.model import EMPTY_CONTAINERS, STORABLE_DTYPES, Leaf
+from flax_partial.format.model import EMPTY_CONTAINERS, STORABLE_DTYPES, Leaf, Sharding
 from flax_partial.loading.orbax_items import Table, read_table
 from flax_partial.storage import files
 from flax_partial.storage import tensorstore_io as arrays
 from flax_partial.storage.tensorstore_io import Store
 
 _KEY_KINDS = {orbax_format.SEQUENCE_KEY: INDEX, orbax_format.DICT_KEY: STR_KEY}
-_KINDS = {
+_KINDS: Mapping[str, kinds.Kind] = {
     "jax.Array": kinds.JAX_ARRAY,
     "np.ndarray": kinds.NUMPY_ARRAY,
     "scalar": kinds.SCALAR,
@@ -73,12 +73,11 @@ def read(directory: Path) -> Tree:
             f"{directory} is damaged: its files do not describe a tree "
             f"({type(error).__name__}: {error})"
         ) from error
-    require_tree(directory, [leaf.path for leaf in leaves])
+    require_tree(directory, leaves)
     stores = _open(directory, table, [leaf.name for leaf in leaves if leaf.is_array])
     described = [_described(leaf, stores) for leaf in leaves]
-    return Tree(
-        described or [Leaf(KeyPath((), ""), kinds.DICT)], stores, table.get("custom_metadata")
-    )
+    empty = Leaf((), "", kinds.DICT)
+    return Tree(described or [empty], stores, table.get("custom_metadata"))
 
 
 def require_tree(where: Path, key_paths: Iterable[KeyPath]) -> None:
@@ -97,9 +96,10 @@ def _leaves_of(directory: Path, table: Table) -> Iterator[Leaf]:
     """Yields the leaves as far as JSON tells, which is all but dtype and shape."""
     shardings = _Shardings(directory)
     strings = read_table(directory / orbax_format.STRINGS)
-    keys = _random_keys(directory)
+    prng_keys = _random_keys(directory)
     for entry in table["tree_metadata"].values():
         path = _key_path(entry["key_metadata"])
+        keys = path.texts, path.key_kinds
         value_type = entry["value_metadata"]["value_type"]
         kind = _KINDS.get(value_type)
         name = path.name
@@ -113,21 +113,18 @@ def _leaves_of(directory: Path, table: Table) -> Iterator[Leaf]:
                 f"Leaf {name!r} is in a file of msgpack (`aggregate`), which older versions of "
                 "Orbax wrote and this package does not read: restore it with Orbax, and save it."
             )
-        if kind == kinds.JAX_ARRAY and name in keys:
-            yield Leaf(path, kinds.PRNG_KEY, sharding=shardings.of(name), text=keys[name])
+        if kind == kinds.JAX_ARRAY and name in prng_keys:
+            yield Leaf(*keys, kinds.PRNG_KEY, text=prng_keys[name], sharding=shardings.of(name))
         elif kind == kinds.STRING:
-            yield Leaf(path, kind, text=_string(strings, name))
+            yield Leaf(*keys, kind, text=_string(strings, name))
         else:
-            yield Leaf(path, kind, sharding=shardings.of(name))
+            yield Leaf(*keys, kind, sharding=shardings.of(name))
 
 
 def _without_placeholders(leaves: Sequence[Leaf]) -> Sequence[Leaf]:
     """Drops containers that were empty in one of Orbax's partial saves, and not in another."""
-    paths = [leaf.path.texts for leaf in leaves]
-    inner = {texts[:depth] for texts in paths for depth in range(len(texts))}
-    return [
-        leaf for leaf in leaves if leaf.kind not in EMPTY_CONTAINERS or leaf.path.texts not in inner
-    ]
+    inner = {leaf.texts[:depth] for leaf in leaves for depth in range(len(leaf.texts))}
+    return [leaf for leaf in leaves if leaf.kind not in EMPTY_CONTAINERS or leaf.texts not in inner]
 
 
 def _key_path(keys: Sequence[Table]) -> KeyPath:
@@ -166,22 +163,22 @@ def _random_keys(directory: Path) -> dict[str, str]:
 
 
 class _Shardings:
-    """The `_sharding` file of a tree; arrays with the same sharding share its dictionary."""
+    """The `_sharding` file of a tree; arrays with the same sharding share the object."""
 
     def __init__(self, directory: Path) -> None:
         self._texts = read_table(directory / orbax_format.SHARDING)
-        self._decoded: dict[str, dict[str, Any]] = {}
+        self._decoded: dict[str, Sharding] = {}
 
-    def of(self, name: str) -> dict[str, Any] | None:
+    def of(self, name: str) -> Sharding | None:
         """Returns the sharding of a leaf; None where it has none."""
-        text = self._texts.get(orbax_format.sharding_key(name))
+        text = self._texts.get(orbax_format.sharding_key(name).decode())
         if text is None:
             return None
         if text not in self._decoded:
             sharding = json.loads(text)
             if not isinstance(sharding, dict):
                 raise TypeError(f"the sharding of {name!r} is {sharding!r}")
-            self._decoded[text] = sharding
+            self._decoded[text] = Sharding(sharding)
         return self._decoded[text]
 
 

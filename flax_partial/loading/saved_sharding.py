@@ -23,9 +23,9 @@ def sharding_of(leaf: Leaf) -> Sharding | None:
     Raises:
       TargetMismatchError: There are no such devices, or it is a sharding of another kind.
     """
-    saved = leaf.sharding
-    if saved is None:
+    if leaf.sharding is None:
         return None
+    saved = leaf.sharding.json
     try:
         kind = saved["sharding_type"]
         if kind == "SingleDeviceSharding":
