@@ -120,7 +120,8 @@ def _opened(paths: Sequence[str], out: Output) -> Iterator[tuple[_Source, dict[s
     with places.open_finalized(path) as checkpoint:
         if checkpoint.contents.parts:
             raise WrongUseError(f"{path} is a checkpoint of flax_partial already: copy it by cp -r")
-        yield _OrbaxSource(checkpoint), _orbax_metadata(places.local(path), checkpoint), places.ORBAX
+        metadata = _orbax_metadata(places.local(path), checkpoint)
+        yield _OrbaxSource(checkpoint), metadata, places.ORBAX
 
 
 class _OrbaxSource:
