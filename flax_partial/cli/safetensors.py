@@ -22,7 +22,7 @@ from msgspec import Raw, Struct
 
 from flax_partial.errors import UnsupportedLeafError
 from flax_partial.format.chunks import Shape, choose_chunk_shape
-from flax_partial.format.keypaths import KEY_KINDS, STR_KEY, KeyPath
+from flax_partial.format.keypaths import KEY_KINDS, STR_KEY
 from flax_partial.format.model import (
     ARRAY_KINDS,
     BYTES,
@@ -97,10 +97,10 @@ class _Rest(Struct, omit_defaults=True):
     custom_metadata: dict[str, Any] = {}
     strings: dict[str, str] = {}
     binary: dict[str, bytes] = {}
-    empty: dict[str, str] = {}
+    empty: dict[str, Kind] = {}
     prng_keys: dict[str, str] = {}
     dtypes: dict[str, str] = {}
-    kinds: dict[str, str] = {}
+    kinds: dict[str, Kind] = {}
     keys: dict[str, tuple[tuple[str, ...], str]] = {}
 
 
@@ -205,9 +205,9 @@ def metadata_of(leaves: Sequence[Leaf], custom_metadata: dict[str, Any]) -> dict
         if leaf.is_array and leaf.kind not in (NUMPY_ARRAY, PRNG_KEY)
     }
     rest.keys = {
-        leaf.name: (leaf.path.texts, leaf.path.kinds)
+        leaf.name: (leaf.texts, leaf.key_kinds)
         for leaf in leaves
-        if leaf.path != _path_of(leaf.name)
+        if (leaf.texts, leaf.key_kinds) != _keys_of(leaf.name)
     }
     text = json.dumps(msgspec.to_builtins(rest), ensure_ascii=False)
     return {"format": "flax", _OURS: text}
@@ -293,23 +293,21 @@ def _leaf(name: str, tensor: _Tensor, rest: _Rest) -> Leaf:
     return _named(name, kind, rest, text=rest.prng_keys.get(name, ""), **made)
 
 
-def _named(name: str, kind: str, rest: _Rest, **more: Any) -> Leaf:
-    path = _path_of(name)
-    if name in rest.keys:
-        path = KeyPath(*rest.keys[name])
+def _named(name: str, kind: Kind, rest: _Rest, **more: Any) -> Leaf:
+    texts, key_kinds = rest.keys.get(name) or _keys_of(name)
     if (
-        path.name != name
-        or len(path.texts) != len(path.kinds)
-        or not KEY_KINDS.issuperset(path.kinds)
+        ".".join(texts) != name
+        or len(texts) != len(key_kinds)
+        or not KEY_KINDS.issuperset(key_kinds)
     ):
         raise ValueError(f"leaf {name!r} has other keys")
-    return Leaf(path, kind, **more)
+    return Leaf(texts, key_kinds, kind, **more)
 
 
-def _path_of(name: str) -> KeyPath:
-    """The path that a name stands for where nothing else is said: text keys between the dots."""
+def _keys_of(name: str) -> tuple[tuple[str, ...], str]:
+    """The keys that a name stands for where nothing else is said: texts between its dots."""
     texts = tuple(name.split("."))
-    return KeyPath(texts, STR_KEY * len(texts))
+    return texts, STR_KEY * len(texts)
 
 
 def runs(whole: Shape, start: Shape, shape: Shape) -> Iterator[tuple[int, tuple[int, ...]]]:

@@ -42,9 +42,7 @@ def chosen(leaves: Sequence[Leaf], only: Sequence[str], skip: Sequence[str]) -> 
 
 def _all_names(leaves: Sequence[Leaf]) -> list[str]:
     """Returns the names of leaves and of the subtrees that they are in, the outer ones first."""
-    paths = {
-        leaf.path.texts[:depth] for leaf in leaves for depth in range(1, len(leaf.path.texts) + 1)
-    }
+    paths = {leaf.texts[:depth] for leaf in leaves for depth in range(1, len(leaf.texts) + 1)}
     return [".".join(texts) for texts in sorted(paths, key=lambda texts: (len(texts), texts))]
 
 

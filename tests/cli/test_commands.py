@@ -485,7 +485,7 @@ def test_wrong_arguments_are_told_with_the_usage(
         ("export run/c run", "exists already"),
         ("export run/c link", "exists already"),
         ("export run/c absent/out", "absent is not a directory"),
-        ("export run/c s3://b/out", "is not a directory"),
+        ("export run/c s3://b/out", "is a URL"),
         ("ls s3://b/run", "is a URL"),
         ("latest s3://b/run", "is a URL"),
         ("show s3://b/run", "is a URL"),
