@@ -12,6 +12,7 @@ import flax_partial as fp
 from flax_partial.cli import places, text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
+from flax_partial.loading import catalog
 from flax_partial.loading.catalog import is_finalized
 from flax_partial.storage import files, session_dir
 from flax_partial.storage.parts import part_names
@@ -54,7 +55,7 @@ def directory(path: str) -> Path:
     Raises:
       WrongUseError: There is none.
     """
-    found = Path(path)
+    found = places.local(path)
     if not found.is_dir():
         raise WrongUseError(f"{path} is not a directory" if found.exists() else absent(found))
     if found.resolve().name.endswith(SESSION_SUFFIX) or is_finalized(found):
@@ -68,7 +69,7 @@ def of_run(path: str) -> list[Entry] | None:
     Raises:
       WrongUseError: It cannot name a checkpoint.
     """
-    found, where = Path(path), places.resolve(path)
+    found, where = places.local(path), places.resolve(path)
     is_checkpoint = (found / STATE).exists() or session_dir.is_session(where)
     if is_checkpoint or not found.is_dir() or is_finalized(found):
         return None
@@ -126,7 +127,7 @@ def _newest(path: str, held: Sequence[Entry], state: str) -> str:
     name = latest(held, state)
     if name is None:
         raise WrongUseError(f"{path} is a run that has no {state} checkpoint of a step")
-    return str(Path(path) / name)
+    return str(places.local(path) / name)
 
 
 def require_something(path: str) -> None:
@@ -134,13 +135,13 @@ def require_something(path: str) -> None:
     where = places.resolve(path)
     if os.path.lexists(where.final) or session_dir.is_session(where):
         return
-    parent = Path(path).parent
+    parent = places.local(path).parent
     if not parent.is_dir():
         raise WrongUseError(absent(parent))
     names = [entry.name for entry in reversed(entries(parent))]
     if not names:
-        raise WrongUseError(absent(Path(path)))
-    has = text.choices(Path(path).name, names)
+        raise WrongUseError(absent(places.local(path)))
+    has = text.choices(places.local(path).name, names)
     raise WrongUseError(f"there is no checkpoint at {path}; {parent} has {has}")
 
 
@@ -249,8 +250,7 @@ def _step(path: Path, metadata: dict[str, Any]) -> int | None:
 
 def step_in_name(name: str) -> int | None:
     """Returns the step that a checkpoint or session is called by: 12 in `prefix_0000012`."""
-    digits = name.removesuffix(SESSION_SUFFIX).rpartition("_")[2]
-    return int(digits) if digits.isascii() and digits.isdecimal() else None
+    return catalog.step_in_name(name.removesuffix(SESSION_SUFFIX))
 
 
 def _orbax_metrics(path: Path) -> object:

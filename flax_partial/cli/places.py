@@ -3,22 +3,35 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.errors import NoSessionError
+from flax_partial.errors import CheckpointInUseError, NoSessionError
 from flax_partial.finalizing.status import status_of
 from flax_partial.format.merge import MergePlan, merge
 from flax_partial.format.model import Contents, Part
 from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
 from flax_partial.reports import CheckpointMetadata, SessionStatus
-from flax_partial.runs import completeness
+from flax_partial.runs import completeness, liveness
 from flax_partial.storage import checkpoint_dir, files, paths, session_dir
 from flax_partial.storage.parts import read_parts
 from flax_partial.storage.paths import DELETED_SUFFIX, SESSION_SUFFIX, STATE, CheckpointPath
 
 FINALIZED, UNFINISHED, DAMAGED, DROPPED = "finalized", "unfinished", "damaged", "dropped"
 OURS, ORBAX = "flax_partial", "orbax"
+
+
+def local(path: str) -> Path:
+    """Takes a path as it stands on a command line, and leaves it relative where it is.
+
+    Raises:
+      WrongUseError: It is a URL.
+    """
+    try:
+        return Path(paths.expanded(path))
+    except ValueError as error:
+        raise WrongUseError(str(error)) from error
 
 
 def resolve(path: str) -> CheckpointPath:
@@ -135,6 +148,16 @@ def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) ->
     found = read_parts(where.state, known=known)
     parts = found.committed
     return Session(where, parts, status_of(where, found), merge(parts))
+
+
+def require_ended(where: CheckpointPath) -> None:
+    """Raises CheckpointInUseError if a run that lives saves into a session's directory."""
+    run = liveness.living(where.final.parent)
+    if run is not None:
+        raise CheckpointInUseError(
+            f"{where.session} is left as it is: a run trains in its directory ({run}), and would "
+            "fail. Wait for it to end, or pass --anyway."
+        )
 
 
 def is_foreign(where: CheckpointPath) -> bool:

@@ -177,7 +177,7 @@ def test_a_timeline_that_cannot_be_written_fails_no_training(
 def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_timeline, "_MOST_BYTES", 2000)
     fitted(tmp_path, keep_last=1, epochs=8, streamed=PARAMS)
-    files = list((tmp_path / "timeline").iterdir())
+    files = list((tmp_path / "timeline").glob("*.jsonl"))
     assert sorted(file.name for file in files) == ["p0.before.jsonl", "p0.jsonl"]
     assert sum(file.stat().st_size for file in files) < 20_000
     (run,) = timeline.read(tmp_path)

@@ -18,12 +18,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.description = "Drop an unfinished checkpoint, and only that."
     parser.add_argument("path", metavar="PATH", help="the unfinished checkpoint")
     parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument(
+        "--anyway", action="store_true", help="even if a run that lives saves into its directory"
+    )
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Drops a session; returns whether the answer was no."""
     where = listing.no_run(options.path, places.UNFINISHED)
     session = places.read_session(where)
+    if not options.anyway:
+        places.require_ended(where)
     is_wanted = options.yes or out.is_agreed(_described(session), "drop it")
     if is_wanted:
         fp.abort(where.final)

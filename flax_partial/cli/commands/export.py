@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
 
 
 def _target(path: str) -> Path:
-    target = Path(path)
+    target = places.local(path)
     if os.path.lexists(target):
         raise WrongUseError(f"{path} exists already: remove it, or write to another path")
     if not target.parent.is_dir():

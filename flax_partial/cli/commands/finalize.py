@@ -21,13 +21,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anyway",
         action="store_true",
-        help="even if the callback that saves into it had not saved everything",
+        help="even if the callback that saves into it lives, or had not saved everything",
     )
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Finalizes a session."""
     session = places.read_session(listing.no_run(options.path, places.UNFINISHED))
+    if not options.anyway:
+        places.require_ended(session.where)
     if session.lacking and not options.anyway:
         step = session.status.custom_metadata.get("step")
         raise fp.IncompleteCheckpointError(

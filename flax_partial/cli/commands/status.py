@@ -51,7 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Looks at a session; returns whether its parts conflict, or are damaged."""
     if options.watch and listing.of_run(options.path) is not None:
-        _watch_run(Path(options.path), out)
+        _watch_run(places.local(options.path), out)
     path = listing.one_checkpoint(options.path, out, places.UNFINISHED)
     session = places.read_session(places.resolve(path))
     if options.watch:

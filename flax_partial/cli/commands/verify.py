@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     """Verifies a checkpoint; returns whether it is damaged."""
     held = listing.of_run(options.path)
     if held is not None:
-        return _verify_run(Path(options.path), held, out)
+        return _verify_run(places.local(options.path), held, out)
     listing.require_something(options.path)
     began = time.perf_counter()
     with out.bar("Verifying") as progress:

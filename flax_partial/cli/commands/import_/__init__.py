@@ -110,21 +110,22 @@ def _opened(paths: Sequence[str], out: Output) -> Iterator[_Source]:
     Raises:
       WrongUseError: It is nothing that can be imported.
     """
-    for path in paths:
-        if not os.path.lexists(path):
-            raise WrongUseError(listing.absent(Path(path)))
-    directories = [path for path in paths if Path(path).is_dir()]
+    sources = [*map(places.local, paths)]
+    for source in sources:
+        if not os.path.lexists(source):
+            raise WrongUseError(listing.absent(source))
+    directories = [source for source in sources if source.is_dir()]
     if not directories:
-        with contextlib.closing(SafetensorsFiles([*map(Path, paths)])) as files:
+        with contextlib.closing(SafetensorsFiles(sources)) as files:
             yield _Source(_SAFETENSORS, files.leaves, files.read, files.custom_metadata)
         return
-    if len(paths) > 1:
+    if len(sources) > 1:
         raise WrongUseError(f"{directories[0]} is a directory: only files can be several")
-    path = listing.one_checkpoint(directories[0], out)
+    path = listing.one_checkpoint(paths[0], out)
     with places.open_finalized(path) as checkpoint:
         if checkpoint.contents.parts:
             raise WrongUseError(f"{path} is a checkpoint of flax_partial already: copy it by cp -r")
-        metadata = _orbax_metadata(Path(path), checkpoint)
+        metadata = _orbax_metadata(places.local(path), checkpoint)
         yield _Source(places.ORBAX, checkpoint.contents.leaves, checkpoint.read, metadata)
 
 

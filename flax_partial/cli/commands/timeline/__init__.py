@@ -92,7 +92,7 @@ def _target(path: str) -> Path:
     Raises:
       WrongUseError: It has another ending, or its directory is not there, or matplotlib is missing.
     """
-    target = Path(path)
+    target = places.local(path)
     if target.suffix not in (*_PICTURES, _TRACE):
         raise WrongUseError(f"{path}: its ending says what it is to be: .png, .svg or .json")
     if not target.parent.is_dir():
@@ -118,7 +118,7 @@ def _directory(path: str) -> tuple[Path, int | None]:
     Raises:
       WrongUseError: There is no timeline at `path`.
     """
-    directory = Path(path)
+    directory = places.local(path)
     if (directory / timeline.FOLDER).is_dir():
         return directory, None
     final = places.resolve(path).final
@@ -126,7 +126,7 @@ def _directory(path: str) -> tuple[Path, int | None]:
     if not is_step or not (final.parent / timeline.FOLDER).is_dir():
         raise WrongUseError(_why_none(path))
     # As it was given: a title should be short.
-    return Path(path.rstrip("/")).parent, int(final.name)
+    return places.local(path.rstrip("/")).parent, int(final.name)
 
 
 def _chosen(directory: Path, asked: int | None) -> tuple[list[Run], int]:
@@ -147,8 +147,8 @@ def _chosen(directory: Path, asked: int | None) -> tuple[list[Run], int]:
 
 def _why_none(path: str) -> str:
     if not os.path.lexists(path):
-        return listing.absent(Path(path))
-    if _is_orbax(Path(path)):
+        return listing.absent(places.local(path))
+    if _is_orbax(places.local(path)):
         return f"{path} has no timeline: Orbax wrote it, and records none"
     return f"{path} has no timeline: only runs of PartialCheckpointCallback record one"
 
