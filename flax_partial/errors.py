@@ -65,6 +65,11 @@ class ForkedProcessError(PartialCheckpointError, RuntimeError):
     """A call that writes, in a forked child of a process that had used JAX; nothing was written."""
 
 
+def how_to_install(extra: str) -> str:
+    """Says how to install what an extra of this package needs; the package is in no index."""
+    return f"pip install '.[{extra}]' in a checkout of flax_partial"
+
+
 def first_few(items: Iterable[str], *, most: int, count: int) -> list[str]:
     """Shortens a list for a message.
 

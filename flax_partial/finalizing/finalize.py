@@ -154,7 +154,8 @@ def _finalize(
         sleep=task.sleep,
     )
     forget(session)
-    return described(where, committed[0]) if committed else metadata(where.final)
+    with collector.paused():
+        return described(where, committed[0]) if committed else metadata(where.final)
 
 
 def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
