@@ -5,7 +5,8 @@ that does not fit is told in one error, before any array data is read. Then only
 this process's devices hold are read.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from flax_partial.format import keypaths
 from flax_partial.format.keypaths import ATTRIBUTE, KeyPath
 from flax_partial.format.model import Leaf, Region
 from flax_partial.loading import target as placing
-from flax_partial.loading.batches import region_bytes
+from flax_partial.loading.batches import MOST_REGIONS, batched, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
 from flax_partial.loading.target import Placement
 from flax_partial.storage import checkpoint_dir, paths
@@ -83,17 +84,20 @@ def _load(
     if target is None:
         placements = [placing.as_saved(leaf) for leaf in checkpoint.contents.leaves]
         return _nested(checkpoint.contents.leaves, _read(checkpoint, placements, progress))
-    flat, structure = keypaths.flatten(target)
-    wanted = [(keypaths.from_jax(path), value) for path, value in flat]
+    key_paths, values, structure = keypaths.flatten(target)
     placements = _plan(
-        checkpoint.contents.leaves, wanted, partial=partial, keep_missing=keep_missing, cast=cast
+        checkpoint.contents.leaves,
+        zip(key_paths, values, strict=True),
+        partial=partial,
+        keep_missing=keep_missing,
+        cast=cast,
     )
     return tree_util.tree_unflatten(structure, _read(checkpoint, placements, progress))
 
 
 def _plan(
     leaves: Sequence[Leaf],
-    wanted: Sequence[tuple[KeyPath, Any]],
+    wanted: Iterable[tuple[KeyPath, Any]],
     *,
     partial: bool,
     keep_missing: bool,
@@ -142,11 +146,11 @@ def _find(path: KeyPath, by_name: Mapping[str, Leaf]) -> Leaf | None:
     What NNX flattens has it (`params.kernel.value`), its pure dicts and the callback's do not.
     """
     leaf = by_name.get(path.name)
-    if leaf is None and path.texts[-1:] == (_NNX_VALUE,) and path.kinds[-1] == ATTRIBUTE:
+    if leaf is None and path.texts[-1:] == (_NNX_VALUE,) and path.key_kinds[-1] == ATTRIBUTE:
         return by_name.get(path.name.removesuffix(f".{_NNX_VALUE}"))
     if leaf is None:
         leaf = by_name.get(f"{path.name}.{_NNX_VALUE}")
-        is_variable = leaf is not None and leaf.path.kinds[-1] == ATTRIBUTE
+        is_variable = leaf is not None and leaf.key_kinds[-1] == ATTRIBUTE
         return leaf if is_variable else None
     return leaf
 
@@ -156,39 +160,52 @@ def _read(
     placements: Sequence[Placement],
     progress: Callable[[int, int], None] | None,
 ) -> list[Any]:
-    """Reads the boxes of all placements, in pieces if progress is told, and builds the leaves."""
-    regions = [(one.leaf, *box) for one in placements for box in one.boxes]
-    if progress is None:
-        outcomes = checkpoint.read(regions)
-    else:
-        outcomes = _read_in_pieces(checkpoint, regions, progress)
-    errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    """Reads the boxes of all placements, and builds the leaves: some at a time."""
+    data = _read_boxes(checkpoint, placements, progress)
+    values: list[Any] = []
+    errors: list[Exception] = []
+    for first in range(0, len(placements), MOST_REGIONS):
+        built = []
+        for one in placements[first : first + MOST_REGIONS]:
+            outcomes = [next(data) for _ in one.boxes]
+            boxes = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+            if len(boxes) < len(outcomes):
+                errors += [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+            elif not errors:
+                built.append(one.build(one.leaf, boxes))
+        values += placing.put_on_devices(built)
     for error in errors:
         if isinstance(error, OSError):
             raise error
     if errors:
         raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
-    data: Iterator[Any] = iter(outcomes)
-    values = [one.build(one.leaf, [next(data) for _ in one.boxes]) for one in placements]
-    return placing.put_on_devices(values)
+    return values
 
 
-def _read_in_pieces(
-    checkpoint: Checkpoint, regions: Sequence[Region], progress: Callable[[int, int], None]
-) -> list[np.ndarray | Exception]:
-    sizes = [*map(region_bytes, regions)]
-    outcomes: list[np.ndarray | Exception] = []
-    done, total = 0, sum(sizes)
-    while len(outcomes) < len(regions):
-        progress(done, total)
-        first = end = len(outcomes)
-        piece_end = done + _PIECE_BYTES
-        while end < len(regions) and (end == first or done + sizes[end] <= piece_end):
-            done += sizes[end]
-            end += 1
-        outcomes += checkpoint.read(regions[first:end])
+def _read_boxes(
+    checkpoint: Checkpoint,
+    placements: Sequence[Placement],
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[np.ndarray | Exception]:
+    """Returns what is read of each box; a batch is read when the first of it is wanted."""
+    if progress is None:
+        return chain.from_iterable(map(checkpoint.read, batched(_regions(placements))))
+    total = sum(map(region_bytes, _regions(placements)))
+    done = 0
     progress(done, total)
-    return outcomes
+
+    def read(batch: Sequence[Region]) -> Sequence[np.ndarray | Exception]:
+        nonlocal done
+        outcomes = checkpoint.read(batch)
+        done += sum(map(region_bytes, batch))
+        progress(done, total)
+        return outcomes
+
+    return chain.from_iterable(map(read, batched(_regions(placements), most_bytes=_PIECE_BYTES)))
+
+
+def _regions(placements: Iterable[Placement]) -> Iterator[Region]:
+    return ((one.leaf, *box) for one in placements for box in one.boxes)
 
 
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
@@ -199,7 +216,7 @@ def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
     lists: list[tuple[dict[Any, Any], Any]] = []
     for leaf, value in zip(leaves, values, strict=True):
         node, key = root, None
-        for text, kind in zip(leaf.path.texts, leaf.path.kinds, strict=True):
+        for text, kind in zip(leaf.texts, leaf.key_kinds, strict=True):
             if key not in node:
                 inner: dict[Any, Any] = {}
                 node[key] = inner
