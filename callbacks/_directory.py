@@ -38,7 +38,7 @@ _SESSION = re.compile(r"(\d+)\.partial_save")
 # What `fp.remove` leaves when it is killed, and what `fp.abort` does.
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IS_WRITTEN = "another process still saves into it."
-_HALF_DELETED = re.compile(r"\.\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
+_HALF_DELETED = re.compile(r"\.([^.]+_)?\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
 
 
 def recover(
@@ -273,7 +273,7 @@ def choose(
             f"No checkpoint in {directory} has the metric {retention.monitor!r}, by which the best "
             f"is chosen. Metrics that are stored: {', '.join(names) or 'none'}."
         )
-    return None if found is None else (found[0], held[found[0]])
+    return None if found is None else found[:2]
 
 
 def _at_path(path: str | os.PathLike[str]) -> tuple[int, Path]:
@@ -288,14 +288,15 @@ def _at_path(path: str | os.PathLike[str]) -> tuple[int, Path]:
     return step, described.path
 
 
-def best(directory: Path, retention: Retention) -> tuple[int, float] | None:
-    """Returns the step of the best checkpoint and its score; None if none has a score."""
+def best(directory: Path, retention: Retention) -> tuple[int, Path, float] | None:
+    """Returns the step of the best checkpoint, its path and score; None if none has a score."""
     monitor = retention.monitor
     if monitor is None:
         return None
-    known = _looked_into(checkpoints(directory))
+    held = checkpoints(directory)
+    known = _looked_into(held)
     scores = {step: one.metrics[monitor] for step, one in known.items() if monitor in one.metrics}
-    return next(((step, scores[step]) for step in ranked(scores, retention.mode)), None)
+    return next(((one, held[one], scores[one]) for one in ranked(scores, retention.mode)), None)
 
 
 def _looked_into(held: Mapping[int, Path]) -> dict[int, SavedStep]:

@@ -73,6 +73,7 @@ class Run:
         self._metrics = StepMetrics()
         self._blocked = BlockedTime()  # of the checkpoint that was opened last
         self._is_dismissed = False
+        self._last_closed = 0  # the last step that some callback has saved
         with _runs_lock:
             _runs.add(self)
 
@@ -107,6 +108,7 @@ class Run:
         """
         self.join(member)
         self._is_dismissed = member.has_checked = False
+        self._last_closed = step
         error = self._begin(member)
         if error is not None:
             logger.error("Nothing can be saved into %s: %s", self.directory, error)
@@ -136,7 +138,7 @@ class Run:
             self.end(member)
 
     def is_due(self, member: Member, step: int, epoch: int, *, epoch_ends: bool) -> bool:
-        """Whether a callback is to save `step`, and has not done so; never step 0."""
+        """Whether a callback is to save `step`, and has saved neither that nor a later one."""
         schedule = member.schedule
         is_time = member.clock is not None and member.clock.is_due(step)  # asked about every step
         is_due = (
@@ -146,7 +148,7 @@ class Run:
             or (member.saves_on_preemption and self.preemption.is_due(step))
             or (member.has_finished_step and step == self.rescued_step)
         )
-        return is_due and step not in (0, member.last_saved)
+        return is_due and step >= self._last_closed and step not in (0, member.last_saved)
 
     # Before training.
 
@@ -184,6 +186,11 @@ class Run:
         self.rescued_step = None
         self.recorder.begin(self._name)
         self.finalizer.sweep()
+
+    def go_on(self, step: int) -> None:
+        """Goes on from the checkpoint of a step, which is kept until a newer one is finalized."""
+        self.finalizer.resume(step)
+        self._last_closed = step
 
     def check_is_alone(self) -> None:
         """Raises CheckpointInUseError if another run lives in the directory."""
@@ -290,7 +297,7 @@ class Run:
                 }
                 checkpoint.members = due | {member.key: member}
         checkpoint.save(member, groups, closing=closing)
-        member.last_saved = checkpoint.step
+        member.last_saved = self._last_closed = checkpoint.step
         if member.clock is not None:
             member.clock.saved()
         with self._lock:

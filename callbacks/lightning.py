@@ -144,9 +144,10 @@ class LightningCheckpoint(PartialCheckpointCallback, Callback):
                 f"Lightning goes on from step {step} of {trainer.ckpt_path}, and "
                 f"{type(self).__name__} is given resume={options!r}. {way_out}"
             )
+        of_that_step: RestoreOptions = {**options, "which": step}
         try:
             with resuming():
-                restored = self.restore(_take(trainer, module), **{**options, "which": step})
+                restored = self.restore(_take(trainer, module), **of_that_step)
         except fp.NoSessionError as error:
             error.add_note(f"Lightning goes on from step {step}, of {trainer.ckpt_path}. {way_out}")
             raise
@@ -171,8 +172,24 @@ def _state_of(module: Any) -> dict[str, Any]:
 
 
 def _take(trainer: Any, module: Any) -> dict[str, Any]:
-    tree = {**_state_of(module), _PROGRESS: json.dumps(trainer.fit_loop.state_dict())}
+    tree = {**_state_of(module), _PROGRESS: json.dumps(_progress(trainer))}
     return tree | ({_TORCH: _torch_state(trainer)} if _has_torch_optimizer(trainer) else {})
+
+
+def _progress(trainer: Any) -> dict[str, Any]:
+    """Returns Lightning's counters.
+
+    Where it goes on after an epoch that its counters hold as under way, it does not count the next
+    one as begun, and would take that for ended the next time.
+    """
+    counters: dict[str, Any] = trainer.fit_loop.state_dict()
+    epochs = counters["epoch_progress"]["current"]
+    batches = counters["epoch_loop.batch_progress"]["current"]
+    is_in_epoch = batches["completed"] < batches["ready"]
+    begun = max(epochs["processed"], epochs["completed"] + is_in_epoch)
+    for name in ("ready", "started"):
+        epochs[name] = max(epochs[name], begun)
+    return counters
 
 
 def _split(tree: dict[str, Any]) -> tuple[dict[str, Any], str, np.ndarray | None]:

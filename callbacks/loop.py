@@ -8,7 +8,7 @@ the loop has done.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 import flax_partial as fp
 from flax_partial.callbacks._copies import Copyable
@@ -153,7 +153,7 @@ class Loop:
             self.start(self.trainer.global_step)
 
 
-def resume_options(resume: bool | RestoreOptions) -> RestoreOptions | None:  # noqa: FBT001
+def resume_options(resume: object) -> RestoreOptions | None:
     """Takes `resume=` of the loops that restore by themselves; None if they are not to.
 
     Raises:
@@ -167,7 +167,7 @@ def resume_options(resume: bool | RestoreOptions) -> RestoreOptions | None:  # n
             f"resume={resume!r}: it must be a bool, or a dict of what `restore` takes: "
             f"{', '.join(sorted(known))}."
         )
-    return resume
+    return cast("RestoreOptions", resume)
 
 
 @contextlib.contextmanager

@@ -413,7 +413,7 @@ class PartialCheckpointCallback(Copyable):
     @property
     def last_model_path(self) -> str:
         """The newest finalized checkpoint of the directory; "" while there is none."""
-        return self._path_of(max(fp.steps(self.directory), default=None))
+        return str(fp.latest(self.directory) or "")
 
     @property
     def best_model_path(self) -> str:
@@ -424,16 +424,13 @@ class PartialCheckpointCallback(Copyable):
         if self._member.retention.monitor is None:
             return self.last_model_path
         best = _directory.best(self.directory, self._member.retention)
-        return self._path_of(best[0] if best else None)
+        return str(best[1]) if best else ""
 
     @property
     def best_model_score(self) -> float | None:
         """The score that `best_model_path` was stored with; None without a score or a `monitor`."""
         best = _directory.best(self.directory, self._member.retention)
-        return best[1] if best else None
-
-    def _path_of(self, step: int | None) -> str:
-        return "" if step is None else str(self.directory / str(step))
+        return best[2] if best else None
 
     def recover(self) -> None:
         """Finalizes or drops what an ended run has left unfinished, as `on_fit_start` does."""
@@ -522,7 +519,7 @@ class PartialCheckpointCallback(Copyable):
         )
         if _STEP_LEAF in described.leaves:
             options = {**options, "partial": True}
-        self._run.finalizer.resume(step)
+        self._run.go_on(step)
         state = self._load(path, target, options)
         self._extras.set(extras)
         if discard_later:

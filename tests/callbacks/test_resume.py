@@ -170,6 +170,18 @@ def test_later_checkpoints_that_are_read_meanwhile_stay(tmp_path: Path) -> None:
     assert fp.steps(tmp_path) == [1, 2]
 
 
+def test_who_looks_at_a_run_that_lives_cannot_discard_its_checkpoints(tmp_path: Path) -> None:
+    with checkpointing(tmp_path, **EVERY_STEP) as ckpt:
+        for step in range(1, 4):
+            ckpt.step(weights(step))
+        ckpt.callback.finalizer.wait()
+        looks = PartialCheckpointCallback(tmp_path)
+        assert restored(looks, weights(0), which=1)[1] == 1
+        with pytest.raises(fp.CheckpointInUseError, match="Another run trains there"):
+            looks.restore(weights(0), which=1, discard_later=True)
+    assert fp.steps(tmp_path) == [1, 2, 3]
+
+
 def test_an_older_step_may_be_looked_at_but_not_trained_from(tmp_path: Path) -> None:
     trained(tmp_path, 3)
     callback = PartialCheckpointCallback(tmp_path, **EVERY_STEP)
