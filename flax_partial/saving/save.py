@@ -172,6 +172,6 @@ def _prepare(
     if threading.current_thread() is threading.main_thread():
         for before in _of_main_thread:
             if not before.task.is_submitted:
-                before.task.withdraw()
+                before.release()  # a second interrupt may have come while the first was met
         _of_main_thread[:] = [job]
     return job
