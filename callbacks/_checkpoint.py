@@ -226,13 +226,13 @@ class Checkpoint:
         """Begins to save a group, or metadata alone; an error fails the checkpoint."""
         if self.error is not None:
             return
-        where = devices_of(leaves)
+        where, has_leaves = devices_of(leaves), bool(leaves)  # which `finished` must not keep
 
         def finished(handle: Future[fp.SaveReport]) -> None:
             error = handle.exception()
             if error is not None:
                 self.fail(error, [member])
-            elif leaves:
+            elif has_leaves:
                 self._recorder.saved(self.step, group, where, handle.result())
 
         try:

@@ -16,6 +16,7 @@ Each is also the built-in kind that a caller would catch without knowing this pa
 the storage itself (a full disk, a lost mount) stay the `OSError` they are.
 """
 
+import traceback
 from collections.abc import Iterable
 from itertools import islice
 
@@ -64,6 +65,11 @@ class ForkedProcessError(PartialCheckpointError, RuntimeError):
     """A call that writes, in a forked child of a process that had used JAX; nothing was written."""
 
 
+def how_to_install(extra: str) -> str:
+    """Says how to install what an extra of this package needs; the package is in no index."""
+    return f"pip install '.[{extra}]' in a checkout of flax_partial"
+
+
 def first_few(items: Iterable[str], *, most: int, count: int) -> list[str]:
     """Shortens a list for a message.
 
@@ -77,3 +83,20 @@ def first_few(items: Iterable[str], *, most: int, count: int) -> list[str]:
     """
     shown = list(islice(items, most))
     return [*shown, f"and {count - most} more"] if count > most else shown
+
+
+def clear_frames(error: BaseException, *, until: BaseException | None) -> None:
+    """Has an error, and those that it came from, refer to no local variable of what raised them.
+
+    Args:
+      error: The error.
+      until: The one that was being handled before, with which it has nothing to do, if any.
+    """
+    seen = {id(until)}
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            left += (one.__cause__, one.__context__)

@@ -1,9 +1,10 @@
 """What a command's path leads to: a finalized checkpoint, or an unfinished one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.errors import CheckpointInUseError, NoSessionError
@@ -15,7 +16,7 @@ from flax_partial.reports import CheckpointMetadata, SessionStatus
 from flax_partial.runs import completeness, liveness
 from flax_partial.storage import checkpoint_dir, files, paths, session_dir
 from flax_partial.storage.parts import read_parts
-from flax_partial.storage.paths import SESSION_SUFFIX, STATE, CheckpointPath
+from flax_partial.storage.paths import DELETED_SUFFIX, SESSION_SUFFIX, STATE, CheckpointPath
 
 FINALIZED, UNFINISHED, DAMAGED, DROPPED = "finalized", "unfinished", "damaged", "dropped"
 OURS, ORBAX = "flax_partial", "orbax"
@@ -40,9 +41,19 @@ def resolve(path: str) -> CheckpointPath:
       WrongUseError: It cannot name a checkpoint.
     """
     try:
-        return paths.resolve(path)
+        where = paths.resolve(path)
     except ValueError as error:
         raise WrongUseError(str(error)) from error
+    if is_removed(where.final.name):
+        raise WrongUseError(
+            f"{path} is what is left of a checkpoint that was removed; nothing needs it"
+        )
+    return where
+
+
+def is_removed(name: str) -> bool:
+    """Whether a directory is what is left of a checkpoint, or session, that was removed."""
+    return name.startswith(".") and name.endswith(DELETED_SUFFIX)
 
 
 def is_session_meant(path: str, where: CheckpointPath) -> bool:
@@ -104,10 +115,17 @@ class Session:
         Also empty where no callback saves into it: then nothing says what is to come.
         """
         metadata = self.status.custom_metadata
-        session = metadata.get("session")  # perhaps the user's own, and of any type
-        if not (isinstance(session, dict) and isinstance(session.get("saved"), dict)):
+        if metadata == users_metadata(metadata):
             return ""
         return completeness.missing(self.status, metadata.get("step", -1)) or ""
+
+
+def users_metadata(custom_metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Custom metadata without what the callback keeps there to recover from a crash."""
+    session = custom_metadata.get("session")  # perhaps the user's own, and of any type
+    if isinstance(session, dict) and isinstance(session.get("saved"), dict):
+        return {key: value for key, value in custom_metadata.items() if key != "session"}
+    return dict(custom_metadata)
 
 
 def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) -> Session:

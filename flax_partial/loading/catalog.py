@@ -131,6 +131,8 @@ def remove(path: PathLike) -> None:
     """
     check_not_forked("remove")
     where = paths.resolve(path)
+    if paths.names_session(path):  # it was meant for what is unfinished, as it was a moment ago
+        raise NoSessionError(f"There is no finalized checkpoint at {where.session}: abort it.")
     if not is_finalized(where.final):
         raise NoSessionError(f"There is no finalized checkpoint at {where.final}.")
     workers.finalizing.run(Task(lambda _: checkpoint_dir.remove_checkpoint(where), Handle[None]()))

@@ -165,19 +165,27 @@ def as_it_is(path: KeyPath, target: Any) -> Placement | str:
     """Plans to keep what stands in the target, which the checkpoint lacks."""
     if isinstance(target, jax.ShapeDtypeStruct):
         return f"{path.name!r} is not in the checkpoint, and the target holds no value to keep"
-    return Placement(Leaf(path, kinds.NONE), (), lambda _leaf, _data: target)
+    return Placement(Leaf(path.texts, path.key_kinds, kinds.NONE), (), lambda _leaf, _data: target)
 
 
 def key_shape_and_dtype(leaf: Leaf) -> tuple[Shape, str]:
     """Shape and dtype name of the PRNG key array whose data a leaf holds."""
     try:
-        key = jax.eval_shape(
-            lambda data: jax.random.wrap_key_data(data, impl=leaf.text),
-            jax.ShapeDtypeStruct(leaf.shape, np.uint32),
-        )
+        key = abstract(leaf)
     except (ValueError, TypeError):  # an implementation that is not registered here
         return leaf.shape, f"key<{leaf.text}>"
     return key.shape, str(key.dtype)
+
+
+def abstract(leaf: Leaf, sharding: Sharding | None = None) -> jax.ShapeDtypeStruct:
+    """Returns the array of JAX's that a leaf is, without its data, and where it is to go."""
+    if leaf.kind != kinds.PRNG_KEY:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.numpy_dtype, sharding=sharding)
+    key = jax.eval_shape(
+        lambda data: jax.random.wrap_key_data(data, impl=leaf.text),
+        jax.ShapeDtypeStruct(leaf.shape, np.uint32),
+    )
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
 
 
 @lru_cache(maxsize=4096)  # most leaves have one of a few shapes
@@ -192,7 +200,8 @@ def _said(target: object) -> str:
 
 
 def _differ(leaf: Leaf, target: Any) -> str:
-    shape, dtype = leaf.shape, leaf.dtype
+    shape = leaf.shape
+    dtype: str = leaf.dtype
     if leaf.kind == kinds.PRNG_KEY:
         shape, dtype = key_shape_and_dtype(leaf)
     return f"{leaf.name!r} is {dtype}{list(shape)} in the checkpoint, {_said(target)} in the target"

@@ -68,7 +68,7 @@ def save(
         is after a `KeyboardInterrupt`, unless the commit had begun; the call then waits for the
         piece that is being written, of at most 64 MiB. A second interrupt does not wait.
     """
-    job = _prepare(path, state, custom_metadata, options or _DEFAULTS, reuse=reuse)
+    job = _prepare(path, state, custom_metadata, options, reuse=reuse)
     try:
         job.claim(replace=replace)
         return workers.saving.run(job.task)
@@ -105,7 +105,7 @@ def save_async(
     Raises:
       CheckpointExistsError: As for `save`; so are the other errors about what is passed.
     """
-    job = _prepare(path, state, custom_metadata, options or _DEFAULTS, reuse=reuse)
+    job = _prepare(path, state, custom_metadata, options, reuse=reuse)
     try:
         job.claim(replace=replace)
         job.take_snapshot()
@@ -137,7 +137,7 @@ def _prepare(
     path: PathLike,
     state: Any,
     custom_metadata: Mapping[str, Any] | None,
-    options: SaveOptions,
+    options: SaveOptions | None,
     *,
     reuse: PathLike | None,
 ) -> SaveJob:
@@ -146,6 +146,7 @@ def _prepare(
     check_not_forked("save")
     where = paths.resolve(path)
     earlier = None if reuse is None else paths.resolve(reuse)
+    options = _DEFAULTS if options is None else options
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     metadata = check_metadata(custom_metadata)
@@ -171,6 +172,6 @@ def _prepare(
     if threading.current_thread() is threading.main_thread():
         for before in _of_main_thread:
             if not before.task.is_submitted:
-                before.task.withdraw()
+                before.release()  # a second interrupt may have come while the first was met
         _of_main_thread[:] = [job]
     return job

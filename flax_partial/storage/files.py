@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,7 @@ from flax_partial.storage.paths import DELETED_SUFFIX, CheckpointPath
 
 _NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT))
 _WRITE_BYTES = 1 << 20
+_NAME_BYTES = 255  # the longest name that file systems take
 _NOT_EXCLUSIVE = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP))
 
 
@@ -61,13 +62,11 @@ def _open(path: Path) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def holds(path: Path, pieces: Sequence[bytes]) -> bool:
+def holds(path: Path, pieces: Iterable[bytes]) -> bool:
     """Whether there is a file with just this content, given piece by piece."""
     try:
         with _open(path) as file:
-            if os.fstat(file.fileno()).st_size != sum(map(len, pieces)):
-                return False
-            return all(file.read(len(piece)) == piece for piece in pieces)
+            return all(file.read(len(piece)) == piece for piece in pieces) and not file.read(1)
     except (CorruptCheckpointError, FileNotFoundError, NotADirectoryError):
         return False
 
@@ -131,7 +130,7 @@ def copy_held(file: BinaryIO, target: Path) -> None:
         system.sync(copy.fileno())
 
 
-def write(path: Path, pieces: Sequence[bytes], *, durable: bool) -> None:
+def write(path: Path, pieces: Iterable[bytes], *, durable: bool) -> None:
     """Writes a file anew, piece by piece."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
@@ -145,11 +144,8 @@ def write(path: Path, pieces: Sequence[bytes], *, durable: bool) -> None:
         os.close(descriptor)
 
 
-def _joined(pieces: Sequence[bytes]) -> Iterator[bytes]:
+def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Joins small pieces to some that are worth a call of the system each."""
-    if len(pieces) == 1:
-        yield pieces[0]
-        return
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -240,7 +236,10 @@ def remove_directory(directory: Path) -> None:
 
 def rename_away(directory: Path) -> Path:
     """Renames a directory to a hidden name that no reader takes for a checkpoint; returns that."""
-    doomed = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}{DELETED_SUFFIX}")
+    name, rest = directory.name, f".{uuid.uuid4().hex}{DELETED_SUFFIX}"
+    while len(os.fsencode(f".{name}{rest}")) > _NAME_BYTES:
+        name = name[:-1]
+    doomed = directory.with_name(f".{name}{rest}")
     os.rename(directory, doomed)
     return doomed
 

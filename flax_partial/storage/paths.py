@@ -91,6 +91,11 @@ def resolve(path: PathLike) -> CheckpointPath:
     return found
 
 
+def names_session(path: PathLike) -> bool:
+    """Whether a path is that of a session, not of the checkpoint that it becomes."""
+    return os.path.abspath(path).endswith(SESSION_SUFFIX)
+
+
 # Following links costs 60 us, and a training step resolves its checkpoint's path for each layer.
 _known_paths: dict[tuple[str, str], CheckpointPath] = {}
 

@@ -9,8 +9,9 @@ been renamed away meanwhile.
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from flax_partial.errors import (
@@ -29,6 +30,7 @@ from flax_partial.storage.paths import (
 )
 
 _ROOT_FILES = frozenset(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"))
+_ROOT_DIRECTORIES = frozenset(("metrics",))
 _STATE_FILES = frozenset(("_METADATA", "_sharding", "_strings.json", CONTENTS, "manifest.ocdbt"))
 _STATE_DIRECTORIES = frozenset(("array_metadatas", "d"))
 
@@ -150,15 +152,18 @@ def _foreign_entries(where: CheckpointPath) -> list[str]:
     def is_of_parts(name: str) -> bool:
         return name.startswith(PART_PREFIX) or PART_FOLDER.fullmatch(name) is not None
 
-    found = [
-        name for name in files.listed(where.session) if name != STATE and name not in _ROOT_FILES
+    root = _ROOT_FILES | _ROOT_DIRECTORIES | {STATE}
+    found = [name for name in files.listed(where.session) if name not in root]
+    found += [
+        f"{directory}/{name}"
+        for directory in _ROOT_DIRECTORIES
+        for name in files.listed(where.session / directory)
+        if name != directory  # the file in it is called like it
     ]
     found += [
         f"{STATE}/{name}"
         for name in files.listed(where.state)
-        if name not in known
-        and not name.startswith(PART_PREFIX)
-        and not PART_FOLDER.fullmatch(name)
+        if name not in known and not is_of_parts(name)
     ]
     return found
 
@@ -238,16 +243,15 @@ def size_of_data(where: CheckpointPath, path: str) -> int:
 
 
 def commit_checkpoint(
-    where: CheckpointPath, *, root_files: Mapping[str, Sequence[bytes]], contents: bytes
+    where: CheckpointPath, *, root_files: Iterable[tuple[str, Iterable[bytes]]], contents: bytes
 ) -> None:
-    """Writes the root files, and renames the session. All durable.
+    """Writes the root files (path, content), and renames the session. All durable.
 
     Raises:
       CheckpointExistsError: Something appeared at the final path; the session is left as it was.
     """
-    written = {**root_files, f"{STATE}/{CONTENTS}": (contents,)}
     directories = {where.session, where.state}
-    for name, pieces in written.items():
+    for name, pieces in chain(root_files, [(f"{STATE}/{CONTENTS}", (contents,))]):
         path = where.session / name
         if path.parent not in directories:
             os.makedirs(path.parent, exist_ok=True)
@@ -278,6 +282,8 @@ def clear_root(where: CheckpointPath) -> None:
     """Removes what an attempt to finalize left: files that are derived from the parts."""
     for name in sorted(_ROOT_FILES):
         (where.session / name).unlink(missing_ok=True)
+    for name in sorted(_ROOT_DIRECTORIES):
+        files.remove_tree(where.session / name)
     for name in sorted(_STATE_FILES):
         (where.state / name).unlink(missing_ok=True)
     for name in sorted(_STATE_DIRECTORIES):

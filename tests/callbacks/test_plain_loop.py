@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -215,6 +217,19 @@ def test_a_failed_save_is_raised_in_the_loop_or_where_the_block_ends(tmp_path: P
     ):
         ckpt.step({"params": {"head": object()}})
     assert not fp.steps(tmp_path / "run")
+
+
+def test_arrays_of_a_finalized_checkpoint_are_kept_by_nothing(tmp_path: Path) -> None:
+    """Where steps do not donate, they would take the memory of one more state."""
+    with checkpointing(tmp_path, every_n_train_steps=2) as ckpt:
+        for step in range(1, 4):
+            state = {"params": {"large": jnp.zeros(1 << 17), "small": jnp.zeros(3)}}
+            ckpt.step(state)
+            if step == 2:
+                arrays = [weakref.ref(array) for array in jax.tree.leaves(state)]
+                ckpt.callback.finalizer.wait()
+        gc.collect()
+        assert [array() for array in arrays] == [None, None]
 
 
 def test_an_unknown_option_is_refused(tmp_path: Path) -> None:

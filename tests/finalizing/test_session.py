@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import trees
 from things import QUICK, Element, X, listing
 
 import flax_partial as fp
+from flax_partial.storage import session_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,6 +68,34 @@ def test_conflict_with_an_earlier_save_is_refused_and_changes_nothing(
     if is_replaceable:
         fp.save(path, second, replace=True)
         assert len(fp.status(path).parts) == 2
+
+
+def test_leaf_of_a_tree_that_was_saved_before_is_refused_around_an_empty_container(
+    tmp_path: Path,
+) -> None:
+    for name in ("before", "c"):
+        if name == "c":
+            fp.save(tmp_path / name, {"a": {"b": {}}}, options=QUICK)
+            with pytest.raises(fp.KeyConflictError, match="cannot also be a subtree"):
+                fp.save(tmp_path / name, {"a": X}, options=QUICK)
+        else:
+            fp.save(tmp_path / name, {"a": X}, options=QUICK)
+
+
+def test_empty_container_can_be_filled_otherwise_after_a_save_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    fp.save(tmp_path / "c", {"a": {}}, options=QUICK)
+    monkeypatch.setattr(session_dir, "commit_part", fail)
+    with pytest.raises(OSError, match="No space left"):
+        fp.save(tmp_path / "c", {"a": [X]}, options=QUICK)
+    monkeypatch.undo()
+    fp.save(tmp_path / "c", {"a": {"b": X}}, options=QUICK)
+    fp.finalize(tmp_path / "c")
+    trees.assert_same(fp.load(tmp_path / "c"), {"a": {"b": X}})
 
 
 def test_every_conflict_is_told_in_one_error(tmp_path: Path) -> None:
@@ -197,6 +227,14 @@ def test_missing_rows_are_told_and_waited_for(tmp_path: Path) -> None:
     fp.save(tmp_path / "c", {"later": 1})
     assert set(handle.result(60).leaves) == {"w", "later"}
     trees.assert_same(fp.load(tmp_path / "c"), {"w": np.arange(6), "later": 1})
+
+
+@pytest.mark.parametrize("secs", [-1, math.nan])
+def test_timeout_below_zero_or_of_no_length_is_refused(tmp_path: Path, secs: float) -> None:
+    fp.save(tmp_path / "c", {"w": fp.Slice(X, 0, 6)}, options=QUICK)
+    for call in (fp.finalize, fp.finalize_async):
+        with pytest.raises(ValueError, match="timeout_secs"):
+            call(tmp_path / "c", timeout_secs=secs)
 
 
 def test_list_with_a_gap_is_refused_and_filled_later(tmp_path: Path) -> None:
