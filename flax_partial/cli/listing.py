@@ -1,6 +1,5 @@
 """What lies in a run's directory: its checkpoints and unfinished sessions."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +14,6 @@ from flax_partial.loading.catalog import is_finalized
 from flax_partial.storage import files, session_dir
 from flax_partial.storage.parts import part_names
 from flax_partial.storage.paths import CONTENTS, DELETED_SUFFIX, SESSION_SUFFIX, STATE
-
-# What `CheckpointManager` of Orbax keeps beside a checkpoint's tree.
-_ORBAX_METRICS = Path("metrics", "metrics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +142,7 @@ def _finalized(path: Path) -> Entry:
         written_at=described.committed_at,
         bytes=described.bytes,
         leaves=len(described.leaves),
-        metrics=_numbers(metadata.get("metrics") or _orbax_metrics(path)),
+        metrics=_numbers(metadata.get("metrics")),
         problem=None if is_whole else "_CHECKPOINT_METADATA or state/_METADATA is missing",
     )
 
@@ -185,13 +181,6 @@ def step_in_name(name: str) -> int | None:
     """Returns the step that a checkpoint or session is called by: 12 in `prefix_0000012`."""
     digits = name.removesuffix(SESSION_SUFFIX).rpartition("_")[2]
     return int(digits) if digits.isascii() and digits.isdecimal() else None
-
-
-def _orbax_metrics(path: Path) -> object:
-    try:
-        return json.loads(files.read(path / _ORBAX_METRICS) or b"{}")
-    except ValueError:
-        return {}
 
 
 def _numbers(metrics: object) -> dict[str, float]:
