@@ -453,8 +453,9 @@ def test_a_key_that_jax_does_not_know_is_said_so(checkpoint: Path) -> None:
     one["ext_metadata"]["random_key_impl"] = "dice"
     (checkpoint / PROCESS).write_text(json.dumps({"array_metadatas": [{"array_metadata": one}]}))
     assert fp.metadata(checkpoint).leaves["k"].dtype == "key<dice>"
-    with pytest.raises(fp.TargetMismatchError, match="'k' is no PRNG key that JAX knows"):
-        fp.load(checkpoint)
+    for sharding in ("default", "saved"):
+        with pytest.raises(fp.TargetMismatchError, match="'k' is no PRNG key that JAX knows"):
+            fp.load(checkpoint, sharding=sharding)
 
 
 def test_an_array_of_a_foreign_dtype_is_said_so(checkpoint: Path) -> None:
