@@ -13,8 +13,8 @@ from flax_partial.format.assembly import read_inline
 from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.model import Contents, Leaf, Region
 from flax_partial.format.tables import decode_contents
+from flax_partial.loading import catalog, orbax_reader
 from flax_partial.loading import data_reader as data_files
-from flax_partial.loading import orbax_reader
 from flax_partial.loading import target as placing
 from flax_partial.loading.orbax_reader import ONE_TREE, Composition
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
@@ -192,12 +192,13 @@ def _nothing_to_load(where: CheckpointPath) -> NoSessionError:
         return NoSessionError(
             f"{where.final} is not finalized: its parts are in {where.session}. Finalize it first."
         )
-    return NoSessionError(f"There is no checkpoint at {where.final}.")
+    meant = catalog.probably_meant(where.final)
+    return NoSessionError(f"There is no checkpoint at {where.final}.{meant}")
 
 
 def described(where: CheckpointPath, contents: Contents) -> CheckpointMetadata:
     """Returns the public description of a table of contents."""
-    leaves = {leaf.name: _describe_leaf(leaf) for leaf in contents.leaves}
+    leaves = {leaf.name: leaf for leaf in map(_describe_leaf, contents.leaves)}
     return CheckpointMetadata(
         path=where.final,
         leaves=leaves,

@@ -30,6 +30,9 @@ from flax_partial.storage.paths import CheckpointPath, PathLike
 
 _LOG = logging.getLogger("flax_partial")
 _NNX_VALUE = "value"
+_PARTIAL = "partial=True lets the target lack leaves"
+_KEEP_MISSING = "keep_missing=True lets the checkpoint lack leaves, which stay as they are"
+_CAST = "cast=True converts dtypes"
 _PIECE_BYTES = 96 << 20  # of a load that says how far it is
 
 
@@ -142,6 +145,7 @@ def _plan(
     by_name = {leaf.name: leaf for leaf in leaves}
     placements: list[Placement] = []
     problems: list[str] = []
+    ways_out: set[str] = set()
     found: set[str] = set()
     skipped: set[str] = set()
     for path, value in wanted:
@@ -151,30 +155,37 @@ def _plan(
             placement = placing.as_it_is(path, value)
         elif leaf is not None:
             found.add(leaf.name)
-            placement = placing.as_target(
-                leaf, _own_terms(leaf, value, as_sharded=as_sharded), cast=cast
-            )
+            target = _own_terms(leaf, value, as_sharded=as_sharded)
+            placement = placing.as_target(leaf, target, cast=cast)
+            if isinstance(placement, str) and _fits_by_cast(leaf, target):
+                ways_out.add(_CAST)
         elif keep_missing:
             placement = placing.as_it_is(path, value)
         else:
             placement = f"{path.name!r} is not in the checkpoint"
+            ways_out.add(_KEEP_MISSING)
         if isinstance(placement, str):
             problems.append(placement)
         else:
             placements.append(placement)
-    if not partial:
-        problems += [
-            f"{leaf.name!r} is not in the target"
-            for leaf in leaves
-            if leaf.name not in found and not _is_within(leaf, skipped)
-        ]
+    left_over = [
+        leaf.name
+        for leaf in leaves
+        if not partial and leaf.name not in found and not _is_within(leaf, skipped)
+    ]
+    problems += [f"{name!r} is not in the target" for name in left_over]
     if problems:
+        ways_out |= {_PARTIAL} if left_over else set()
+        hint = f" ({'; '.join(sorted(ways_out))})" if ways_out else ""
         raise TargetMismatchError(
-            f"The checkpoint does not fit the target in {len(problems)} places "
-            "(partial=True lets the target lack leaves, keep_missing=True lets the checkpoint lack "
-            "some, which stay as they are, cast=True converts dtypes):\n  " + "\n  ".join(problems)
+            f"The checkpoint does not fit the target in {len(problems)} places{hint}:\n  "
+            + "\n  ".join(problems)
         )
     return placements
+
+
+def _fits_by_cast(leaf: Leaf, value: Any) -> bool:
+    return not isinstance(placing.as_target(leaf, value, cast=True), str)
 
 
 def _own_terms(leaf: Leaf, target: Any, *, as_sharded: bool) -> Any:
