@@ -17,11 +17,12 @@ import jax
 from jax.profiler import TraceAnnotation
 
 import flax_partial as fp
-from flax_partial.callbacks import _leaves, _rows, _stacked
+from flax_partial.callbacks import _rows, _stacked
 from flax_partial.callbacks._claims import Claims
 from flax_partial.callbacks._reports import BlockedTime, CheckpointReport
 from flax_partial.callbacks._timeline import devices_of
 from flax_partial.runs import completeness
+from flax_partial.subtrees import joined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -219,7 +220,7 @@ class Checkpoint:
             with TraceAnnotation("flax_partial.save_async", group=group):
                 handle = fp.save_async(
                     self.path,
-                    _leaves.subtree(_stacked.cut(leaves)) if leaves else {},
+                    joined(_stacked.cut(leaves)) if leaves else {},
                     custom_metadata=self._metadata({"session": session}),
                     options=member.options,
                     reuse=self.before if member.reuse_unchanged else None,
@@ -238,13 +239,13 @@ class Checkpoint:
 
 
 def _bytes_of(leaf: Any) -> int:
-    """Returns what this process writes of a leaf, in bytes."""
+    """Returns about how much of a leaf this process writes, in bytes."""
     if isinstance(leaf, _rows.Row):
         count: int = math.prod(leaf.value.shape[axis] for axis in leaf.axes)
         return _bytes_of(leaf.value) // count
     if isinstance(leaf, fp.Slice):
         return _bytes_of(leaf.value)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        shards = leaf.addressable_shards
-        return sum(_bytes_of(shard.data) for shard in shards if shard.replica_id == 0)
+        devices: set[Any] = leaf.sharding.device_set
+        return leaf.nbytes // len({device.process_index for device in devices})
     return int(getattr(leaf, "nbytes", 0))

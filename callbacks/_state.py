@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 # Where most nodes of a tree come from: dicts and lists, and arrays.
 _NEVER_NNX = frozenset(("builtins", "numpy", "jaxlib._jax"))
 
-Progress = Callable[[int, int], None]
-"""Called with how many bytes of how many are read."""
-
 StateFn = Callable[[Any, Any], Any]
 """From trainer and module to the tree that is saved; NNX objects may stand in it."""
 
@@ -53,18 +50,23 @@ def pure(tree: Any) -> Any:
     return jax.tree.map(lambda node: _pure(nnx, node), tree, is_leaf=_is_nnx)
 
 
-def load(path: Path, target: Any, *, progress: Progress | None = None) -> Any:
+def load(path: Path, target: Any, **how: Any) -> Any:
     """Loads what `target` names; NNX objects in it are updated in place, and returned themselves.
+
+    Args:
+      path: The checkpoint.
+      target: What is wanted; None for everything.
+      **how: What else `fp.load` takes.
 
     Raises:
       TargetMismatchError: The checkpoint lacks a leaf of the target, or has it with another shape
         or dtype; nothing was updated.
     """
     if target is None:
-        return fp.load(path, progress=progress)
+        return fp.load(path, **how)
     if _is_nnx(target):
-        return load(path, {"params": target}, progress=progress)["params"]
-    loaded = fp.load(path, target=pure(target), partial=True, progress=progress)
+        return load(path, {"params": target}, **how)["params"]
+    loaded = fp.load(path, target=pure(target), partial=True, **how)
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return loaded

@@ -11,8 +11,10 @@ counts before or after it streams.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,10 +36,11 @@ if TYPE_CHECKING:
 
     from flax_partial.callbacks._claims import Claims
     from flax_partial.callbacks._groups import GroupBy
-    from flax_partial.callbacks._leaves import Leaves, Name
+    from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._metrics import OnMetrics
     from flax_partial.callbacks._reports import CheckpointReport
     from flax_partial.callbacks._stacked import Stacked
+    from flax_partial.subtrees import Name
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +151,12 @@ class PartialCheckpointCallback:
         self.directory = Path(directory)
         self.finalizer = finalizer or FinalizeHook()
         self._run = self.finalizer.runs.of(self.directory)
-        self._grouping = Grouping(group_by, stacked or {})
+        options = options or fp.SaveOptions()
+        if options.share_replicas is None:
+            options = replace(options, share_replicas=True)
+        self._grouping = Grouping(
+            group_by, stacked or {}, share_replicas=bool(options.share_replicas)
+        )
         self._state_fn = state_fn
         self._on_metrics = on_metrics
         self._save_on_exception = save_on_exception
@@ -338,7 +346,12 @@ class PartialCheckpointCallback:
         self._run.recover()
 
     def restore(
-        self, target: Any = None, *, which: Literal["latest", "best"] | int = "latest"
+        self,
+        target: Any = None,
+        *,
+        which: Literal["latest", "best"] | int = "latest",
+        restack: Mapping[fp.Stack | str, fp.Stack | str] | None = None,
+        renames: Mapping[str, str] | None = None,
     ) -> tuple[Any, int] | None:
         """Loads the newest or best checkpoint, or that of a step; recovers first.
 
@@ -351,6 +364,8 @@ class PartialCheckpointCallback:
             are updated in place; None for everything, as nested dicts and lists. What it lacks is
             not read: `{"params": params}` loads the parameters only, and so does an NNX module.
           which: "latest", "best" by `monitor` and `mode`, or a step.
+          restack: How the checkpoint stacks layers, to how the target does; as for `fp.load`.
+          renames: Names in the checkpoint, to those in the target; as for `fp.load`.
 
         Returns:
           The state and its step; None if there is no checkpoint yet.
@@ -360,6 +375,7 @@ class PartialCheckpointCallback:
           NoSessionError: There is no checkpoint of the step that `which` is.
           TargetMismatchError: The checkpoint does not fit `target`; nothing was updated.
         """
+        load = functools.partial(_state.load, target=target, restack=restack, renames=renames)
         self.recover()
         while True:
             step = _directory.choose(self.directory, self._member.retention, which)
@@ -368,7 +384,7 @@ class PartialCheckpointCallback:
                 return None
             self._run.finalizer.resume(step)
             try:
-                restored = self._load(self.directory / str(step), target)
+                restored = self._load(self.directory / str(step), load)
             except fp.NoSessionError:
                 if step in fp.steps(self.directory):
                     raise
@@ -376,11 +392,11 @@ class PartialCheckpointCallback:
             self._member.last_saved = step
             return restored, step
 
-    def _load(self, path: Path, target: Any) -> Any:
+    def _load(self, path: Path, load: Callable[..., Any]) -> Any:
         if not self._member.shows_progress:
-            return _state.load(path, target)
+            return load(path)
         with contextlib.closing(Bar("Loading a checkpoint")) as bar:
-            return _state.load(path, target, progress=bar.update)
+            return load(path, progress=bar.update)
 
     # How it saves.
 

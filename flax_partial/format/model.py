@@ -136,6 +136,8 @@ class Leaf(Struct, gc=False):
       data: Value of a bytes leaf.
       placeholder: Whether it is an empty container where other parts may hold something: it gives
         way to a leaf of its name, and to leaves inside of it.
+      writers: In the part of one of several processes that save a leaf together, which of them
+        write some of it, as ranges: the first, and the one after the last; empty in other parts.
     """
 
     path: KeyPath
@@ -152,6 +154,7 @@ class Leaf(Struct, gc=False):
     file: int = 0
     data: bytes = b""
     placeholder: bool = False
+    writers: tuple[tuple[Count, Count], ...] = ()
 
     @property
     def name(self) -> str:
@@ -209,6 +212,7 @@ class Leaf(Struct, gc=False):
             file,
             self.data,
             self.placeholder,
+            self.writers,
         )
 
     @property

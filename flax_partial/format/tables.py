@@ -60,6 +60,9 @@ _DATA_FILE = r"(p[0-9]{1,9}/)?[^/]+(/data\.[1-9][0-9]{0,8})?"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+_Process = Annotated[int, Meta(ge=0, le=2**32)]
+
+
 class _Row(Struct, gc=False, omit_defaults=True):
     """A leaf, as a table has it."""
 
@@ -78,6 +81,7 @@ class _Row(Struct, gc=False, omit_defaults=True):
     file: Count = 0
     compression: Compression | None = None
     sharding: Count | None = None
+    writers: tuple[tuple[_Process, _Process], ...] = ()
 
 
 class _Head(Struct, gc=False):
@@ -215,6 +219,7 @@ def _rows_of(leaves: Iterable[Leaf], shardings: _Shardings) -> tuple[_Row, ...]:
                 leaf.file,
                 leaf.compression,  # type: ignore[arg-type]
                 None if leaf.sharding is None else shardings.number_of(leaf.sharding),
+                leaf.writers,
             )
             for leaf in leaves
         ]
@@ -377,6 +382,7 @@ def _leaf_of(row: _Row, shardings: tuple[dict[str, Any], ...], need_places: bool
         row.boxes,
         row.runs,
         row.file,
+        writers=row.writers,
     )
 
 

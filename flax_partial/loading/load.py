@@ -5,21 +5,23 @@ that does not fit is told in one error, before any array data is read. Then only
 this process's devices hold are read.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jax import tree_util
 
-from flax_partial import collector
+from flax_partial import collector, leaf_types
 from flax_partial.errors import CorruptCheckpointError, TargetMismatchError
 from flax_partial.format import keypaths
 from flax_partial.format.keypaths import ATTRIBUTE, KeyPath
 from flax_partial.format.model import Leaf, Region
+from flax_partial.loading import shared_reads
 from flax_partial.loading import target as placing
+from flax_partial.loading.arrangement import Arrangement, Stack
 from flax_partial.loading.batches import region_bytes
 from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
-from flax_partial.loading.target import Placement
+from flax_partial.loading.restacked import Reading, as_placed
 from flax_partial.storage import checkpoint_dir, paths
 from flax_partial.storage.paths import CheckpointPath, PathLike
 
@@ -34,6 +36,9 @@ def load(
     partial: bool = False,
     keep_missing: bool = False,
     cast: bool = False,
+    restack: Mapping[Stack | str, Stack | str] | None = None,
+    renames: Mapping[str, str] | None = None,
+    share_reads: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """Reads a finalized checkpoint, ours or Orbax's, and checks the digests of what it reads.
@@ -41,11 +46,21 @@ def load(
     Args:
       path: The checkpoint.
       target: A pytree of what is wanted: arrays, `jax.ShapeDtypeStruct` (with or without sharding),
-        numbers, strings, None. Its leaves are found by their names, so that a dict, a dataclass and
-        a Flax state with the same keys are interchangeable. None reads everything.
+        `Slice` for some rows of a leaf, numbers, strings, None. Its leaves are found by their
+        names, so that a dict, a dataclass and a Flax state with the same keys are interchangeable.
+        None reads everything.
       partial: Whether `target` may lack leaves of the checkpoint; those are not read.
       keep_missing: Whether the checkpoint may lack leaves of `target`; those stay as they are.
       cast: Whether a dtype that differs is converted; an error otherwise.
+      restack: From how the checkpoint stacks layers to how the target does:
+        `{Stack("decoder.layers", (0, 1)): Stack("decoder.layers_{}")}`; a name with `{}` may stand
+        for its `Stack`. Of parameters and moments alike each device reads its own layers only.
+      renames: From keys that follow one another in the checkpoint's paths, joined with dots, to
+        what the target has there: `{"encoder.trunk": "encoder.body"}`; "" is the root. Of several
+        the longest that fits counts; the names in `restack` are what they are after that.
+      share_reads: Whether processes that want replicas of an array read a share of it each, and
+        hand it on by a collective: where the storage is slower than the network. Every process
+        that holds some of the target's arrays has to call this, with the same target.
       progress: Called in this thread, before the first and after each piece of some 100 MiB, with
         how many bytes of how many are read.
 
@@ -56,14 +71,26 @@ def load(
 
     Raises:
       NoSessionError: There is no finalized checkpoint at `path`.
-      TargetMismatchError: Target and checkpoint differ; it lists every difference.
+      TargetMismatchError: Target and checkpoint differ, or a name in `restack` or `renames` is
+        not in the target; it lists everything.
+      ValueError: There is no target, and `restack` or `renames`.
       CorruptCheckpointError: Data on disk is damaged; it names the leaves.
       OSError: The system refused to read it, which says nothing of the data.
     """
     where = paths.resolve(path)
+    if target is None and (restack or renames):
+        raise ValueError("restack and renames say where the target has something: pass a target.")
     with collector.paused(), checkpoint_dir.reading(where.final):
         return _load(
-            where, target, partial=partial, keep_missing=keep_missing, cast=cast, progress=progress
+            where,
+            target,
+            partial=partial,
+            keep_missing=keep_missing,
+            cast=cast,
+            restack=restack,
+            renames=renames,
+            share_reads=share_reads,
+            progress=progress,
         )
 
 
@@ -74,54 +101,70 @@ def _load(
     partial: bool,
     keep_missing: bool,
     cast: bool,
+    restack: Mapping[Stack | str, Stack | str] | None,
+    renames: Mapping[str, str] | None,
+    share_reads: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Any:
     checkpoint = open_checkpoint(where)
     if target is None:
-        placements = [placing.as_saved(leaf) for leaf in checkpoint.contents.leaves]
-        return _nested(checkpoint.contents.leaves, _read(checkpoint, placements, progress))
-    flat, structure = keypaths.flatten(target)
-    wanted = [(keypaths.from_jax(path), value) for path, value in flat]
-    placements = _plan(
-        checkpoint.contents.leaves, wanted, partial=partial, keep_missing=keep_missing, cast=cast
+        readings = [as_placed(placing.as_saved(leaf)) for leaf in checkpoint.contents.leaves]
+        return _nested(checkpoint.contents.leaves, _read(checkpoint, readings, progress))
+    keypaths.values_of(target)  # which says what JAX cannot flatten
+    flat, structure = keypaths.flatten(leaf_types.unwrapped(target))
+    spread = shared_reads.spread if share_reads else lambda value: value
+    wanted = [(keypaths.from_jax(path), spread(value)) for path, value in flat]
+    by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
+    arrangement = Arrangement(
+        restack, renames, [path for path, _ in wanted], lambda path: _find(path, by_name)
     )
-    return tree_util.tree_unflatten(structure, _read(checkpoint, placements, progress))
+    readings = _plan(
+        by_name, wanted, arrangement, partial=partial, keep_missing=keep_missing, cast=cast
+    )
+    values = _read(checkpoint, readings, progress)
+    if share_reads:
+        values = shared_reads.gathered(values, [value for _, value in flat])
+    return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, values))
 
 
 def _plan(
-    leaves: Sequence[Leaf],
+    names: Iterable[str],
     wanted: Sequence[tuple[KeyPath, Any]],
+    arrangement: Arrangement,
     *,
     partial: bool,
     keep_missing: bool,
     cast: bool,
-) -> list[Placement]:
-    by_name = {leaf.name: leaf for leaf in leaves}
-    placements: list[Placement] = []
+) -> list[Reading]:
+    readings: list[Reading] = []
     problems: list[str] = []
     found: set[str] = set()
     for path, value in wanted:
-        leaf = _find(path, by_name)
-        if leaf is not None:
-            found.add(leaf.name)
-            placement = placing.as_target(leaf, value, cast=cast)
+        source = arrangement.find(path, value)
+        if isinstance(source, str):
+            problems.append(source)
+            continue
+        if source is not None:
+            found.update(source.names)
+            planned = placing.as_target(source.leaf, value, cast=cast)
         elif keep_missing:
-            placement = placing.as_it_is(path, value)
+            planned = placing.as_it_is(path, value)
         else:
-            placement = f"{path.name!r} is not in the checkpoint"
-        if isinstance(placement, str):
-            problems.append(placement)
+            planned = f"{path.name!r} is not in the checkpoint{arrangement.said_of(path)}"
+        if isinstance(planned, str):
+            problems.append(planned)
         else:
-            placements.append(placement)
+            readings.append(as_placed(planned) if source is None else source.reading(planned))
+    problems += arrangement.unused()
     if not partial:
-        problems += [f"{name!r} is not in the target" for name in by_name if name not in found]
+        problems += [f"{name!r} is not in the target" for name in names if name not in found]
     if problems:
         raise TargetMismatchError(
             f"The checkpoint does not fit the target in {len(problems)} places "
             "(partial=True lets the target lack leaves, keep_missing=True lets the checkpoint lack "
             "some, which stay as they are, cast=True converts dtypes):\n  " + "\n  ".join(problems)
         )
-    return placements
+    return readings
 
 
 def _find(path: KeyPath, by_name: Mapping[str, Leaf]) -> Leaf | None:
@@ -141,11 +184,11 @@ def _find(path: KeyPath, by_name: Mapping[str, Leaf]) -> Leaf | None:
 
 def _read(
     checkpoint: Checkpoint,
-    placements: Sequence[Placement],
+    readings: Sequence[Reading],
     progress: Callable[[int, int], None] | None,
 ) -> list[Any]:
-    """Reads the boxes of all placements, in pieces if progress is told, and builds the leaves."""
-    regions = [(one.leaf, *box) for one in placements for box in one.boxes]
+    """Reads all that is wanted, in pieces if progress is told, and builds the leaves."""
+    regions = [region for one in readings for region in one.regions]
     if progress is None:
         outcomes = checkpoint.read(regions)
     else:
@@ -157,7 +200,7 @@ def _read(
     if errors:
         raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
     data: Iterator[Any] = iter(outcomes)
-    values = [one.build(one.leaf, [next(data) for _ in one.boxes]) for one in placements]
+    values = [one.build([next(data) for _ in one.regions]) for one in readings]
     return placing.put_on_devices(values)
 
 

@@ -6,7 +6,6 @@ only compares each leaf's type, shape, dtype and sharding.
 """
 
 import math
-import operator
 import re
 import threading
 import weakref
@@ -14,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, Sharding, SingleDeviceSharding
 from msgspec import Struct
 
+from flax_partial import leaf_types
 from flax_partial.distributed import agreement
 from flax_partial.errors import UnsupportedLeafError
 from flax_partial.format import keypaths
@@ -29,38 +30,15 @@ from flax_partial.format import model as kinds
 from flax_partial.format.chunks import Shape, choose_chunk_shape
 from flax_partial.format.keypaths import KeyPath, is_leaf
 from flax_partial.format.model import STORABLE_DTYPES, Box, Leaf
+from flax_partial.format.slices import Rows, Slice, SliceError, moved, rows_of, whole_shape
+from flax_partial.saving.shares import Shares, shares_of
 
 Source = np.ndarray | jax.Array
-_How = tuple[int, str | None]
-"""Wanted size of a chunk, in bytes; the chunks' codec."""
+_How = tuple[int, str | None, bool]
+"""Wanted size of a chunk, in bytes; the chunks' codec; whether processes share replicas."""
 
 _MOST_KNOWN_LEAVES = 1 << 17  # of the trees whose description is remembered, beside the last
 _MOST_KNOWN_TREES = 1 << 9
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Rows of a leaf that is saved piece by piece, such as one layer of a stacked `[layers, ...]`.
-
-    On disk, and when loaded, the leaf is one ordinary array. Where it is cut along several axes,
-    `start`, `size` and `axis` are tuples, an item for each: `Slice(x, (2, 0), (4, 3), (0, 1))` is
-    stage 0 of repeat 2 of a `[repeats=4, stages=3, ...]`. All pieces of a leaf are cut along the
-    same axes.
-
-    Attributes:
-      value: `jax.Array` or `np.ndarray`; holds rows `start : start + value.shape[axis]`.
-      start: First row that `value` holds.
-      size: Number of rows of the whole leaf.
-      axis: The axis that is cut; negative counts from the end.
-      sharding: That of the whole leaf, where `value` was cut out of its shards: Orbax restores the
-        leaf as it was. None if it has none, and `value`'s own is as good.
-    """
-
-    value: Any
-    start: int | tuple[int, ...]
-    size: int | tuple[int, ...]
-    axis: int | tuple[int, ...] = 0
-    sharding: Sharding | None = None
 
 
 @dataclass(slots=True)
@@ -158,7 +136,12 @@ _known_trees = _KnownTrees()
 
 
 def describe(
-    state: Any, *, chunk_bytes: int, compression: str | None, remember: bool = False
+    state: Any,
+    *,
+    chunk_bytes: int,
+    compression: str | None,
+    share_replicas: bool = False,
+    remember: bool = False,
 ) -> Described:
     """Says how a state is stored.
 
@@ -166,13 +149,18 @@ def describe(
       state: Any pytree of what can be saved.
       chunk_bytes: Wanted size of a chunk, in bytes.
       compression: Codec of the chunks.
+      share_replicas: Whether all processes that hold replicas of an array save it, each its share;
+        else the process of replica 0 saves it.
       remember: Whether to refer to arrays that live on, weakly.
 
     Raises:
       UnsupportedLeafError: No checkpoint can hold some leaf or key.
     """
     values, structure = keypaths.values_of(state)
-    how = chunk_bytes, compression
+    if leaf_types.are_registered():
+        state = leaf_types.unwrapped(state)
+        values, structure = keypaths.values_of(state)
+    how = chunk_bytes, compression, share_replicas
     key = _keys_on_the_way(structure), structure, how, agreement.count()
     tree = _known_trees.get(key)
     if tree is None or (tree.text and tree.text != str(structure)):
@@ -259,7 +247,7 @@ def _add(
     how: _How,
 ) -> _Template:
     """Describes a leaf; returns what is to be remembered of it."""
-    leaf, sources = _describe(path, value, *how)
+    leaf, sources = _describe(path, value, how)
     size = sum(source.nbytes for source in sources)
     described.leaves.append(leaf)
     described.sources.append(sources)
@@ -271,16 +259,37 @@ def _add(
         template.value_type, template.shape, template.dtype = type(value), value.shape, value.dtype
         template.sharding = value.sharding
         if not isinstance(value.sharding, SingleDeviceSharding):
-            template.shards = tuple(
-                number
-                for number, shard in enumerate(value.addressable_shards)
-                if shard.replica_id == 0
-            )
+            template.shards = _shards_written(path, value, how)
+            if template.shards is None:
+                template.value_type = None
     return template
 
 
+def _shards_written(path: KeyPath, value: jax.Array, how: _How) -> tuple[int, ...] | None:
+    """Positions of the shards that this process writes; None where it writes pieces of them."""
+    shares = _shares_of(path, value, how)
+    if shares is None:
+        shards = enumerate(value.addressable_shards)
+        return tuple(number for number, shard in shards if shard.replica_id == 0)
+    if not all(piece.is_whole for piece in shares.pieces):
+        return None
+    return tuple(piece.shard for piece in shares.pieces)
+
+
+def _shares_of(
+    path: KeyPath, value: object, how: _How, rows: Mapping[int, Rows] = MappingProxyType({})
+) -> Shares | None:
+    """What this process writes of an array whose replicas processes share, if they do."""
+    if not (how[2] and isinstance(value, jax.Array)):
+        return None
+    start = moved((0,) * value.ndim, rows)
+    return shares_of(value, path.name, rows_at=start, pinned=frozenset(rows), chunk_bytes=how[0])
+
+
 def _describe(
-    path: KeyPath, value: object, chunk_bytes: int, compression: str | None
+    path: KeyPath,
+    value: object,
+    how: _How,
 ) -> tuple[Leaf, Sequence[Source]]:
     if isinstance(value, str):  # np.str_ too
         _require_utf8(path, value)
@@ -288,7 +297,7 @@ def _describe(
     if isinstance(value, bytes):  # np.bytes_ too
         return Leaf(path, kinds.BYTES, data=bytes(value)), ()
     if isinstance(value, (jax.Array, np.ndarray, np.generic, Slice)):
-        return _describe_array(path, value, chunk_bytes, compression)
+        return _describe_array(path, value, how)
     if isinstance(value, (bool, int, float, complex)):
         return _describe_scalar(path, value)
     if value is None:
@@ -298,8 +307,7 @@ def _describe(
     raise _unsupported(
         path,
         f"is a {type(value).__module__}.{type(value).__qualname__}",
-        "Leaves are arrays, numbers, strings, bytes and None; convert it, for example with "
-        "np.asarray(), or leave it out.",
+        leaf_types.advice(value),
     )
 
 
@@ -340,9 +348,8 @@ def _scalar_array(value: complex) -> np.ndarray:
     return np.array(value, np.float64 if isinstance(value, float) else np.complex128)
 
 
-def _describe_array(
-    path: KeyPath, value: Any, chunk_bytes: int, compression: str | None
-) -> tuple[Leaf, Sequence[Source]]:
+def _describe_array(path: KeyPath, value: Any, how: _How) -> tuple[Leaf, Sequence[Source]]:
+    chunk_bytes, compression, _ = how
     cut = None
     if isinstance(value, Slice):
         cut, value = value, value.value
@@ -366,11 +373,12 @@ def _describe_array(
             path, f"has {value.ndim} axes, more than {kinds.MOST_AXES}", "Reshape it to fewer."
         )
     rows = {} if cut is None else _rows_of(path, value.shape, cut, rank)
-    shape = _whole(value.shape, rows)
+    shape = whole_shape(value.shape, rows)
     if math.prod(size or 1 for size in shape) * value.dtype.itemsize > kinds.MOST_BYTES:
         raise _unsupported(path, f"is of shape {list(shape)}", "No array can be as large.")
     axes = frozenset(rows)
-    placed, unit, sharding = _boxes(value, axes)
+    shares = _shares_of(path, value, how, rows)
+    placed, unit, sharding = _boxes(value, axes, shares)
     if cut is not None and cut.sharding is not None:
         _require_devices(path, cut.sharding)
         sharding = _sharding_json(cut.sharding, frozenset())
@@ -393,7 +401,8 @@ def _describe_array(
         compression=compression,
         sharding=sharding,
         text=text,
-        boxes=tuple(Box(_moved(start, rows), source.shape) for start, source in placed),
+        boxes=tuple(Box(moved(start, rows), source.shape) for start, source in placed),
+        writers=() if shares is None else shares.writers,
     )
     return leaf, tuple(source for _, source in placed)
 
@@ -435,74 +444,26 @@ def _require_devices(path: KeyPath, sharding: object) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Where a piece lies along an axis that is cut: its first row, of how many."""
-
-    start: int
-    size: int
-
-
-def _rows_of(path: KeyPath, shape: Shape, cut: Slice, rank: int) -> dict[int, _Rows]:
-    """Returns where a piece of that shape lies, by axis, each one of the leaf's first `rank`."""
-    rows = _rows_given(cut, rank)
-    if not rows:
-        raise _unsupported(
-            path,
-            f"is a Slice with start={cut.start!r}, size={cut.size!r}, axis={cut.axis!r} of an "
-            f"array of shape {shape}",
-            "start and size are integers, and axis is one of the array's; or all three are tuples "
-            "of the same length, of different axes.",
-        )
-    for axis, held in rows.items():
-        if held.start < 0 or held.start + shape[axis] > held.size or not shape[axis]:
-            raise _unsupported(
-                path,
-                f"is a Slice of rows {held.start} to {held.start + shape[axis]} of {held.size} "
-                f"along axis {axis}",
-                "Give at least one row, all of them inside the leaf.",
-            )
-    return rows
-
-
-def _rows_given(cut: Slice, rank: int) -> dict[int, _Rows]:
-    """What a slice says, by axis; nothing if it makes no sense."""
+def _rows_of(path: KeyPath, shape: Shape, cut: Slice, rank: int) -> dict[int, Rows]:
     try:
-        starts, sizes, given = map(_integers, (cut.start, cut.size, cut.axis))
-        axes = [range(rank)[axis] for axis in given]
-    except (TypeError, IndexError):
-        return {}
-    if not len(set(axes)) == len(axes) == len(starts) == len(sizes):
-        return {}
-    return dict(zip(axes, map(_Rows, starts, sizes), strict=True))
-
-
-def _integers(given: int | tuple[int, ...]) -> list[int]:
-    return [*map(operator.index, given if isinstance(given, tuple) else (given,))]
-
-
-def _whole(shape: Shape, rows: Mapping[int, _Rows]) -> Shape:
-    if not rows:
-        return shape
-    return tuple(rows[axis].size if axis in rows else size for axis, size in enumerate(shape))
-
-
-def _moved(start: Shape, rows: Mapping[int, _Rows]) -> Shape:
-    if not rows:
-        return start
-    return tuple(at + rows[axis].start if axis in rows else at for axis, at in enumerate(start))
+        return rows_of(cut, shape, rank)
+    except SliceError as error:
+        raise _unsupported(path, error.what, error.way_out) from error
 
 
 def _boxes(
-    value: Source, axes: frozenset[int]
+    value: Source, axes: frozenset[int], shares: Shares | None
 ) -> tuple[list[tuple[Shape, Source]], Shape, dict[str, Any] | None]:
-    """Returns the boxes to write, each its start and data; the shape of a shard; the sharding."""
+    """Returns the boxes to write, each its start and data; that of the smallest; the sharding."""
     origin = (0,) * value.ndim
     if isinstance(value, np.ndarray):
         return [(origin, value)], value.shape, None
     sharding = value.sharding
     if isinstance(sharding, SingleDeviceSharding):
         return [(origin, value)], value.shape, _sharding_json(sharding, axes)
+    if shares is not None:
+        shared = [(piece.start, piece.data_of(value)) for piece in shares.pieces]
+        return shared, shares.unit, _sharding_json(sharding, axes)
     shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
     placed = [(tuple(cut.start or 0 for cut in shard.index), shard.data) for shard in shards]
     return placed, sharding.shard_shape(value.shape), _sharding_json(sharding, axes)
