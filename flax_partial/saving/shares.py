@@ -19,9 +19,9 @@ from flax_partial import cutting
 from flax_partial.distributed import agreement
 from flax_partial.format.chunks import Shape, slices
 
-# A box is cut into so many pieces of at least so many bytes, and into more of at least a quarter of
-# a chunk: each is one in the tables, which finalize reads all.
-_FEW_PIECES = 16
+# Up to so many processes have a piece each, of at least so many bytes; of more of them some have,
+# of at least a quarter of a chunk: each piece is one in the tables, all of which finalize reads.
+_FEW_PROCESSES = 16
 _LEAST_BYTES = 16 * 1024
 _EVEN = 1.05  # how much larger than others the largest piece may be
 
@@ -146,8 +146,8 @@ class _Cut:
 
 def _count_pieces(most: int, box_bytes: int, chunk_bytes: int) -> int:
     """Into how many pieces to cut a box that at most so many processes hold."""
-    few = min(_FEW_PIECES, box_bytes // _LEAST_BYTES)
-    return max(1, min(most, max(few, 4 * box_bytes // chunk_bytes)))
+    least_bytes = _LEAST_BYTES if most <= _FEW_PROCESSES else max(chunk_bytes // 4, 1)
+    return max(1, min(most, box_bytes // least_bytes))
 
 
 @lru_cache(maxsize=4096)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def test_parts_of_thousands_of_processes_are_one_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "c"
     _, chunks = many_processes.make_session(path, 2500, 300)
-    assert chunks == 90 * 8 * 16 + 210
+    assert chunks == 90 * 8 * 4 + 210
     done = fp.finalize(path)
     assert len(done.leaves) == 300 + 1
     assert done.bytes == 90 * (16 << 20) + 210 * (16 << 10) + 8
