@@ -86,11 +86,10 @@ def shares_of(
         many there are.
       chunk_bytes: Wanted size of a chunk, in bytes.
     """
-    if isinstance(array.sharding, SingleDeviceSharding) or not array.size:
+    if agreement.count() == 1 or isinstance(array.sharding, SingleDeviceSharding):
         return None
-    holders = _holders(array.sharding, array.shape)
-    most = max(map(len, holders.values()))
-    if most == 1:
+    holders, most, lowest = _holders(array.sharding, array.shape)
+    if most == 1 or not array.size:
         return None
     box = array.sharding.shard_shape(array.shape)
     row_sizes = (size for axis, size in enumerate(box) if axis not in pinned)
@@ -109,7 +108,7 @@ def shares_of(
         if turn:
             pieces.append(_piece(number, start, box, cut, turn))
     writers: set[int] = set()
-    if agreement.index() in (0, min(map(min, holders.values()))):
+    if agreement.index() in (0, lowest):
         for start, processes in holders.items():
             text = _text(name, start, rows_at)
             writers.update(_writers(processes, cut.pieces, text))
@@ -122,13 +121,17 @@ def _text(name: str, start: Shape, rows_at: Shape) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _holders(sharding: Sharding, shape: Shape) -> dict[Shape, tuple[int, ...]]:
-    """Returns the processes that hold each box, ascending, by its start."""
+def _holders(sharding: Sharding, shape: Shape) -> tuple[dict[Shape, tuple[int, ...]], int, int]:
+    """Returns the processes that hold each box, ascending, by its start.
+
+    And how many hold one at most, and the lowest process of all.
+    """
     found: dict[Shape, set[int]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
         start = tuple(cut.start or 0 for cut in index or ())
         found.setdefault(start, set()).add(_process_of(device))
-    return {start: tuple(sorted(processes)) for start, processes in found.items()}
+    holders = {start: tuple(sorted(processes)) for start, processes in found.items()}
+    return holders, max(map(len, holders.values())), min(map(min, holders.values()))
 
 
 def _process_of(device: Any) -> int:
