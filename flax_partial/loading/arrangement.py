@@ -245,7 +245,7 @@ def _found(keys: Sequence[str], texts: tuple[str, ...]) -> tuple[_Where, int] | 
 
 
 def _kinds_around(path: KeyPath, before: Sequence[str], after: Sequence[str]) -> tuple[str, str]:
-    return path.kinds[: len(before)], path.kinds[len(path.kinds) - len(after) :]
+    return path.key_kinds[: len(before)], path.key_kinds[len(path.key_kinds) - len(after) :]
 
 
 def _rank(leaf: Leaf) -> int:
@@ -290,7 +290,9 @@ def _as_wanted(
     whole = tuple(shape[axis] if axis in axes else next(rest) for axis in range(rank))
     is_number = stored.kind in (kinds.SCALAR, kinds.NUMPY_SCALAR)
     kind = kinds.JAX_ARRAY if is_number else stored.kind
-    return structs.replace(stored, path=path, shape=whole, kind=kind)
+    return structs.replace(
+        stored, texts=path.texts, key_kinds=path.key_kinds, shape=whole, kind=kind
+    )
 
 
 def _misfit(path: KeyPath, shape: Shape, stored: Leaf) -> str:

@@ -6,6 +6,7 @@ this process's devices hold are read.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from flax_partial.format.model import Leaf, Region
 from flax_partial.loading import shared_reads
 from flax_partial.loading import target as placing
 from flax_partial.loading.arrangement import Arrangement, Stack
-from flax_partial.loading.batches import region_bytes
+from flax_partial.loading.batches import MOST_REGIONS, batched, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
 from flax_partial.loading.restacked import Reading, as_placed
 from flax_partial.storage import checkpoint_dir, paths
@@ -111,25 +112,27 @@ def _load(
         readings = [as_placed(placing.as_saved(leaf)) for leaf in checkpoint.contents.leaves]
         return _nested(checkpoint.contents.leaves, _read(checkpoint, readings, progress))
     keypaths.values_of(target)  # which says what JAX cannot flatten
-    flat, structure = keypaths.flatten(leaf_types.unwrapped(target))
-    spread = shared_reads.spread if share_reads else lambda value: value
-    wanted = [(keypaths.from_jax(path), spread(value)) for path, value in flat]
+    key_paths, values, structure = keypaths.flatten(leaf_types.unwrapped(target))
+    wanted = map(shared_reads.spread, values) if share_reads else values
     by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
-    arrangement = Arrangement(
-        restack, renames, [path for path, _ in wanted], lambda path: _find(path, by_name)
-    )
+    arrangement = Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name))
     readings = _plan(
-        by_name, wanted, arrangement, partial=partial, keep_missing=keep_missing, cast=cast
+        by_name,
+        zip(key_paths, wanted, strict=True),
+        arrangement,
+        partial=partial,
+        keep_missing=keep_missing,
+        cast=cast,
     )
-    values = _read(checkpoint, readings, progress)
+    loaded = _read(checkpoint, readings, progress)
     if share_reads:
-        values = shared_reads.gathered(values, [value for _, value in flat])
-    return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, values))
+        loaded = shared_reads.gathered(loaded, values)
+    return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, loaded))
 
 
 def _plan(
     names: Iterable[str],
-    wanted: Sequence[tuple[KeyPath, Any]],
+    wanted: Iterable[tuple[KeyPath, Any]],
     arrangement: Arrangement,
     *,
     partial: bool,
@@ -173,11 +176,11 @@ def _find(path: KeyPath, by_name: Mapping[str, Leaf]) -> Leaf | None:
     What NNX flattens has it (`params.kernel.value`), its pure dicts and the callback's do not.
     """
     leaf = by_name.get(path.name)
-    if leaf is None and path.texts[-1:] == (_NNX_VALUE,) and path.kinds[-1] == ATTRIBUTE:
+    if leaf is None and path.texts[-1:] == (_NNX_VALUE,) and path.key_kinds[-1] == ATTRIBUTE:
         return by_name.get(path.name.removesuffix(f".{_NNX_VALUE}"))
     if leaf is None:
         leaf = by_name.get(f"{path.name}.{_NNX_VALUE}")
-        is_variable = leaf is not None and leaf.path.kinds[-1] == ATTRIBUTE
+        is_variable = leaf is not None and leaf.key_kinds[-1] == ATTRIBUTE
         return leaf if is_variable else None
     return leaf
 
@@ -187,39 +190,52 @@ def _read(
     readings: Sequence[Reading],
     progress: Callable[[int, int], None] | None,
 ) -> list[Any]:
-    """Reads all that is wanted, in pieces if progress is told, and builds the leaves."""
-    regions = [region for one in readings for region in one.regions]
-    if progress is None:
-        outcomes = checkpoint.read(regions)
-    else:
-        outcomes = _read_in_pieces(checkpoint, regions, progress)
-    errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    """Reads all that is wanted, and builds the leaves: some at a time."""
+    data = _read_boxes(checkpoint, readings, progress)
+    values: list[Any] = []
+    errors: list[Exception] = []
+    for first in range(0, len(readings), MOST_REGIONS):
+        built = []
+        for one in readings[first : first + MOST_REGIONS]:
+            outcomes = [next(data) for _ in one.regions]
+            boxes = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+            if len(boxes) < len(outcomes):
+                errors += [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+            elif not errors:
+                built.append(one.build(boxes))
+        values += placing.put_on_devices(built)
     for error in errors:
         if isinstance(error, OSError):
             raise error
     if errors:
         raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
-    data: Iterator[Any] = iter(outcomes)
-    values = [one.build([next(data) for _ in one.regions]) for one in readings]
-    return placing.put_on_devices(values)
+    return values
 
 
-def _read_in_pieces(
-    checkpoint: Checkpoint, regions: Sequence[Region], progress: Callable[[int, int], None]
-) -> list[np.ndarray | Exception]:
-    sizes = [*map(region_bytes, regions)]
-    outcomes: list[np.ndarray | Exception] = []
-    done, total = 0, sum(sizes)
-    while len(outcomes) < len(regions):
-        progress(done, total)
-        first = end = len(outcomes)
-        piece_end = done + _PIECE_BYTES
-        while end < len(regions) and (end == first or done + sizes[end] <= piece_end):
-            done += sizes[end]
-            end += 1
-        outcomes += checkpoint.read(regions[first:end])
+def _read_boxes(
+    checkpoint: Checkpoint,
+    readings: Sequence[Reading],
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[np.ndarray | Exception]:
+    """Returns what is read of each box; a batch is read when the first of it is wanted."""
+    if progress is None:
+        return chain.from_iterable(map(checkpoint.read, batched(_regions(readings))))
+    total = sum(map(region_bytes, _regions(readings)))
+    done = 0
     progress(done, total)
-    return outcomes
+
+    def read(batch: Sequence[Region]) -> Sequence[np.ndarray | Exception]:
+        nonlocal done
+        outcomes = checkpoint.read(batch)
+        done += sum(map(region_bytes, batch))
+        progress(done, total)
+        return outcomes
+
+    return chain.from_iterable(map(read, batched(_regions(readings), most_bytes=_PIECE_BYTES)))
+
+
+def _regions(readings: Iterable[Reading]) -> Iterator[Region]:
+    return (region for one in readings for region in one.regions)
 
 
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
@@ -230,7 +246,7 @@ def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
     lists: list[tuple[dict[Any, Any], Any]] = []
     for leaf, value in zip(leaves, values, strict=True):
         node, key = root, None
-        for text, kind in zip(leaf.path.texts, leaf.path.kinds, strict=True):
+        for text, kind in zip(leaf.texts, leaf.key_kinds, strict=True):
             if key not in node:
                 inner: dict[Any, Any] = {}
                 node[key] = inner

@@ -34,7 +34,6 @@ from jax._src.lib import _jax
 import flax_partial as fp
 from flax_partial.distributed.jax_service import Service, serving
 from flax_partial.format.chunks import choose_chunk_shape, chunk_counts
-from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.model import Box, Leaf, Part, part_path
 from flax_partial.format.tables import encode_part
 from flax_partial.saving.shares import _count_pieces, _cut, _ranges, _text, _turn, _writers
@@ -149,14 +148,14 @@ def deal(number: int, written: list[Written]) -> int:
                 Box((start[0] + first, *start[1:]), held, digests, places)
             )
             total += count
-    path = KeyPath(texts, "d" * len(texts))
     for process in {0, *boxes}:
         leaf = Leaf(
-            path,
+            texts,
+            "d" * len(texts),
             "jax.Array",
-            dtype,
-            shape,
-            chunk,
+            dtype=dtype,
+            shape=shape,
+            chunk=chunk,
             boxes=tuple(boxes.get(process, ())),
             writers=() if process else _ranges(sorted(writers)),
         )
