@@ -7,6 +7,7 @@ The first error decides: nothing more is saved then, and the checkpoint is never
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import threading
 import time
@@ -179,7 +180,34 @@ class Checkpoint:
             self._agree(fail, timeout_secs=0)
 
     def _agree(self, ready: Callable[[], list[str]], timeout_secs: float) -> None:
-        fp.agree(self._subject, ready=ready, act=self._commit, timeout_secs=timeout_secs)
+        """Finalizes once all processes are ready, each of which knows the names of its leaves.
+
+        Thousands of processes may have a hundred thousand names each, and all the same ones: of
+        those that have the same, one says which.
+        """
+        names: list[str] = []
+
+        def digest_of_names() -> str:
+            names[:] = ready()
+            return hashlib.sha256("\0".join(names).encode(errors="surrogatepass")).hexdigest()
+
+        def commit_or_ask(digests: Mapping[int, str]) -> list[int]:
+            first = {digests[process]: process for process in sorted(digests, reverse=True)}
+            if len(first) > 1:
+                return sorted(first.values())
+            self._commit({jax.process_index(): names})
+            return []
+
+        asked: list[int] = fp.agree(
+            self._subject, ready=digest_of_names, act=commit_or_ask, timeout_secs=timeout_secs
+        )
+        if asked:
+            fp.agree(
+                f"{self._subject} names",
+                ready=lambda: names if jax.process_index() in asked else [],
+                act=self._commit,
+                timeout_secs=timeout_secs,
+            )
 
     def _commit(self, names: Mapping[int, Sequence[str]]) -> None:
         """Finalizes what all processes have saved, given the names of their leaves."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -582,16 +582,20 @@ def test_array_that_its_own_process_did_not_save_is_missing(two: Cluster, tmp_pa
 # A framework's own arrays, which some stages hold.
 
 
+def merged(found: Iterable[dict[str, str]]) -> dict[str, str]:
+    """What all processes have found."""
+    return {name: bits for of_one in found for name, bits in of_one.items()}
+
+
 @pytest.mark.parametrize("has_callback", [False, True], ids=["", "by the callback"])
 def test_arrays_of_stages_are_restored_into_fewer_and_train_on_bit_for_bit(
     four: Cluster, two: Cluster, tmp_path: Path, *, has_callback: bool
 ) -> None:
-    found = [
-        cluster.call(call, tmp_path, stages, has_callback=has_callback)
-        for cluster, call, stages in ((four, "train_stages", 4), (two, "resume_stages", 2))
-    ]
-    found.append([mpmd.resume_stages(tmp_path, 1, has_callback=has_callback)])
-    after = [{name: bits for of_one in each for name, bits in of_one.items()} for each in found]
-    assert len(after[0]) == 1 + 2 * 2 * (1 + 2 * mpmd.LAYERS)
-    assert after[1] == after[2] == after[0]
+    how = {"has_callback": has_callback}
+    of_four = four.call("train_stages", tmp_path, 4, **how)
+    of_two = two.call("resume_stages", tmp_path, 2, 2, **how)  # and saves its third step
+    assert merged(of_two) == merged(third for third, _ in of_four)
+    assert len(merged(of_two)) == 1 + 2 * 2 * (1 + 2 * mpmd.LAYERS)
+    last = mpmd.resume_stages(tmp_path, 3, 1, **how)
+    assert last == merged(fourth for _, fourth in of_four)
     assert fp.verify(tmp_path / "2").ok

@@ -162,16 +162,27 @@ def _digests(state: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def train_stages(directory: Path, stages: int, *, has_callback: bool) -> dict[str, str]:
-    """Two steps, a save while the state is donated to the third; what that one makes of it."""
+def train_stages(directory: Path, stages: int, *, has_callback: bool) -> list[dict[str, str]]:
+    """Four steps, of which the second is saved while its state is donated to the third.
+
+    Returns:
+      What the third and the fourth step made of it.
+    """
     _register_once()
     state = _step(_step(_initial(stages)))
-    if not has_callback:
+    if has_callback:
+        state = _saved_by_callback(directory, state)
+    else:
         saved = fp.save_async(directory / "2", state, options=QUICK)
         state = _step(state)
         saved.result()
         fp.finalize(directory / "2")
-        return _digests(state)
+    third = _digests(state)
+    return [third, _digests(_step(state))]
+
+
+def _saved_by_callback(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Saves a second step by the callback, while its state is donated to the third."""
     callback, loop = _callback(directory), trainer(state=state)
     callback.on_fit_start(loop, None)
     loop.global_step = 2
@@ -179,19 +190,22 @@ def train_stages(directory: Path, stages: int, *, has_callback: bool) -> dict[st
     state = _step(state)
     callback.on_train_epoch_end(loop, None)
     callback.on_train_end(loop, None)
-    return _digests(state)
+    return state
 
 
-def resume_stages(directory: Path, stages: int, *, has_callback: bool) -> dict[str, str]:
-    """What the third step makes of the state that was saved after two, by whatever stages."""
+def resume_stages(directory: Path, step: int, stages: int, *, has_callback: bool) -> dict[str, str]:
+    """What the next step makes of a state that any stages saved; it is saved, too."""
     _register_once()
     target = _initial(stages)
-    if not has_callback:
-        return _digests(_step(fp.load(directory / "2", target)))
-    restored = _callback(directory).restore(target)
-    assert restored is not None
-    assert restored[1] == 2
-    return _digests(_step(restored[0]))
+    if has_callback:
+        restored = _callback(directory).restore(target, which=step)
+        assert restored is not None
+        state = _step(restored[0])
+    else:
+        state = _step(fp.load(directory / str(step), target))
+    fp.save(directory / str(step + 1), state, options=QUICK)
+    fp.finalize(directory / str(step + 1))
+    return _digests(state)
 
 
 def _callback(directory: Path) -> PartialCheckpointCallback:
