@@ -94,9 +94,12 @@ def _flatten_with_room(tree: Any, *, frames: int = 24) -> tuple[list[Any], tree_
     try:
         return tree_util.tree_flatten(tree)
     except (RecursionError, SystemError) as error:
+        way_out = "Make it flatter."
+        if sys.version_info < (3, 12):  # later versions bound the depth of C code by themselves
+            limit = sys.getrecursionlimit()
+            way_out = f"Make it flatter, or raise Python's recursion limit, which is {limit}."
         raise UnsupportedLeafError(
-            "This tree is nested in itself, or deeper than JAX can flatten within Python's "
-            f"recursion limit of {sys.getrecursionlimit()}. Make it flatter, or raise the limit."
+            f"This tree is nested in itself, or deeper than JAX can flatten. {way_out}"
         ) from error
 
 
