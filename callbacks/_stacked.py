@@ -112,10 +112,8 @@ def _axes(
     Stacked are the leaves that `stacked` names, and those that end as the path of one of them does,
     from the last key of that name on at least, and have as many rows, as Optax's moments.
     """
-    values = {_leaves.texts(path): value for path, value in leaves}
-    named = _named(values, stacked)
+    values, named, followed = _matched(leaves, stacked)
     found = {names: axes for names, axes in named.items() if axes is not None}
-    followed = _followed(values, found, stacked)
     return found | {
         names: found[model]
         for names, model in followed.items()
@@ -125,23 +123,35 @@ def _axes(
 
 def not_cut(leaves: _leaves.Leaves, stacked: Mapping[str, Axes]) -> list[str]:
     """Says what is saved whole, and was meant to be cut, as far as one can tell."""
-    values = {_leaves.texts(path): value for path, value in leaves}
-    named = _named(values, stacked)
-    found = {names: axes for names, axes in named.items() if axes is not None}
-    cut_stacks = {_leaves.innermost(names, stacked) for names in found}
-    whole_stacks = {_leaves.innermost(names, stacked) for names in named} - cut_stacks
+    if not stacked:
+        return []
+    values, named, followed = _matched(leaves, stacked)
+    can_be_cut: dict[str, bool] = {}
+    for names, axes in named.items():
+        stack = _leaves.innermost(names, stacked) or ""
+        can_be_cut[stack] = can_be_cut.get(stack, False) or axes is not None
     said = [
         f"stacked names {stack!r} along {stacked[stack]}, and no leaf of it can be cut so"
-        for stack in sorted(filter(None, whole_stacks))
+        for stack, can in can_be_cut.items()
+        if not can
     ]
-    for names, model in _followed(values, found, stacked).items():
-        value = values[names]
-        if getattr(value, "size", 0) > 1 and not _has_rows_of(value, values[model], found[model]):
+    for names, model in followed.items():
+        value, axes = values[names], named[model] or ()
+        if getattr(value, "size", 0) > 1 and not _has_rows_of(value, values[model], axes):
             said.append(
                 f"{'.'.join(names)!r}, of shape {value.shape}, is called like the stacked "
-                f"{'.'.join(model)!r}, and has not as many rows along {found[model]}"
+                f"{'.'.join(model)!r}, and has not as many rows along {axes}"
             )
     return said
+
+
+def _matched(
+    leaves: Iterable[tuple[_leaves.KeyPath, Any]], stacked: Mapping[str, Axes]
+) -> tuple[dict[_Texts, Any], dict[_Texts, Axes | None], dict[_Texts, _Texts]]:
+    """Returns the leaves, the axes of those that are named, and what others are called like."""
+    values = {_leaves.texts(path): value for path, value in leaves}
+    named = _named(values, stacked)
+    return values, named, _followed(values, named, stacked)
 
 
 def _named(values: Mapping[_Texts, Any], stacked: Mapping[str, Axes]) -> dict[_Texts, Axes | None]:
@@ -154,18 +164,20 @@ def _named(values: Mapping[_Texts, Any], stacked: Mapping[str, Axes]) -> dict[_T
 
 
 def _followed(
-    values: Mapping[_Texts, Any], named: Mapping[_Texts, Axes], stacked: Mapping[str, Axes]
+    values: Mapping[_Texts, Any], named: Mapping[_Texts, Axes | None], stacked: Mapping[str, Axes]
 ) -> dict[_Texts, _Texts]:
     """Returns which stacked parameter other leaves are called like, those with the longest end."""
     by_end: dict[_Texts, _Texts] = {}
-    for names in named:
+    for names, axes in named.items():
+        if axes is None:
+            continue
         stack = _leaves.innermost(names, stacked) or ""
         for start in range(1, max(stack.count(".") + 1, 2)):
             by_end.setdefault(names[start:], names)
     by_end.pop((), None)
     followed = {}
     for names in values:
-        if _leaves.innermost(names, stacked) is None:
+        if names not in named:
             ends = (names[start:] for start in range(1, len(names)))
             model = next((by_end[end] for end in ends if end in by_end), None)
             if model is not None:

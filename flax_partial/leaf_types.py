@@ -58,8 +58,11 @@ def register_leaf_type(
         loaded, to a new value.
 
     Raises:
+      TypeError: It is no type.
       ValueError: The type is registered already, or is one that is saved as it is.
     """
+    if not isinstance(leaf_type, type):
+        raise TypeError(f"a type is registered, not {leaf_type!r}")
     name = _name_of(leaf_type)
     if leaf_type in _SAVED_AS_THEY_ARE:
         raise ValueError(f"{name} is saved as it is: register a type of your own.")

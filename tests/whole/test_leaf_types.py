@@ -166,6 +166,15 @@ def test_type_that_is_known_cannot_be_registered(leaf_type: type) -> None:
         )
 
 
+def test_value_cannot_be_registered() -> None:
+    with pytest.raises(TypeError, match="a type is registered, not 3"):
+        fp.register_leaf_type(
+            3,  # type: ignore[arg-type]
+            to_arrays=lambda x: x,
+            from_arrays=lambda _, arrays: arrays,
+        )
+
+
 @pytest.mark.parametrize("made", [None, Unknown()], ids=["None", "itself"])
 def test_value_that_is_made_no_arrays_is_refused(tmp_path: Path, made: Any) -> None:
     fp.register_leaf_type(Unknown, to_arrays=lambda _: made, from_arrays=lambda like, _: like)
