@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -79,7 +79,6 @@ def main() -> None:
 
 def finalized(path: Path) -> dict[str, Any]:
     """Finalizes; returns what that took."""
-    before = peak_bytes()
     with counted() as calls:
         began, cpu = time.perf_counter(), time.process_time()
         done = fp.finalize(path)
@@ -90,7 +89,6 @@ def finalized(path: Path) -> dict[str, Any]:
         "secs": round(secs, 1),
         "cpu_secs": round(cpu_secs, 1),
         "peak_gigabytes": round(peak_bytes() / 1e9, 2),
-        "peak_gigabytes_before": round(before / 1e9, 2),
         "contents_megabytes": round((path / "state" / "contents.json").stat().st_size / 1e6),
         "file_system": dict(calls.most_common()),
     }
@@ -192,7 +190,9 @@ def counted() -> Iterator[Counter[str]]:
 
 
 def peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return 1024 * int(found[1])
 
 
 def widest(path: Path) -> int:
