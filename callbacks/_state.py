@@ -6,21 +6,42 @@ Flax is never imported here: a value can only be one of its objects if it was im
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import jax
 
 import flax_partial as fp
 
 if TYPE_CHECKING:
+    import os
     from pathlib import Path
 
 # Where most nodes of a tree come from: dicts and lists, and arrays.
 _NEVER_NNX = frozenset(("builtins", "numpy", "jaxlib._jax"))
 
+Progress = Callable[[int, int], None]
+"""Called with how many bytes of how many are read."""
+
 StateFn = Callable[[Any, Any], Any]
 """From trainer and module to the tree that is saved; NNX objects may stand in it."""
+
+
+class LoadOptions(TypedDict, total=False):
+    """What target and checkpoint need not have in common, as of `fp.load`."""
+
+    partial: bool
+    keep_missing: bool
+    cast: bool
+    restack: Mapping[fp.Stack | str, fp.Stack | str] | None
+    renames: Mapping[str, str] | None
+
+
+class RestoreOptions(LoadOptions, total=False):
+    """What `PartialCheckpointCallback.restore` takes beside the target."""
+
+    which: str | int | os.PathLike[str]
+    discard_later: bool
 
 
 def take(trainer: Any, module: Any, state_fn: StateFn | None) -> Any:
@@ -50,23 +71,18 @@ def pure(tree: Any) -> Any:
     return jax.tree.map(lambda node: _pure(nnx, node), tree, is_leaf=_is_nnx)
 
 
-def load(path: Path, target: Any, **how: Any) -> Any:
+def load(path: Path, target: Any, options: LoadOptions, *, progress: Progress | None = None) -> Any:
     """Loads what `target` names; NNX objects in it are updated in place, and returned themselves.
 
-    Args:
-      path: The checkpoint.
-      target: What is wanted; None for everything.
-      **how: What else `fp.load` takes.
-
     Raises:
-      TargetMismatchError: The checkpoint lacks a leaf of the target, or has it with another shape
-        or dtype; nothing was updated.
+      TargetMismatchError: Target and checkpoint differ in what `options` do not allow; nothing was
+        updated.
     """
     if target is None:
-        return fp.load(path, **how)
+        return fp.load(path, progress=progress)
     if _is_nnx(target):
-        return load(path, {"params": target}, **how)["params"]
-    loaded = fp.load(path, target=pure(target), partial=True, **how)
+        return load(path, {"params": target}, options, progress=progress)["params"]
+    loaded = fp.load(path, target=pure(target), progress=progress, **options)
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return loaded

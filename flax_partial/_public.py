@@ -34,7 +34,7 @@ from flax_partial.reports import (
     SessionStatus,
     VerifyReport,
 )
-from flax_partial.saving.save import save, save_async
+from flax_partial.saving.save import check, save, save_async
 from flax_partial.sessions.handles import FinalizeHandle, SaveHandle
 from flax_partial.subtrees import subtree
 
@@ -64,6 +64,7 @@ __all__ = [
     "VerifyReport",
     "abort",
     "agree",
+    "check",
     "finalize",
     "finalize_async",
     "latest",

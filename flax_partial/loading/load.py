@@ -5,10 +5,12 @@ that does not fit is told in one error, before any array data is read. Then only
 this process's devices hold are read.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import numpy as np
 from jax import tree_util
 
@@ -17,16 +19,22 @@ from flax_partial.errors import CorruptCheckpointError, TargetMismatchError
 from flax_partial.format import keypaths
 from flax_partial.format.keypaths import ATTRIBUTE, KeyPath
 from flax_partial.format.model import Leaf, Region
-from flax_partial.loading import shared_reads
+from flax_partial.loading import orbax_terms, shared_reads
 from flax_partial.loading import target as placing
 from flax_partial.loading.arrangement import Arrangement, Stack
 from flax_partial.loading.batches import MOST_REGIONS, batched, region_bytes
-from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
-from flax_partial.loading.restacked import Reading, as_placed
+from flax_partial.loading.checkpoint import Checkpoint, chosen, open_checkpoint, require_items
+from flax_partial.loading.restacked import Reading, Source, as_placed
+from flax_partial.loading.saved_sharding import sharding_of
+from flax_partial.loading.target import Placement
 from flax_partial.storage import checkpoint_dir, paths
 from flax_partial.storage.paths import CheckpointPath, PathLike
 
+_LOG = logging.getLogger("flax_partial")
 _NNX_VALUE = "value"
+_PARTIAL = "partial=True lets the target lack leaves"
+_KEEP_MISSING = "keep_missing=True lets the checkpoint lack leaves, which stay as they are"
+_CAST = "cast=True converts dtypes"
 _PIECE_BYTES = 96 << 20  # of a load that says how far it is
 
 
@@ -37,6 +45,7 @@ def load(
     partial: bool = False,
     keep_missing: bool = False,
     cast: bool = False,
+    sharding: Literal["default", "saved"] = "default",
     restack: Mapping[Stack | str, Stack | str] | None = None,
     renames: Mapping[str, str] | None = None,
     share_reads: bool = False,
@@ -49,10 +58,15 @@ def load(
       target: A pytree of what is wanted: arrays, `jax.ShapeDtypeStruct` (with or without sharding),
         `Slice` for some rows of a leaf, numbers, strings, None. Its leaves are found by their
         names, so that a dict, a dataclass and a Flax state with the same keys are interchangeable.
-        None reads everything.
+        None reads everything. Orbax's own terms are understood: what its `metadata` returns, `int`,
+        `float`, `str` and `np.ndarray` for values of these types, and `...` for a leaf or subtree
+        that is not to be read, which then stands in the result.
       partial: Whether `target` may lack leaves of the checkpoint; those are not read.
       keep_missing: Whether the checkpoint may lack leaves of `target`; those stay as they are.
       cast: Whether a dtype that differs is converted; an error otherwise.
+      sharding: Where arrays of JAX's go of which `target` does not say it, or all without a target:
+        "default", uncommitted to the default device; "saved", to the devices that they were saved
+        from, in the same way, for which these have to be here.
       restack: From how the checkpoint stacks layers to how the target does:
         `{Stack("decoder.layers", (0, 1)): Stack("decoder.layers_{}")}`; a name with `{}` may stand
         for its `Stack`. Of parameters and moments alike each device reads its own layers only.
@@ -66,18 +80,19 @@ def load(
         how many bytes of how many are read.
 
     Returns:
-      Without a target nested dicts and lists, with leaves of the kinds that were saved; a
-      `jax.Array` is on the default device. With a target its structure, leaf types, dtypes and
-      shardings; where it says nothing of sharding, the default device.
+      Without a target nested dicts and lists, with leaves of the kinds that were saved. With a
+      target its structure, leaf types, dtypes and shardings.
 
     Raises:
       NoSessionError: There is no finalized checkpoint at `path`.
       TargetMismatchError: Target and checkpoint differ, or a name in `restack` or `renames` is
-        not in the target; it lists everything.
+        not in the target; it lists everything. Or devices that it was saved from are not here.
       ValueError: There is no target, and `restack` or `renames`.
       CorruptCheckpointError: Data on disk is damaged; it names the leaves.
       OSError: The system refused to read it, which says nothing of the data.
     """
+    if sharding not in ("default", "saved"):
+        raise ValueError(f"sharding is 'default' or 'saved', not {sharding!r}")
     where = paths.resolve(path)
     if target is None and (restack or renames):
         raise ValueError("restack and renames say where the target has something: pass a target.")
@@ -88,6 +103,7 @@ def load(
             partial=partial,
             keep_missing=keep_missing,
             cast=cast,
+            as_sharded=sharding == "saved",
             restack=restack,
             renames=renames,
             share_reads=share_reads,
@@ -102,6 +118,7 @@ def _load(
     partial: bool,
     keep_missing: bool,
     cast: bool,
+    as_sharded: bool,
     restack: Mapping[Stack | str, Stack | str] | None,
     renames: Mapping[str, str] | None,
     share_reads: bool,
@@ -109,20 +126,27 @@ def _load(
 ) -> Any:
     checkpoint = open_checkpoint(where)
     if target is None:
-        readings = [as_placed(placing.as_saved(leaf)) for leaf in checkpoint.contents.leaves]
-        return _nested(checkpoint.contents.leaves, _read(checkpoint, readings, progress))
-    keypaths.values_of(target)  # which says what JAX cannot flatten
+        require_items(checkpoint, None)
+        for name, why in checkpoint.composition.others.items():
+            _LOG.warning("%s was not loaded: %s.", where.final / name, why)
+        leaves = checkpoint.contents.leaves
+        readings = [as_placed(_as_saved(leaf, as_sharded=as_sharded)) for leaf in leaves]
+        return _nested(leaves, _read(checkpoint, readings, progress))
+    target = orbax_terms.tree_of(target)
+    if leaf_types.are_registered():
+        keypaths.values_of(target)  # which says what JAX cannot flatten
     key_paths, values, structure = keypaths.flatten(leaf_types.unwrapped(target))
-    wanted = map(shared_reads.spread, values) if share_reads else values
+    checkpoint = chosen(checkpoint, where, key_paths)
+    require_items(checkpoint, key_paths if partial else None)
     by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
-    arrangement = Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name))
     readings = _plan(
-        by_name,
-        zip(key_paths, wanted, strict=True),
-        arrangement,
+        checkpoint.contents.leaves,
+        zip(key_paths, map(shared_reads.spread, values) if share_reads else values, strict=True),
+        Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
         partial=partial,
         keep_missing=keep_missing,
         cast=cast,
+        as_sharded=as_sharded,
     )
     loaded = _read(checkpoint, readings, progress)
     if share_reads:
@@ -130,44 +154,87 @@ def _load(
     return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, loaded))
 
 
+def _as_saved(leaf: Leaf, *, as_sharded: bool) -> Placement:
+    sharding = sharding_of(leaf) if as_sharded else None
+    if sharding is None:
+        return placing.as_saved(leaf)
+    placement = placing.as_target(leaf, placing.abstract(leaf, sharding), cast=False)
+    if isinstance(placement, str):
+        raise TargetMismatchError(placement)
+    return placement
+
+
 def _plan(
-    names: Iterable[str],
+    leaves: Sequence[Leaf],
     wanted: Iterable[tuple[KeyPath, Any]],
     arrangement: Arrangement,
     *,
     partial: bool,
     keep_missing: bool,
     cast: bool,
+    as_sharded: bool,
 ) -> list[Reading]:
     readings: list[Reading] = []
     problems: list[str] = []
+    ways_out: set[str] = set()
     found: set[str] = set()
+    skipped: set[str] = set()
     for path, value in wanted:
         source = arrangement.find(path, value)
-        if isinstance(source, str):
-            problems.append(source)
-            continue
-        if source is not None:
+        if value is orbax_terms.PLACEHOLDER:
+            skipped.update(source.names if isinstance(source, Source) else [path.name])
+            source, planned = None, placing.as_it_is(path, value)
+        elif isinstance(source, str):
+            planned = source
+        elif source is not None:
             found.update(source.names)
-            planned = placing.as_target(source.leaf, value, cast=cast)
+            wanted_value = _own_terms(source.leaf, value, as_sharded=as_sharded)
+            planned = placing.as_target(source.leaf, wanted_value, cast=cast)
+            if isinstance(planned, str) and _fits_by_cast(source.leaf, wanted_value):
+                ways_out.add(_CAST)
         elif keep_missing:
             planned = placing.as_it_is(path, value)
         else:
             planned = f"{path.name!r} is not in the checkpoint{arrangement.said_of(path)}"
+            ways_out.add(_KEEP_MISSING)
         if isinstance(planned, str):
             problems.append(planned)
         else:
-            readings.append(as_placed(planned) if source is None else source.reading(planned))
+            reading = source.reading if isinstance(source, Source) else as_placed
+            readings.append(reading(planned))
     problems += arrangement.unused()
-    if not partial:
-        problems += [f"{name!r} is not in the target" for name in names if name not in found]
+    left_over = [
+        leaf.name
+        for leaf in leaves
+        if not partial and leaf.name not in found and not _is_within(leaf, skipped)
+    ]
+    problems += [f"{name!r} is not in the target" for name in left_over]
     if problems:
+        ways_out |= {_PARTIAL} if left_over else set()
+        hint = f" ({'; '.join(sorted(ways_out))})" if ways_out else ""
         raise TargetMismatchError(
-            f"The checkpoint does not fit the target in {len(problems)} places "
-            "(partial=True lets the target lack leaves, keep_missing=True lets the checkpoint lack "
-            "some, which stay as they are, cast=True converts dtypes):\n  " + "\n  ".join(problems)
+            f"The checkpoint does not fit the target in {len(problems)} places{hint}:\n  "
+            + "\n  ".join(problems)
         )
     return readings
+
+
+def _fits_by_cast(leaf: Leaf, value: Any) -> bool:
+    return not isinstance(placing.as_target(leaf, value, cast=True), str)
+
+
+def _own_terms(leaf: Leaf, target: Any, *, as_sharded: bool) -> Any:
+    value = orbax_terms.as_value(leaf, target)
+    if as_sharded and isinstance(value, jax.ShapeDtypeStruct) and value.sharding is None:
+        return value.update(sharding=sharding_of(leaf))
+    return value
+
+
+def _is_within(path: KeyPath, skipped: Container[str]) -> bool:
+    texts = path.texts
+    return bool(skipped) and any(
+        ".".join(texts[:depth]) in skipped for depth in range(len(texts) + 1)
+    )
 
 
 def _find(path: KeyPath, by_name: Mapping[str, Leaf]) -> Leaf | None:

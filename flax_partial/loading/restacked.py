@@ -7,6 +7,7 @@ up layer by layer, and read in as few boxes as that takes: no leaf is assembled.
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,14 +37,32 @@ def as_placed(placement: Placement) -> Reading:
     return Reading([(leaf, *box) for box in boxes], lambda data: build(leaf, data))
 
 
-class Stored(NamedTuple):
-    """A leaf that is stored as it is wanted.
+class Source(ABC):
+    """What a leaf of the target is loaded from.
 
     Attributes:
-      leaf: The leaf.
+      leaf: The leaf as it is wanted.
     """
 
     leaf: Leaf
+
+    @property
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """Names of the leaves that are read."""
+
+    @abstractmethod
+    def reading(self, placement: Placement) -> Reading:
+        """Reads what a placement of `leaf` wants."""
+
+
+class Stored(Source):
+    """A leaf that is stored as it is wanted."""
+
+    __slots__ = ("leaf",)
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.leaf = leaf
 
     @property
     def names(self) -> Sequence[str]:
@@ -55,7 +74,7 @@ class Stored(NamedTuple):
         return as_placed(placement)
 
 
-class Restacked:
+class Restacked(Source):
     """A leaf as the target stacks it, whose layers are stored otherwise.
 
     Attributes:

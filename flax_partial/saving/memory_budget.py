@@ -7,6 +7,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from flax_partial.sessions import workers
+
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
@@ -48,7 +50,8 @@ class MemoryBudget:
             waiting.granted.acquire()
             self._waiting.append(waiting)
         try:
-            waiting.granted.acquire()
+            with workers.place_lent():
+                waiting.granted.acquire()
         finally:
             with self._lock:
                 if waiting in self._waiting:  # it was interrupted
