@@ -7,6 +7,7 @@ The first error decides: nothing more is saved then, and the checkpoint is never
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import threading
 import time
@@ -17,11 +18,12 @@ import jax
 from jax.profiler import TraceAnnotation
 
 import flax_partial as fp
-from flax_partial.callbacks import _leaves, _rows, _stacked
+from flax_partial.callbacks import _rows, _stacked
 from flax_partial.callbacks._claims import Claims
 from flax_partial.callbacks._reports import BlockedTime, CheckpointReport
 from flax_partial.callbacks._timeline import devices_of
 from flax_partial.runs import completeness
+from flax_partial.subtrees import joined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -192,7 +194,34 @@ class Checkpoint:
             self._agree(fail, timeout_secs=0)
 
     def _agree(self, ready: Callable[[], list[str]], timeout_secs: float) -> None:
-        fp.agree(self._subject, ready=ready, act=self._commit, timeout_secs=timeout_secs)
+        """Finalizes once all processes are ready, each of which knows the names of its leaves.
+
+        Thousands of processes may have a hundred thousand names each, and all the same ones: of
+        those that have the same, one says which.
+        """
+        names: list[str] = []
+
+        def digest_of_names() -> str:
+            names[:] = ready()
+            return hashlib.sha256("\0".join(names).encode(errors="surrogatepass")).hexdigest()
+
+        def commit_or_ask(digests: Mapping[int, str]) -> list[int]:
+            first = {digests[process]: process for process in sorted(digests, reverse=True)}
+            if len(first) > 1:
+                return sorted(first.values())
+            self._commit({jax.process_index(): names})
+            return []
+
+        asked: list[int] = fp.agree(
+            self._subject, ready=digest_of_names, act=commit_or_ask, timeout_secs=timeout_secs
+        )
+        if asked:
+            fp.agree(
+                f"{self._subject} names",
+                ready=lambda: names if jax.process_index() in asked else [],
+                act=self._commit,
+                timeout_secs=timeout_secs,
+            )
 
     def _commit(self, names: Mapping[int, Sequence[str]]) -> None:
         """Finalizes what all processes have saved, given the names of their leaves."""
@@ -239,7 +268,7 @@ class Checkpoint:
             with TraceAnnotation("flax_partial.save_async", group=group):
                 handle = fp.save_async(
                     self.path,
-                    _leaves.subtree(_stacked.cut(leaves)) if leaves else {},
+                    joined(_stacked.cut(leaves)) if leaves else {},
                     custom_metadata=self._metadata(metadata),
                     options=member.options,
                     reuse=self.before if member.reuse_unchanged else None,
@@ -258,13 +287,13 @@ class Checkpoint:
 
 
 def _bytes_of(leaf: Any) -> int:
-    """Returns what this process writes of a leaf, in bytes."""
+    """Returns about how much of a leaf this process writes, in bytes."""
     if isinstance(leaf, _rows.Row):
         count: int = math.prod(leaf.value.shape[axis] for axis in leaf.axes)
         return _bytes_of(leaf.value) // count
     if isinstance(leaf, fp.Slice):
         return _bytes_of(leaf.value)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        shards = leaf.addressable_shards
-        return sum(_bytes_of(shard.data) for shard in shards if shard.replica_id == 0)
+        devices: set[Any] = leaf.sharding.device_set
+        return leaf.nbytes // len({device.process_index for device in devices})
     return int(getattr(leaf, "nbytes", 0))

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from flax_partial import leaf_types
 from flax_partial.callbacks import _stacked
 from flax_partial.callbacks._leaves import (
     KeyPath,
     Leaves,
     flatten,
     innermost,
-    keys_of,
     leaf_name,
-    placed,
     texts,
 )
+from flax_partial.subtrees import keys_of, subtree
 
 if TYPE_CHECKING:
     from flax_partial.callbacks._claims import Claims
-    from flax_partial.callbacks._leaves import Name
+    from flax_partial.subtrees import Name
+
+logger = logging.getLogger(__name__)
 
 GroupBy = Callable[[KeyPath], str]
 """Says, by its key path, which group a leaf of the state is saved with."""
@@ -30,19 +33,25 @@ _PARAMS = "params"
 class Grouping:
     """How one callback groups what it saves."""
 
-    def __init__(self, group_by: GroupBy | None, stacked: _stacked.Stacked) -> None:
-        """Checks what a user gives.
+    def __init__(
+        self, group_by: GroupBy | None, stacked: _stacked.Stacked, *, share_replicas: bool = False
+    ) -> None:
+        """Checks what a user gives; rows of replicas may be shared among processes.
 
         Raises:
           TypeError: `stacked` maps something else than names to numbers, or tuples of them.
         """
         self._group_by = group_by
         self._stacked = _stacked.check(stacked)
+        self._share_replicas = share_replicas
+        self._told: set[str] = set()
 
     def streamed(self, root: str, name: Name, tree: Any) -> dict[str, Leaves]:
         """Returns the groups of a streamed layer: it is one, or one for each row of a stack."""
-        leaves = _stacked.spread(flatten(placed(root, name, tree)), self._stacked)
-        return _stacked.by_row({".".join((root, *map(str, keys_of(name)))): leaves})
+        keys = keys_of(name)
+        leaves = flatten(subtree((root, *keys), leaf_types.unwrapped(tree)))
+        leaves = self._spread(leaves)
+        return _stacked.by_row({".".join((root, *map(str, keys))): leaves})
 
     def rest(self, tree: Any, claims: Claims) -> dict[str, Leaves]:
         """Returns the groups of what is in a state, and was not saved yet.
@@ -50,11 +59,21 @@ class Grouping:
         Raises:
           ValueError: `stacked` names no leaf of what is saved.
         """
-        leaves = flatten(tree)
+        leaves = flatten(leaf_types.unwrapped(tree))
         _stacked.check_known(self._stacked, {leaf_name(path) for path, _ in leaves} | claims.names)
+        self._tell_of(_stacked.not_cut(leaves, self._stacked))
         group_by = self._group_by or layerwise(leaves, self._stacked)
-        spread = _stacked.spread(leaves, self._stacked)
+        spread = self._spread(leaves)
         return _stacked.by_row(cut([leaf for leaf in spread if not claims.covers(*leaf)], group_by))
+
+    def _spread(self, leaves: Leaves) -> Leaves:
+        return _stacked.spread(leaves, self._stacked, share_replicas=self._share_replicas)
+
+    def _tell_of(self, not_cut: Iterable[str]) -> None:
+        for what in not_cut:
+            if what not in self._told:
+                self._told.add(what)
+                logger.warning("%s: it is saved whole.", what)
 
 
 def cut(leaves: Leaves, group_by: GroupBy) -> dict[str, Leaves]:

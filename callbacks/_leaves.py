@@ -1,7 +1,7 @@
-"""Leaves of a state: their paths and names, and trees that hold only some of them.
+"""Leaves of a state: their paths and names.
 
 Whatever is saved at once is a subset of a state's leaves, each under the path that it has in the
-whole tree; `subtree` builds what a save takes from such leaves, whatever containers they come from.
+whole tree.
 """
 
 from __future__ import annotations
@@ -16,28 +16,6 @@ KeyPath = tuple[Any, ...]
 
 Leaves = list[tuple[KeyPath, Any]]
 
-Name = str | tuple[str | int, ...]
-"""What a trainer calls a layer: its path below the root, joined with dots or as a tuple."""
-
-
-@tree_util.register_pytree_with_keys_class
-class Branch:
-    """A node of a tree of which only some leaves are there: lists with gaps keep their indices."""
-
-    __slots__ = ("children",)
-
-    def __init__(self, children: dict[Any, Any] | None = None) -> None:
-        self.children: dict[Any, Any] = children or {}
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
-        """Gives JAX the children with the keys they have in the whole tree."""
-        return tuple(self.children.items()), tuple(self.children)
-
-    @classmethod
-    def tree_unflatten(cls, keys: tuple[Any, ...], children: Iterable[Any]) -> Branch:
-        """Builds the node again, as `jax.tree.map` does."""
-        return cls(dict(zip(keys, children, strict=True)))
-
 
 def flatten(tree: Any) -> Leaves:
     """Returns the leaves of a tree with their paths; None and empty containers are leaves, too."""
@@ -48,42 +26,6 @@ def flatten(tree: Any) -> Leaves:
 
 def _is_leaf(node: Any) -> bool:
     return node is None or (isinstance(node, list | tuple | Mapping) and not node)
-
-
-def subtree(leaves: Iterable[tuple[KeyPath, Any]]) -> Any:
-    """Builds the tree that has only these leaves (or subtrees), each at its own path."""
-    root = Branch()
-    for path, leaf in leaves:
-        if not path:
-            return leaf
-        node = root
-        for key in path[:-1]:
-            node = node.children.setdefault(key, Branch())
-        node.children[path[-1]] = leaf
-    return root
-
-
-def placed(root: str, name: Name, tree: Any) -> Any:
-    """Puts a streamed tree where it belongs in the whole state.
-
-    Args:
-      root: Key of the state that holds it: "params" or "opt_state".
-      name: Path below `root`: "blocks.3", or a tuple of keys, in which an integer is an index of a
-        list. Empty: `tree` is all that `root` holds.
-      tree: The layer's parameters, or their optimizer state.
-    """
-    entries = (
-        tree_util.SequenceKey(key) if isinstance(key, int) else tree_util.DictKey(key)
-        for key in keys_of(name)
-    )
-    return subtree([((tree_util.DictKey(root), *entries), tree)])
-
-
-def keys_of(name: Name) -> tuple[str | int, ...]:
-    """Splits a layer's name into its keys."""
-    if isinstance(name, tuple):
-        return name
-    return tuple(name.split(".")) if name else ()
 
 
 def texts(path: KeyPath) -> tuple[str, ...]:

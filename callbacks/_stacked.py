@@ -14,6 +14,8 @@ from typing import Any
 from flax_partial.callbacks import _leaves
 from flax_partial.callbacks._rows import Axes, Index, Row, is_cuttable, rows_here
 
+_Texts = tuple[str, ...]
+
 Stacked = Mapping[str, int | tuple[int, ...]]
 """Name of a leaf, or of a subtree of leaves, to the axis or axes along which they stack layers."""
 
@@ -44,30 +46,39 @@ def check_known(stacked: Iterable[str], names: Iterable[str]) -> None:
     """Checks that each name is that of a leaf or subtree.
 
     Raises:
-      ValueError: Some are not; it lists them.
+      ValueError: Some are not; it lists them, and where else there are such.
     """
     known = list(names)
-    unknown = [
-        stack
-        for stack in stacked
-        if not any(name == stack or name.startswith(f"{stack}.") for name in known)
-    ]
+    unknown = [stack for stack in stacked if not any(_is_in(name, stack) for name in known)]
     if unknown:
+        inner = [name[: at + 1 + len(stack)] for stack in unknown for name in known
+                 if (at := f"{name}.".find(f".{stack}.")) >= 0]  # fmt: skip
+        like = list(dict.fromkeys(inner)) or known
         raise ValueError(
             f"stacked names {', '.join(map(repr, unknown))}, and the state has no such leaf or "
-            f"subtree. Its leaves are called like {', '.join(map(repr, known[:3]))}."
+            f"subtree. It has such as {', '.join(map(repr, like[:3]))}."
         )
 
 
-def spread(leaves: _leaves.Leaves, stacked: Mapping[str, Axes]) -> _leaves.Leaves:
+def _is_in(name: str, stack: str) -> bool:
+    return name == stack or name.startswith(f"{stack}.")
+
+
+def spread(
+    leaves: _leaves.Leaves, stacked: Mapping[str, Axes], *, share_replicas: bool = False
+) -> _leaves.Leaves:
     """Replaces each stacked leaf by the rows that this process has to save."""
     axes = _axes(leaves, stacked) if stacked else {}
-    return [
-        (path, value if row is None else Row(value, row, axes[names]))
-        for path, value in leaves
-        for names in (_leaves.texts(path),)
-        for row in (rows_here(value, axes[names]) if names in axes else (None,))
-    ]
+    spread_out: _leaves.Leaves = []
+    for path, value in leaves:
+        names = _leaves.texts(path)
+        if names in axes:
+            name = ".".join(names)
+            rows = rows_here(value, axes[names], name, share_replicas=share_replicas)
+            spread_out += [(path, row) for row in rows]
+        else:
+            spread_out.append((path, value))
+    return spread_out
 
 
 def by_row(groups: Mapping[str, _leaves.Leaves]) -> dict[str, _leaves.Leaves]:
@@ -95,42 +106,96 @@ def cut(leaves: _leaves.Leaves) -> _leaves.Leaves:
 
 def _axes(
     leaves: Iterable[tuple[_leaves.KeyPath, Any]], stacked: Mapping[str, Axes]
-) -> dict[tuple[str, ...], Axes]:
+) -> dict[_Texts, Axes]:
     """Returns the axes of each stacked leaf, by its path as text.
 
-    Stacked are the leaves that `stacked` names, and those that end in the path of one of them, as
-    Optax's moments do, and have as many rows.
+    Stacked are the leaves that `stacked` names, and those that end as the path of one of them does,
+    from the last key of that name on at least, and have as many rows, as Optax's moments.
     """
-    values = {_leaves.texts(path): value for path, value in leaves}
-    named = {
-        names: axes
-        for names, value in values.items()
-        if (axes := _named_axes(names, value, stacked)) is not None
+    values, named, followed = _matched(leaves, stacked)
+    found = {names: axes for names, axes in named.items() if axes is not None}
+    return found | {
+        names: found[model]
+        for names, model in followed.items()
+        if _has_rows_of(values[names], values[model], found[model])
     }
-    by_end = {names[1:]: names for names in named if names[1:]}
-    found = dict(named)
-    for names, value in values.items():
-        if names in named:
+
+
+def not_cut(leaves: _leaves.Leaves, stacked: Mapping[str, Axes]) -> list[str]:
+    """Says what is saved whole, and was meant to be cut, as far as one can tell."""
+    if not stacked:
+        return []
+    values, named, followed = _matched(leaves, stacked)
+    can_be_cut: dict[str, bool] = {}
+    for names, axes in named.items():
+        stack = _leaves.innermost(names, stacked) or ""
+        can_be_cut[stack] = can_be_cut.get(stack, False) or axes is not None
+    said = [
+        f"stacked names {stack!r} along {stacked[stack]}, and no leaf of it can be cut so"
+        for stack, can in can_be_cut.items()
+        if not can
+    ]
+    for names, model in followed.items():
+        value, axes = values[names], named[model] or ()
+        if getattr(value, "size", 0) > 1 and not _has_rows_of(value, values[model], axes):
+            said.append(
+                f"{'.'.join(names)!r}, of shape {value.shape}, is called like the stacked "
+                f"{'.'.join(model)!r}, and has not as many rows along {axes}"
+            )
+    return said
+
+
+def _matched(
+    leaves: Iterable[tuple[_leaves.KeyPath, Any]], stacked: Mapping[str, Axes]
+) -> tuple[dict[_Texts, Any], dict[_Texts, Axes | None], dict[_Texts, _Texts]]:
+    """Returns the leaves, the axes of those that are named, and what others are called like."""
+    values = {_leaves.texts(path): value for path, value in leaves}
+    named = _named(values, stacked)
+    return values, named, _followed(values, named, stacked)
+
+
+def _named(values: Mapping[_Texts, Any], stacked: Mapping[str, Axes]) -> dict[_Texts, Axes | None]:
+    """Returns the axes of each leaf that `stacked` names; None where it cannot be cut so."""
+    return {
+        names: _named_axes(value, stacked[stack])
+        for names, value in values.items()
+        if (stack := _leaves.innermost(names, stacked)) is not None
+    }
+
+
+def _followed(
+    values: Mapping[_Texts, Any], named: Mapping[_Texts, Axes | None], stacked: Mapping[str, Axes]
+) -> dict[_Texts, _Texts]:
+    """Returns which stacked parameter other leaves are called like, those with the longest end."""
+    by_end: dict[_Texts, _Texts] = {}
+    for names, axes in named.items():
+        if axes is None:
             continue
-        ends = (names[start:] for start in range(1, len(names)))
-        model = next((by_end[end] for end in ends if end in by_end), None)
-        if model is not None and _has_rows_of(value, values[model], axes=named[model]):
-            found[names] = named[model]
-    return found
+        stack = _leaves.innermost(names, stacked) or ""
+        for start in range(1, max(stack.count(".") + 1, 2)):
+            by_end.setdefault(names[start:], names)
+    by_end.pop((), None)
+    followed = {}
+    for names in values:
+        if names not in named:
+            ends = (names[start:] for start in range(1, len(names)))
+            model = next((by_end[end] for end in ends if end in by_end), None)
+            if model is not None:
+                followed[names] = model
+    return followed
 
 
-def _named_axes(names: tuple[str, ...], value: Any, stacked: Mapping[str, Axes]) -> Axes | None:
-    """Returns the axes of a leaf that `stacked` names; None if it is not, or lacks one of them."""
-    stack = _leaves.innermost(names, stacked)
-    if stack is None or not is_cuttable(value):
+def _named_axes(value: Any, axes: Axes) -> Axes | None:
+    """Returns the axes of a leaf along which it is to be cut; None if it lacks one of them."""
+    if not is_cuttable(value):
         return None
     rank = value.ndim
-    if not all(-rank <= axis < rank for axis in stacked[stack]):
+    if not all(-rank <= axis < rank for axis in axes):
         return None
-    return tuple(sorted({axis % rank for axis in stacked[stack]}))
+    return tuple(sorted({axis % rank for axis in axes}))
 
 
-def _has_rows_of(value: Any, model: Any, *, axes: Axes) -> bool:
+def _has_rows_of(value: Any, model: Any, axes: Axes) -> bool:
     return (
         is_cuttable(value)
         and value.ndim > axes[-1]

@@ -6,7 +6,7 @@ Flax is never imported here: a value can only be one of its objects if it was im
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import jax
@@ -33,6 +33,8 @@ class LoadOptions(TypedDict, total=False):
     partial: bool
     keep_missing: bool
     cast: bool
+    restack: Mapping[fp.Stack | str, fp.Stack | str] | None
+    renames: Mapping[str, str] | None
 
 
 class RestoreOptions(LoadOptions, total=False):

@@ -15,6 +15,7 @@ import functools
 import logging
 import signal
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import flax_partial as fp
@@ -42,11 +43,12 @@ if TYPE_CHECKING:
 
     from flax_partial.callbacks._claims import Claims
     from flax_partial.callbacks._groups import GroupBy
-    from flax_partial.callbacks._leaves import Leaves, Name
+    from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._metrics import OnMetrics
     from flax_partial.callbacks._reports import CheckpointReport
     from flax_partial.callbacks._stacked import Stacked
     from flax_partial.callbacks.policies import Policy
+    from flax_partial.subtrees import Name
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +196,12 @@ class PartialCheckpointCallback(Copyable):
         self.directory = checked(directory)
         self.finalizer = finalizer or FinalizeHook()
         self._run = self.finalizer.runs.of(self.directory)
-        self._grouping = Grouping(group_by, stacked or {})
+        options = options or fp.SaveOptions()
+        if options.share_replicas is None:
+            options = replace(options, share_replicas=True)
+        self._grouping = Grouping(
+            group_by, stacked or {}, share_replicas=bool(options.share_replicas)
+        )
         self._state_fn = state_fn
         self._extras = Extras(extras or {})
         self._on_metrics = on_metrics
@@ -450,6 +457,8 @@ class PartialCheckpointCallback(Copyable):
         keep_missing: bool = False,
         cast: bool = False,
         discard_later: bool = False,
+        restack: Mapping[fp.Stack | str, fp.Stack | str] | None = None,
+        renames: Mapping[str, str] | None = None,
     ) -> tuple[Any, int] | None:
         """Loads the newest or best checkpoint, or that of a step; recovers first.
 
@@ -471,6 +480,8 @@ class PartialCheckpointCallback(Copyable):
             as they are.
           cast: Whether a dtype that differs is converted; an error otherwise.
           discard_later: Whether later checkpoints are removed, once this one is loaded.
+          restack: How the checkpoint stacks layers, to how the target does; as for `fp.load`.
+          renames: Names in the checkpoint, to those in the target; as for `fp.load`.
 
         Returns:
           The state and its step; None if there is no checkpoint yet.
@@ -483,7 +494,13 @@ class PartialCheckpointCallback(Copyable):
           CheckpointInUseError: A later one that is to be discarded is being read, or another run
             trains in the directory.
         """
-        options = _state.LoadOptions(partial=partial, keep_missing=keep_missing, cast=cast)
+        options = _state.LoadOptions(
+            partial=partial,
+            keep_missing=keep_missing,
+            cast=cast,
+            restack=restack,
+            renames=renames,
+        )
         self.recover()
         while found := _directory.choose(self.directory, self._member.retention, which):
             try:

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from flax_partial.callbacks import _leaves
     from flax_partial.callbacks._state import RestoreOptions
+    from flax_partial.subtrees import Name
 
 StateT = TypeVar("StateT")
 
@@ -112,10 +112,10 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
         """
         self._loop.end_epoch(epoch, metrics)
 
-    def layer_ready(self, name: _leaves.Name, tree: Any) -> None:
+    def layer_ready(self, name: Name, tree: Any) -> None:
         """Saves a layer's new parameters before the step is done; free if it is not saved."""
         self.callback.on_layer_ready(self._loop.trainer, name, tree)
 
-    def optimizer_state_ready(self, name: _leaves.Name, tree: Any) -> None:
+    def optimizer_state_ready(self, name: Name, tree: Any) -> None:
         """Saves a layer's new optimizer state, likewise."""
         self.callback.on_optimizer_state_ready(self._loop.trainer, name, tree)

@@ -17,6 +17,9 @@ from flax_partial.errors import (
 from flax_partial.finalizing.abort import abort
 from flax_partial.finalizing.finalize import finalize, finalize_async
 from flax_partial.finalizing.status import status
+from flax_partial.format.slices import Slice
+from flax_partial.leaf_types import register_leaf_type
+from flax_partial.loading.arrangement import Stack
 from flax_partial.loading.catalog import latest, remove, steps
 from flax_partial.loading.checkpoint import metadata
 from flax_partial.loading.load import load
@@ -31,9 +34,9 @@ from flax_partial.reports import (
     SessionStatus,
     VerifyReport,
 )
-from flax_partial.saving.describe import Slice
 from flax_partial.saving.save import check, save, save_async
 from flax_partial.sessions.handles import FinalizeHandle, SaveHandle
+from flax_partial.subtrees import subtree
 
 __all__ = [
     "CheckpointExistsError",
@@ -55,6 +58,7 @@ __all__ = [
     "SaveTimes",
     "SessionStatus",
     "Slice",
+    "Stack",
     "TargetMismatchError",
     "UnsupportedLeafError",
     "VerifyReport",
@@ -66,10 +70,12 @@ __all__ = [
     "latest",
     "load",
     "metadata",
+    "register_leaf_type",
     "remove",
     "save",
     "save_async",
     "status",
     "steps",
+    "subtree",
     "verify",
 ]

@@ -26,6 +26,10 @@ class SaveOptions:
         this process; past it `save_async` waits. A state that is larger by itself waits until it
         is alone. None sets no bound.
       chunk_bytes: Wanted size of a chunk, in bytes: the unit of digests and of partial reads.
+      share_replicas: Whether all processes that hold replicas of an array write it together, each
+        its share. All of them have to save it then, alike: a share that is missing is told by
+        finalize. Otherwise the process that has the first replica writes it, and only that one
+        has to save it. None: the callback shares, where all processes come, `save` does not.
     """
 
     durable: bool = True
@@ -33,6 +37,7 @@ class SaveOptions:
     compression: str | None = None
     max_inflight_bytes: int | None = None
     chunk_bytes: int = 2 << 20
+    share_replicas: bool | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no save could honour."""

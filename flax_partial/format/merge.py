@@ -17,6 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import structs
+
+from flax_partial.errors import first_few
 from flax_partial.format.chunks import chunk_counts
 from flax_partial.format.keypaths import KeyTree
 from flax_partial.format.metadata import merge_metadata
@@ -24,6 +27,8 @@ from flax_partial.format.model import Box, Leaf, Part, Place, Run, data_part
 
 Source = tuple[str, Sequence[Place]]
 """Where chunks are that follow one another in C order: their data file, as `data_part` calls it."""
+
+_MOST_NAMED = 10  # processes that an error lists
 
 _Holder = tuple[str, Leaf]
 """The name of a part, and what it holds of a leaf."""
@@ -78,7 +83,7 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
         leaves.append(_located(leaf, found, numbers))
         sources.append(found)
         if lacking:
-            missing.append(lacking)
+            missing.append(lacking + _absent(holders, parts))
     conflicts.extend(_tree_problems(leaves))
     return MergePlan(
         leaves=tuple(leaves),
@@ -210,11 +215,25 @@ def _joined(
     return leaf.with_boxes((whole,)), sources, None
 
 
+def _absent(holders: Sequence[_Holder], parts: Mapping[str, Part]) -> str:
+    """Says which of the processes that share the writing of a leaf have not saved their share."""
+    came = {parts[name].process for name, leaf in holders if leaf.boxes}
+    ranges = [range(*of_one) for _, leaf in holders for of_one in leaf.writers]
+    absent = (process for some in ranges for process in some if process not in came)
+    count = sum(map(len, ranges)) - sum(process in some for some in ranges for process in came)
+    if count <= 0:
+        return ""
+    shown = ", ".join(first_few(map(str, absent), most=_MOST_NAMED, count=count))
+    return f", without the share of process {shown}"
+
+
 def _located(leaf: Leaf, sources: Iterable[Source], numbers: dict[str, int]) -> Leaf:
     """The leaf as a checkpoint's contents have it: with the bytes of its chunks, or their runs."""
     if not leaf.is_array:
         return leaf
     (box,) = leaf.boxes[:1]
+    if leaf.writers:
+        leaf = structs.replace(leaf, writers=())
     is_plain = leaf.compression is None
     if is_plain and {bytes}.issuperset(map(type, box.places)):
         return leaf if not leaf.file else leaf.with_boxes(leaf.boxes)

@@ -27,6 +27,9 @@ _DIRECTORY_PROCESSES = 1000  # whose parts share a directory, where there are mo
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """What can be counted: bytes, indices, nanoseconds."""
 
+Process = Annotated[int, Meta(ge=0, le=2**32)]
+"""Index of a process."""
+
 Run = tuple[Count, Count, Count]
 """Chunks that follow one another in a data file: number of the file, offset, number of chunks."""
 
@@ -150,6 +153,8 @@ class Leaf(KeyPath, gc=False, omit_defaults=True):
         for `data.n`, which an earlier part shares with it.
       compression: `zstd`, `blosc`, or None.
       sharding: Its sharding; in a table the number that this has there.
+      writers: In the part of one of several processes that save a leaf together, which of them
+        write some of it, as ranges: the first, and the one after the last; empty in other parts.
     """
 
     kind: Kind
@@ -165,6 +170,7 @@ class Leaf(KeyPath, gc=False, omit_defaults=True):
     file: Count = 0
     compression: Compression | None = None
     sharding: Sharding | None = None
+    writers: tuple[tuple[Process, Process], ...] = ()
 
     @property
     def is_array(self) -> bool:

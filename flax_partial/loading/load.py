@@ -14,15 +14,17 @@ import jax
 import numpy as np
 from jax import tree_util
 
-from flax_partial import collector
+from flax_partial import collector, leaf_types
 from flax_partial.errors import CorruptCheckpointError, TargetMismatchError
 from flax_partial.format import keypaths
 from flax_partial.format.keypaths import ATTRIBUTE, KeyPath
 from flax_partial.format.model import Leaf, Region
-from flax_partial.loading import orbax_terms
+from flax_partial.loading import orbax_terms, shared_reads
 from flax_partial.loading import target as placing
+from flax_partial.loading.arrangement import Arrangement, Stack
 from flax_partial.loading.batches import MOST_REGIONS, batched, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint, chosen, open_checkpoint, require_items
+from flax_partial.loading.restacked import Reading, Source, as_placed
 from flax_partial.loading.saved_sharding import sharding_of
 from flax_partial.loading.target import Placement
 from flax_partial.storage import checkpoint_dir, paths
@@ -44,6 +46,9 @@ def load(
     keep_missing: bool = False,
     cast: bool = False,
     sharding: Literal["default", "saved"] = "default",
+    restack: Mapping[Stack | str, Stack | str] | None = None,
+    renames: Mapping[str, str] | None = None,
+    share_reads: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """Reads a finalized checkpoint, ours or Orbax's, and checks the digests of what it reads.
@@ -51,17 +56,26 @@ def load(
     Args:
       path: The checkpoint.
       target: A pytree of what is wanted: arrays, `jax.ShapeDtypeStruct` (with or without sharding),
-        numbers, strings, None. Its leaves are found by their names, so that a dict, a dataclass and
-        a Flax state with the same keys are interchangeable. None reads everything. Orbax's own
-        terms are understood: what its `metadata` returns, `int`, `float`, `str` and `np.ndarray`
-        for values of these types, and `...` for a leaf or subtree that is not to be read, which
-        then stands in the result.
+        `Slice` for some rows of a leaf, numbers, strings, None. Its leaves are found by their
+        names, so that a dict, a dataclass and a Flax state with the same keys are interchangeable.
+        None reads everything. Orbax's own terms are understood: what its `metadata` returns, `int`,
+        `float`, `str` and `np.ndarray` for values of these types, and `...` for a leaf or subtree
+        that is not to be read, which then stands in the result.
       partial: Whether `target` may lack leaves of the checkpoint; those are not read.
       keep_missing: Whether the checkpoint may lack leaves of `target`; those stay as they are.
       cast: Whether a dtype that differs is converted; an error otherwise.
       sharding: Where arrays of JAX's go of which `target` does not say it, or all without a target:
         "default", uncommitted to the default device; "saved", to the devices that they were saved
         from, in the same way, for which these have to be here.
+      restack: From how the checkpoint stacks layers to how the target does:
+        `{Stack("decoder.layers", (0, 1)): Stack("decoder.layers_{}")}`; a name with `{}` may stand
+        for its `Stack`. Of parameters and moments alike each device reads its own layers only.
+      renames: From keys that follow one another in the checkpoint's paths, joined with dots, to
+        what the target has there: `{"encoder.trunk": "encoder.body"}`; "" is the root. Of several
+        the longest that fits counts; the names in `restack` are what they are after that.
+      share_reads: Whether processes that want replicas of an array read a share of it each, and
+        hand it on by a collective: where the storage is slower than the network. Every process
+        that holds some of the target's arrays has to call this, with the same target.
       progress: Called in this thread, before the first and after each piece of some 100 MiB, with
         how many bytes of how many are read.
 
@@ -71,14 +85,17 @@ def load(
 
     Raises:
       NoSessionError: There is no finalized checkpoint at `path`.
-      TargetMismatchError: Target and checkpoint differ; it lists every difference. Or devices that
-        it was saved from are not here.
+      TargetMismatchError: Target and checkpoint differ, or a name in `restack` or `renames` is
+        not in the target; it lists everything. Or devices that it was saved from are not here.
+      ValueError: There is no target, and `restack` or `renames`.
       CorruptCheckpointError: Data on disk is damaged; it names the leaves.
       OSError: The system refused to read it, which says nothing of the data.
     """
     if sharding not in ("default", "saved"):
         raise ValueError(f"sharding is 'default' or 'saved', not {sharding!r}")
     where = paths.resolve(path)
+    if target is None and (restack or renames):
+        raise ValueError("restack and renames say where the target has something: pass a target.")
     with collector.paused(), checkpoint_dir.reading(where.final):
         return _load(
             where,
@@ -87,6 +104,9 @@ def load(
             keep_missing=keep_missing,
             cast=cast,
             as_sharded=sharding == "saved",
+            restack=restack,
+            renames=renames,
+            share_reads=share_reads,
             progress=progress,
         )
 
@@ -99,6 +119,9 @@ def _load(
     keep_missing: bool,
     cast: bool,
     as_sharded: bool,
+    restack: Mapping[Stack | str, Stack | str] | None,
+    renames: Mapping[str, str] | None,
+    share_reads: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Any:
     checkpoint = open_checkpoint(where)
@@ -107,20 +130,28 @@ def _load(
         for name, why in checkpoint.composition.others.items():
             _LOG.warning("%s was not loaded: %s.", where.final / name, why)
         leaves = checkpoint.contents.leaves
-        placements = [_as_saved(leaf, as_sharded=as_sharded) for leaf in leaves]
-        return _nested(leaves, _read(checkpoint, placements, progress))
-    key_paths, values, structure = keypaths.flatten(orbax_terms.tree_of(target))
+        readings = [as_placed(_as_saved(leaf, as_sharded=as_sharded)) for leaf in leaves]
+        return _nested(leaves, _read(checkpoint, readings, progress))
+    target = orbax_terms.tree_of(target)
+    if leaf_types.are_registered():
+        keypaths.values_of(target)  # which says what JAX cannot flatten
+    key_paths, values, structure = keypaths.flatten(leaf_types.unwrapped(target))
     checkpoint = chosen(checkpoint, where, key_paths)
     require_items(checkpoint, key_paths if partial else None)
-    placements = _plan(
+    by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
+    readings = _plan(
         checkpoint.contents.leaves,
-        zip(key_paths, values, strict=True),
+        zip(key_paths, map(shared_reads.spread, values) if share_reads else values, strict=True),
+        Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
         partial=partial,
         keep_missing=keep_missing,
         cast=cast,
         as_sharded=as_sharded,
     )
-    return tree_util.tree_unflatten(structure, _read(checkpoint, placements, progress))
+    loaded = _read(checkpoint, readings, progress)
+    if share_reads:
+        loaded = shared_reads.gathered(loaded, values)
+    return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, loaded))
 
 
 def _as_saved(leaf: Leaf, *, as_sharded: bool) -> Placement:
@@ -136,38 +167,42 @@ def _as_saved(leaf: Leaf, *, as_sharded: bool) -> Placement:
 def _plan(
     leaves: Sequence[Leaf],
     wanted: Iterable[tuple[KeyPath, Any]],
+    arrangement: Arrangement,
     *,
     partial: bool,
     keep_missing: bool,
     cast: bool,
     as_sharded: bool,
-) -> list[Placement]:
-    by_name = {leaf.name: leaf for leaf in leaves}
-    placements: list[Placement] = []
+) -> list[Reading]:
+    readings: list[Reading] = []
     problems: list[str] = []
     ways_out: set[str] = set()
     found: set[str] = set()
     skipped: set[str] = set()
     for path, value in wanted:
-        leaf = _find(path, by_name)
+        source = arrangement.find(path, value)
         if value is orbax_terms.PLACEHOLDER:
-            skipped.add(path.name if leaf is None else leaf.name)
-            placement = placing.as_it_is(path, value)
-        elif leaf is not None:
-            found.add(leaf.name)
-            target = _own_terms(leaf, value, as_sharded=as_sharded)
-            placement = placing.as_target(leaf, target, cast=cast)
-            if isinstance(placement, str) and _fits_by_cast(leaf, target):
+            skipped.update(source.names if isinstance(source, Source) else [path.name])
+            source, planned = None, placing.as_it_is(path, value)
+        elif isinstance(source, str):
+            planned = source
+        elif source is not None:
+            found.update(source.names)
+            wanted_value = _own_terms(source.leaf, value, as_sharded=as_sharded)
+            planned = placing.as_target(source.leaf, wanted_value, cast=cast)
+            if isinstance(planned, str) and _fits_by_cast(source.leaf, wanted_value):
                 ways_out.add(_CAST)
         elif keep_missing:
-            placement = placing.as_it_is(path, value)
+            planned = placing.as_it_is(path, value)
         else:
-            placement = f"{path.name!r} is not in the checkpoint"
+            planned = f"{path.name!r} is not in the checkpoint{arrangement.said_of(path)}"
             ways_out.add(_KEEP_MISSING)
-        if isinstance(placement, str):
-            problems.append(placement)
+        if isinstance(planned, str):
+            problems.append(planned)
         else:
-            placements.append(placement)
+            reading = source.reading if isinstance(source, Source) else as_placed
+            readings.append(reading(planned))
+    problems += arrangement.unused()
     left_over = [
         leaf.name
         for leaf in leaves
@@ -181,7 +216,7 @@ def _plan(
             f"The checkpoint does not fit the target in {len(problems)} places{hint}:\n  "
             + "\n  ".join(problems)
         )
-    return placements
+    return readings
 
 
 def _fits_by_cast(leaf: Leaf, value: Any) -> bool:
@@ -219,22 +254,22 @@ def _find(path: KeyPath, by_name: Mapping[str, Leaf]) -> Leaf | None:
 
 def _read(
     checkpoint: Checkpoint,
-    placements: Sequence[Placement],
+    readings: Sequence[Reading],
     progress: Callable[[int, int], None] | None,
 ) -> list[Any]:
-    """Reads the boxes of all placements, and builds the leaves: some at a time."""
-    data = _read_boxes(checkpoint, placements, progress)
+    """Reads all that is wanted, and builds the leaves: some at a time."""
+    data = _read_boxes(checkpoint, readings, progress)
     values: list[Any] = []
     errors: list[Exception] = []
-    for first in range(0, len(placements), MOST_REGIONS):
+    for first in range(0, len(readings), MOST_REGIONS):
         built = []
-        for one in placements[first : first + MOST_REGIONS]:
-            outcomes = [next(data) for _ in one.boxes]
+        for one in readings[first : first + MOST_REGIONS]:
+            outcomes = [next(data) for _ in one.regions]
             boxes = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
             if len(boxes) < len(outcomes):
                 errors += [outcome for outcome in outcomes if isinstance(outcome, Exception)]
             elif not errors:
-                built.append(one.build(one.leaf, boxes))
+                built.append(one.build(boxes))
         values += placing.put_on_devices(built)
     for error in errors:
         if isinstance(error, OSError):
@@ -246,13 +281,13 @@ def _read(
 
 def _read_boxes(
     checkpoint: Checkpoint,
-    placements: Sequence[Placement],
+    readings: Sequence[Reading],
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[np.ndarray | Exception]:
     """Returns what is read of each box; a batch is read when the first of it is wanted."""
     if progress is None:
-        return chain.from_iterable(map(checkpoint.read, batched(_regions(placements))))
-    total = sum(map(region_bytes, _regions(placements)))
+        return chain.from_iterable(map(checkpoint.read, batched(_regions(readings))))
+    total = sum(map(region_bytes, _regions(readings)))
     done = 0
     progress(done, total)
 
@@ -263,11 +298,11 @@ def _read_boxes(
         progress(done, total)
         return outcomes
 
-    return chain.from_iterable(map(read, batched(_regions(placements), most_bytes=_PIECE_BYTES)))
+    return chain.from_iterable(map(read, batched(_regions(readings), most_bytes=_PIECE_BYTES)))
 
 
-def _regions(placements: Iterable[Placement]) -> Iterator[Region]:
-    return ((one.leaf, *box) for one in placements for box in one.boxes)
+def _regions(readings: Iterable[Reading]) -> Iterator[Region]:
+    return (region for one in readings for region in one.regions)
 
 
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, Sharding, SingleDeviceSharding
+from msgspec import structs
 
+from flax_partial import leaf_types
 from flax_partial.errors import TargetMismatchError
 from flax_partial.format import model as kinds
 from flax_partial.format.chunks import Shape
 from flax_partial.format.keypaths import KeyPath, is_leaf
 from flax_partial.format.model import Leaf
+from flax_partial.format.slices import Slice, SliceError, moved, rows_of, whole_shape
 
 BoxRange = tuple[Shape, Shape]
 
@@ -147,6 +150,12 @@ def _build_plain(leaf: Leaf, _: Sequence[np.ndarray]) -> Any:
 
 def as_target(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     """Plans to read a leaf as what stands in the target at its place; a string says why not."""
+    if isinstance(target, Slice):
+        return _as_rows(leaf, target, cast=cast)
+    return _as_value(leaf, target, cast=cast)
+
+
+def _as_value(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     if isinstance(target, (str, bytes, type(None))) or is_leaf(target):
         return _as_plain(leaf, target)
     if not leaf.is_array:
@@ -154,15 +163,40 @@ def as_target(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     if isinstance(target, (bool, int, float, complex)):
         return _as_number(leaf, target, cast=cast)
     if not (hasattr(target, "shape") and hasattr(target, "dtype")):
-        return f"{leaf.name!r}: the target has {_said(target)}, which no checkpoint can hold"
+        return (
+            f"{leaf.name!r}: the target has {_said(target)}, which no checkpoint can hold. "
+            f"{leaf_types.advice(target)}"
+        )
     is_key = jnp.issubdtype(target.dtype, jax.dtypes.prng_key)
     if is_key != (leaf.kind == kinds.PRNG_KEY):
         return _differ(leaf, target)
     return _as_key(leaf, target) if is_key else _as_array(leaf, target, cast=cast)
 
 
+def _as_rows(leaf: Leaf, target: Slice, *, cast: bool) -> Placement | str:
+    """Plans to read some rows of a leaf, as if they were all of it."""
+    rank = len(getattr(target.value, "shape", ()))
+    if not leaf.is_array or len(leaf.shape) < rank:
+        return f"{leaf.name!r} is {leaf.summary} in the checkpoint, {_said(target)} in the target"
+    given = (*target.value.shape, *leaf.shape[rank:]) if rank else ()
+    try:
+        rows = rows_of(target, given, rank)
+    except SliceError as error:
+        return f"{leaf.name!r} {error.what} in the target. {error.way_out}"
+    if whole_shape(given, rows) != leaf.shape:
+        return f"{leaf.name!r} is {leaf.summary} in the checkpoint, {_said(target)} in the target"
+    piece = structs.replace(leaf, shape=given)
+    placement = as_target(piece, target.value, cast=cast)
+    if isinstance(placement, str):
+        return placement
+    boxes = [(moved(start, rows), shape) for start, shape in placement.boxes]
+    return Placement(leaf, boxes, lambda _, data: placement.build(piece, data))
+
+
 def as_it_is(path: KeyPath, target: Any) -> Placement | str:
     """Plans to keep what stands in the target, which the checkpoint lacks."""
+    if isinstance(target, Slice):
+        target = target.value
     if isinstance(target, jax.ShapeDtypeStruct):
         return f"{path.name!r} is not in the checkpoint, and the target holds no value to keep"
     return Placement(Leaf(path.texts, path.key_kinds, kinds.NONE), (), lambda _leaf, _data: target)
@@ -201,6 +235,8 @@ def _whole(shape: Shape) -> tuple[BoxRange]:
 
 
 def _said(target: object) -> str:
+    if isinstance(target, Slice):
+        return f"rows of [{target.size}, axis {target.axis}] as {_said(target.value)}"
     if hasattr(target, "shape") and hasattr(target, "dtype"):
         return f"{target.dtype}{list(target.shape)}"
     return repr(target) if is_leaf(target) else type(target).__name__

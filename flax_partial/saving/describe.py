@@ -6,7 +6,6 @@ only compares each leaf's type, shape, dtype and sharding.
 """
 
 import math
-import operator
 import re
 import threading
 import weakref
@@ -14,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, Sharding, SingleDeviceSharding
 from msgspec import Struct, structs
 
-from flax_partial import collector
+from flax_partial import collector, leaf_types
 from flax_partial.distributed import agreement
 from flax_partial.errors import UnsupportedLeafError
 from flax_partial.format import keypaths
@@ -30,38 +30,15 @@ from flax_partial.format import model as kinds
 from flax_partial.format.chunks import Shape, choose_chunk_shape
 from flax_partial.format.keypaths import KeyPath, is_leaf
 from flax_partial.format.model import STORABLE_DTYPES, Box, Leaf
+from flax_partial.format.slices import Rows, Slice, SliceError, moved, rows_of, whole_shape
+from flax_partial.saving.shares import Shares, shares_of
 
 Source = np.ndarray | jax.Array
-_How = tuple[int, str | None]
-"""Wanted size of a chunk, in bytes; the chunks' codec."""
+_How = tuple[int, str | None, bool]
+"""Wanted size of a chunk, in bytes; the chunks' codec; whether processes share replicas."""
 
 _MOST_KNOWN_LEAVES = 1 << 17  # of the trees whose description is remembered, beside the last
 _MOST_KNOWN_TREES = 1 << 9
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Rows of a leaf that is saved piece by piece, such as one layer of a stacked `[layers, ...]`.
-
-    On disk, and when loaded, the leaf is one ordinary array. Where it is cut along several axes,
-    `start`, `size` and `axis` are tuples, an item for each: `Slice(x, (2, 0), (4, 3), (0, 1))` is
-    stage 0 of repeat 2 of a `[repeats=4, stages=3, ...]`. All pieces of a leaf are cut along the
-    same axes.
-
-    Attributes:
-      value: `jax.Array` or `np.ndarray`; holds rows `start : start + value.shape[axis]`.
-      start: First row that `value` holds.
-      size: Number of rows of the whole leaf.
-      axis: The axis that is cut; negative counts from the end.
-      sharding: That of the whole leaf, where `value` was cut out of its shards: Orbax restores the
-        leaf as it was. None if it has none, and `value`'s own is as good.
-    """
-
-    value: Any
-    start: int | tuple[int, ...]
-    size: int | tuple[int, ...]
-    axis: int | tuple[int, ...] = 0
-    sharding: Sharding | None = None
 
 
 @dataclass(slots=True)
@@ -176,7 +153,12 @@ _known_trees = _KnownTrees()
 
 
 def describe(
-    state: Any, *, chunk_bytes: int, compression: str | None, remember: bool = False
+    state: Any,
+    *,
+    chunk_bytes: int,
+    compression: str | None,
+    share_replicas: bool = False,
+    remember: bool = False,
 ) -> Described:
     """Says how a state is stored.
 
@@ -184,13 +166,18 @@ def describe(
       state: Any pytree of what can be saved.
       chunk_bytes: Wanted size of a chunk, in bytes.
       compression: Codec of the chunks.
+      share_replicas: Whether all processes that hold replicas of an array save it, each its share;
+        else the process of replica 0 saves it.
       remember: Whether to refer to arrays that live on, weakly.
 
     Raises:
       UnsupportedLeafError: No checkpoint can hold some leaf or key.
     """
     values, structure = keypaths.values_of(state)
-    how = chunk_bytes, compression
+    if leaf_types.are_registered():
+        state = leaf_types.unwrapped(state)
+        values, structure = keypaths.values_of(state)
+    how = chunk_bytes, compression, share_replicas
     key = _keys_on_the_way(structure), structure, how, agreement.count()
     tree = _known_trees.get(key)
     if tree is None or (tree.text and tree.text != str(structure)):
@@ -230,15 +217,16 @@ def _anew(state: Any, how: _How) -> Described:
     if len(paths) == 1 and not paths[0].texts and is_leaf(values[0]):
         return described
     likes: dict[Any, _Like] = {}
+    depends_on_name = how[2] and agreement.count() > 1  # who writes what processes share
     count = 0
     for path, value in zip(paths, values, strict=True):
         at = None if is_leaf(value) else count
         count += at is not None
-        key = _key_of(value)
+        key = None if depends_on_name else _key_of(value)
         like = likes.get(key)
         if like is None:
             template = _add(described, path, value, at, how)
-            if template.like is not None:
+            if template.like is not None and key is not None:
                 likes[key] = template.like
         else:
             leaf = structs.replace(like.leaf, texts=path.texts, key_kinds=path.key_kinds)
@@ -293,26 +281,47 @@ def _add(
     how: _How,
 ) -> _Template:
     """Describes a leaf; returns what is to be remembered of it."""
-    leaf, sources = _describe(path, value, *how)
+    leaf, sources = _describe(path, value, how)
     size = sum(source.nbytes for source in sources)
     described.add(leaf, sources, size)
     sharding = shards = None
     if leaf.kind == kinds.JAX_ARRAY and isinstance(value, jax.Array):
         sharding = value.sharding
         if not isinstance(sharding, SingleDeviceSharding):
-            shards = tuple(
-                number
-                for number, shard in enumerate(value.addressable_shards)
-                if shard.replica_id == 0
-            )
+            shards = _shards_written(path, value, how)
+            if shards is None:
+                return _Template(leaf, at, None)
     elif type(value) is not np.ndarray or not value.dtype.isnative:
         return _Template(leaf, at, None)
     like = _Like(type(value), value.shape, value.dtype, sharding, leaf, shards, size)
     return _Template(leaf, at, like)
 
 
+def _shards_written(path: KeyPath, value: jax.Array, how: _How) -> tuple[int, ...] | None:
+    """Positions of the shards that this process writes; None where it writes pieces of them."""
+    shares = _shares_of(path, value, how)
+    if shares is None:
+        shards = enumerate(value.addressable_shards)
+        return tuple(number for number, shard in shards if shard.replica_id == 0)
+    if not all(piece.is_whole for piece in shares.pieces):
+        return None
+    return tuple(piece.shard for piece in shares.pieces)
+
+
+def _shares_of(
+    path: KeyPath, value: object, how: _How, rows: Mapping[int, Rows] = MappingProxyType({})
+) -> Shares | None:
+    """What this process writes of an array whose replicas processes share, if they do."""
+    if not (how[2] and isinstance(value, jax.Array)):
+        return None
+    start = moved((0,) * value.ndim, rows)
+    return shares_of(value, path.name, rows_at=start, pinned=frozenset(rows), chunk_bytes=how[0])
+
+
 def _describe(
-    path: KeyPath, value: object, chunk_bytes: int, compression: str | None
+    path: KeyPath,
+    value: object,
+    how: _How,
 ) -> tuple[Leaf, Sequence[Source]]:
     if isinstance(value, str):  # np.str_ too
         _require_utf8(path, value)
@@ -321,7 +330,7 @@ def _describe(
     if isinstance(value, bytes):  # np.bytes_ too
         return Leaf(path.texts, path.key_kinds, kinds.BYTES, data=bytes(value)), ()
     if isinstance(value, (np.ndarray, np.generic, jax.Array, Slice)):
-        return _describe_array(path, value, chunk_bytes, compression)
+        return _describe_array(path, value, how)
     if isinstance(value, (bool, int, float, complex)):
         return _describe_scalar(path, value)
     if value is None:
@@ -331,8 +340,7 @@ def _describe(
     raise _unsupported(
         path,
         f"is a {type(value).__module__}.{type(value).__qualname__}",
-        "Leaves are arrays, numbers, strings, bytes and None; convert it, for example with "
-        "np.asarray(), or leave it out.",
+        leaf_types.advice(value),
     )
 
 
@@ -380,9 +388,8 @@ def _scalar_array(value: complex) -> np.ndarray:
     return np.array(value, np.float64 if isinstance(value, float) else np.complex128)
 
 
-def _describe_array(
-    path: KeyPath, value: Any, chunk_bytes: int, compression: str | None
-) -> tuple[Leaf, Sequence[Source]]:
+def _describe_array(path: KeyPath, value: Any, how: _How) -> tuple[Leaf, Sequence[Source]]:
+    chunk_bytes, compression, _ = how
     cut = None
     if isinstance(value, Slice):
         cut, value = value, value.value
@@ -407,11 +414,12 @@ def _describe_array(
             path, f"has {value.ndim} axes, more than {kinds.MOST_AXES}", "Reshape it to fewer."
         )
     rows = {} if cut is None else _rows_of(path, value.shape, cut, rank)
-    shape = _whole(value.shape, rows)
+    shape = whole_shape(value.shape, rows)
     if math.prod(size or 1 for size in shape) * value.dtype.itemsize > kinds.MOST_BYTES:
         raise _unsupported(path, f"is of shape {list(shape)}", "No array can be as large.")
     axes = frozenset(rows)
-    placed, unit, sharding = _boxes(value, axes)
+    shares = _shares_of(path, value, how, rows)
+    placed, unit, sharding = _boxes(value, axes, shares)
     if cut is not None and cut.sharding is not None:
         _require_devices(path, cut.sharding)
         sharding = _in_orbax_terms(cut.sharding, frozenset())
@@ -427,7 +435,7 @@ def _describe_array(
         )
     boxes: tuple[Box, ...] = _whole_box(shape)
     if len(placed) != 1 or placed[0][1].shape != shape:
-        boxes = tuple(Box(_moved(start, rows), source.shape) for start, source in placed)
+        boxes = tuple(Box(moved(start, rows), source.shape) for start, source in placed)
     leaf = Leaf(
         path.texts,
         path.key_kinds,
@@ -439,6 +447,7 @@ def _describe_array(
         boxes=boxes,
         compression=compression,  # type: ignore[arg-type] # as `SaveOptions` checks it
         sharding=sharding,
+        writers=() if shares is None else shares.writers,
     )
     return leaf, tuple(source for _, source in placed)
 
@@ -485,74 +494,26 @@ def _require_devices(path: KeyPath, sharding: object) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Where a piece lies along an axis that is cut: its first row, of how many."""
-
-    start: int
-    size: int
-
-
-def _rows_of(path: KeyPath, shape: Shape, cut: Slice, rank: int) -> dict[int, _Rows]:
-    """Returns where a piece of that shape lies, by axis, each one of the leaf's first `rank`."""
-    rows = _rows_given(cut, rank)
-    if not rows:
-        raise _unsupported(
-            path,
-            f"is a Slice with start={cut.start!r}, size={cut.size!r}, axis={cut.axis!r} of an "
-            f"array of shape {shape}",
-            "start and size are integers, and axis is one of the array's; or all three are tuples "
-            "of the same length, of different axes.",
-        )
-    for axis, held in rows.items():
-        if held.start < 0 or held.start + shape[axis] > held.size or not shape[axis]:
-            raise _unsupported(
-                path,
-                f"is a Slice of rows {held.start} to {held.start + shape[axis]} of {held.size} "
-                f"along axis {axis}",
-                "Give at least one row, all of them inside the leaf.",
-            )
-    return rows
-
-
-def _rows_given(cut: Slice, rank: int) -> dict[int, _Rows]:
-    """What a slice says, by axis; nothing if it makes no sense."""
+def _rows_of(path: KeyPath, shape: Shape, cut: Slice, rank: int) -> dict[int, Rows]:
     try:
-        starts, sizes, given = map(_integers, (cut.start, cut.size, cut.axis))
-        axes = [range(rank)[axis] for axis in given]
-    except (TypeError, IndexError):
-        return {}
-    if not len(set(axes)) == len(axes) == len(starts) == len(sizes):
-        return {}
-    return dict(zip(axes, map(_Rows, starts, sizes), strict=True))
-
-
-def _integers(given: int | tuple[int, ...]) -> list[int]:
-    return [*map(operator.index, given if isinstance(given, tuple) else (given,))]
-
-
-def _whole(shape: Shape, rows: Mapping[int, _Rows]) -> Shape:
-    if not rows:
-        return shape
-    return tuple(rows[axis].size if axis in rows else size for axis, size in enumerate(shape))
-
-
-def _moved(start: Shape, rows: Mapping[int, _Rows]) -> Shape:
-    if not rows:
-        return start
-    return tuple(at + rows[axis].start if axis in rows else at for axis, at in enumerate(start))
+        return rows_of(cut, shape, rank)
+    except SliceError as error:
+        raise _unsupported(path, error.what, error.way_out) from error
 
 
 def _boxes(
-    value: Source, axes: frozenset[int]
+    value: Source, axes: frozenset[int], shares: Shares | None
 ) -> tuple[list[tuple[Shape, Source]], Shape, kinds.Sharding | None]:
-    """Returns the boxes to write, each its start and data; the shape of a shard; the sharding."""
+    """Returns the boxes to write, each its start and data; that of the smallest; the sharding."""
     origin = (0,) * value.ndim
     if isinstance(value, np.ndarray):
         return [(origin, value)], value.shape, None
     sharding = value.sharding
     if isinstance(sharding, SingleDeviceSharding):
         return [(origin, value)], value.shape, _in_orbax_terms(sharding, axes)
+    if shares is not None:
+        shared = [(piece.start, piece.data_of(value)) for piece in shares.pieces]
+        return shared, shares.unit, _in_orbax_terms(sharding, axes)
     shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
     placed = [(tuple(cut.start or 0 for cut in shard.index), shard.data) for shard in shards]
     return placed, sharding.shard_shape(value.shape), _in_orbax_terms(sharding, axes)

@@ -213,7 +213,9 @@ class SaveJob:
         self._reused_bytes += sum(self._sizes[left[at]] for at in written.reused)
         done = linked | dict(zip(left, written.leaves, strict=True))
         part = dataclasses.replace(self._part, leaves=tuple(done[at] for at in sorted(done)))
-        table = encode_part(part)
+        table = encode_part(
+            dataclasses.replace(part, leaves=tuple(filter(_is_listed, part.leaves)))
+        )
         self._needed_bytes = written.bytes + len(table)
         has_data_file = bool(written.bytes or written.reused or linked)
         task.check()  # the last chance: from here on the save happens
@@ -251,6 +253,14 @@ class SaveJob:
         for name in ("admitted_at", "taken_at"):  # a `save` waits for neither
             at.setdefault(name, at["entered_at"])
         return SaveTimes(**{name: epoch + instant for name, instant in at.items()})
+
+
+def _is_listed(leaf: Leaf) -> bool:
+    """Whether a part is to name a leaf: of one that others write, only some parts tell.
+
+    Ten thousand processes that list a hundred thousand leaves each would write no data any more.
+    """
+    return bool(leaf.boxes or leaf.writers) or not leaf.is_array or agreement.index() == 0
 
 
 # Saves in the background, in the order of their calls; bounded, should no worker look any more.

@@ -154,6 +154,7 @@ def _prepare(
         state,
         chunk_bytes=options.chunk_bytes,
         compression=options.compression,
+        share_replicas=bool(options.share_replicas),
         remember=earlier is not None,
     )
     if not described.leaves and not metadata:

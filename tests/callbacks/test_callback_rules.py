@@ -6,7 +6,6 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -16,10 +15,11 @@ from hypothesis import strategies as st
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
 from flax_partial.callbacks._groups import cut, layerwise
-from flax_partial.callbacks._leaves import flatten, leaf_name, placed, subtree
+from flax_partial.callbacks._leaves import flatten, leaf_name
 from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.callbacks.policies import SavedStep
 from flax_partial.runs.completeness import closing, missing, saved
+from flax_partial.subtrees import joined
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -148,17 +148,8 @@ def test_layers_of_optax_state_are_those_of_their_parameters() -> None:
 def test_groups_have_every_leaf_once_at_its_own_path(tree: Any) -> None:
     leaves = flatten(tree)
     groups = cut(leaves, layerwise(leaves))
-    again = [item for group in groups.values() for item in flatten(subtree(group))]
+    again = [item for group in groups.values() for item in flatten(joined(group))]
     assert sorted(again, key=str) == sorted(leaves, key=str)
-
-
-def test_placed_keeps_key_kinds() -> None:
-    (leaf,) = flatten(placed("params", ("blocks", 3), {"w": 1}))
-    key = jax.tree_util
-    assert leaf == (
-        (key.DictKey("params"), key.DictKey("blocks"), key.SequenceKey(3), key.DictKey("w")),
-        1,
-    )
 
 
 SAVED_X, SAVED_Y = saved(callback="a", group="x"), saved(callback="b", group="y")

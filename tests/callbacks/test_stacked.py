@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import types
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import layouts
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
@@ -450,3 +453,98 @@ def test_names_of_nothing_and_things_that_are_no_axis_are_refused(tmp_path: Path
     ):
         with pytest.raises(TypeError, match="to the number of an axis"):
             PartialCheckpointCallback(tmp_path, stacked=wrong)  # type: ignore[arg-type]
+
+
+# As MaxText stacks layers, and keeps model and optimizer.
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS.values(), ids=layouts.LAYOUTS)
+def test_layout_of_maxtext_is_saved_by_rows(tmp_path: Path, layout: layouts.Layout) -> None:
+    state = layouts.train_state(layout)
+    callback = PartialCheckpointCallback(tmp_path, stacked=layout.stacked, options=QUICK)
+    save_one_step(callback, trainer_with(state))
+    (report,) = callback.reports
+    assert fp.verify(report.path).ok
+    assert_equal(fp.load(report.path, layouts.shapes(state)), state)
+    assert_equal(ocp.load(report.path, layouts.shapes(state)), state)
+    if layout.stacked:
+        rows = {save.bytes for save in report.saves.values()}
+        one = layouts.VALUES[0].nbytes
+        assert rows == {one, 2 * one}  # of the parameters, and of both moments
+
+
+class Layers(nnx.Module):
+    def __init__(self) -> None:
+        self.kernel = nnx.Param(numbers(LAYERS, 4, 4))
+
+
+class Decoder(nnx.Module):
+    def __init__(self) -> None:
+        self.layers = Layers()
+        self.embed = nnx.Param(numbers(4, 4))
+
+
+class TrainState(nnx.Module):
+    """MaxText's: one module of model and optimizer."""
+
+    def __init__(self) -> None:
+        self.model = Decoder()
+        self.optimizer = nnx.Optimizer(self.model, ADAM, wrt=nnx.Param)
+
+
+NNX_STATES: dict[str, tuple[Any, str]] = {
+    "module": (TrainState, "params.model.layers"),
+    "nnx.State": (lambda: nnx.state(TrainState()), "params.model.layers"),
+    "dict of its state": (lambda: {"all": nnx.state(TrainState())}, "all.model.layers"),
+}
+
+
+@pytest.mark.parametrize(("make", "name"), NNX_STATES.values(), ids=NNX_STATES)
+def test_moments_beside_the_model_in_one_state_are_cut_with_its_rows(
+    tmp_path: Path, make: Any, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = PartialCheckpointCallback(tmp_path, stacked={name: 0}, options=QUICK)
+    save_one_step(callback, trainer_with(make()))
+    (report,) = callback.reports
+    moments = f"{name.partition('.')[0]}.optimizer.opt_state.0"
+    for row in range(LAYERS):
+        assert report.saves[f"{name}.{row}"].bytes == 4 * 4 * 4
+        assert report.saves[f"{moments}.{row}"].bytes == 2 * 4 * 4 * 4
+    assert not caplog.records
+    kernel = fp.metadata(report.path).leaves[f"{moments}.mu.layers.kernel"]
+    assert kernel.shape == (LAYERS, 4, 4)
+
+
+SAVED_WHOLE: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "an axis that no leaf has": (
+        {"params": {"layers": numbers(4, 2)}}, {"params.layers": 2}, "'params.layers' along .2,."
+    ),
+    "moments with other rows": (
+        {"params": {"m": {"w": numbers(4, 2)}}, "mu": {"m": {"w": numbers(2, 4)}}}, {"params.m": 0},
+        "'mu.m.w', of shape .2, 4., is called like the stacked 'params.m.w'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "stacked", "said"), SAVED_WHOLE.values(), ids=SAVED_WHOLE)
+def test_what_was_to_be_cut_and_is_saved_whole_is_told_once(
+    tmp_path: Path, state: Any, stacked: Any, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = PartialCheckpointCallback(
+        tmp_path, stacked=stacked, every_n_train_steps=1, options=QUICK
+    )
+    trainer = trainer_with(state)
+    callback.on_fit_start(trainer, None)
+    for trainer.global_step in (1, 2):
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+    callback.on_train_end(trainer, None)
+    (record,) = caplog.records
+    assert re.search(said, record.message)
+    assert_equal(fp.load(tmp_path / "2"), state)
+
+
+def test_name_below_another_root_is_told_where_it_is(tmp_path: Path) -> None:
+    callback = PartialCheckpointCallback(tmp_path, stacked={"model.layers": 0})
+    with pytest.raises(ValueError, match=r"such as 'params\.model\.layers'"):
+        save_one_step(callback, trainer_with(TrainState()))
+    callback.on_exception(None, None, KeyboardInterrupt())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import cluster_worker as worker
 import jax
+import mpmd
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
@@ -269,7 +270,7 @@ ROWS_BY_PROCESS = {  # of four, with the mesh (4, 2): rows of "layers", cells of
     "rows by process": [(2, 3)] * 4,
     "and rows sharded": [(4, 6)] * 4,  # a box for each device
     "rows over all": [(16, 24)] * 4,
-    "all rows in the first": [(8, 12), (0, 0), (0, 0), (0, 0)],
+    "rows replicated": [(2, 3)] * 4,  # they take turns
 }
 
 
@@ -335,6 +336,18 @@ def test_rows_come_from_processes_that_have_nothing_else_in_common(
         cluster.call("save_own_slices", path, [5, 6, 7], [], on=[1])
         assert gather(begun) == [names]
         worker.load_stacked(path, "rows by process", (4, 2))
+
+
+def test_each_process_reads_its_own_layers_only_of_a_stack_that_is_another_there(
+    four: Cluster, path: Path
+) -> None:
+    values = worker.restacked_values()
+    for at in range(worker.LAYERS):
+        row = {"layers": fp.Slice(values[at : at + 1], at, worker.LAYERS)}
+        fp.save(path, row, options=worker.QUICK)
+    fp.finalize(path)
+    for read in four.call("load_restacked", path):
+        assert values.nbytes // 4 <= read <= values.nbytes // 4 + OVERHEAD_BYTES
 
 
 # Agreement.
@@ -564,3 +577,25 @@ def test_array_that_its_own_process_did_not_save_is_missing(two: Cluster, tmp_pa
     assert two.processes[0].call("save_of_each_process", path).result() == 40
     with pytest.raises(fp.IncompleteCheckpointError, match="stage1"):
         two.processes[0].call("finalize", path, processes=[0]).result()
+
+
+# A framework's own arrays, which some stages hold.
+
+
+def merged(found: Iterable[dict[str, str]]) -> dict[str, str]:
+    """What all processes have found."""
+    return {name: bits for of_one in found for name, bits in of_one.items()}
+
+
+@pytest.mark.parametrize("has_callback", [False, True], ids=["", "by the callback"])
+def test_arrays_of_stages_are_restored_into_fewer_and_train_on_bit_for_bit(
+    four: Cluster, two: Cluster, tmp_path: Path, *, has_callback: bool
+) -> None:
+    how = {"has_callback": has_callback}
+    of_four = four.call("train_stages", tmp_path, 4, **how)
+    of_two = two.call("resume_stages", tmp_path, 2, 2, **how)  # and saves its third step
+    assert merged(of_two) == merged(third for third, _ in of_four)
+    assert len(merged(of_two)) == 1 + 2 * 2 * (1 + 2 * mpmd.LAYERS)
+    last = mpmd.resume_stages(tmp_path, 3, 1, **how)
+    assert last == merged(fourth for _, fourth in of_four)
+    assert fp.verify(tmp_path / "2").ok

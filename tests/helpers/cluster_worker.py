@@ -24,7 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from things import assert_sharded, targets, trainer
+from mpmd import resume_stages, train_stages  # noqa: F401 - tests have processes call these
+from sharing import (  # noqa: F401 - and these
+    load_shared,
+    load_sharing_reads,
+    save_shared,
+    train_shared,
+)
+from things import assert_sharded, bytes_read, targets, trainer
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, checkpointing
@@ -220,7 +227,7 @@ LAYOUTS = {
         "layers": PartitionSpec(None, ("x", "y")),
         "pipeline": PartitionSpec(None, None, "y", "x"),
     },
-    "all rows in the first": {"layers": PartitionSpec(), "pipeline": PartitionSpec()},
+    "rows replicated": {"layers": PartitionSpec(), "pipeline": PartitionSpec()},
 }
 
 
@@ -304,6 +311,25 @@ def save_own_slices(path: Path, layers: Sequence[int], stages: Sequence[int]) ->
     if layers:
         rows = values["layers"][layers[0] : layers[-1] + 1]
         fp.save(path, {"params": {"layers": fp.Slice(rows, layers[0], LAYERS)}}, options=QUICK)
+
+
+def restacked_values() -> np.ndarray:
+    return np.random.default_rng(12).random((LAYERS, 256, 512), np.float32)
+
+
+def load_restacked(path: Path) -> int:
+    """Loads layers of `[layers, ...]` as `[repeats, stages, ...]`, the stages over all processes.
+
+    Returns:
+      How many bytes this process has read.
+    """
+    values = restacked_values().reshape(LAYERS // STAGES, STAGES, 256, 512)
+    sharding = NamedSharding(global_mesh((4, 2)), PartitionSpec(None, "x", "y"))
+    target = targets({"stages": values}, {"stages": sharding})
+    restack = {fp.Stack("layers", 0): fp.Stack("stages", (0, 1))}
+    loaded, bytes_read = _counted(lambda: fp.load(path, target, restack=restack))
+    assert_loaded(loaded, {"stages": sharding}, {"stages": values})
+    return bytes_read
 
 
 def save_keys(path: Path) -> None:
@@ -519,14 +545,8 @@ def sleep(secs: float) -> None:
 def _counted(load: Callable[[], Any]) -> tuple[Any, int]:
     """What `load` returns, and how many bytes it reads: the second time, when all is imported."""
     load()
-    before = _bytes_read()
-    return load(), _bytes_read() - before
-
-
-def _bytes_read() -> int:
-    """Bytes that this process has read from files so far, by the kernel's own count."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(dict(line.split(": ") for line in lines)["rchar"])
+    before = bytes_read()
+    return load(), bytes_read() - before
 
 
 def main() -> None:

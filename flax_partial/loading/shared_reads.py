@@ -1,0 +1,103 @@
+"""Processes that want replicas of the same data read a share of it each, and hand it on.
+
+Each array is loaded sharded along the axes of its mesh that replicate it over processes, too, and
+then gathered by a collective of JAX's: over the network of the devices, not that of the disks.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+_AT_ONCE_BYTES = 1 << 30  # of arrays on a device that are gathered by one program
+
+
+def spread(value: Any) -> Any:
+    """Returns a target that wants a share of what this one does, if others want the rest of it."""
+    finer = _finer_sharding(value)
+    if finer is None:
+        return value
+    return jax.ShapeDtypeStruct(
+        value.shape,
+        value.dtype,
+        sharding=finer,
+        weak_type=bool(getattr(value, "weak_type", False)),
+    )
+
+
+def gathered(values: Sequence[Any], targets: Iterable[Any]) -> list[Any]:
+    """Gathers arrays that were loaded as `spread` said, as their targets want them.
+
+    All processes that hold some of an array have to come, and in the same order of arrays.
+    """
+    done = list(values)
+    batch: list[tuple[int, NamedSharding]] = []
+    size = 0
+    for at, target in enumerate(targets):
+        if _finer_sharding(target) is None:
+            continue
+        sharding = target.sharding
+        is_elsewhere = bool(batch) and batch[0][1].mesh != sharding.mesh
+        if is_elsewhere or size > _AT_ONCE_BYTES:
+            _gather(done, batch)
+            batch, size = [], 0
+        batch.append((at, sharding))
+        size += target.dtype.itemsize * int(np.prod(sharding.shard_shape(target.shape)))
+    _gather(done, batch)
+    return done
+
+
+def _gather(values: list[Any], batch: Sequence[tuple[int, NamedSharding]]) -> None:
+    if not batch:
+        return
+    places = [at for at, _ in batch]
+    same = jax.jit(lambda *arrays: arrays, out_shardings=tuple(sharding for _, sharding in batch))
+    for at, array in zip(places, same(*(values[at] for at in places)), strict=True):
+        values[at] = array
+
+
+def _finer_sharding(value: Any) -> NamedSharding | None:
+    sharding = getattr(value, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or isinstance(sharding.mesh, AbstractMesh):
+        return None
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return None
+    return _finer(sharding, tuple(value.shape))
+
+
+@lru_cache(maxsize=4096)
+def _finer(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding | None:
+    mesh, spec = sharding.mesh, [_names(entry) for entry in sharding.spec]
+    spec += [()] * (len(shape) - len(spec))
+    used = {name for names in spec for name in names}
+    added = False
+    for name in _axes_over_processes(mesh):
+        for dim, size in enumerate(shape):
+            shards = int(np.prod([mesh.shape[one] for one in spec[dim]], dtype=int))
+            if name not in used and size and size % (shards * mesh.shape[name]) == 0:
+                spec[dim] = (*spec[dim], name)
+                used.add(name)
+                added = True
+    if not added:
+        return None
+    finer = PartitionSpec(*(names or None for names in spec))
+    return NamedSharding(mesh, finer, memory_kind=sharding.memory_kind)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+@lru_cache(maxsize=256)
+def _axes_over_processes(mesh: Mesh) -> tuple[str, ...]:
+    """Returns the axes of a mesh along which the process is not everywhere the same."""
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return tuple(
+        name
+        for axis, name in enumerate(mesh.axis_names)
+        if (processes != processes.take([0], axis)).any()
+    )
