@@ -5,7 +5,9 @@ that does not fit is told in one error, before any array data is read. Then only
 this process's devices hold are read.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from flax_partial.storage import checkpoint_dir, paths
 from flax_partial.storage.paths import CheckpointPath, PathLike
 
 _NNX_VALUE = "value"
-_PIECE_BYTES = 96 << 20  # of a load that says how far it is
+_PIECE_BYTES = 96 << 20  # of a load that says how far it is, or feeds an accelerator
 
 
 def load(
@@ -144,39 +146,68 @@ def _read(
     placements: Sequence[Placement],
     progress: Callable[[int, int], None] | None,
 ) -> list[Any]:
-    """Reads the boxes of all placements, in pieces if progress is told, and builds the leaves."""
+    """Reads the boxes of all placements and builds the leaves.
+
+    In pieces where progress is told, or where there is an accelerator: it is fed one piece while
+    the next is read.
+    """
     regions = [(one.leaf, *box) for one in placements for box in one.boxes]
-    if progress is None:
-        outcomes = checkpoint.read(regions)
-    else:
-        outcomes = _read_in_pieces(checkpoint, regions, progress)
-    errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    is_whole = progress is None and not placing.has_accelerator()
+    pieces = [regions] if is_whole else list(_pieces(regions))
+    data: deque[np.ndarray | Exception] = deque()
+    errors: list[Exception] = []
+    values: list[Any] = []
+    for outcomes in _read_ahead(checkpoint, pieces, progress or (lambda _done, _total: None)):
+        data += outcomes
+        errors += [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        built: list[Any] = []
+        while len(values) + len(built) < len(placements):
+            one = placements[len(values) + len(built)]
+            if len(data) < len(one.boxes):
+                break
+            found: Any = [data.popleft() for _ in one.boxes]
+            built.append(None if errors else one.build(one.leaf, found))
+        values += placing.put_on_devices(built)
     for error in errors:
         if isinstance(error, OSError):
             raise error
     if errors:
         raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
-    data: Iterator[Any] = iter(outcomes)
-    values = [one.build(one.leaf, [next(data) for _ in one.boxes]) for one in placements]
-    return placing.put_on_devices(values)
+    return values
 
 
-def _read_in_pieces(
-    checkpoint: Checkpoint, regions: Sequence[Region], progress: Callable[[int, int], None]
-) -> list[np.ndarray | Exception]:
-    sizes = [*map(region_bytes, regions)]
-    outcomes: list[np.ndarray | Exception] = []
-    done, total = 0, sum(sizes)
-    while len(outcomes) < len(regions):
-        progress(done, total)
-        first = end = len(outcomes)
-        piece_end = done + _PIECE_BYTES
-        while end < len(regions) and (end == first or done + sizes[end] <= piece_end):
-            done += sizes[end]
-            end += 1
-        outcomes += checkpoint.read(regions[first:end])
-    progress(done, total)
-    return outcomes
+def _pieces(regions: Sequence[Region]) -> Iterator[Sequence[Region]]:
+    """Cuts regions into pieces of about the same size; there is at least one."""
+    first = size = 0
+    for at, region in enumerate(regions):
+        added = region_bytes(region)
+        if at > first and size + added > _PIECE_BYTES:
+            yield regions[first:at]
+            first, size = at, 0
+        size += added
+    yield regions[first:]
+
+
+def _read_ahead(
+    checkpoint: Checkpoint,
+    pieces: Sequence[Sequence[Region]],
+    progress: Callable[[int, int], None],
+) -> Iterator[list[np.ndarray | Exception]]:
+    """Yields what each piece holds; the next one is read meanwhile, by another thread."""
+    sizes = [sum(map(region_bytes, piece)) for piece in pieces]
+    progress(0, sum(sizes))
+    if len(pieces) == 1:
+        yield checkpoint.read(pieces[0])
+        progress(sizes[0], sizes[0])
+        return
+    with ThreadPoolExecutor(1, "flax_partial-read-ahead") as thread:
+        reading = thread.submit(checkpoint.read, pieces[0])
+        for number in range(len(pieces)):
+            outcomes = reading.result()
+            if number + 1 < len(pieces):
+                reading = thread.submit(checkpoint.read, pieces[number + 1])
+            progress(sum(sizes[: number + 1]), sum(sizes))
+            yield outcomes
 
 
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
