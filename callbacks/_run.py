@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 import flax_partial as fp
 from flax_partial.callbacks import _directory
+from flax_partial.callbacks._behind import Behind
 from flax_partial.callbacks._checkpoint import Checkpoint
 from flax_partial.callbacks._finalizer import Finalizer
 from flax_partial.callbacks._preemption import Preemption
@@ -57,6 +58,7 @@ class Run:
         self.recorder = Recorder(directory)
         self.finalizer = Finalizer(directory, self.recorder, timeout_secs)
         self.rescued_step: int | None = None
+        self._behind = Behind(lambda: self.finalizer.is_behind, timeout_secs)
         # Guards all below. Nothing is waited for while it is held, but where a clock or the end of
         # the interpreter has the caller do it.
         self._lock = threading.RLock()
@@ -96,12 +98,13 @@ class Run:
         """
         self.join(member)
         self._is_dismissed = self._is_checked = False
+        member.last_skipped = None
         for other in self._others():
             other.dismiss()
         self.recover()
         self.finalizer.prune(member.retention)
         if member.clock is not None:
-            member.clock.start(f"{self.directory.absolute()} {member.key} {self._name}", step)
+            member.clock.start(f"{self._subject} {member.key}", step)
         if member.saves_on_preemption:
             self.preemption.watch(member.key)
 
@@ -128,14 +131,28 @@ class Run:
         """Whether a callback is to save `step`, and has not done so; never step 0."""
         schedule = member.schedule
         is_time = member.clock is not None and member.clock.is_due(step)  # asked about every step
-        is_due = (
-            is_time
-            or schedule.is_step_due(step)
-            or (epoch_ends and schedule.is_epoch_due(epoch))
+        is_regular = is_time or schedule.is_step_due(step)
+        is_last = (  # of its epoch, or run: never skipped
+            (epoch_ends and (schedule.is_epoch_due(epoch) or member.last_skipped is not None))
             or (member.saves_on_preemption and self.preemption.is_due(step))
             or (member.has_finished_step and step == self.rescued_step)
         )
-        return is_due and step not in (0, member.last_saved)
+        if step in (0, member.last_saved) or not (is_regular or is_last):
+            return False
+        if is_last or epoch_ends or not self._is_skipped(step):
+            return True
+        member.skip(step)
+        return False
+
+    def _is_skipped(self, step: int) -> bool:
+        """Whether all callbacks leave out a step that is due: the run is behind."""
+        with self._lock:
+            may_skip = all(member.skips_when_behind for member in self._members.values())
+        return may_skip and self._behind.skips(step, self._subject)
+
+    @property
+    def _subject(self) -> str:
+        return f"{self.directory.absolute()} {self._name}"
 
     # Before training.
 
@@ -247,7 +264,7 @@ class Run:
                 }
                 checkpoint.members = due | {member.key: member}
         checkpoint.save(member, groups, is_last=True)
-        member.last_saved = checkpoint.step
+        member.saved(checkpoint.step)
         if member.clock is not None:
             member.clock.saved()
         with self._lock:
