@@ -111,4 +111,6 @@ def _rich_bar(what: str, total: int) -> Iterator[Draw]:
             task = shown.add_task(what, total=total)
             yield lambda done, total: shown.update(task, completed=done, total=total)
     finally:
-        console.show_cursor()  # also where its start, which hides it, was interrupted
+        # Also where an interrupt came into the start, which hides it: another console, since
+        # that one may still hold back what it has to write.
+        Console(stderr=True).show_cursor()

@@ -16,6 +16,7 @@ Each is also the built-in kind that a caller would catch without knowing this pa
 the storage itself (a full disk, a lost mount) stay the `OSError` they are.
 """
 
+import traceback
 from collections.abc import Iterable
 from itertools import islice
 
@@ -77,3 +78,15 @@ def first_few(items: Iterable[str], *, most: int, count: int) -> list[str]:
     """
     shown = list(islice(items, most))
     return [*shown, f"and {count - most} more"] if count > most else shown
+
+
+def clear_frames(error: BaseException) -> None:
+    """Has an error, and those that it came from, refer to no local variable of what raised them."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            left += (one.__cause__, one.__context__)

@@ -216,7 +216,9 @@ class Output:
                     task, completed=done, total=total, visible=True
                 )
         finally:
-            console.show_cursor()  # also where its start, which hides it, was interrupted
+            # Also where an interrupt came into the start, which hides it: another console, since
+            # that one may still hold back what it has to write.
+            _console(is_stderr=True).show_cursor()
 
     @contextmanager
     def redrawn(

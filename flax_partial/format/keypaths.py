@@ -41,8 +41,12 @@ class KeyPath(Struct, gc=False):
 
 
 def is_leaf(node: object) -> bool:
-    """Whether a node that JAX does not take for a leaf is one here: None, and empty containers."""
-    return node is None or (isinstance(node, (list, tuple, Mapping)) and not node)
+    """Whether a node that JAX does not take for a leaf is one here: None, and empty containers.
+
+    An empty container of a type that JAX does not know is a leaf to JAX, and of no kind here.
+    """
+    is_empty = isinstance(node, (list, tuple, Mapping)) and not node
+    return node is None or (is_empty and not tree_util.all_leaves([node]))
 
 
 def values_of(tree: Any) -> tuple[list[Any], tree_util.PyTreeDef]:
@@ -133,12 +137,12 @@ def _convert(key: object, path: tuple[Any, ...]) -> tuple[str, str]:
             )
     if not text.isascii():
         _require_utf8(text, path)
-    return text, kind
+    return str.__str__(text), kind  # of an enum's member, its text, and not its name
 
 
 def _decimal(number: int, path: tuple[Any, ...]) -> str:
     try:
-        return str(number)
+        return str(int(number))  # of an enum's member, its number, and not its name
     except ValueError as error:
         raise UnsupportedLeafError(
             f"An integer key beside {tree_util.keystr(path[:-1])!r} is longer than Python writes."
@@ -193,6 +197,10 @@ class KeyTree:
         self._owners: dict[str, KeyPath] = {}
         self._top: _Children = {}  # the root, under the empty text
         self._last: tuple[tuple[str, ...], str, _Children] | None = None  # node of the last leaf
+
+    def __bool__(self) -> bool:
+        """Whether it holds anything, be it a leaf or an empty container."""
+        return bool(self._top)
 
     def __contains__(self, name: str) -> bool:
         return prefix_of(name) in self._owners
@@ -289,9 +297,10 @@ class KeyTree:
         self._last = None
         for children, text in reversed(way):
             node = children.get(text)
-            if node is not None:
-                if node.children or node.places > 0:
-                    return
+            if node is not None and (node.children or node.places > 0):
+                if not node.children:
+                    node.is_list = None
+                return
             children.pop(text, None)
 
     def has_inside(self, path: KeyPath) -> bool:

@@ -21,6 +21,7 @@ from flax_partial.format.keypaths import KeyPath, prefix_of
 DATA_FILE = "data"  # of a part: the chunks that its table does not hold itself
 INLINE_BYTES = 1024  # a chunk of at most so many bytes stands in the table
 MOST_AXES = 32  # of what tensorstore, and so Orbax, can open
+MOST_BYTES = 2**62  # of a leaf; beyond it even zarr's arithmetic ends
 _DIRECTORY_PROCESSES = 1000  # whose parts share a directory, where there are more processes
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]

@@ -30,6 +30,7 @@ from flax_partial.format.model import (
     ARRAY_KINDS,
     EMPTY_CONTAINERS,
     MOST_AXES,
+    MOST_BYTES,
     NUMPY_SCALAR,
     PRNG_KEY,
     SCALAR,
@@ -51,8 +52,6 @@ FORMAT_VERSION = 3
 _READ_VERSIONS = frozenset((2, FORMAT_VERSION))  # what version 2 lacks is optional in version 3
 _FIRST_INLINE = 3  # the first version whose contents hold inline chunks
 _KNOWN_FEATURES: frozenset[str] = frozenset()  # what `requires` may name
-
-_MOST_BYTES = 2**62  # of a leaf; beyond it even zarr's arithmetic ends
 
 _HEAD = b'{"xxh3_128":"'
 _MIDDLE = b'","table":'
@@ -427,7 +426,7 @@ def _form_of(
     if any(not 0 < step <= (size or 1) for size, step in zip(shape, chunk, strict=True)):
         raise ValueError(f"chunks of {list(chunk)} do not divide {list(shape)}")
     itemsize = numpy_dtype(dtype).itemsize
-    if math.prod(size or 1 for size in shape) * itemsize > _MOST_BYTES:
+    if math.prod(size or 1 for size in shape) * itemsize > MOST_BYTES:
         raise ValueError(f"{list(shape)} is larger than any array")
     if shape and kind in (SCALAR, NUMPY_SCALAR):
         raise ValueError(f"it is a scalar of shape {list(shape)}")

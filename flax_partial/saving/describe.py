@@ -5,6 +5,7 @@ assembled. How a tree was described is remembered by its structure: the next sav
 only compares each leaf's type, shape, dtype and sharding.
 """
 
+import math
 import operator
 import re
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, NamedSharding, Sharding, SingleDeviceSharding
 from msgspec import Struct
 
 from flax_partial.distributed import agreement
@@ -34,6 +35,7 @@ _How = tuple[int, str | None]
 """Wanted size of a chunk, in bytes; the chunks' codec."""
 
 _MOST_KNOWN_LEAVES = 1 << 17  # of the trees whose description is remembered, beside the last
+_MOST_KNOWN_TREES = 1 << 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,9 @@ class _KnownTrees:
             except (TypeError, ValueError):
                 return
             self._leaves += len(tree.templates) - (len(replaced.templates) if replaced else 0)
-            while self._leaves > _MOST_KNOWN_LEAVES and len(self._known) > 1:
+            while len(self._known) > 1 and (
+                self._leaves > _MOST_KNOWN_LEAVES or len(self._known) > _MOST_KNOWN_TREES
+            ):
                 _, dropped = self._known.popitem(last=False)
                 self._leaves -= len(dropped.templates)
 
@@ -169,7 +173,7 @@ def describe(
     """
     values, structure = keypaths.values_of(state)
     how = chunk_bytes, compression
-    key = structure, how, agreement.count()
+    key = _keys_on_the_way(structure), structure, how, agreement.count()
     tree = _known_trees.get(key)
     if tree is None or (tree.text and tree.text != str(structure)):
         flat, _ = keypaths.flatten(state)
@@ -186,6 +190,22 @@ def describe(
             None if one.at is None else _lasting(values[one.at]) for one in described.tree.templates
         ]
     return described
+
+
+def _keys_on_the_way(structure: Any) -> tuple[object, ...]:
+    """The keys of the dicts on the way to the first leaf, and on the way to the last.
+
+    JAX leaves them out of the hash of a structure: without them, those of all layers of a model
+    would have the same one.
+    """
+    found: list[object] = []
+    for end in (0, -1):
+        inner = structure
+        while (node := inner.node_data()) is not None and (children := inner.children()):
+            if node[0] is dict:
+                found.append(tuple(map(str, node[1])))
+            inner = children[end]
+    return tuple(found)
 
 
 def _anew(flat: Sequence[tuple[Any, Any]], how: _How) -> Described:
@@ -264,7 +284,7 @@ def _describe(
 ) -> tuple[Leaf, Sequence[Source]]:
     if isinstance(value, str):  # np.str_ too
         _require_utf8(path, value)
-        return Leaf(path, kinds.STRING, text=str(value)), ()
+        return Leaf(path, kinds.STRING, text=str.__str__(value)), ()  # as for a key
     if isinstance(value, bytes):  # np.bytes_ too
         return Leaf(path, kinds.BYTES, data=bytes(value)), ()
     if isinstance(value, (jax.Array, np.ndarray, np.generic, Slice)):
@@ -326,7 +346,7 @@ def _describe_array(
     cut = None
     if isinstance(value, Slice):
         cut, value = value, value.value
-    rank = np.ndim(value)  # a key's data has more axes than the key
+    rank = getattr(value, "ndim", 0)  # a key's data has more axes than the key
     if isinstance(value, jax.Array):
         kind, text, value = _jax_kind(path, value)
     elif isinstance(value, (np.ndarray, np.generic)):
@@ -347,9 +367,12 @@ def _describe_array(
         )
     rows = {} if cut is None else _rows_of(path, value.shape, cut, rank)
     shape = _whole(value.shape, rows)
+    if math.prod(size or 1 for size in shape) * value.dtype.itemsize > kinds.MOST_BYTES:
+        raise _unsupported(path, f"is of shape {list(shape)}", "No array can be as large.")
     axes = frozenset(rows)
     placed, unit, sharding = _boxes(value, axes)
     if cut is not None and cut.sharding is not None:
+        _require_devices(path, cut.sharding)
         sharding = _sharding_json(cut.sharding, frozenset())
     if cut is None and unit == shape and value.nbytes <= chunk_bytes and value.size:
         chunk = shape
@@ -400,6 +423,16 @@ def _native(path: KeyPath, value: np.ndarray | np.generic) -> np.ndarray:
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return array
+
+
+def _require_devices(path: KeyPath, sharding: object) -> None:
+    is_abstract = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh)
+    if is_abstract or not isinstance(sharding, Sharding):
+        raise _unsupported(
+            path,
+            f"is a Slice with sharding={sharding!r}",
+            "Give the sharding of the whole array, which names devices; or None.",
+        )
 
 
 @dataclass(frozen=True, slots=True)

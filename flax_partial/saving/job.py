@@ -18,6 +18,7 @@ import numpy as np
 from jax.profiler import TraceAnnotation
 
 from flax_partial.distributed import agreement
+from flax_partial.errors import clear_frames
 from flax_partial.format.model import Leaf, Part, part_path
 from flax_partial.format.tables import encode_part
 from flax_partial.options import SaveOptions
@@ -184,11 +185,12 @@ class SaveJob:
     def _run(self, task: Task[SaveReport]) -> SaveReport:
         try:
             return self._commit(task)
-        except BaseException:
+        except BaseException as error:
+            if self.is_background:
+                self.session.fail(self.handle)  # before it may be forgotten for being idle
             self.release()
             self.session.skip()  # the lock may have been kept for this save
-            if self.is_background:
-                self.session.fail(self.handle)
+            clear_frames(error)  # who keeps the error would keep what was to be written
             raise
 
     def _commit(self, task: Task[SaveReport]) -> SaveReport:

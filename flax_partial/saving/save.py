@@ -67,7 +67,7 @@ def save(
         is after a `KeyboardInterrupt`, unless the commit had begun; the call then waits for the
         piece that is being written, of at most 64 MiB. A second interrupt does not wait.
     """
-    job = _prepare(path, state, custom_metadata, options or _DEFAULTS, reuse=reuse)
+    job = _prepare(path, state, custom_metadata, options, reuse=reuse)
     try:
         job.claim(replace=replace)
         return workers.saving.run(job.task)
@@ -104,7 +104,7 @@ def save_async(
     Raises:
       CheckpointExistsError: As for `save`; so are the other errors about what is passed.
     """
-    job = _prepare(path, state, custom_metadata, options or _DEFAULTS, reuse=reuse)
+    job = _prepare(path, state, custom_metadata, options, reuse=reuse)
     try:
         job.claim(replace=replace)
         job.take_snapshot()
@@ -119,7 +119,7 @@ def _prepare(
     path: PathLike,
     state: Any,
     custom_metadata: Mapping[str, Any] | None,
-    options: SaveOptions,
+    options: SaveOptions | None,
     *,
     reuse: PathLike | None,
 ) -> SaveJob:
@@ -128,6 +128,7 @@ def _prepare(
     check_not_forked("save")
     where = paths.resolve(path)
     earlier = None if reuse is None else paths.resolve(reuse)
+    options = _DEFAULTS if options is None else options
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     metadata = check_metadata(custom_metadata)

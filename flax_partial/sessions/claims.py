@@ -74,7 +74,7 @@ class Claims:
         Raises:
           KeyConflictError: Some cannot be claimed; it names all of them.
         """
-        if is_tree and not (replace or self._held or self._only):
+        if is_tree and not (replace or self._only or self._tree):
             self._only = leaves
             return leaves
         self._hold_only()
@@ -132,9 +132,8 @@ class Claims:
         newest_on_disk: Mapping[str, int],
     ) -> int | str:
         """Returns the generation in which a leaf can be saved, or why it cannot."""
-        if leaf.placeholder and self._tree.has_inside(leaf.path):
-            return 0  # it gives way
-        problem = self._tree.problem_with(leaf.path)
+        gives_way = leaf.placeholder and self._tree.has_inside(leaf.path)
+        problem = None if gives_way else self._tree.problem_with(leaf.path)
         if problem:
             return problem
         generations = self._held.get(leaf.name)

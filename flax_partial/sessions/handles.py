@@ -10,12 +10,16 @@ T = TypeVar("T")
 
 
 class Handle(Future[T]):
-    """A future that cannot be cancelled, and knows whether its error was seen."""
+    """A future that cannot be cancelled, and knows whether its error was seen.
+
+    Attributes:
+      was_seen: Whether somebody has asked for its outcome since it was there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.set_running_or_notify_cancel()
-        self._was_seen = False
+        self.was_seen = False
 
     def result(self, timeout: float | None = None) -> T:
         """Waits at most `timeout` seconds for the outcome; returns it, or raises its error."""
@@ -25,18 +29,18 @@ class Handle(Future[T]):
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Waits at most `timeout` seconds for the outcome; returns its error, or None."""
         error = super().exception(timeout)
-        self._was_seen = True
+        self.was_seen = True
         return error
 
     def unseen_error(self) -> BaseException | None:
         """Returns the error of a finished handle that nobody has asked for, once."""
-        if not self.done() or self._was_seen:
+        if not self.done() or self.was_seen:
             return None
         return self.exception()
 
     def abandon(self, error: BaseException) -> None:
         """Ends a handle whose work was never begun; the caller of this raises something itself."""
-        self._was_seen = True
+        self.was_seen = True
         with contextlib.suppress(InvalidStateError):
             self.set_exception(error)
 

@@ -179,16 +179,16 @@ class Session:
     def _enter(self, *, durable: bool) -> None:
         if self._locked is None or self._locked is not self._directory:
             directory = session_dir.lock_for_saving(self.where, self._directory)
-            if directory is not self._prepared:
-                try:
+            try:
+                if directory is not self._prepared:
                     session_dir.prepare_session(self.where)
-                except BaseException:
-                    directory.release()
-                    raise
-                self._prepared = directory
-            if directory is not self._directory:
-                with self._lock:
-                    self._take_over(directory)
+                    self._prepared = directory
+                if directory is not self._directory:
+                    with self._lock:
+                        self._take_over(directory)
+            except BaseException:
+                directory.release()
+                raise
             self._locked = directory
         try:
             self.remove_failed()
@@ -250,7 +250,7 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing in flight, and no error to tell."""
-        return not self._begun and not self._failed
+        return not self._begun and all(handle.was_seen for handle in self._failed)
 
     @property
     def is_stale(self) -> bool:

@@ -156,9 +156,7 @@ def _foreign_entries(where: CheckpointPath) -> list[str]:
     found += [
         f"{STATE}/{name}"
         for name in files.listed(where.state)
-        if name not in known
-        and not name.startswith(PART_PREFIX)
-        and not PART_FOLDER.fullmatch(name)
+        if name not in known and not is_of_parts(name)
     ]
     return found
 

@@ -13,6 +13,7 @@ import trees
 from things import QUICK, Element, X, listing
 
 import flax_partial as fp
+from flax_partial.storage import session_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,6 +67,34 @@ def test_conflict_with_an_earlier_save_is_refused_and_changes_nothing(
     if is_replaceable:
         fp.save(path, second, replace=True)
         assert len(fp.status(path).parts) == 2
+
+
+def test_leaf_of_a_tree_that_was_saved_before_is_refused_around_an_empty_container(
+    tmp_path: Path,
+) -> None:
+    for name in ("before", "c"):
+        if name == "c":
+            fp.save(tmp_path / name, {"a": {"b": {}}}, options=QUICK)
+            with pytest.raises(fp.KeyConflictError, match="cannot also be a subtree"):
+                fp.save(tmp_path / name, {"a": X}, options=QUICK)
+        else:
+            fp.save(tmp_path / name, {"a": X}, options=QUICK)
+
+
+def test_empty_container_can_be_filled_otherwise_after_a_save_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    fp.save(tmp_path / "c", {"a": {}}, options=QUICK)
+    monkeypatch.setattr(session_dir, "commit_part", fail)
+    with pytest.raises(OSError, match="No space left"):
+        fp.save(tmp_path / "c", {"a": [X]}, options=QUICK)
+    monkeypatch.undo()
+    fp.save(tmp_path / "c", {"a": {"b": X}}, options=QUICK)
+    fp.finalize(tmp_path / "c")
+    trees.assert_same(fp.load(tmp_path / "c"), {"a": {"b": X}})
 
 
 def test_every_conflict_is_told_in_one_error(tmp_path: Path) -> None:

@@ -273,6 +273,59 @@ def test_session_that_another_thread_enters_meanwhile_keeps_its_errors(
     fp.finalize(path)
 
 
+def test_error_is_told_though_others_save_just_as_it_is_raised(
+    broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They forget what this process knows of sessions that are gone and have no error to tell."""
+    release = registry.Session.release
+
+    def release_and_save_another(session: registry.Session, save: object) -> None:
+        release(session, save)
+        if session.where.final == path:
+            registry.session_of(paths.resolve(path.with_name("another")))
+
+    path = broken.with_name("new")
+    monkeypatch.setattr(session_dir, "prepare_session", no_space_left)
+    monkeypatch.setattr(registry.Session, "release", release_and_save_another)
+    wait([fp.save_async(path, {"lost": X})])
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="No space left"):
+        fp.finalize(path)
+
+
+def test_session_that_never_came_to_be_is_forgotten_once_its_error_was_seen(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_dir, "lock_for_saving", no_space_left)
+    assert fp.save_async(path, {"a": X}).exception()
+    monkeypatch.undo()
+    stored(path.with_name("other"), {"a": X})
+    assert path not in registry._sessions  # noqa: SLF001
+
+
+def test_error_of_a_save_keeps_nothing_of_what_was_to_be_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_dir, "commit_part", no_space_left)
+    array = jnp.zeros(1 << 18)  # so large that it is viewed, not copied
+    watch = weakref.ref(array)
+    error = fp.save_async(path, {"a": array}).exception()
+    del array
+    gc.collect()
+    assert watch() is None
+    assert isinstance(error, OSError)
+
+
+def test_error_of_a_save_keeps_no_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it where what is in the session cannot be read."""
+    monkeypatch.setattr(registry, "read_parts", no_space_left)
+    error = fp.save_async(path, {"a": X}).exception()
+    monkeypatch.undo()
+    assert isinstance(error, OSError)
+    fp.abort(path)  # else it would wait for as long as the error is kept
+    assert not listing(path.parent)
+
+
 def test_save_that_comes_too_late_leaves_no_session(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

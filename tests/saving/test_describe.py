@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import enum
 from typing import TYPE_CHECKING
 
 import jax
@@ -90,6 +92,29 @@ def test_structure_that_cannot_be_hashed_is_described_each_time(tmp_path: Path) 
         assert fp.load(tmp_path / str(number))["value"].shape == (number + 1,)
 
 
+class Text(str, enum.Enum):  # noqa: UP042 - `StrEnum` prints its text
+    A = "a"
+
+
+class Number(int, enum.Enum):
+    ONE = 1
+
+
+def test_members_of_enums_are_what_they_equal(tmp_path: Path) -> None:
+    fp.save(tmp_path / "c", {"texts": {Text.A: Text.A}, "numbers": {Number.ONE: Number.ONE}})
+    fp.finalize(tmp_path / "c")
+    assert fp.load(tmp_path / "c") == {"texts": {"a": "a"}, "numbers": {1: 1}}
+
+
+def test_state_that_was_refused_is_not_remembered(tmp_path: Path) -> None:
+    """To JAX an empty container of a type that it does not know is a leaf, as an array is."""
+    with pytest.raises(fp.UnsupportedLeafError, match="Counter"):
+        fp.save(tmp_path / "c", collections.Counter())
+    fp.save(tmp_path / "c", np.arange(3), options=QUICK)
+    fp.finalize(tmp_path / "c")
+    assert (fp.load(tmp_path / "c") == np.arange(3)).all()
+
+
 @pytest.mark.parametrize("key", [True, 1.0, np.int64(1)], ids=repr)
 def test_key_that_equals_one_saved_before_is_looked_at(tmp_path: Path, key: object) -> None:
     """To Python, and to JAX, a dict with it is of the same structure."""
@@ -97,3 +122,11 @@ def test_key_that_equals_one_saved_before_is_looked_at(tmp_path: Path, key: obje
     with pytest.raises(fp.UnsupportedLeafError, match="keys must be strings or integers"):
         fp.save(tmp_path / "2", {key: np.zeros(2)}, options=QUICK)
     assert not list(tmp_path.glob("2*"))
+
+
+def test_structures_that_differ_in_keys_alone_do_not_collide() -> None:
+    """To JAX they have one hash, and a dict of thousands of them would be searched one by one."""
+    layers = [{"layers": {f"{number}": {"w": 0, "b": 0}}, "step": 0} for number in range(100)]
+    layers += [{"step": 0, "weights": ({f"{number}": 0},)} for number in range(100)]
+    keys = [describe._keys_on_the_way(jax.tree.structure(tree)) for tree in layers]  # noqa: SLF001
+    assert len(set(map(hash, keys))) == len(keys)

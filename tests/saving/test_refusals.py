@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import os
@@ -55,6 +56,13 @@ BAD_LEAVES: dict[str, Any] = {
     "rows of a number": fp.Slice(3, 0, 4),
     "rows of a scalar": fp.Slice(np.array(3), 0, 4),
     "fractional row": fp.Slice(X, 0.5, 4),
+    "more rows than any array has": fp.Slice(X, 0, 2**60),
+    "rows of ragged lists": fp.Slice([[1], [1, 2]], 0, 4),
+    "rows of what is on a text": fp.Slice(X, 0, 4, sharding="x"),
+    "rows of what is on no device": fp.Slice(
+        X, 0, 4, sharding=jax.sharding.NamedSharding(jax.sharding.AbstractMesh((1,), "x"), jax.P())
+    ),
+    "empty container that JAX does not know": collections.Counter(),
     "deleted array": deleted(),
 }
 BAD_STATES: dict[str, tuple[Any, type[Exception]]] = {
@@ -141,9 +149,10 @@ def test_options_that_cannot_be_honoured_are_refused(bad: tuple[str, Any]) -> No
         fp.SaveOptions(**dict([bad]))
 
 
-def test_options_are_of_their_own_type(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"durable": True}, {}, False])
+def test_options_are_of_their_own_type(tmp_path: Path, options: Any) -> None:
     with pytest.raises(TypeError, match="SaveOptions"):
-        fp.save(tmp_path / "c", {"a": X}, options={"durable": True})  # type: ignore[arg-type]
+        fp.save(tmp_path / "c", {"a": X}, options=options)
     assert not listing(tmp_path)
 
 

@@ -131,7 +131,7 @@ class Model:
         """The leaves, with the places that are left."""
         taken = [*self.leaves, *self.places]
         left = {path for path in self.places if not any(is_inside(one, path) for one in taken)}
-        return self.leaves | dict.fromkeys(left, {})
+        return self.leaves | {path: {} for path in left}
 
     def tree(self) -> Any:
         leaves = self.everything()
