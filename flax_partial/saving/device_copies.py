@@ -12,9 +12,10 @@ copies.
 
 import functools
 import math
+import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -78,28 +79,28 @@ class Packed:
 Copied = Copy | Packed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Batch:
     """Arrays on one device that are copied at once.
 
     Attributes:
       device: Where they are.
+      packs: Whether into one buffer.
       positions: Of each among all arrays.
       forms: Shape and dtype of each.
-      packs: Whether into one buffer.
       size: In bytes.
     """
 
     device: Device
-    positions: list[int]
-    forms: tuple[_Form, ...]
     packs: bool
-    size: int
+    positions: list[int] = field(default_factory=list)
+    forms: list[_Form] = field(default_factory=list)
+    size: int = 0
 
 
 def copy(
     owner: Hashable, arrays: Sequence[jax.Array], *, room: DeviceRoom, limit: int | None
-) -> dict[int, Copied]:
+) -> tuple[dict[int, Copied], list[Copy]]:
     """Copies arrays on their devices, as far as there is room; waits for nothing.
 
     Args:
@@ -109,11 +110,12 @@ def copy(
       limit: As `DeviceRoom.take` has it.
 
     Returns:
-      Position -> copy of each array that was copied. What has no room, is of a kind that cannot be
-      copied, or for which the function is not compiled yet, is left out; so is what the device
-      takes no memory for after all.
+      Position -> copy of each array that was copied; the memory of the copies, each once. What has
+      no room, is of a kind that cannot be copied, or for which the function is not compiled yet, is
+      left out; so is what the device takes no memory for after all.
     """
     copied: dict[int, Copied] = {}
+    copies: list[Copy] = []
     for batch in _batches(arrays):
         program = _programs.get(batch)
         if program is None or not room.take(owner, batch.device, batch.size, limit=limit):
@@ -124,43 +126,35 @@ def copy(
             room.give_back(owner, batch.device, batch.size)
             continue
         if batch.packs:
-            whole = Copy(made[0], batch.device, batch.size)
+            (whole,) = one = [Copy(made[0], batch.device, batch.size)]
             starts = _starts(batch.forms)
-            for at, start, (shape, dtype) in zip(batch.positions, starts, batch.forms, strict=True):
-                copied[at] = Packed(whole, start, shape, dtype)
+            for at, start, form in zip(batch.positions, starts, batch.forms, strict=True):
+                copied[at] = Packed(whole, start, *form)
         else:
-            for at, array in zip(batch.positions, made, strict=True):
-                copied[at] = Copy(array, batch.device, array.nbytes)
-    return copied
+            one = [Copy(array, batch.device, array.nbytes) for array in made]
+            copied |= zip(batch.positions, one, strict=True)
+        copies += one
+    return copied, copies
 
 
 def _batches(arrays: Sequence[jax.Array]) -> Iterator[_Batch]:
     """Sorts arrays into batches, the same for each list of the same shapes on the same devices."""
-    by_kind: dict[tuple[Device, bool], list[int]] = {}
+    open_: dict[tuple[Device, bool], _Batch] = {}
     for at, array in enumerate(arrays):
-        place = place_of(array.sharding)
-        size = array.nbytes
-        if size and place.is_own_memory and place.has_pinned_host:
-            packs = size <= _PACKED_BYTES and _can_be_packed(array.dtype)
-            by_kind.setdefault((place.device, packs), []).append(at)
-    for (device, packs), positions in by_kind.items():
-        batch: list[int] = []
-        size = 0
-        for at in positions:
-            added = arrays[at].nbytes
-            if batch and (len(batch) == _MOST_ARRAYS or size + added > _MOST_BYTES):
-                yield _batch(arrays, device, batch, packs=packs, size=size)
-                batch, size = [], 0
-            batch.append(at)
-            size += added
-        yield _batch(arrays, device, batch, packs=packs, size=size)
-
-
-def _batch(
-    arrays: Sequence[jax.Array], device: Device, positions: list[int], *, packs: bool, size: int
-) -> _Batch:
-    forms = tuple([(arrays[at].shape, arrays[at].dtype) for at in positions])
-    return _Batch(device, positions, forms, packs and len(forms) > 1, size)
+        form = array.shape, array.dtype
+        place, (size, packs) = place_of(array.sharding), _size_of(*form)
+        if not size or not place.can_copy:
+            continue
+        key = place.device, packs
+        batch = open_.get(key)
+        if batch is None or len(batch.forms) == _MOST_ARRAYS or batch.size + size > _MOST_BYTES:
+            if batch is not None:
+                yield batch
+            batch = open_[key] = _Batch(place.device, packs)
+        batch.positions.append(at)
+        batch.forms.append(form)
+        batch.size += size
+    yield from open_.values()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +164,14 @@ class Place:
     Attributes:
       device: The device.
       is_cpu: Whether that is a CPU.
-      is_own_memory: Whether the array is in the device's own memory.
       has_pinned_host: Whether the device can have arrays in pinned host memory.
+      can_copy: Whether copies of it can be made there, and transferred.
     """
 
     device: Device
     is_cpu: bool
-    is_own_memory: bool
     has_pinned_host: bool
+    can_copy: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -186,13 +180,19 @@ def place_of(sharding: Sharding) -> Place:
     device: Device
     (device,) = sharding.device_set
     kinds = [memory.kind for memory in device.addressable_memories()]
-    own = device.default_memory().kind
-    return Place(
-        device, device.platform == "cpu", sharding.memory_kind in (None, own), PINNED_HOST in kinds
-    )
+    has_pinned_host = PINNED_HOST in kinds
+    is_own_memory = sharding.memory_kind in (None, device.default_memory().kind)
+    is_cpu = device.platform == "cpu"
+    return Place(device, is_cpu, has_pinned_host, has_pinned_host and is_own_memory)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
+def _size_of(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, bool]:
+    """Size of an array, in bytes, and whether it is packed."""
+    size = math.prod(shape) * dtype.itemsize
+    return size, size <= _PACKED_BYTES and _can_be_packed(dtype)
+
+
 def _can_be_packed(dtype: np.dtype) -> bool:
     """Whether its bytes on the device are those on the host; complex numbers cannot be cast."""
     is_whole_bytes = not dtype.name.startswith(("int2", "int4", "uint2", "uint4", "float4"))
@@ -219,6 +219,7 @@ def _by_dtype(forms: Sequence[_Form]) -> dict[np.dtype, list[int]]:
 
 # What is compiled.
 
+_MOST_PROGRAMS = 1024
 _AT_ONCE = 64  # a kernel takes so many arguments at most, and some more
 
 
@@ -261,7 +262,7 @@ class _Programs:
         self._compiled: dict[Hashable, _Program | None] = {}  # None: not yet, or not possible
 
     def get(self, batch: _Batch) -> _Program | None:
-        key = batch.device, batch.packs, batch.forms
+        key = batch.device, batch.packs, tuple(batch.forms)
         try:
             return self._compiled[key]
         except KeyError:
@@ -270,6 +271,8 @@ class _Programs:
             if key in self._compiled:
                 return self._compiled[key]
             self._compiled[key] = None
+            if len(self._compiled) > _MOST_PROGRAMS:
+                del self._compiled[next(iter(self._compiled))]
         workers.compiling.submit(Task(lambda _: self._compile(key, batch), Handle[None]()))
         return None
 
@@ -283,7 +286,10 @@ class _Programs:
 _programs = _Programs()
 
 
-def forget_all() -> None:
-    """A forked child compiles anew, should it ever use JAX."""
-    global _programs  # noqa: PLW0603 - a thread of the parent may hold its lock
+def _forget_all() -> None:
+    """A forked child has none of its parent's threads; one of them may hold the lock."""
+    global _programs  # noqa: PLW0603
     _programs = _Programs()
+
+
+os.register_at_fork(after_in_child=_forget_all)

@@ -68,8 +68,6 @@ class DeviceRoom:
         """
         with self._lock:
             known = self._devices.setdefault(device, _OnDevice())
-            if known.has_seen_steps:
-                return
             saved = known.saved.get(name)
             if saved is None:
                 known.saved[name] = _Saved(weakref.ref(session), weakref.ref(array))
@@ -78,9 +76,14 @@ class DeviceRoom:
             elif saved.session() is not session and saved.array() is not array:
                 saved.session, saved.array = weakref.ref(session), weakref.ref(array)
                 saved.steps += 1
-                known.has_seen_steps = saved.steps >= _WHOLE_STEPS
-                if known.has_seen_steps:
+                if saved.steps >= _WHOLE_STEPS:
+                    known.has_seen_steps = True
                     known.saved.clear()
+
+    def has_seen_steps(self, device: Device) -> bool:
+        """Whether as many whole steps were seen as its peak has to count."""
+        known = self._devices.get(device)
+        return known is not None and known.has_seen_steps
 
     def take(self, owner: Hashable, device: Device, size: int, *, limit: int | None) -> bool:
         """Takes memory for a copy, if there is room for it; returns whether.

@@ -4,6 +4,7 @@
 is a worker's, and undoes itself where it fails.
 """
 
+import contextlib
 import dataclasses
 import os
 import threading
@@ -134,24 +135,24 @@ class SaveJob:
 
     def _copy_on_devices(self) -> Sequence[Copy]:
         limit = self._options.max_device_bytes
-        devices = snapshot.on_devices(self._sources, limit=limit)
+        devices = snapshot.copying_devices(self._sources, limit=limit)
         if not devices:
             return ()
+        unknown = frozenset(device for device in devices if not _room.has_seen_steps(device))
         directory = self.session.where.final.parent
-        for device, (at, array) in devices.items():
+        for device, at, array in snapshot.first_on_each(self._sources, unknown):
             name = directory, self._leaves[at].name
             _room.note_save(device, name, session=self.session, array=array)
         self._sources, copies = snapshot.copy(self._sources, owner=self, room=_room, limit=limit)
         self._device_bytes = sum(copied.size for copied in copies)
-        return tuple(copies)
+        return copies
 
     def _move(self, copies: Sequence[Copy]) -> None:
         """Brings copies to the host; then the save can be written."""
-        try:
-            _wait_for_a_pause()
+        _wait_for_a_pause()
+        with contextlib.suppress(Exception):  # what failed fails again as it is written
             snapshot.move(copies, owner=self, room=_room)
-        finally:  # what failed fails again as it is written, which tells the caller
-            self._end_moving()
+        self._end_moving()
 
     def _end_moving(self) -> None:
         if not self.task.is_ready:
@@ -162,6 +163,8 @@ class SaveJob:
         """Gives back all that it holds in memory; can be called again if it is interrupted."""
         self._let_go()
         self.session.release(self)
+        if self._moving is not None:
+            self._moving.withdraw()
         self._end_moving()
 
     def _let_go(self) -> None:

@@ -24,55 +24,73 @@ _COPIED_BYTES = 64 * 1024
 Held = Source | Copied
 Boxes = Sequence[Sequence[Held]]
 """Of each leaf, the data of each box."""
+_Described = Sequence[Sequence[Any]]  # boxes none of which was copied yet
 
 
-def on_devices(sources: Boxes, *, limit: int | None) -> dict[Device, tuple[int, jax.Array]]:
-    """Finds each device on which copies may be made, with the first leaf and array that are there.
+def copying_devices(sources: _Described, *, limit: int | None) -> frozenset[Device]:
+    """Finds the devices with some of the boxes on which copies may be made.
 
     Args:
       sources: The leaves' boxes.
       limit: Bytes that copies may take on a device; None for what training leaves.
     """
-    found: dict[Device, tuple[int, jax.Array]] = {}
+    shardings = {
+        source.sharding
+        for boxes in sources
+        for source in boxes
+        if not isinstance(source, np.ndarray)
+    }
+    devices = {place_of(sharding).device for sharding in shardings}
+    return frozenset(device for device in devices if may_have_room(device, limit=limit))
+
+
+def first_on_each(
+    sources: _Described, devices: frozenset[Device]
+) -> Iterator[tuple[Device, int, jax.Array]]:
+    """Yields, for each of some devices, the position of the first leaf there, and its array."""
+    left = set(devices)
     for at, boxes in enumerate(sources):
         for source in boxes:
-            if isinstance(source, jax.Array):
-                found.setdefault(place_of(source.sharding).device, (at, source))
-    return {device: first for device, first in found.items() if may_have_room(device, limit=limit)}
+            if not left:
+                return
+            if not isinstance(source, np.ndarray):
+                device = place_of(source.sharding).device
+                if device in left:
+                    left.remove(device)
+                    yield device, at, source
 
 
 def copy(
-    sources: Boxes, *, owner: object, room: DeviceRoom, limit: int | None
-) -> tuple[Boxes, dict[Copy, None]]:
+    sources: _Described, *, owner: object, room: DeviceRoom, limit: int | None
+) -> tuple[Boxes, Sequence[Copy]]:
     """Copies arrays on their devices, as far as there is room.
 
     Args:
       sources: The leaves' boxes.
       owner: Holds the room.
       room: What the devices have of it.
-      limit: As in `on_devices`.
+      limit: As in `copying_devices`.
 
     Returns:
-      The boxes, with copies in place of what was copied; those copies, in order.
+      The boxes, with copies in place of what was copied; the memory of those copies.
     """
     arrays, places = [], []
     for at, boxes in enumerate(sources):
         for number, source in enumerate(boxes):
-            if isinstance(source, jax.Array):
+            if not isinstance(source, np.ndarray):
                 arrays.append(source)
                 places.append((at, number))
-    copied = device_copies.copy(owner, arrays, room=room, limit=limit)
+    copied, copies = device_copies.copy(owner, arrays, room=room, limit=limit)
     if not copied:
-        return sources, {}
-    ours = [list(boxes) for boxes in sources]
+        return sources, ()
+    ours: list[Sequence[Held]] = list(sources)
     for position, one in copied.items():
         at, number = places[position]
-        ours[at][number] = one
-    return ours, dict.fromkeys(map(_memory_of, copied.values()))
-
-
-def _memory_of(copied: Copied) -> Copy:
-    return copied.copy if isinstance(copied, Packed) else copied
+        if len(ours[at]) == 1:
+            ours[at] = (one,)
+        else:
+            ours[at] = [*ours[at][:number], one, *ours[at][number + 1 :]]
+    return ours, copies
 
 
 def move(copies: Sequence[Copy], *, owner: object, room: DeviceRoom) -> None:
@@ -103,10 +121,10 @@ def detach(sources: Boxes) -> list[Sequence[Held]]:
     for boxes in sources:
         ours: list[Any] = []
         for source in boxes:
-            if isinstance(source, (Copy, Packed)):
-                ours.append(source)
-            elif isinstance(source, np.ndarray):
+            if isinstance(source, np.ndarray):
                 ours.append(source.copy(order="C"))
+            elif isinstance(source, (Packed, Copy)):
+                ours.append(source)
             elif _taken_on_host(source):
                 view = np.asarray(source)
                 ours.append(view.copy() if view.nbytes <= _COPIED_BYTES else view)
@@ -156,16 +174,17 @@ def wait_until_computed(sources: Boxes) -> None:
 
 
 def _arrays(sources: Boxes) -> Iterator[jax.Array]:
-    last: Copy | None = None  # that of one pack follow one another
+    last: Copy | None = None  # of the packed ones, which follow one another
     for boxes in sources:
         for source in boxes:
-            if isinstance(source, (Copy, Packed)):
-                memory = _memory_of(source)
-                if memory is not last:
-                    yield memory.array
-                last = memory
-            elif not isinstance(source, np.ndarray):
-                yield source
+            if isinstance(source, np.ndarray):
+                continue
+            if isinstance(source, Packed):
+                if source.copy is not last:
+                    yield source.copy.array
+                last = source.copy
+            else:
+                yield source.array if isinstance(source, Copy) else source
 
 
 def _is_ready(array: jax.Array) -> bool:
