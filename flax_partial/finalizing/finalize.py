@@ -208,14 +208,19 @@ def _commit(session: Session, expected: Sequence[str]) -> Contents:
     plan = merge(found.committed)
     _require_whole(where, plan, expected)
     derived = derive(plan, committed_ns=time.time_ns())
-    data, root_files = derived.contents_bytes, derived.root_files
     for name in found.torn:  # nobody saves while the session is locked: these are dead
         session_dir.remove_part(where, name)
     session_dir.clear_root(where)
-    needed_bytes = sum(sum(map(len, pieces)) for pieces in root_files.values()) + len(data)
-    with files.full_disk_explained(where, lambda: needed_bytes):
+
+    def needed_bytes() -> int:
+        sizes = (len(piece) for _, pieces in derived.root_files() for piece in pieces)
+        return sum(sizes) + len(derived.contents_bytes)
+
+    with files.full_disk_explained(where, needed_bytes):
         try:
-            session_dir.commit_checkpoint(where, root_files=root_files, contents=data)
+            session_dir.commit_checkpoint(
+                where, root_files=derived.root_files(), contents=derived.contents_bytes
+            )
         except BaseException:
             with contextlib.suppress(OSError):  # it takes room, and is made anew in any case
                 session_dir.clear_root(where)
@@ -259,8 +264,6 @@ def _lost(where: CheckpointPath, plan: MergePlan) -> list[str]:
     sizes: dict[str, int] = {}
     lost = []
     for leaf, sources in zip(plan.leaves, plan.sources, strict=True):
-        if leaf.boxes and leaf.boxes[0].places:
-            continue  # its chunks stand in the table
         for part, places in sources:
             end = max((sum(place) for place in places if not isinstance(place, bytes)), default=0)
             if end and part not in sizes:
@@ -276,7 +279,7 @@ def _lacking(expected: Sequence[str], leaves: Iterable[Leaf]) -> list[str]:
     wanted = set(expected)
     lengths = frozenset(map(len, wanted))
     for leaf in leaves if wanted else ():
-        wanted.difference_update(_ancestry(leaf.path, lengths))
+        wanted.difference_update(_ancestry(leaf, lengths))
     return [name for name in expected if name in wanted]
 
 

@@ -3,11 +3,12 @@
 The same plan and the same time of the commit always give the same bytes.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flax_partial.format import orbax
 from flax_partial.format.digests import digest
-from flax_partial.format.merge import MergePlan
+from flax_partial.format.merge import MergePlan, Source
 from flax_partial.format.model import Box, Contents, Leaf
 from flax_partial.format.orbax import Pieces
 from flax_partial.format.tables import encode_contents
@@ -20,12 +21,18 @@ class Derived:
     Attributes:
       contents: What it holds.
       contents_bytes: The bytes of its `contents.json`.
-      root_files: All other files: path below the checkpoint -> content.
+      sources: For each leaf where its chunks are; nothing where they are in the leaf itself.
     """
 
     contents: Contents
     contents_bytes: bytes
-    root_files: dict[str, Pieces]
+    sources: Sequence[Sequence[Source]]
+
+    def root_files(self) -> Iterator[tuple[str, Pieces]]:
+        """Yields all other files, each made when it is asked for: path below the checkpoint."""
+        yield from orbax.root_files(self.contents)
+        uuid = bytes.fromhex(digest(self.contents_bytes))
+        yield from orbax.database_files(self.contents, self.sources, uuid=uuid)
 
 
 def derive(
@@ -44,20 +51,26 @@ def derive(
         its database: another version may have encoded the same contents to other bytes.
       has_inline: Whether the contents hold inline chunks, as they do since version 3.
     """
+    leaves = plan.leaves
+    sources: Sequence[Sequence[Source]] = plan.sources
+    if not has_inline:
+        sources = [*map(_sources_of, leaves, sources)]
+        leaves = tuple(map(_without_places, leaves))
     contents = Contents(
         started_ns=plan.started_ns,
         committed_ns=committed_ns,
         parts=plan.parts,
         custom_metadata=plan.custom_metadata,
-        leaves=plan.leaves if has_inline else tuple(map(_without_places, plan.leaves)),
+        leaves=leaves,
         data_parts=plan.data_parts,
         first_part=plan.first_part,
         has_inline=has_inline,
     )
-    data = contents_bytes or encode_contents(contents)
-    files = orbax.root_files(contents)
-    files |= orbax.database_files(contents, plan.sources, uuid=bytes.fromhex(digest(data)))
-    return Derived(contents, data, files)
+    return Derived(contents, contents_bytes or encode_contents(contents), sources)
+
+
+def _sources_of(leaf: Leaf, found: Sequence[Source]) -> Sequence[Source]:
+    return found or [("", box.places) for box in leaf.boxes]
 
 
 def _without_places(leaf: Leaf) -> Leaf:

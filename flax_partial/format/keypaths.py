@@ -7,12 +7,12 @@ time linear in its length, whatever the tree holds already.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
 from jax import tree_util
-from msgspec import Struct
+from msgspec import Struct, field
 
 from flax_partial.errors import UnsupportedLeafError, first_few
 
@@ -26,18 +26,17 @@ class KeyPath(Struct, gc=False):
 
     Attributes:
       texts: The keys as text, outermost first; integers in decimal.
-      kinds: One letter a key: `d` and `i` for a dictionary's string and integer keys, `a` for an
-        attribute, `s` for an index of a list or tuple.
-      name: The leaf's name: its keys joined with a dot.
+      key_kinds: One letter a key: `d` and `i` for a dictionary's string and integer keys, `a` for
+        an attribute, `s` for an index of a list or tuple.
     """
 
-    texts: tuple[str, ...]
-    kinds: str
-    name: str = ""
+    texts: tuple[str, ...] = field(name="path")
+    key_kinds: str = field(name="keys")
 
-    def __post_init__(self) -> None:
-        """Joins the name once: it is asked for everywhere."""
-        self.name = ".".join(self.texts)
+    @property
+    def name(self) -> str:
+        """The leaf's name: its keys joined with a dot."""
+        return ".".join(self.texts)
 
 
 def is_leaf(node: object) -> bool:
@@ -62,12 +61,17 @@ def values_of(tree: Any) -> tuple[list[Any], tree_util.PyTreeDef]:
         raise _cannot_flatten(tree, error) from error
 
 
-def flatten(
-    tree: Any,
-) -> tuple[list[tuple[tuple[Any, ...], Any]], tree_util.PyTreeDef]:
-    """Returns the leaves of a tree with their key paths, and its structure; errors: `values_of`."""
+def flatten(tree: Any) -> tuple[list[KeyPath], list[Any], tree_util.PyTreeDef]:
+    """Returns the paths of a tree's leaves, the leaves, and its structure.
+
+    Raises:
+      UnsupportedLeafError: As for `values_of`, and where a key is neither text nor an integer, or
+        cannot be encoded as UTF-8.
+    """
     values_of(tree)
-    return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    found, structure = tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    paths = list(_converted(path for path, _ in found))
+    return paths, [leaf for _, leaf in found], structure
 
 
 def _cannot_flatten(tree: Any, error: ValueError) -> UnsupportedLeafError:
@@ -90,9 +94,12 @@ def _flatten_with_room(tree: Any, *, frames: int = 24) -> tuple[list[Any], tree_
     try:
         return tree_util.tree_flatten(tree)
     except (RecursionError, SystemError) as error:
+        way_out = "Make it flatter."
+        if sys.version_info < (3, 12):  # later versions bound the depth of C code by themselves
+            limit = sys.getrecursionlimit()
+            way_out = f"Make it flatter, or raise Python's recursion limit, which is {limit}."
         raise UnsupportedLeafError(
-            "This tree is nested in itself, or deeper than JAX can flatten within Python's "
-            f"recursion limit of {sys.getrecursionlimit()}. Make it flatter, or raise the limit."
+            f"This tree is nested in itself, or deeper than JAX can flatten. {way_out}"
         ) from error
 
 
@@ -106,18 +113,22 @@ def _cannot_be_sorted(node: object) -> bool:
     return False
 
 
-def from_jax(path: tuple[Any, ...]) -> KeyPath:
-    """Converts a key path of `jax.tree_util`.
-
-    Raises:
-      UnsupportedLeafError: A key is neither text nor an integer, or cannot be encoded as UTF-8.
-    """
-    texts, kinds = [], []
-    for key in path:
-        text, kind = _convert(key, path)
-        texts.append(text)
-        kinds.append(kind)
-    return KeyPath(tuple(texts), "".join(kinds))
+def _converted(paths: Iterable[tuple[Any, ...]]) -> Iterator[KeyPath]:
+    """Converts the key paths of one tree; the keys above siblings are converted once."""
+    stem: tuple[Any, ...] = ()
+    above: tuple[str, ...] = ()
+    kinds_above = ""
+    for path in paths:
+        if not path:
+            yield KeyPath((), "")
+            continue
+        if path[:-1] != stem:
+            stem = path[:-1]
+            keys = [_convert(key, path) for key in stem]
+            above = tuple([text for text, _ in keys])
+            kinds_above = "".join([kind for _, kind in keys])
+        text, kind = _convert(path[-1], path)
+        yield KeyPath((*above, text), sys.intern(kinds_above + kind))
 
 
 def _convert(key: object, path: tuple[Any, ...]) -> tuple[str, str]:
@@ -168,9 +179,8 @@ def prefix_of(name: str) -> str:
 
     zarr adds a slash only where none is, and to tensorstore a slash alone is the root.
     """
-    if name.endswith("/"):
-        return "" if name == "/" else name
-    return name and name + "/"
+    stem = name.removesuffix("/")
+    return stem and stem + "/"
 
 
 class _Node(Struct, gc=False):
@@ -194,7 +204,7 @@ class KeyTree:
     """The tree that a set of leaves forms, to which leaves are added and from which they go."""
 
     def __init__(self) -> None:
-        self._owners: dict[str, KeyPath] = {}
+        self._owners: dict[str, KeyPath] = {}  # by their names without a last slash
         self._top: _Children = {}  # the root, under the empty text
         self._last: tuple[tuple[str, ...], str, _Children] | None = None  # node of the last leaf
 
@@ -202,8 +212,11 @@ class KeyTree:
         """Whether it holds anything, be it a leaf or an empty container."""
         return bool(self._top)
 
+    def __len__(self) -> int:
+        return len(self._owners)
+
     def __contains__(self, name: str) -> bool:
-        return prefix_of(name) in self._owners
+        return name.removesuffix("/") in self._owners
 
     def problem_with(self, path: KeyPath) -> str | None:
         """Says why `path` cannot be added; None if it can, or stands already."""
@@ -229,8 +242,8 @@ class KeyTree:
         return None
 
     def _walk(self, path: KeyPath, *, adds: bool) -> str | None:
-        prefix = prefix_of(path.name)
-        owner = self._owners.get(prefix)
+        stem = path.name.removesuffix("/")
+        owner = self._owners.get(stem)
         if owner is not None:
             return _problem_with_owner(owner, path)
         found = self._parent_of(path, adds=adds)
@@ -241,7 +254,7 @@ class KeyTree:
         if node is not None and node.children:
             return _leaf_and_subtree(path.name, path.name + "." + next(iter(node.children)))
         if adds:
-            self._owners[prefix] = path
+            self._owners[stem] = path
             if node is not None:
                 self._last = None  # it may be that node
             children[text] = None
@@ -250,10 +263,10 @@ class KeyTree:
     def _parent_of(self, path: KeyPath, *, adds: bool) -> tuple[_Children, str] | str | None:
         """Returns where the leaf belongs, and under which text; why nowhere; or None."""
         stem, last = path.texts[:-1], self._last
-        if last is not None and last[0] == stem and last[1] == path.kinds:
+        if last is not None and last[0] == stem and last[1] == path.key_kinds:
             return last[2], path.texts[-1]
         children, text = self._top, ""
-        for depth, (inner, kind) in enumerate(zip(path.texts, path.kinds, strict=True)):
+        for depth, (inner, kind) in enumerate(zip(path.texts, path.key_kinds, strict=True)):
             node = children.get(text)
             if node is None:
                 if text in children:
@@ -269,12 +282,12 @@ class KeyTree:
                 return _mixed(".".join(path.texts[:depth]), path.name)
             children, text = node.children, inner
         if stem:
-            self._last = stem, path.kinds, children
+            self._last = stem, path.key_kinds, children
         return children, text
 
     def discard(self, path: KeyPath) -> None:
         """Removes a leaf, and the nodes that only it held up."""
-        del self._owners[prefix_of(path.name)]
+        del self._owners[path.name.removesuffix("/")]
         self._prune(self._way_to(path))
 
     def discard_place(self, path: KeyPath) -> None:
@@ -329,6 +342,12 @@ class KeyTree:
             stack.extend(((trail, text), child) for text, child in inner if child is not None)
 
 
+def form_tree(paths: Sequence[KeyPath]) -> bool:
+    """Whether paths are distinct and the leaves of one tree; its lists may lack elements."""
+    tree = KeyTree()
+    return not any(map(tree.add, paths)) and len(tree) == len(paths)
+
+
 _Trail = tuple["_Trail | None", str]  # the way to a node, innermost key first
 
 
@@ -351,7 +370,7 @@ def _problem_with_owner(owner: KeyPath, path: KeyPath) -> str | None:
     """Says what is wrong with a leaf whose name another has: nothing, if they are one."""
     if owner.texts != path.texts:
         return _same_name(owner, path)
-    for depth, (one, other) in enumerate(zip(owner.kinds, path.kinds, strict=True)):
+    for depth, (one, other) in enumerate(zip(owner.key_kinds, path.key_kinds, strict=True)):
         if (one == INDEX) != (other == INDEX):
             return _mixed(".".join(path.texts[:depth]), path.name)
     return None

@@ -35,7 +35,8 @@ class MergePlan:
 
     Attributes:
       leaves: The merged leaves, each one whole box.
-      sources: For each leaf, in the same order, where each of its chunks is, in C order.
+      sources: For each leaf, in the same order, where each of its chunks is, in C order; nothing
+        where they are in the leaf itself.
       data_parts: The data files that the leaves' runs number, each called as by `data_part`.
       custom_metadata: That of all parts, merged.
       started_ns: When the first part was saved, in nanoseconds since the epoch.
@@ -65,6 +66,10 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
     sources: list[tuple[Source, ...]] = []
     numbers: dict[str, int] = {}
     for holders in _without_placeholders(_newest(ordered)):
+        if _is_whole_inline(holders):  # as small leaves are: all that there is to know is in it
+            leaves.append(holders[0][1])
+            sources.append(())
+            continue
         problem = _disagreement(holders)
         if problem:
             conflicts.append(problem)
@@ -88,14 +93,26 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
     )
 
 
+def _is_whole_inline(holders: Sequence[_Holder]) -> bool:
+    """Whether one part holds all chunks of a leaf, and its table has them."""
+    if len(holders) > 1:
+        return False
+    ((_, leaf),) = holders
+    if len(leaf.boxes) != 1 or leaf.file or leaf.compression is not None:
+        return False
+    (box,) = leaf.boxes
+    return box.shape == leaf.shape and tuple not in map(type, box.places)
+
+
 def _newest(ordered: Iterable[tuple[str, Part]]) -> Iterable[list[_Holder]]:
     """Who holds the newest generation of each leaf; a placeholder is older than any leaf."""
     newest: dict[str, list[_Holder]] = {}
     for part, contents in ordered:
         for leaf in contents.leaves:
-            holders = newest.get(leaf.path.name)
+            name = leaf.name
+            holders = newest.get(name)
             if holders is None:
-                newest[leaf.path.name] = [(part, leaf)]
+                newest[name] = [(part, leaf)]
                 continue
             held, age = _age(holders[0][1]), _age(leaf)
             if held < age:
@@ -117,11 +134,11 @@ def _without_placeholders(held: Iterable[list[_Holder]]) -> Iterable[list[_Holde
     tree = KeyTree()
     for holders in listed:
         leaf = holders[0][1]
-        tree.add_place(leaf.path) if leaf.placeholder else tree.add(leaf.path)
+        tree.add_place(leaf) if leaf.placeholder else tree.add(leaf)
     return [
         holders
         for holders in listed
-        if not (holders[0][1].placeholder and tree.has_inside(holders[0][1].path))
+        if not (holders[0][1].placeholder and tree.has_inside(holders[0][1]))
     ]
 
 
@@ -141,7 +158,7 @@ def _disagreement(holders: Sequence[_Holder]) -> str | None:
 
 def _identity(leaf: Leaf) -> tuple[object, ...]:
     return (
-        leaf.path.texts,
+        leaf.texts,
         leaf.kind,
         leaf.dtype,
         leaf.shape,
@@ -237,5 +254,5 @@ def _collect(part: str, leaf: Leaf, chunks: dict[str, tuple[str, str, Place]]) -
 
 def _tree_problems(leaves: Iterable[Leaf]) -> list[str]:
     tree = KeyTree()
-    problems = [problem for leaf in leaves if (problem := tree.add(leaf.path)) is not None]
+    problems = [problem for leaf in leaves if (problem := tree.add(leaf)) is not None]
     return problems or list(tree.gaps())

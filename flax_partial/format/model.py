@@ -9,11 +9,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import ml_dtypes
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from flax_partial.format.chunks import Shape, chunk_keys
 from flax_partial.format.keypaths import KeyPath, prefix_of
@@ -49,20 +49,20 @@ Kind = Literal[
     "tuple",
     "namedtuple",
 ]
-JAX_ARRAY = "jax.Array"
-NUMPY_ARRAY = "np.ndarray"
-NUMPY_SCALAR = "np.generic"
-SCALAR = "scalar"
-STRING = "string"
-BYTES = "bytes"
-NONE = "None"
-PRNG_KEY = "prng_key"
-DICT = "dict"
-LIST = "list"
-TUPLE = "tuple"
-NAMED_TUPLE = "namedtuple"
-ARRAY_KINDS = frozenset((JAX_ARRAY, NUMPY_ARRAY, NUMPY_SCALAR, SCALAR, PRNG_KEY))
-EMPTY_CONTAINERS = frozenset((DICT, LIST, TUPLE, NAMED_TUPLE))
+JAX_ARRAY: Final = "jax.Array"
+NUMPY_ARRAY: Final = "np.ndarray"
+NUMPY_SCALAR: Final = "np.generic"
+SCALAR: Final = "scalar"
+STRING: Final = "string"
+BYTES: Final = "bytes"
+NONE: Final = "None"
+PRNG_KEY: Final = "prng_key"
+DICT: Final = "dict"
+LIST: Final = "list"
+TUPLE: Final = "tuple"
+NAMED_TUPLE: Final = "namedtuple"
+ARRAY_KINDS: frozenset[str] = frozenset((JAX_ARRAY, NUMPY_ARRAY, NUMPY_SCALAR, SCALAR, PRNG_KEY))
+EMPTY_CONTAINERS: frozenset[str] = frozenset((DICT, LIST, TUPLE, NAMED_TUPLE))
 
 # dtypes that zarr3 stores, by NumPy's names (tensorstore 0.1.86; raw bytes and zarr's encoding of
 # each were compared and are the same).
@@ -115,48 +115,56 @@ class Box(Struct, gc=False, array_like=True):
     places: tuple[Place, ...] = ()
 
 
-class Leaf(Struct, gc=False):
-    """A leaf, or the boxes of it that one part holds.
+class Sharding:  # noqa: PLW1641 - nobody hashes it
+    """A sharding in Orbax's terms; leaves share the object, and a table lists it once."""
+
+    __slots__ = ("json",)
+
+    def __init__(self, json: dict[str, Any]) -> None:
+        """Takes what JSON holds of it; it is not changed any more."""
+        self.json = json
+
+    def __eq__(self, other: object) -> bool:
+        """Whether two shardings are the same in Orbax's terms."""
+        return isinstance(other, Sharding) and self.json == other.json
+
+
+class Leaf(KeyPath, gc=False, omit_defaults=True):
+    """A leaf of a tree, or the boxes of it that one part holds; as it stands in tables.
 
     Attributes:
-      path: Where it stands in the tree.
-      kind: One of the kinds named at the top of this module.
+      texts: As in `KeyPath`; so are `key_kinds` and `name`.
+      kind: What it is, one of the kinds named at the top of this module.
+      generation: How often the leaf had been replaced when this was saved.
+      text: Value of a string; for a PRNG key, the name of its implementation.
+      data: Value of a bytes leaf.
+      placeholder: Whether it is an empty container where other parts may hold something: it gives
+        way to a leaf of its name, and to leaves inside of it.
       dtype: NumPy name of the stored elements' dtype; empty for what has no data.
       shape: Global shape of the stored array (of a PRNG key: of its key data).
       chunk: Shape of a chunk of the stored array.
-      compression: `zstd`, `blosc`, or None.
-      generation: How often the leaf had been replaced when this was saved.
-      sharding: Sharding in Orbax's terms.
-      text: Value of a string; for a PRNG key, the name of its implementation.
       boxes: What is held of it.
       runs: In a checkpoint's contents, where its chunks are, in C order; empty where some stand in
         the database or are compressed.
       file: In a part, which of its data files holds them: 0 for the one written with it, `data`; n
         for `data.n`, which an earlier part shares with it.
-      data: Value of a bytes leaf.
-      placeholder: Whether it is an empty container where other parts may hold something: it gives
-        way to a leaf of its name, and to leaves inside of it.
+      compression: `zstd`, `blosc`, or None.
+      sharding: Its sharding; in a table the number that this has there.
     """
 
-    path: KeyPath
-    kind: str
-    dtype: str = ""
-    shape: Shape = ()
-    chunk: Shape = ()
-    compression: str | None = None
-    generation: int = 0
-    sharding: dict[str, Any] | None = None
+    kind: Kind
+    generation: Count = 0
     text: str = ""
-    boxes: tuple[Box, ...] = ()
-    runs: tuple[Run, ...] = ()
-    file: int = 0
     data: bytes = b""
     placeholder: bool = False
-
-    @property
-    def name(self) -> str:
-        """The path's keys joined with a dot."""
-        return self.path.name
+    dtype: Dtype | Literal[""] = ""
+    shape: tuple[Count, ...] = ()
+    chunk: tuple[Count, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    runs: tuple[Run, ...] = ()
+    file: Count = 0
+    compression: Compression | None = None
+    sharding: Sharding | None = None
 
     @property
     def is_array(self) -> bool:
@@ -171,12 +179,12 @@ class Leaf(Struct, gc=False):
     @property
     def chunk_bytes(self) -> int:
         """Size of a chunk in memory, in bytes."""
-        return _size_of(self.dtype, self.chunk)
+        return size_of(self.dtype, self.chunk)
 
     @property
     def bytes(self) -> int:
         """Size of the whole leaf's data in memory, in bytes."""
-        return _size_of(self.dtype, self.shape)
+        return size_of(self.dtype, self.shape)
 
     @property
     def prefix(self) -> str:
@@ -194,22 +202,7 @@ class Leaf(Struct, gc=False):
         self, boxes: tuple[Box, ...], runs: tuple[Run, ...] = (), file: int = 0
     ) -> "Leaf":
         """The same leaf with other boxes, which lie elsewhere."""
-        return Leaf(
-            self.path,
-            self.kind,
-            self.dtype,
-            self.shape,
-            self.chunk,
-            self.compression,
-            self.generation,
-            self.sharding,
-            self.text,
-            boxes,
-            runs,
-            file,
-            self.data,
-            self.placeholder,
-        )
+        return structs.replace(self, boxes=boxes, runs=runs, file=file)
 
     @property
     def is_one_chunk(self) -> bool:
@@ -313,7 +306,8 @@ def part_path(directory: str, *, process: int, processes: int) -> str:
 
 
 @lru_cache(maxsize=4096)  # most leaves have one of a few shapes
-def _size_of(dtype: str, shape: Shape) -> int:
+def size_of(dtype: str, shape: Shape) -> int:
+    """Size of an array in memory, in bytes; 0 where there is no dtype."""
     return math.prod(shape) * numpy_dtype(dtype).itemsize if dtype else 0
 
 

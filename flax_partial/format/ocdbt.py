@@ -53,10 +53,12 @@ Entry = tuple[bytes, Value]
 
 
 class _Node(NamedTuple):
-    """An encoded node, and what its parent says of it."""
+    """An encoded node: its first key, where it lies, and what its parent says of it."""
 
     first_key: bytes
-    at: Reference
+    file: str
+    offset: int
+    length: int
     keys: int
     tree_bytes: int
     referred_bytes: int
@@ -64,8 +66,8 @@ class _Node(NamedTuple):
 
 def encode(
     entries: Iterable[Entry], *, data_file: str, uuid: bytes, commit_ns: int
-) -> tuple[bytes, bytes]:
-    """Returns the manifest and the data file of a database that holds `entries`.
+) -> tuple[bytes, list[bytes]]:
+    """Returns the manifest, and the data file piece by piece, of a database that holds `entries`.
 
     Args:
       entries: Keys and values, in any order; at least one, and no key twice.
@@ -80,11 +82,11 @@ def encode(
         nodes: list[_Node] = []
         for group in _split(level):
             encoded = _encode_node(group, height)
-            nodes.append(_describe(group, Reference(data_file, size, len(encoded))))
+            nodes.append(_node_of(group, data_file, size, len(encoded)))
             data.append(encoded)
             size += len(encoded)
         if len(nodes) == 1:
-            return _encode_manifest(nodes[0], height, uuid, commit_ns), b"".join(data)
+            return _encode_manifest(nodes[0], height, uuid, commit_ns), data
         level, height = [(node.first_key, node) for node in nodes], height + 1
 
 
@@ -102,54 +104,57 @@ def _split(
         yield level[first:]
 
 
-def _describe(group: Sequence[tuple[bytes, Value | _Node]], at: Reference) -> _Node:
+def _node_of(
+    group: Sequence[tuple[bytes, Value | _Node]], file: str, offset: int, length: int
+) -> _Node:
     children = [value for _, value in group if isinstance(value, _Node)]
     referred = sum([value.length for _, value in group if isinstance(value, Reference)])
     return _Node(
-        first_key=group[0][0],
-        at=at,
+        group[0][0],
+        file,
+        offset,
+        length,
         keys=sum(child.keys for child in children) or len(group),
-        tree_bytes=at.length + sum(child.tree_bytes for child in children),
+        tree_bytes=length + sum(child.tree_bytes for child in children),
         referred_bytes=referred + sum(child.referred_bytes for child in children),
     )
 
 
 def _encode_node(group: Sequence[tuple[bytes, Value | _Node]], height: int) -> bytes:
     values = [value for _, value in group]
-    places = [value.at if isinstance(value, _Node) else value for value in values]
-    inline = [value for value in places if isinstance(value, bytes)]
-    references = [place for place in places if isinstance(place, Reference)]
+    inline = [value for value in values if isinstance(value, bytes)]
+    references = [value for value in values if not isinstance(value, bytes)]
     table, numbers = _file_table({reference.file for reference in references})
     body = [bytes((height,)), table, _varints([len(group)]), *_keys([key for key, _ in group])]
     if height:
         body.insert(-1, bytes(len(group)))  # a child's keys are stored whole, without a prefix
     else:
-        body.append(_varints([v.length if isinstance(v, Reference) else len(v) for v in places]))
-        body.append(bytes([_INLINE if isinstance(v, bytes) else _REFERENCE for v in places]))
+        body.append(_varints([len(v) if isinstance(v, bytes) else v.length for v in values]))
+        body.append(bytes([_INLINE if isinstance(v, bytes) else _REFERENCE for v in values]))
     body.append(_varints([numbers[reference.file] for reference in references]))
     body.append(_varints([reference.offset for reference in references]))
     if height:
         body.append(_varints([reference.length for reference in references]))
         body += _statistics([value for value in values if isinstance(value, _Node)])
-    else:
-        body += inline
-    return _enclosed(_NODE_MAGIC, body)
+    return _enclosed(_NODE_MAGIC, [*body, *inline])
 
 
 def _keys(keys: Sequence[bytes]) -> list[bytes]:
     """The columns of keys: lengths of the prefixes shared with the key before, and the rest."""
     shared = _shared_with_before(keys)
     rest = [keys[0], *(key[length:] for key, length in zip(keys[1:], shared, strict=True))]
-    return [_varints(shared), _varints([len(suffix) for suffix in rest]), b"".join(rest)]
+    return [_varints(shared), _varints([*map(len, rest)]), b"".join(rest)]
 
 
 def _shared_with_before(keys: Sequence[bytes]) -> list[int]:
-    lengths = np.array([len(key) for key in keys])
+    lengths = np.array([*map(len, keys)])
     width = int(lengths.max())
     if not 0 < width <= _MOST_COMPARED_AT_ONCE:
         return [_common_prefix(one, other) for one, other in pairwise(keys)]
     letters = np.array(keys, f"S{width}").view(np.uint8).reshape(-1, width)
-    same = np.logical_and.accumulate(letters[1:] == letters[:-1], axis=1).sum(axis=1)
+    differ = np.ones((len(keys) - 1, width + 1), bool)  # if nowhere before, then past the end
+    np.not_equal(letters[1:], letters[:-1], out=differ[:, :-1])
+    same = differ.argmax(axis=1)
     shared: list[int] = np.minimum(same, np.minimum(lengths[1:], lengths[:-1])).tolist()
     return shared
 
@@ -181,7 +186,7 @@ def _statistics(nodes: Sequence[_Node]) -> list[bytes]:
 
 
 def _encode_manifest(root: _Node, height: int, uuid: bytes, commit_ns: int) -> bytes:
-    table, _ = _file_table({root.at.file})
+    table, _ = _file_table({root.file})
     kind = compression = file_number = version_nodes = 0
     body = [
         uuid,
@@ -189,7 +194,7 @@ def _encode_manifest(root: _Node, height: int, uuid: bytes, commit_ns: int) -> b
         bytes((_VERSION_TREE_ARITY_LOG2, compression)),
         table,
         # One version: their number, its generation, its height, where its root is.
-        _varints([1, 1, height, file_number, root.at.offset, root.at.length]),
+        _varints([1, 1, height, file_number, root.offset, root.length]),
         *_statistics([root]),
         _LENGTH.pack(commit_ns),
         _varints([version_nodes]),

@@ -16,7 +16,7 @@ What the files must hold was found out by trying every reader of Orbax 0.12 (v0 
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -75,60 +75,63 @@ VALUE_TYPES: Mapping[str, str] = {
 }
 RANDOM_KEY_IMPL = "random_key_impl"
 
+_PIECE_LEAVES = 1024  # of `_METADATA` that are put together at once
 _BYTES_CHUNK = 64 * 1024  # of the array that Orbax reads a bytes leaf as
 
-Pieces = Sequence[bytes]
-"""A file's content, piece by piece: `_sharding` says one thing for many leaves, again and again."""
+Pieces = Iterable[bytes]
+"""A file's content, piece by piece, to be iterated once; that of many leaves is never all there."""
 
 
-def root_files(contents: Contents) -> dict[str, Pieces]:
-    """Returns what Orbax reads beside the database: path below the checkpoint -> content."""
-    files: dict[str, Pieces] = {
-        CHECKPOINT_METADATA: (_dump(_checkpoint_metadata(contents)),),
-        V1_MARKER: (),
-        COMMIT_MARKER: (),
-    }
-    state: dict[str, Pieces] = {
-        TREE_METADATA: (_tree_metadata(contents.leaves),),
-        SHARDING: _shardings(contents.leaves),
-        f"{ARRAY_METADATAS}/process_0": (_dump(_array_metadatas(contents.leaves)),),
-        STRINGS: (_dump(_strings(contents.leaves)),),
-    }
-    return files | {f"{ITEM}/{name}": content for name, content in state.items()}
+def root_files(contents: Contents) -> Iterator[tuple[str, Pieces]]:
+    """Yields what Orbax reads beside the database: path below the checkpoint, content."""
+    yield CHECKPOINT_METADATA, (_dump(_checkpoint_metadata(contents)),)
+    yield V1_MARKER, ()
+    yield COMMIT_MARKER, ()
+    yield f"{ITEM}/{TREE_METADATA}", _tree_metadata(contents.leaves)
+    yield f"{ITEM}/{SHARDING}", _shardings(contents.leaves)
+    yield f"{ITEM}/{ARRAY_METADATAS}/process_0", (_dump(_array_metadatas(contents.leaves)),)
+    yield f"{ITEM}/{STRINGS}", (_dump(_strings(contents.leaves)),)
 
 
 def database_files(
     contents: Contents, sources: Sequence[Sequence[Source]], *, uuid: bytes
-) -> dict[str, Pieces]:
-    """Returns the root database: path below the checkpoint -> content; nothing without arrays.
+) -> Iterator[tuple[str, Pieces]]:
+    """Yields the root database: path below the checkpoint, content; nothing without arrays.
 
     Args:
       contents: What the checkpoint holds.
-      sources: For each leaf where its chunks are, as `merge` found them.
+      sources: For each leaf where its chunks are; nothing where they are in the leaf itself.
       uuid: Identifies the database, 16 bytes.
     """
-    entries = list(_database_entries(contents.leaves, sources))
-    if not entries:
-        return {}
+    if all(not leaf.is_array and leaf.kind != BYTES for leaf in contents.leaves):
+        return
     data_file = f"d/{uuid.hex()}"
     manifest, data = ocdbt.encode(
-        entries, data_file=data_file, uuid=uuid, commit_ns=contents.committed_ns
+        _database_entries(contents.leaves, sources),
+        data_file=data_file,
+        uuid=uuid,
+        commit_ns=contents.committed_ns,
     )
-    return {f"{ITEM}/{data_file}": (data,), f"{ITEM}/{DATABASE}": (manifest,)}
+    yield f"{ITEM}/{data_file}", data
+    yield f"{ITEM}/{DATABASE}", (manifest,)
 
 
 def _database_entries(
     leaves: Sequence[Leaf], sources: Sequence[Sequence[Source]]
-) -> Iterator[tuple[bytes, ocdbt.Value]]:
+) -> Iterator[ocdbt.Entry]:
     for leaf, found in zip(leaves, sources, strict=True):
-        stored, chunks = (_as_array(leaf), _pieces(leaf)) if leaf.kind == BYTES else (leaf, found)
+        stored = _as_array(leaf) if leaf.kind == BYTES else leaf
         if not stored.is_array:
             continue
-        prefix = leaf.prefix
-        metadata = _zarr_metadata(stored.dtype, stored.shape, stored.chunk, stored.compression)
-        yield (prefix + "zarr.json").encode(), metadata
+        prefix = stored.prefix.encode()
+        yield prefix + b"zarr.json", zarr_metadata(stored)
+        if stored.is_one_chunk and not found:  # as small leaves are: a third of the time
+            (place,) = stored.boxes[0].places
+            assert isinstance(place, bytes)  # noqa: S101
+            yield prefix + b"c" + b"/0" * len(stored.shape), place
+            continue
         keys = stored.keys_of(stored.boxes[0])
-        for part, places in chunks:
+        for part, places in found or (("", stored.boxes[0].places),):
             for place, key in zip(places, keys, strict=False):
                 if isinstance(place, bytes):
                     yield key.encode(), place
@@ -137,17 +140,20 @@ def _database_entries(
 
 
 def _as_array(leaf: Leaf) -> Leaf:
-    """A bytes leaf as the array of bytes that Orbax reads it as."""
+    """A bytes leaf as the array that Orbax reads it as; its last chunk is filled up."""
     shape = (len(leaf.data),)
-    chunk = (min(max(len(leaf.data), 1), _BYTES_CHUNK),)
-    return Leaf(leaf.path, NUMPY_ARRAY, "uint8", shape, chunk, boxes=(Box((0,), shape),))
-
-
-def _pieces(leaf: Leaf) -> Sequence[Source]:
-    """The chunks of a bytes leaf, which stand in the database; the last one is filled up."""
-    size = _as_array(leaf).chunk[0]
+    size = min(max(len(leaf.data), 1), _BYTES_CHUNK)
     starts = range(0, len(leaf.data), size)
-    return (("", [leaf.data[at : at + size].ljust(size, b"\0") for at in starts]),)
+    places = tuple([leaf.data[at : at + size].ljust(size, b"\0") for at in starts])
+    return Leaf(
+        leaf.texts,
+        leaf.key_kinds,
+        NUMPY_ARRAY,
+        dtype="uint8",
+        shape=shape,
+        chunk=(size,),
+        boxes=(Box((0,), shape, places=places),),
+    )
 
 
 _encode_string = json.encoder.encode_basestring_ascii
@@ -173,7 +179,7 @@ def _checkpoint_metadata(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _tree_metadata(leaves: tuple[Leaf, ...]) -> bytes:
+def _tree_metadata(leaves: Sequence[Leaf]) -> Pieces:
     head = _dump(
         {
             "use_ocdbt": True,
@@ -182,27 +188,33 @@ def _tree_metadata(leaves: tuple[Leaf, ...]) -> bytes:
             "custom_metadata": None,
         }
     )
-    entries = ",".join(map(_tree_entry, leaves)).encode("ascii")
-    return b"".join((head[:-1], b',"tree_metadata":{', entries, b"}}"))
+    yield head[:-1] + b',"tree_metadata":{'
+    # Keys are the same few, over and over. What outlived the table would hold on to its memory.
+    key_metadata = lru_cache(maxsize=4096)(_key_metadata)
+    separator = ""
+    for first in range(0, len(leaves), _PIECE_LEAVES):
+        piece = leaves[first : first + _PIECE_LEAVES]
+        entries = ",".join([_tree_entry(leaf, key_metadata) for leaf in piece])
+        yield f"{separator}{entries}".encode("ascii")
+        separator = ","
+    yield b"}}"
 
 
-def _tree_entry(leaf: Leaf) -> str:
-    """Returns a leaf's entry as JSON, in pieces: a third of what dumping it costs."""
+def _tree_entry(leaf: Leaf, key_metadata: Callable[[str, str], str]) -> str:
+    """Returns a leaf's entry as JSON, put together: a third of what dumping it costs."""
     # One complex scalar would keep v0's StandardCheckpointer from reading any of the checkpoint.
     is_complex = leaf.kind == SCALAR and leaf.dtype.startswith("complex")
     value = _value_metadata(NUMPY_ARRAY if is_complex else leaf.kind, leaf.chunk)
-    keys = ",".join(map(_key_metadata, leaf.path.texts, leaf.path.kinds))
-    name = _encode_string(repr(leaf.path.texts))
+    keys = ",".join(map(key_metadata, leaf.texts, leaf.key_kinds))
+    name = _encode_string(repr(leaf.texts))
     return f'{name}:{{"key_metadata":[{keys}],"value_metadata":{value}}}'
 
 
-# Keys and kinds of leaves are the same few, over and over.
-@lru_cache(maxsize=4096)
 def _key_metadata(text: str, kind: str) -> str:
     return _text({"key": text, "key_type": SEQUENCE_KEY if kind == INDEX else DICT_KEY})
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)  # most leaves have one of a few shapes
 def _value_metadata(kind: str, chunk: Shape) -> str:
     has_data = kind in ARRAY_KINDS or kind in (STRING, BYTES)
     value: dict[str, Any] = {"value_type": VALUE_TYPES[kind], "skip_deserialize": not has_data}
@@ -225,22 +237,22 @@ def _array_metadatas(leaves: tuple[Leaf, ...]) -> dict[str, Any]:
     return {"array_metadatas": [{"array_metadata": metadata} for metadata in metadatas]}
 
 
-def _shardings(leaves: tuple[Leaf, ...]) -> Pieces:
-    """One object of JSON, in whose pieces equal shardings are the same piece."""
-    texts: dict[int, bytes] = {}  # the leaves of a table share their shardings' dictionaries
-    pieces = [b"{"]
+def _shardings(leaves: Sequence[Leaf]) -> Pieces:
+    texts: dict[int, bytes] = {}  # leaves share the objects
+    yield b"{"
+    separator = b""
     for leaf in leaves:
         if leaf.sharding is not None and VALUE_TYPES[leaf.kind] == VALUE_TYPES[JAX_ARRAY]:
-            text = texts.get(id(leaf.sharding)) or _dump(json.dumps(leaf.sharding))
+            text = texts.get(id(leaf.sharding)) or _dump(json.dumps(leaf.sharding.json))
             texts[id(leaf.sharding)] = text
-            key = base64.urlsafe_b64encode(leaf.name.encode())  # `sharding_key`, in bytes
-            pieces += b'"', key, b'":', text, b","
-    return [*(pieces[:-1] if len(pieces) > 1 else pieces), b"}"]
+            yield b'%b"%b":%b' % (separator, sharding_key(leaf.name), text)
+            separator = b","
+    yield b"}"
 
 
-def sharding_key(name: str) -> str:
-    """Under which key `_sharding` holds the sharding of the leaf called `name`."""
-    return base64.urlsafe_b64encode(name.encode()).decode("ascii")
+def sharding_key(name: str) -> bytes:
+    """Under which key `_sharding` holds the sharding of the leaf called `name`, as ASCII."""
+    return base64.urlsafe_b64encode(name.encode())
 
 
 def _strings(leaves: tuple[Leaf, ...]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Both are JSON, `{"xxh3_128":"<32 hex digits>","table":{...}}`, the digest being that of the table's
 bytes. A whole, valid `part.json` is the commit of its part: what `decode_part` accepts was saved.
-The structs below are the specification of `docs/format.md`: names, types, bounds.
+The structs below, and `Leaf` and `Box`, are the specification of `docs/format.md`: names, types,
+bounds.
 
 Decoding trusts nothing: it checks the digest, every type and size, and that boxes, chunks and
 digests agree. Each chunk has its entry, with a digest or not, so that no table can claim more
@@ -14,6 +15,7 @@ in `requires` that it does not know: there a later version says what must not be
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
@@ -24,7 +26,7 @@ from msgspec import Meta, Raw, Struct
 from flax_partial.errors import CorruptCheckpointError
 from flax_partial.format.chunks import Shape, chunk_counts
 from flax_partial.format.digests import digest
-from flax_partial.format.keypaths import INDEX, KEY_KINDS, TEXT_KEYS, KeyPath
+from flax_partial.format.keypaths import INDEX, KEY_KINDS, TEXT_KEYS
 from flax_partial.format.metadata import to_json
 from flax_partial.format.model import (
     ARRAY_KINDS,
@@ -35,18 +37,16 @@ from flax_partial.format.model import (
     PRNG_KEY,
     SCALAR,
     Box,
-    Compression,
     Contents,
     Count,
-    Dtype,
-    Kind,
     Leaf,
     Part,
-    Run,
+    Sharding,
     numpy_dtype,
 )
 
 T = TypeVar("T")
+_Hook = Callable[[type, object], Sharding]
 
 FORMAT_VERSION = 3
 _READ_VERSIONS = frozenset((2, FORMAT_VERSION))  # what version 2 lacks is optional in version 3
@@ -60,31 +60,12 @@ _DATA_FILE = r"(p[0-9]{1,9}/)?[^/]+(/data\.[1-9][0-9]{0,8})?"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-class _Row(Struct, gc=False, omit_defaults=True):
-    """A leaf, as a table has it."""
-
-    path: tuple[str, ...]
-    keys: str
-    kind: Kind
-    generation: Count = 0
-    text: str = ""
-    data: bytes = b""
-    placeholder: bool = False
-    dtype: Dtype | None = None
-    shape: tuple[Count, ...] = ()
-    chunk: tuple[Count, ...] = ()
-    boxes: tuple[Box, ...] = ()
-    runs: tuple[Run, ...] = ()
-    file: Count = 0
-    compression: Compression | None = None
-    sharding: Count | None = None
-
-
 class _Head(Struct, gc=False):
     """What every reader reads of a table, of whatever version."""
 
     format: int
     requires: tuple[str, ...] = ()
+    shardings: Raw = Raw(b"[]")
 
 
 class _PartTable(Struct, gc=False, omit_defaults=True, kw_only=True):
@@ -97,7 +78,7 @@ class _PartTable(Struct, gc=False, omit_defaults=True, kw_only=True):
     durable: bool = False
     custom_metadata: Raw
     shardings: tuple[Raw, ...]
-    leaves: tuple[_Row, ...]
+    leaves: tuple[Leaf, ...]
 
 
 class _ContentsTable(Struct, gc=False, omit_defaults=True):
@@ -109,49 +90,49 @@ class _ContentsTable(Struct, gc=False, omit_defaults=True):
     parts: Count
     custom_metadata: Raw
     shardings: tuple[Raw, ...]
-    leaves: tuple[_Row, ...]
+    leaves: tuple[Leaf, ...]
     data_parts: tuple[Annotated[str, Meta(pattern=f"^{_DATA_FILE}$")], ...]
     first_part: str
 
 
 _HEAD_DECODER = msgspec.json.Decoder(_Head)
-_PART_DECODER = msgspec.json.Decoder(_PartTable)
-_CONTENTS_DECODER = msgspec.json.Decoder(_ContentsTable)
 
 
 def encode_part(part: Part) -> bytes:
     """Returns the bytes of a `part.json`."""
-    shardings = _Shardings()
-    rows = _rows_of(part.leaves, shardings)
-    table = _PartTable(
-        format=FORMAT_VERSION,
-        process=part.process,
-        time_ns=part.time_ns,
-        bytes=part.bytes,
-        durable=part.durable,
-        custom_metadata=Raw(to_json(part.custom_metadata)),
-        shardings=tuple(shardings.listed),
-        leaves=rows,
+    shardings = _Shardings(part.leaves)
+    return _enveloped(
+        _PartTable(
+            format=FORMAT_VERSION,
+            process=part.process,
+            time_ns=part.time_ns,
+            bytes=part.bytes,
+            durable=part.durable,
+            custom_metadata=Raw(to_json(part.custom_metadata)),
+            shardings=shardings.texts,
+            leaves=_with_entries(part.leaves),
+        ),
+        shardings,
     )
-    return _enveloped(table)
 
 
 def encode_contents(contents: Contents) -> bytes:
     """Returns the bytes of a `contents.json`."""
-    shardings = _Shardings()
-    rows = _rows_of(contents.leaves, shardings)
-    table = _ContentsTable(
-        format=FORMAT_VERSION,
-        started_ns=contents.started_ns,
-        committed_ns=contents.committed_ns,
-        parts=contents.parts,
-        custom_metadata=Raw(to_json(contents.custom_metadata)),
-        shardings=tuple(shardings.listed),
-        leaves=rows,
-        data_parts=contents.data_parts,
-        first_part=contents.first_part,
+    shardings = _Shardings(contents.leaves)
+    return _enveloped(
+        _ContentsTable(
+            format=FORMAT_VERSION,
+            started_ns=contents.started_ns,
+            committed_ns=contents.committed_ns,
+            parts=contents.parts,
+            custom_metadata=Raw(to_json(contents.custom_metadata)),
+            shardings=shardings.texts,
+            leaves=_with_entries(contents.leaves),
+            data_parts=contents.data_parts,
+            first_part=contents.first_part,
+        ),
+        shardings,
     )
-    return _enveloped(table)
 
 
 def decode_part(data: bytes, *, where: str) -> Part:
@@ -172,70 +153,46 @@ def decode_contents(data: bytes, *, where: str) -> Contents:
     return _checked(_contents_of, data, where)
 
 
-def _enveloped(table: Struct) -> bytes:
-    body = msgspec.json.encode(table)
+def _enveloped(table: Struct, shardings: "_Shardings") -> bytes:
+    body = msgspec.json.encode(table, enc_hook=shardings.number_of)
     return b"".join((_HEAD, digest(body).encode(), _MIDDLE, body, b"}\n"))
 
 
 class _Shardings:
-    """The shardings of a table, each once; leaves share their dictionaries, or make equal ones."""
+    """The shardings of a table, each once."""
 
-    def __init__(self) -> None:
-        self.listed: list[Raw] = []
-        self._by_text: dict[bytes, int] = {}
-        self._by_identity: dict[int, int] = {}
+    def __init__(self, leaves: Iterable[Leaf]) -> None:
+        found = {id(leaf.sharding): leaf.sharding for leaf in leaves if leaf.sharding is not None}
+        texts = {number: to_json(sharding.json) for number, sharding in found.items()}
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts.values()))}
+        self.texts = tuple(map(Raw, numbers))
+        self._numbers = {identity: numbers[text] for identity, text in texts.items()}
 
-    def number_of(self, sharding: dict[str, Any]) -> int:
-        number = self._by_identity.get(id(sharding))
-        if number is None:
-            text = to_json(sharding)
-            number = self._by_text.setdefault(text, len(self.listed))
-            if number == len(self.listed):
-                self.listed.append(Raw(text))
-            self._by_identity[id(sharding)] = number
-        return number
+    def number_of(self, sharding: object) -> int:
+        return self._numbers[id(sharding)]
 
 
-def _rows_of(leaves: Iterable[Leaf], shardings: _Shardings) -> tuple[_Row, ...]:
+def _with_entries(leaves: Iterable[Leaf]) -> tuple[Leaf, ...]:
+    """The leaves with a digest for each of their chunks, an empty one where none was taken."""
     return tuple(
-        [
-            _Row(
-                leaf.path.texts,
-                leaf.path.kinds,
-                leaf.kind,  # type: ignore[arg-type] # what is encoded is not checked
-                leaf.generation,
-                leaf.text,
-                leaf.data,
-                leaf.placeholder,
-                leaf.dtype or None,  # type: ignore[arg-type]
-                leaf.shape,
-                leaf.chunk,
-                _with_entries(leaf),
-                leaf.runs,
-                leaf.file,
-                leaf.compression,  # type: ignore[arg-type]
-                None if leaf.sharding is None else shardings.number_of(leaf.sharding),
-            )
-            for leaf in leaves
-        ]
+        [_filled(leaf) if () in [b.digests for b in leaf.boxes] else leaf for leaf in leaves]
     )
 
 
-def _with_entries(leaf: Leaf) -> tuple[Box, ...]:
-    """The boxes of a leaf with a digest for each chunk, an empty one where none was taken."""
-    if all(box.digests for box in leaf.boxes):
-        return leaf.boxes
+def _filled(leaf: Leaf) -> Leaf:
     counts = [math.prod(chunk_counts(box.shape, leaf.chunk)) for box in leaf.boxes]
-    return tuple(
+    boxes = [
         Box(box.start, box.shape, box.digests or ("",) * count, box.places)
         for box, count in zip(leaf.boxes, counts, strict=True)
-    )
+    ]
+    return leaf.with_boxes(tuple(boxes), leaf.runs, leaf.file)
 
 
-def _checked(build: Callable[[memoryview], T], data: bytes, where: str) -> T:
+def _checked(build: Callable[[memoryview, _Hook], T], data: bytes, where: str) -> T:
     """Decodes `data` with `build`, every failure being the file's."""
     try:
-        return build(_open_envelope(data))
+        body, head = _open_envelope(data)
+        return build(body, _sharding_hook(head.shardings))
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(f"{where}: {error}") from None
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -244,7 +201,7 @@ def _checked(build: Callable[[memoryview], T], data: bytes, where: str) -> T:
         ) from error
 
 
-def _open_envelope(data: bytes) -> memoryview:
+def _open_envelope(data: bytes) -> tuple[memoryview, _Head]:
     body = memoryview(data)[_TABLE_AT:-2]
     is_whole = data.startswith(_HEAD) and data.endswith(b"}\n") and bool(body)
     if not is_whole or not data.startswith(_MIDDLE, _TABLE_AT - len(_MIDDLE)):
@@ -263,45 +220,50 @@ def _open_envelope(data: bytes) -> memoryview:
             f"it requires {', '.join(map(repr, unknown))}, which this version of flax_partial does "
             "not know: read it with a newer version"
         )
-    return body
+    return body, head
 
 
-def _part_of(body: memoryview) -> Part:
-    table = _PART_DECODER.decode(body)
+def _sharding_hook(table: Raw) -> _Hook:
+    """Returns how msgspec is to decode the number of a sharding."""
+    texts = msgspec.json.decode(table, type=list[Raw])
+    shardings = [Sharding(_object_of(text)) for text in texts]
+
+    def sharding_of(_: type, number: object) -> Sharding:
+        if type(number) is not int or not 0 <= number < len(shardings):
+            raise ValueError(f"{number!r} is not one of {len(shardings)} shardings")
+        return shardings[number]
+
+    return sharding_of
+
+
+def _part_of(body: memoryview, hook: _Hook) -> Part:
+    table = msgspec.json.decode(body, type=_PartTable, dec_hook=hook)
+    _require_each(table.leaves)
     return Part(
         process=table.process,
         time_ns=table.time_ns,
         bytes=table.bytes,
         durable=table.durable,
         custom_metadata=_object_of(table.custom_metadata),
-        leaves=_leaves_of(table.leaves, table.shardings, need_places=True),
+        leaves=table.leaves,
     )
 
 
-def _contents_of(body: memoryview) -> Contents:
-    table = _CONTENTS_DECODER.decode(body)
-    contents = Contents(
+def _contents_of(body: memoryview, hook: _Hook) -> Contents:
+    table = msgspec.json.decode(body, type=_ContentsTable, dec_hook=hook)
+    if not table.leaves:
+        raise CorruptCheckpointError("it holds no leaf")
+    _require_each(table.leaves, data_parts=len(table.data_parts))
+    return Contents(
         started_ns=table.started_ns,
         committed_ns=table.committed_ns,
         parts=table.parts,
         custom_metadata=_object_of(table.custom_metadata),
-        leaves=_leaves_of(table.leaves, table.shardings, need_places=False),
+        leaves=table.leaves,
         data_parts=table.data_parts,
         first_part=table.first_part,
         has_inline=table.format >= _FIRST_INLINE,
     )
-    if not contents.leaves:
-        raise CorruptCheckpointError("it holds no leaf")
-    for leaf in contents.leaves:
-        if not leaf.is_array:
-            continue
-        if len(leaf.boxes) != 1 or leaf.boxes[0].shape != leaf.shape:
-            raise CorruptCheckpointError(f"leaf {leaf.name!r} is not one whole box")
-        if leaf.runs:
-            _require_runs(leaf, len(contents.data_parts))
-        if leaf.boxes[0].places:
-            _require_inline(leaf)
-    return contents
 
 
 def _object_of(raw: Raw) -> dict[str, Any]:
@@ -315,69 +277,59 @@ def _object_of(raw: Raw) -> dict[str, Any]:
     return value
 
 
-def _require_runs(leaf: Leaf, parts: int) -> None:
-    total = math.prod(chunk_counts(leaf.shape, leaf.chunk))
-    is_whole = sum(chunks for _, _, chunks in leaf.runs) == total and leaf.compression is None
-    if not is_whole or any(part >= parts or not chunks for part, _, chunks in leaf.runs):
-        raise CorruptCheckpointError(f"leaf {leaf.name!r} has runs that are not its chunks")
+def _require_each(leaves: Iterable[Leaf], *, data_parts: int | None = None) -> None:
+    """Checks leaves, and gives those that are alike the same tuples.
 
-
-def _require_inline(leaf: Leaf) -> None:
-    (box,) = leaf.boxes
-    is_plain = leaf.compression is None and not leaf.runs
-    is_whole = len(box.places) == math.prod(chunk_counts(leaf.shape, leaf.chunk))
-    if not (is_plain and is_whole and all(isinstance(place, bytes) for place in box.places)):
-        raise CorruptCheckpointError(f"leaf {leaf.name!r} has places that are not its chunks")
-
-
-def _leaves_of(
-    rows: Iterable[_Row], texts: Iterable[Raw], *, need_places: bool
-) -> tuple[Leaf, ...]:
-    shardings = tuple(map(_object_of, texts))
-    leaves = []
-    for row in rows:
+    Args:
+      leaves: The leaves of a table.
+      data_parts: Of a checkpoint's contents, the number of data files; None for a part.
+    """
+    for leaf in leaves:
         try:
-            leaves.append(_leaf_of(row, shardings, need_places))
-        except (ValueError, IndexError) as error:
-            raise CorruptCheckpointError(f"leaf {list(row.path)}: {error}") from error
-    return tuple(leaves)
+            _require_leaf(leaf, data_parts)
+        except ValueError as error:
+            raise CorruptCheckpointError(f"leaf {list(leaf.texts)}: {error}") from error
 
 
-def _leaf_of(row: _Row, shardings: tuple[dict[str, Any], ...], need_places: bool) -> Leaf:  # noqa: FBT001
-    if _has_numbers(row.keys, len(row.path)):
-        _require_numbers(row.path, row.keys)
-    path = KeyPath(row.path, row.keys)
-    sharding = None if row.sharding is None else shardings[row.sharding]
-    kind = row.kind
-    if kind not in ARRAY_KINDS:
-        if row.placeholder and kind not in EMPTY_CONTAINERS:
-            raise ValueError("it is a placeholder, and no empty container")
-        return Leaf(
-            path,
-            kind,
-            generation=row.generation,
-            sharding=sharding,
-            text=row.text,
-            data=row.data,
-            placeholder=row.placeholder,
-        )
-    form = _form_of(kind, row.dtype, row.shape, row.chunk, row.compression)
-    for box in row.boxes:
-        _require_box(box, form, need_places)
-    return Leaf(
-        path,
-        kind,
-        form.dtype,
-        form.shape,
-        form.chunk,
-        row.compression,
-        row.generation,
-        sharding,
-        row.text,
-        row.boxes,
-        row.runs,
-        row.file,
-    )
+def _require_leaf(leaf: Leaf, data_parts: int | None) -> None:
+    leaf.key_kinds = sys.intern(leaf.key_kinds)
+    if _has_numbers(leaf.key_kinds, len(leaf.texts)):
+        _require_numbers(leaf.texts, leaf.key_kinds)
+    if leaf.placeholder and leaf.kind not in EMPTY_CONTAINERS:
+        raise ValueError("it is a placeholder, and no empty container")
+    if leaf.kind not in ARRAY_KINDS:
+        if leaf.dtype or leaf.boxes or leaf.runs:
+            raise ValueError("it is no array, and has the data of one")
+        return
+    form = _form_of(leaf.kind, leaf.dtype, leaf.shape, leaf.chunk, leaf.compression)
+    leaf.shape, leaf.chunk = form.shape, form.chunk
+    if data_parts is None:
+        _require_held(leaf, form)
+    else:
+        _require_whole(leaf, form, data_parts)
+
+
+def _require_held(leaf: Leaf, form: "_Form") -> None:
+    """Refuses boxes that no part can hold of an array."""
+    for box in leaf.boxes:
+        if len(box.places) != _require_box(box, form):
+            raise ValueError("it has chunks without a place")
+
+
+def _require_whole(leaf: Leaf, form: "_Form", data_parts: int) -> None:
+    """Refuses an array that is not whole, or whose chunks are nowhere."""
+    if len(leaf.boxes) != 1 or leaf.boxes[0].shape != leaf.shape:
+        raise ValueError("it is not one whole box")
+    (box,) = leaf.boxes
+    chunks = _require_box(box, form)
+    if leaf.runs:
+        is_whole = sum(run[2] for run in leaf.runs) == chunks and leaf.compression is None
+        if not is_whole or any(part >= data_parts or not run for part, _, run in leaf.runs):
+            raise ValueError("it has runs that are not its chunks")
+    if box.places:
+        is_plain = leaf.compression is None and not leaf.runs
+        if not is_plain or len(box.places) != chunks or tuple in map(type, box.places):
+            raise ValueError("it has places that are not its chunks")
 
 
 @lru_cache(maxsize=4096)  # most leaves have one of a few depths
@@ -398,7 +350,6 @@ class _Form(Struct, gc=False):
     """What array leaves have in common that are stored alike; those of a table share its objects.
 
     Attributes:
-      dtype: As in `Leaf`.
       shape: As in `Leaf`.
       chunk: As in `Leaf`; the very same object as `shape` where one chunk holds the array.
       origin: Where the array begins.
@@ -406,7 +357,6 @@ class _Form(Struct, gc=False):
       stored_bytes: Size of a chunk as it is stored; None where that may be any.
     """
 
-    dtype: str
     shape: Shape
     chunk: Shape
     origin: Shape
@@ -415,11 +365,9 @@ class _Form(Struct, gc=False):
 
 
 @lru_cache(maxsize=4096)  # arrays of a model have one of a few shapes
-def _form_of(
-    kind: str, dtype: str | None, shape: Shape, chunk: Shape, compression: str | None
-) -> _Form:
+def _form_of(kind: str, dtype: str, shape: Shape, chunk: Shape, compression: str | None) -> _Form:
     """Refuses what no array of the kind can be; memory for it is not asked for here."""
-    if dtype is None:
+    if not dtype:
         raise ValueError("it has no dtype")
     if len(shape) > MOST_AXES:
         raise ValueError(f"it has {len(shape)} axes")
@@ -433,7 +381,6 @@ def _form_of(
     if kind == PRNG_KEY and dtype != "uint32":
         raise ValueError(f"it is a PRNG key of {dtype}")
     return _Form(
-        dtype,
         shape,
         shape if chunk == shape else chunk,
         (0,) * len(shape),
@@ -442,7 +389,8 @@ def _form_of(
     )
 
 
-def _require_box(box: Box, form: _Form, need_places: bool) -> None:  # noqa: FBT001 - 100,000 calls
+def _require_box(box: Box, form: _Form) -> int:
+    """Refuses a box that is none of the array's; returns the number of its chunks."""
     if form.is_one_chunk and box.shape == form.shape and box.start == form.origin:
         chunks = 1  # by far the most common, and cheaper than the general case
         box.start, box.shape = form.origin, form.shape
@@ -456,11 +404,9 @@ def _require_box(box: Box, form: _Form, need_places: bool) -> None:  # noqa: FBT
         raise ValueError(f"it has {len(box.digests)} digests for {chunks} chunks")
     if not any(box.digests):
         box.digests = ()
-    if need_places and len(box.places) != chunks:
-        raise ValueError("it has chunks without a place")
-    if form.stored_bytes is None:
-        return
-    for place in box.places:
-        size = len(place) if isinstance(place, bytes) else place[1]
-        if size != form.stored_bytes:
-            raise ValueError(f"it has a chunk of {size} bytes, not {form.stored_bytes}")
+    if form.stored_bytes is not None:
+        for place in box.places:
+            size = len(place) if isinstance(place, bytes) else place[1]
+            if size != form.stored_bytes:
+                raise ValueError(f"it has a chunk of {size} bytes, not {form.stored_bytes}")
+    return chunks

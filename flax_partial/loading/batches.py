@@ -5,10 +5,14 @@ is larger than a batch, as Orbax writes them by default, is a batch by itself.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 from flax_partial.format.chunks import Shape, chunk_regions
-from flax_partial.format.model import Leaf, Region
+from flax_partial.format.model import Leaf, Region, size_of
+
+# What is at hand at once takes more memory than its data: JAX takes 1.2 KB for an array to be put.
+MOST_REGIONS = 1024
 
 
 def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Iterator[list[Region]]:
@@ -22,12 +26,18 @@ def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Ite
     Yields:
       Regions: each a leaf, the start of a box of it, and the box's shape.
     """
+    largest = most_bytes if cut else max((leaf.bytes for leaf in leaves), default=0)
+    found = (one for leaf in leaves if leaf.is_array for one in regions(leaf, largest))
+    yield from batched(found, most_bytes=most_bytes)
+
+
+def batched(found: Iterable[Region], *, most_bytes: int = sys.maxsize) -> Iterator[list[Region]]:
+    """Yields regions in order, some thousand, and at most about `most_bytes`, at once."""
     batch: list[Region] = []
     size = 0
-    largest = most_bytes if cut else max((leaf.bytes for leaf in leaves), default=0)
-    for region in (one for leaf in leaves if leaf.is_array for one in regions(leaf, largest)):
+    for region in found:
         added = region_bytes(region)
-        if batch and size + added > most_bytes:
+        if batch and (size + added > most_bytes or len(batch) == MOST_REGIONS):
             yield batch
             batch, size = [], 0
         batch.append(region)
@@ -39,7 +49,7 @@ def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Ite
 def region_bytes(region: Region) -> int:
     """Size of a region in memory."""
     leaf, _, shape = region
-    return math.prod(shape) * leaf.numpy_dtype.itemsize
+    return size_of(leaf.dtype, shape)
 
 
 def regions(leaf: Leaf, most_bytes: int) -> Iterator[Region]:

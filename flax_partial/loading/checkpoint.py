@@ -171,7 +171,9 @@ def described(where: CheckpointPath, contents: Contents) -> CheckpointMetadata:
 
 
 def _describe_leaf(leaf: Leaf) -> LeafMetadata:
-    shape, dtype = leaf.shape, leaf.dtype
+    shape = leaf.shape
+    dtype: str = leaf.dtype
     if leaf.kind == kinds.PRNG_KEY:
         shape, dtype = placing.key_shape_and_dtype(leaf)
-    return LeafMetadata(leaf.name, leaf.kind, shape, dtype, leaf.bytes, leaf.sharding)
+    sharding = None if leaf.sharding is None else leaf.sharding.json
+    return LeafMetadata(leaf.name, leaf.kind, shape, dtype, leaf.bytes, sharding)

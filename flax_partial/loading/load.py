@@ -5,9 +5,10 @@ that does not fit is told in one error, before any array data is read. Then only
 this process's devices hold are read.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from flax_partial.format import keypaths
 from flax_partial.format.keypaths import ATTRIBUTE, KeyPath
 from flax_partial.format.model import Leaf, Region
 from flax_partial.loading import target as placing
-from flax_partial.loading.batches import region_bytes
+from flax_partial.loading.batches import MOST_REGIONS, batched, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
 from flax_partial.loading.target import Placement
 from flax_partial.storage import checkpoint_dir, paths
@@ -27,6 +28,10 @@ from flax_partial.storage.paths import CheckpointPath, PathLike
 
 _NNX_VALUE = "value"
 _PIECE_BYTES = 96 << 20  # of a load that says how far it is, or feeds an accelerator
+
+Outcomes = Sequence[np.ndarray | Exception]
+_Read = tuple[Sequence[Region], Outcomes]
+"""Regions, and what was read of each."""
 
 
 def load(
@@ -82,17 +87,20 @@ def _load(
     if target is None:
         placements = [placing.as_saved(leaf) for leaf in checkpoint.contents.leaves]
         return _nested(checkpoint.contents.leaves, _read(checkpoint, placements, progress))
-    flat, structure = keypaths.flatten(target)
-    wanted = [(keypaths.from_jax(path), value) for path, value in flat]
+    key_paths, values, structure = keypaths.flatten(target)
     placements = _plan(
-        checkpoint.contents.leaves, wanted, partial=partial, keep_missing=keep_missing, cast=cast
+        checkpoint.contents.leaves,
+        zip(key_paths, values, strict=True),
+        partial=partial,
+        keep_missing=keep_missing,
+        cast=cast,
     )
     return tree_util.tree_unflatten(structure, _read(checkpoint, placements, progress))
 
 
 def _plan(
     leaves: Sequence[Leaf],
-    wanted: Sequence[tuple[KeyPath, Any]],
+    wanted: Iterable[tuple[KeyPath, Any]],
     *,
     partial: bool,
     keep_missing: bool,
@@ -132,11 +140,11 @@ def _find(path: KeyPath, by_name: Mapping[str, Leaf]) -> Leaf | None:
     What NNX flattens has it (`params.kernel.value`), its pure dicts and the callback's do not.
     """
     leaf = by_name.get(path.name)
-    if leaf is None and path.texts[-1:] == (_NNX_VALUE,) and path.kinds[-1] == ATTRIBUTE:
+    if leaf is None and path.texts[-1:] == (_NNX_VALUE,) and path.key_kinds[-1] == ATTRIBUTE:
         return by_name.get(path.name.removesuffix(f".{_NNX_VALUE}"))
     if leaf is None:
         leaf = by_name.get(f"{path.name}.{_NNX_VALUE}")
-        is_variable = leaf is not None and leaf.path.kinds[-1] == ATTRIBUTE
+        is_variable = leaf is not None and leaf.key_kinds[-1] == ATTRIBUTE
         return leaf if is_variable else None
     return leaf
 
@@ -146,27 +154,22 @@ def _read(
     placements: Sequence[Placement],
     progress: Callable[[int, int], None] | None,
 ) -> list[Any]:
-    """Reads the boxes of all placements and builds the leaves.
+    """Reads the boxes of all placements, and builds the leaves: some at a time.
 
-    In pieces where progress is told, or where there is an accelerator: it is fed one piece while
-    the next is read.
+    An accelerator is fed some while the next are read.
     """
-    regions = [(one.leaf, *box) for one in placements for box in one.boxes]
-    is_whole = progress is None and not placing.has_accelerator()
-    pieces = [regions] if is_whole else list(_pieces(regions))
-    data: deque[np.ndarray | Exception] = deque()
-    errors: list[Exception] = []
+    data = _read_boxes(checkpoint, placements, progress)
     values: list[Any] = []
-    for outcomes in _read_ahead(checkpoint, pieces, progress or (lambda _done, _total: None)):
-        data += outcomes
-        errors += [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-        built: list[Any] = []
-        while len(values) + len(built) < len(placements):
-            one = placements[len(values) + len(built)]
-            if len(data) < len(one.boxes):
-                break
-            found: Any = [data.popleft() for _ in one.boxes]
-            built.append(None if errors else one.build(one.leaf, found))
+    errors: list[Exception] = []
+    for group in _groups(placements):
+        built = []
+        for one in group:
+            outcomes = [next(data) for _ in one.boxes]
+            boxes = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+            if len(boxes) < len(outcomes):
+                errors += [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+            elif not errors:
+                built.append(one.build(one.leaf, boxes))
         values += placing.put_on_devices(built)
     for error in errors:
         if isinstance(error, OSError):
@@ -176,38 +179,66 @@ def _read(
     return values
 
 
-def _pieces(regions: Sequence[Region]) -> Iterator[Sequence[Region]]:
-    """Cuts regions into pieces of about the same size; there is at least one."""
-    first = size = 0
-    for at, region in enumerate(regions):
-        added = region_bytes(region)
-        if at > first and size + added > _PIECE_BYTES:
-            yield regions[first:at]
-            first, size = at, 0
-        size += added
-    yield regions[first:]
-
-
-def _read_ahead(
+def _read_boxes(
     checkpoint: Checkpoint,
-    pieces: Sequence[Sequence[Region]],
-    progress: Callable[[int, int], None],
-) -> Iterator[list[np.ndarray | Exception]]:
-    """Yields what each piece holds; the next one is read meanwhile, by another thread."""
-    sizes = [sum(map(region_bytes, piece)) for piece in pieces]
-    progress(0, sum(sizes))
-    if len(pieces) == 1:
-        yield checkpoint.read(pieces[0])
-        progress(sizes[0], sizes[0])
-        return
+    placements: Sequence[Placement],
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[np.ndarray | Exception]:
+    """Returns what is read of each box; a batch is read when the first of it is wanted."""
+    is_ahead = placing.has_accelerator()
+    most_bytes = sys.maxsize if progress is None and not is_ahead else _PIECE_BYTES
+    batches = batched(_regions(placements), most_bytes=most_bytes)
+    if is_ahead:
+        reads = _read_ahead(checkpoint, batches)
+    else:
+        reads = ((batch, checkpoint.read(batch)) for batch in batches)
+    if progress is None:
+        return chain.from_iterable(outcomes for _, outcomes in reads)
+    total = sum(map(region_bytes, _regions(placements)))
+    progress(0, total)
+    return chain.from_iterable(_telling(reads, progress, total))
+
+
+def _telling(
+    reads: Iterable[_Read], progress: Callable[[int, int], None], total: int
+) -> Iterator[Outcomes]:
+    """Yields what was read, and tells how much that is by now."""
+    done = 0
+    for batch, outcomes in reads:
+        done += sum(map(region_bytes, batch))
+        progress(done, total)
+        yield outcomes
+
+
+def _read_ahead(checkpoint: Checkpoint, batches: Iterable[Sequence[Region]]) -> Iterator[_Read]:
+    """Yields batches and what was read of each; the next is read meanwhile, by another thread."""
     with ThreadPoolExecutor(1, "flax_partial-read-ahead") as thread:
-        reading = thread.submit(checkpoint.read, pieces[0])
-        for number in range(len(pieces)):
-            outcomes = reading.result()
-            if number + 1 < len(pieces):
-                reading = thread.submit(checkpoint.read, pieces[number + 1])
-            progress(sum(sizes[: number + 1]), sum(sizes))
-            yield outcomes
+        reading: tuple[Sequence[Region], Future[Outcomes]] | None = None
+        for batch in batches:
+            before, reading = reading, (batch, thread.submit(checkpoint.read, batch))
+            if before is not None:
+                yield before[0], before[1].result()
+        if reading is not None:
+            yield reading[0], reading[1].result()
+
+
+def _groups(placements: Sequence[Placement]) -> Iterator[list[Placement]]:
+    """Cuts placements into those whose arrays are put on devices at once."""
+    most_bytes = _PIECE_BYTES if placing.has_accelerator() else sys.maxsize
+    group: list[Placement] = []
+    size = 0
+    for one in placements:
+        group.append(one)
+        size += sum(map(region_bytes, _regions([one])))
+        if len(group) == MOST_REGIONS or size >= most_bytes:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _regions(placements: Iterable[Placement]) -> Iterator[Region]:
+    return ((one.leaf, *box) for one in placements for box in one.boxes)
 
 
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
@@ -218,7 +249,7 @@ def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
     lists: list[tuple[dict[Any, Any], Any]] = []
     for leaf, value in zip(leaves, values, strict=True):
         node, key = root, None
-        for text, kind in zip(leaf.path.texts, leaf.path.kinds, strict=True):
+        for text, kind in zip(leaf.texts, leaf.key_kinds, strict=True):
             if key not in node:
                 inner: dict[Any, Any] = {}
                 node[key] = inner

@@ -24,7 +24,7 @@ from flax_partial.format import model as kinds
 from flax_partial.format import orbax as orbax_format
 from flax_partial.format.keypaths import INDEX, STR_KEY, KeyPath, KeyTree
 from flax_partial.format.metadata import merge_metadata
-from flax_partial.format.model import STORABLE_DTYPES, Contents, Leaf, Region
+from flax_partial.format.model import STORABLE_DTYPES, Contents, Leaf, Region, Sharding
 from flax_partial.storage import files
 from flax_partial.storage import tensorstore_io as arrays
 from flax_partial.storage.tensorstore_io import Store
@@ -36,7 +36,7 @@ _MARKS = (orbax_format.CHECKPOINT_METADATA, orbax_format.V1_MARKER)
 _MANAGER_ITEM = "default"  # steps that older managers wrote have no mark
 _DATABASE = "manifest.ocdbt"
 _KEY_KINDS = {orbax_format.SEQUENCE_KEY: INDEX, orbax_format.DICT_KEY: STR_KEY}
-_KINDS = {
+_KINDS: Mapping[str, kinds.Kind] = {
     "jax.Array": kinds.JAX_ARRAY,
     "np.ndarray": kinds.NUMPY_ARRAY,
     "scalar": kinds.SCALAR,
@@ -104,7 +104,10 @@ def find(path: Path) -> OrbaxCheckpoint | None:
     for item in items:
         opened = _open(item)
         for stored in item.leaves:
-            leaf = replace(_described(stored, opened), path=item.path_of(stored))
+            path_of = item.path_of(stored)
+            leaf = replace(
+                _described(stored, opened), texts=path_of.texts, key_kinds=path_of.key_kinds
+            )
             leaves.append(leaf)
             if leaf.is_array:
                 stores[leaf.name] = opened[stored.name]
@@ -129,8 +132,7 @@ class _Item:
 
     def path_of(self, leaf: Leaf) -> KeyPath:
         """Returns the path of a leaf in the whole tree."""
-        key_kinds = STR_KEY * len(self.prefix) + leaf.path.kinds
-        return KeyPath(self.prefix + leaf.path.texts, key_kinds)
+        return KeyPath(self.prefix + leaf.texts, STR_KEY * len(self.prefix) + leaf.key_kinds)
 
 
 def _item_directories(path: Path) -> list[tuple[Path, tuple[str, ...]]]:
@@ -176,7 +178,7 @@ def _contents(path: Path, items: Sequence[_Item], leaves: Sequence[Leaf]) -> Con
         committed_ns=committed_ns,
         parts=0,
         custom_metadata=merge_metadata(one for one in custom if isinstance(one, dict)),
-        leaves=tuple(leaves) or (Leaf(KeyPath((), ""), kinds.DICT),),
+        leaves=tuple(leaves) or (Leaf((), "", kinds.DICT),),
     )
 
 
@@ -259,9 +261,10 @@ def _leaves_of(directory: Path, table: Table) -> Iterator[Leaf]:
     """Yields the leaves of one tree, as far as JSON says."""
     shardings = _Shardings(directory)
     strings = _read_json(directory / orbax_format.STRINGS)
-    keys = _random_keys(directory)
+    prng_keys = _random_keys(directory)
     for entry in table["tree_metadata"].values():
         path = _key_path(entry["key_metadata"])
+        keys = path.texts, path.key_kinds
         value_type = entry["value_metadata"]["value_type"]
         kind = _KINDS.get(value_type)
         name = path.name
@@ -270,12 +273,12 @@ def _leaves_of(directory: Path, table: Table) -> Iterator[Leaf]:
                 f"Leaf {name!r} is of type {value_type!r}, which only the program that saved it "
                 "can read."
             )
-        if kind == kinds.JAX_ARRAY and name in keys:
-            yield Leaf(path, kinds.PRNG_KEY, sharding=shardings.of(name), text=keys[name])
+        if kind == kinds.JAX_ARRAY and name in prng_keys:
+            yield Leaf(*keys, kinds.PRNG_KEY, text=prng_keys[name], sharding=shardings.of(name))
         elif kind == kinds.STRING:
-            yield Leaf(path, kind, text=_string(strings, name))
+            yield Leaf(*keys, kind, text=_string(strings, name))
         else:
-            yield Leaf(path, kind, sharding=shardings.of(name))
+            yield Leaf(*keys, kind, sharding=shardings.of(name))
 
 
 def _key_path(keys: Sequence[Table]) -> KeyPath:
@@ -314,20 +317,20 @@ def _random_keys(directory: Path) -> dict[str, str]:
 
 
 class _Shardings:
-    """The `_sharding` file of an item; arrays with the same sharding share its dictionary."""
+    """The `_sharding` file of an item; arrays with the same sharding share the object."""
 
     def __init__(self, directory: Path) -> None:
         self._texts = _read_json(directory / orbax_format.SHARDING)
-        self._decoded: dict[str, dict[str, Any]] = {}
+        self._decoded: dict[str, Sharding] = {}
 
-    def of(self, name: str) -> dict[str, Any] | None:
+    def of(self, name: str) -> Sharding | None:
         """Returns the sharding of a leaf; None where it has none."""
-        text = self._texts.get(orbax_format.sharding_key(name))
+        text = self._texts.get(orbax_format.sharding_key(name).decode())
         if text is None:
             return None
         if text not in self._decoded:
             sharding = json.loads(text)
             if not isinstance(sharding, dict):
                 raise TypeError(f"the sharding of {name!r} is {sharding!r}")
-            self._decoded[text] = sharding
+            self._decoded[text] = Sharding(sharding)
         return self._decoded[text]

@@ -170,7 +170,7 @@ def as_it_is(path: KeyPath, target: Any) -> Placement | str:
     """Plans to keep what stands in the target, which the checkpoint lacks."""
     if isinstance(target, jax.ShapeDtypeStruct):
         return f"{path.name!r} is not in the checkpoint, and the target holds no value to keep"
-    return Placement(Leaf(path, kinds.NONE), (), lambda _leaf, _data: target)
+    return Placement(Leaf(path.texts, path.key_kinds, kinds.NONE), (), lambda _leaf, _data: target)
 
 
 def key_shape_and_dtype(leaf: Leaf) -> tuple[Shape, str]:
@@ -197,7 +197,8 @@ def _said(target: object) -> str:
 
 
 def _differ(leaf: Leaf, target: Any) -> str:
-    shape, dtype = leaf.shape, leaf.dtype
+    shape = leaf.shape
+    dtype: str = leaf.dtype
     if leaf.kind == kinds.PRNG_KEY:
         shape, dtype = key_shape_and_dtype(leaf)
     return f"{leaf.name!r} is {dtype}{list(shape)} in the checkpoint, {_said(target)} in the target"

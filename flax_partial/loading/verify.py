@@ -1,6 +1,7 @@
 """Checks all of a finalized checkpoint: every digest, and every file that finalize derived."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from flax_partial import collector
 from flax_partial.errors import CorruptCheckpointError
@@ -83,8 +84,10 @@ def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tup
         derived = _derive_again(merge(found.committed), contents, files.read(state / CONTENTS))
         if derived is None or derived.contents != contents:
             yield f"{STATE}/{CONTENTS}", "it is not what the parts add up to"
-    derived_files = orbax_format.root_files(contents) if derived is None else derived.root_files
-    del found, derived  # a table of contents each
-    for name, pieces in derived_files.items():
+        else:
+            derived = replace(derived, contents=contents)  # so that the parts' leaves can go
+    derived_files = orbax_format.root_files(contents) if derived is None else derived.root_files()
+    del found, derived
+    for name, pieces in derived_files:
         if not files.holds(where.final / name, pieces):
             yield name, "it is missing, or not what the parts add up to"

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, Sharding, SingleDeviceSharding
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from flax_partial import collector
 from flax_partial.distributed import agreement
 from flax_partial.errors import UnsupportedLeafError
 from flax_partial.format import keypaths
@@ -81,32 +82,49 @@ class Described:
     sizes: list[int] = field(default_factory=list)
     arrays: "Sequence[weakref.ref[jax.Array] | None]" = ()
 
+    def add(self, leaf: Leaf, sources: Sequence[Source], size: int) -> None:
+        """Adds a leaf, the data of its boxes, and their size in bytes."""
+        self.leaves.append(leaf)
+        self.sources.append(sources)
+        self.sizes.append(size)
 
-class _Template(Struct, gc=False):
-    """How a leaf was described, and what another value has to be for that to be right again.
+
+class _Like(Struct, gc=False):
+    """What another value has to be in order to be described the same way.
 
     Attributes:
-      leaf: The description.
-      path: Its path.
-      at: Its position among the values that JAX flattens a tree to; None for what is no value to
-        JAX, which is part of the structure: None, and empty containers.
-      value_type: The value's exact type; None where each value is to be described anew.
+      value_type: The value's exact type.
       shape: Its shape.
       dtype: Its dtype.
       sharding: Its sharding; None for a NumPy array.
+      leaf: The description; the path is that of one such value.
       shards: Positions of its shards that are written; None where its one shard is the value.
       size: Size of its boxes, in bytes.
     """
 
+    value_type: Any
+    shape: Shape
+    dtype: Any
+    sharding: Sharding | None
     leaf: Leaf
-    path: KeyPath
+    shards: tuple[int, ...] | None
+    size: int
+
+
+class _Template(Struct, gc=False):
+    """How a leaf was described.
+
+    Attributes:
+      leaf: The description.
+      at: Its position among the values that JAX flattens a tree to; None for what is no value to
+        JAX, which is part of the structure: None, and empty containers.
+      like: What another value has to be for that to be right again; None where each is to be
+        described anew.
+    """
+
+    leaf: Leaf
     at: int | None
-    value_type: Any = None
-    shape: Shape = ()
-    dtype: Any = None
-    sharding: Sharding | None = None
-    shards: tuple[int, ...] | None = None
-    size: int = 0
+    like: _Like | None
 
 
 @dataclass(slots=True)
@@ -176,11 +194,9 @@ def describe(
     key = _keys_on_the_way(structure), structure, how, agreement.count()
     tree = _known_trees.get(key)
     if tree is None or (tree.text and tree.text != str(structure)):
-        flat, _ = keypaths.flatten(state)
-        if len(flat) == 1 and not flat[0][0] and is_leaf(flat[0][1]):
-            flat = []
-        described = _anew(flat, how)
-        if any(keypaths.INT_KEY in one.path.kinds for one in described.tree.templates):
+        with collector.paused():
+            described = _anew(state, how)
+        if any(keypaths.INT_KEY in one.leaf.key_kinds for one in described.tree.templates):
             described.tree.text = str(structure)
         _known_trees.put(key, described.tree)
     else:
@@ -208,47 +224,65 @@ def _keys_on_the_way(structure: Any) -> tuple[object, ...]:
     return tuple(found)
 
 
-def _anew(flat: Sequence[tuple[Any, Any]], how: _How) -> Described:
+def _anew(state: Any, how: _How) -> Described:
     described = Described(KnownTree())
+    paths, values, _ = keypaths.flatten(state)
+    if len(paths) == 1 and not paths[0].texts and is_leaf(values[0]):
+        return described
+    likes: dict[Any, _Like] = {}
     count = 0
-    for keys, value in flat:
+    for path, value in zip(paths, values, strict=True):
         at = None if is_leaf(value) else count
         count += at is not None
-        template = _add(described, keypaths.from_jax(keys), value, at, how)
+        key = _key_of(value)
+        like = likes.get(key)
+        if like is None:
+            template = _add(described, path, value, at, how)
+            if template.like is not None:
+                likes[key] = template.like
+        else:
+            leaf = structs.replace(like.leaf, texts=path.texts, key_kinds=path.key_kinds)
+            described.add(leaf, _sources_of(value, like), like.size)
+            template = _Template(leaf, at, like)
         described.tree.templates.append(template)
     return described
 
 
 def _again(tree: KnownTree, values: Sequence[Any], how: _How) -> Described:
     described = Described(tree)
-    leaves, sources, sizes = described.leaves, described.sources, described.sizes
     for number, one in enumerate(tree.templates):
-        if one.at is None:
-            leaves.append(one.leaf)
-            sources.append(())
-            sizes.append(0)
-            continue
-        value: Any = values[one.at]
-        if (
-            type(value) is one.value_type
-            and value.shape == one.shape
-            and value.dtype == one.dtype
-            and (one.sharding is None or _is_at(value, one.sharding))
-        ):
-            leaves.append(one.leaf)
-            sizes.append(one.size)
-            if one.shards is None:
-                sources.append((value,))
-            else:
-                sources.append([value.addressable_data(shard) for shard in one.shards])
+        value = None if one.at is None else values[one.at]
+        if one.like is not None and _is_like(value, one.like):
+            described.add(one.leaf, _sources_of(value, one.like), one.like.size)
+        elif one.at is None:
+            described.add(one.leaf, (), 0)
         else:
-            tree.templates[number] = _add(described, one.path, value, one.at, how)
+            tree.templates[number] = _add(described, one.leaf, value, one.at, how)
     return described
 
 
-def _is_at(value: jax.Array, sharding: Sharding) -> bool:
-    is_same = value.sharding is sharding or value.sharding == sharding
+def _key_of(value: Any) -> Any:
+    """What values that are `_Like` each other have in common; None for what is like nothing."""
+    if type(value) is np.ndarray:
+        return np.ndarray, value.shape, value.dtype
+    if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+        return None
+    return None if value.is_deleted() else (type(value), value.shape, value.dtype, value.sharding)
+
+
+def _is_like(value: Any, like: _Like) -> bool:
+    if type(value) is not like.value_type or value.shape != like.shape or value.dtype != like.dtype:
+        return False
+    if like.sharding is None:
+        return True
+    is_same = value.sharding is like.sharding or value.sharding == like.sharding
     return is_same and not value.is_deleted()
+
+
+def _sources_of(value: Any, like: _Like) -> Sequence[Source]:
+    if like.shards is None:
+        return (value,)
+    return [value.addressable_data(shard) for shard in like.shards]
 
 
 def _add(
@@ -261,22 +295,20 @@ def _add(
     """Describes a leaf; returns what is to be remembered of it."""
     leaf, sources = _describe(path, value, *how)
     size = sum(source.nbytes for source in sources)
-    described.leaves.append(leaf)
-    described.sources.append(sources)
-    described.sizes.append(size)
-    template = _Template(leaf, path, at, size=size)
-    if type(value) is np.ndarray and value.dtype.isnative:
-        template.value_type, template.shape, template.dtype = np.ndarray, value.shape, value.dtype
-    elif leaf.kind == kinds.JAX_ARRAY and isinstance(value, jax.Array):
-        template.value_type, template.shape, template.dtype = type(value), value.shape, value.dtype
-        template.sharding = value.sharding
-        if not isinstance(value.sharding, SingleDeviceSharding):
-            template.shards = tuple(
+    described.add(leaf, sources, size)
+    sharding = shards = None
+    if leaf.kind == kinds.JAX_ARRAY and isinstance(value, jax.Array):
+        sharding = value.sharding
+        if not isinstance(sharding, SingleDeviceSharding):
+            shards = tuple(
                 number
                 for number, shard in enumerate(value.addressable_shards)
                 if shard.replica_id == 0
             )
-    return template
+    elif type(value) is not np.ndarray or not value.dtype.isnative:
+        return _Template(leaf, at, None)
+    like = _Like(type(value), value.shape, value.dtype, sharding, leaf, shards, size)
+    return _Template(leaf, at, like)
 
 
 def _describe(
@@ -284,17 +316,18 @@ def _describe(
 ) -> tuple[Leaf, Sequence[Source]]:
     if isinstance(value, str):  # np.str_ too
         _require_utf8(path, value)
-        return Leaf(path, kinds.STRING, text=str.__str__(value)), ()  # as for a key
+        text = str.__str__(value)  # as for a key
+        return Leaf(path.texts, path.key_kinds, kinds.STRING, text=text), ()
     if isinstance(value, bytes):  # np.bytes_ too
-        return Leaf(path, kinds.BYTES, data=bytes(value)), ()
-    if isinstance(value, (jax.Array, np.ndarray, np.generic, Slice)):
+        return Leaf(path.texts, path.key_kinds, kinds.BYTES, data=bytes(value)), ()
+    if isinstance(value, (np.ndarray, np.generic, jax.Array, Slice)):
         return _describe_array(path, value, chunk_bytes, compression)
     if isinstance(value, (bool, int, float, complex)):
         return _describe_scalar(path, value)
     if value is None:
-        return Leaf(path, kinds.NONE), ()
+        return Leaf(path.texts, path.key_kinds, kinds.NONE), ()
     if is_leaf(value):
-        return Leaf(path, _empty_kind(value), placeholder=True), ()
+        return Leaf(path.texts, path.key_kinds, _empty_kind(value), placeholder=True), ()
     raise _unsupported(
         path,
         f"is a {type(value).__module__}.{type(value).__qualname__}",
@@ -307,7 +340,7 @@ def _unsupported(path: KeyPath, what: str, way_out: str) -> UnsupportedLeafError
     return UnsupportedLeafError(f"Leaf {path.name!r} {what}, which cannot be saved. {way_out}")
 
 
-def _empty_kind(value: object) -> str:
+def _empty_kind(value: object) -> kinds.Kind:
     if isinstance(value, Mapping):
         return kinds.DICT
     if isinstance(value, list):
@@ -329,7 +362,14 @@ def _describe_scalar(path: KeyPath, value: complex) -> tuple[Leaf, Sequence[Sour
         raise _unsupported(
             path, f"is {value}", "Integers go from -2**63 to 2**64 - 1; save a string instead."
         ) from error
-    return Leaf(path, kinds.SCALAR, array.dtype.name, boxes=(Box((), ()),)), (array,)
+    leaf = Leaf(
+        path.texts,
+        path.key_kinds,
+        kinds.SCALAR,
+        dtype=array.dtype.name,  # type: ignore[arg-type] # one of those above
+        boxes=_whole_box(()),
+    )
+    return leaf, (array,)
 
 
 def _scalar_array(value: complex) -> np.ndarray:
@@ -347,6 +387,7 @@ def _describe_array(
     if isinstance(value, Slice):
         cut, value = value, value.value
     rank = getattr(value, "ndim", 0)  # a key's data has more axes than the key
+    kind: kinds.Kind
     if isinstance(value, jax.Array):
         kind, text, value = _jax_kind(path, value)
     elif isinstance(value, (np.ndarray, np.generic)):
@@ -373,7 +414,7 @@ def _describe_array(
     placed, unit, sharding = _boxes(value, axes)
     if cut is not None and cut.sharding is not None:
         _require_devices(path, cut.sharding)
-        sharding = _sharding_json(cut.sharding, frozenset())
+        sharding = _in_orbax_terms(cut.sharding, frozenset())
     if cut is None and unit == shape and value.nbytes <= chunk_bytes and value.size:
         chunk = shape
     else:
@@ -384,21 +425,30 @@ def _describe_array(
             itemsize=value.dtype.itemsize,
             target_bytes=chunk_bytes,
         )
+    boxes: tuple[Box, ...] = _whole_box(shape)
+    if len(placed) != 1 or placed[0][1].shape != shape:
+        boxes = tuple(Box(_moved(start, rows), source.shape) for start, source in placed)
     leaf = Leaf(
-        path,
+        path.texts,
+        path.key_kinds,
         kind,
-        dtype,
-        shape,
-        chunk,
-        compression=compression,
-        sharding=sharding,
         text=text,
-        boxes=tuple(Box(_moved(start, rows), source.shape) for start, source in placed),
+        dtype=dtype,  # type: ignore[arg-type] # one of `STORABLE_DTYPES`
+        shape=shape,
+        chunk=chunk,
+        boxes=boxes,
+        compression=compression,  # type: ignore[arg-type] # as `SaveOptions` checks it
+        sharding=sharding,
     )
     return leaf, tuple(source for _, source in placed)
 
 
-def _jax_kind(path: KeyPath, value: jax.Array) -> tuple[str, str, jax.Array]:
+@lru_cache(maxsize=4096)  # most leaves have one of a few shapes
+def _whole_box(shape: Shape) -> tuple[Box]:
+    return (Box((0,) * len(shape), shape),)
+
+
+def _jax_kind(path: KeyPath, value: jax.Array) -> tuple[kinds.Kind, str, jax.Array]:
     if isinstance(value, jax.core.Tracer):
         raise _unsupported(path, "is being traced", "Save outside of jit, grad and vmap.")
     if value.is_deleted():
@@ -495,39 +545,43 @@ def _moved(start: Shape, rows: Mapping[int, _Rows]) -> Shape:
 
 def _boxes(
     value: Source, axes: frozenset[int]
-) -> tuple[list[tuple[Shape, Source]], Shape, dict[str, Any] | None]:
+) -> tuple[list[tuple[Shape, Source]], Shape, kinds.Sharding | None]:
     """Returns the boxes to write, each its start and data; the shape of a shard; the sharding."""
     origin = (0,) * value.ndim
     if isinstance(value, np.ndarray):
         return [(origin, value)], value.shape, None
     sharding = value.sharding
     if isinstance(sharding, SingleDeviceSharding):
-        return [(origin, value)], value.shape, _sharding_json(sharding, axes)
+        return [(origin, value)], value.shape, _in_orbax_terms(sharding, axes)
     shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
     placed = [(tuple(cut.start or 0 for cut in shard.index), shard.data) for shard in shards]
-    return placed, sharding.shard_shape(value.shape), _sharding_json(sharding, axes)
+    return placed, sharding.shard_shape(value.shape), _in_orbax_terms(sharding, axes)
 
 
 @lru_cache(maxsize=1024)
-def _sharding_json(sharding: Sharding, cut: frozenset[int]) -> dict[str, Any]:
+def _in_orbax_terms(sharding: Sharding, cut: frozenset[int]) -> kinds.Sharding:
     """Returns a sharding in Orbax's terms; axes that are cut are not sharded as a whole."""
     devices: set[Any] = sharding.device_set
     if not isinstance(sharding, NamedSharding):
         (platform,) = {device.platform for device in devices}
         first = min(jax.local_devices(backend=platform), key=lambda device: device.id)
-        return {"sharding_type": "SingleDeviceSharding", "device_str": _as_first(str(first))}
+        return kinds.Sharding(
+            {"sharding_type": "SingleDeviceSharding", "device_str": _as_first(str(first))}
+        )
     mesh = sharding.mesh
     is_local = len({device.process_index for device in devices}) == 1
     numbers = np.vectorize(lambda device: {"id": _device_number(device, is_local=is_local)})
     spec = [None if i in cut else _axes_json(axes) for i, axes in enumerate(sharding.spec)]
-    return {
-        "sharding_type": "NamedSharding",
-        "shape": list(mesh.devices.shape),
-        "axis_names": list(mesh.axis_names),
-        "axis_types": [f"AxisType.{axis_type.name}" for axis_type in mesh.axis_types],
-        "partition_spec": spec,
-        "device_mesh": {"mesh": numbers(mesh.devices).tolist()},
-    }
+    return kinds.Sharding(
+        {
+            "sharding_type": "NamedSharding",
+            "shape": list(mesh.devices.shape),
+            "axis_names": list(mesh.axis_names),
+            "axis_types": [f"AxisType.{axis_type.name}" for axis_type in mesh.axis_types],
+            "partition_spec": spec,
+            "device_mesh": {"mesh": numbers(mesh.devices).tolist()},
+        }
+    )
 
 
 def _as_first(device: str) -> str:

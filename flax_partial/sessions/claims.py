@@ -11,7 +11,7 @@ from msgspec import structs
 
 from flax_partial.errors import KeyConflictError
 from flax_partial.format.chunks import chunk_numbers
-from flax_partial.format.keypaths import KeyTree
+from flax_partial.format.keypaths import KeyTree, form_tree
 from flax_partial.format.model import Leaf, Part
 
 
@@ -34,7 +34,7 @@ class Claims:
     def __init__(self) -> None:
         self._tree = KeyTree()
         self._held: dict[str, dict[int, _Generation]] = {}
-        self._only: Sequence[Leaf] = ()  # claimed by one save before all others, and not yet held
+        self._only: Sequence[Leaf] = ()  # claimed before all others, and not yet held
 
     def load(self, part: Part) -> None:
         """Claims what a part holds that an earlier run of this process committed."""
@@ -42,6 +42,9 @@ class Claims:
 
     def hold(self, leaves: Sequence[Leaf]) -> None:
         """Claims leaves, each in its generation, whatever else is claimed."""
+        if not (self._held or self._only):
+            self._only = leaves
+            return
         self._hold_only()
         for leaf in leaves:
             self._hold(leaf, _chunks_of(leaf))
@@ -74,7 +77,7 @@ class Claims:
         Raises:
           KeyConflictError: Some cannot be claimed; it names all of them.
         """
-        if is_tree and not (replace or self._only or self._tree):
+        if not (replace or self._only or self._tree) and (is_tree or form_tree(leaves)):
             self._only = leaves
             return leaves
         self._hold_only()
@@ -109,7 +112,7 @@ class Claims:
         self._hold_only()
         for leaf in leaves:
             if leaf.placeholder:
-                self._tree.discard_place(leaf.path)
+                self._tree.discard_place(leaf)
                 continue
             generations = self._held.get(leaf.name, {})
             held = generations.get(leaf.generation)
@@ -122,7 +125,7 @@ class Claims:
             del generations[leaf.generation]
             if not generations:
                 del self._held[leaf.name]
-                self._tree.discard(held.leaf.path)
+                self._tree.discard(held.leaf)
 
     def _generation(
         self,
@@ -132,8 +135,8 @@ class Claims:
         newest_on_disk: Mapping[str, int],
     ) -> int | str:
         """Returns the generation in which a leaf can be saved, or why it cannot."""
-        gives_way = leaf.placeholder and self._tree.has_inside(leaf.path)
-        problem = None if gives_way else self._tree.problem_with(leaf.path)
+        gives_way = leaf.placeholder and self._tree.has_inside(leaf)
+        problem = None if gives_way else self._tree.problem_with(leaf)
         if problem:
             return problem
         generations = self._held.get(leaf.name)
@@ -160,11 +163,11 @@ class Claims:
 
     def _hold(self, leaf: Leaf, chunks: frozenset[int] | None) -> None:
         if leaf.placeholder:
-            self._tree.add_place(leaf.path)
+            self._tree.add_place(leaf)
             return
         generations = self._held.get(leaf.name)
         if not generations:
-            if self._tree.add(leaf.path):
+            if self._tree.add(leaf):
                 return  # only parts on disk can conflict; finalize will say so
             generations = self._held[leaf.name] = {}
         held = generations.setdefault(leaf.generation, _Generation(leaf, set()))

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -61,13 +61,11 @@ def _open(path: Path) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def holds(path: Path, pieces: Sequence[bytes]) -> bool:
+def holds(path: Path, pieces: Iterable[bytes]) -> bool:
     """Whether there is a file with just this content, given piece by piece."""
     try:
         with _open(path) as file:
-            if os.fstat(file.fileno()).st_size != sum(map(len, pieces)):
-                return False
-            return all(file.read(len(piece)) == piece for piece in pieces)
+            return all(file.read(len(piece)) == piece for piece in pieces) and not file.read(1)
     except (CorruptCheckpointError, FileNotFoundError, NotADirectoryError):
         return False
 
@@ -131,7 +129,7 @@ def copy_held(file: BinaryIO, target: Path) -> None:
         system.sync(copy.fileno())
 
 
-def write(path: Path, pieces: Sequence[bytes], *, durable: bool) -> None:
+def write(path: Path, pieces: Iterable[bytes], *, durable: bool) -> None:
     """Writes a file anew, piece by piece."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
@@ -145,11 +143,8 @@ def write(path: Path, pieces: Sequence[bytes], *, durable: bool) -> None:
         os.close(descriptor)
 
 
-def _joined(pieces: Sequence[bytes]) -> Iterator[bytes]:
+def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Joins small pieces to some that are worth a call of the system each."""
-    if len(pieces) == 1:
-        yield pieces[0]
-        return
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)

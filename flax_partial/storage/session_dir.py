@@ -9,8 +9,9 @@ been renamed away meanwhile.
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from flax_partial.errors import (
@@ -236,16 +237,15 @@ def size_of_data(where: CheckpointPath, path: str) -> int:
 
 
 def commit_checkpoint(
-    where: CheckpointPath, *, root_files: Mapping[str, Sequence[bytes]], contents: bytes
+    where: CheckpointPath, *, root_files: Iterable[tuple[str, Iterable[bytes]]], contents: bytes
 ) -> None:
-    """Writes the root files, and renames the session. All durable.
+    """Writes the root files (path, content), and renames the session. All durable.
 
     Raises:
       CheckpointExistsError: Something appeared at the final path; the session is left as it was.
     """
-    written = {**root_files, f"{STATE}/{CONTENTS}": (contents,)}
     directories = {where.session, where.state}
-    for name, pieces in written.items():
+    for name, pieces in chain(root_files, [(f"{STATE}/{CONTENTS}", (contents,))]):
         path = where.session / name
         if path.parent not in directories:
             os.makedirs(path.parent, exist_ok=True)

@@ -30,6 +30,7 @@ SELDOM: dict[str, Any] = {"every_n_epochs": None, "every_n_train_steps": 1000}
 
 @pytest.fixture(autouse=True)
 def _handler_is_brought_back() -> Iterator[None]:
+    gc.collect()  # of callbacks that other tests have left: the last gives the handler back
     before = signal.getsignal(signal.SIGTERM)
     yield
     assert signal.getsignal(signal.SIGTERM) == before

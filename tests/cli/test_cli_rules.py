@@ -19,7 +19,6 @@ from flax_partial.cli.commands.export import safetensors
 from flax_partial.cli.commands.show import tree
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Column, Row, Table, printable
-from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.model import DICT, NONE, NUMPY_ARRAY, STRING, Leaf
 
 if TYPE_CHECKING:
@@ -95,11 +94,11 @@ def test_numbers_of_any_dtype_are_subtracted(
 
 
 def leaf(name: str, shape: tuple[int, ...] = (), dtype: str = "float32", kind: str = "") -> Leaf:
-    path = KeyPath(tuple(name.split(".")), "d" * (name.count(".") + 1))
+    keys = tuple(name.split("."))
     chunk = tuple(max(size, 1) for size in shape)
     if kind:
-        return Leaf(path, kind, text="text" if kind == STRING else "")
-    return Leaf(path, NUMPY_ARRAY, dtype=dtype, shape=shape, chunk=chunk)
+        return Leaf(keys, "d" * len(keys), kind, text="text" if kind == STRING else "")
+    return Leaf(keys, "d" * len(keys), NUMPY_ARRAY, dtype=dtype, shape=shape, chunk=chunk)
 
 
 def test_every_tensor_is_aligned_and_there_is_no_gap() -> None:

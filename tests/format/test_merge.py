@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.merge import merge
 from flax_partial.format.metadata import merge_metadata
 from flax_partial.format.model import NUMPY_ARRAY, SCALAR, STRING, Box, Leaf, Part
@@ -22,19 +21,20 @@ def rows(start: int, stop: int, *, content: str = "x", **changes: Any) -> Leaf:
     digests = tuple(f"{content}{row}" for row in range(start, stop))
     places = tuple((16 * row, 16) for row in range(stop - start))
     leaf = Leaf(
-        KeyPath(("w",), "d"),
+        ("w",),
+        "d",
         NUMPY_ARRAY,
-        "int64",
-        (ROWS, 2),
-        (1, 2),
+        dtype="int64",
+        shape=(ROWS, 2),
+        chunk=(1, 2),
         boxes=(Box((start, 0), (stop - start, 2), digests, places),),
     )
     return replace(leaf, **changes)
 
 
 def text(value: str, *keys: str, **changes: Any) -> Leaf:
-    path = KeyPath(keys or ("s",), "d" * max(len(keys), 1))
-    return replace(Leaf(path, STRING, text=value), **changes)
+    leaf = Leaf(keys or ("s",), "d" * max(len(keys), 1), STRING, text=value)
+    return replace(leaf, **changes)
 
 
 def parts(*leaves: Leaf) -> dict[str, Part]:
@@ -101,11 +101,11 @@ CONFLICTING = {
     "over a subtree": [text("y", "s", "inner"), text("x", "s")],
     "one name": [text("x", "a.b"), text("y", "a", "b")],
     "list and dict": [
-        Leaf(KeyPath(("l", "0"), "ds"), SCALAR, "int64", boxes=(Box((), ()),)),
+        Leaf(("l", "0"), "ds", SCALAR, dtype="int64", boxes=(Box((), ()),)),
         text("x", "l", "k"),
     ],
     "list with a gap": [
-        Leaf(KeyPath(("l", "1"), "ds"), SCALAR, "int64", boxes=(Box((), ()),)),
+        Leaf(("l", "1"), "ds", SCALAR, dtype="int64", boxes=(Box((), ()),)),
     ],
 }
 

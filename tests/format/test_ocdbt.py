@@ -28,7 +28,8 @@ def written(directory: Path, content: dict[bytes, ocdbt.Value]) -> ts.KvStore:
     manifest, data = ocdbt.encode(
         content.items(), data_file="d/nodes", uuid=bytes(16), commit_ns=1_700_000_000 * 10**9
     )
-    files = {**dict.fromkeys(FILES, BLOB), "manifest.ocdbt": manifest, "d/nodes": data}
+    nodes = {"manifest.ocdbt": manifest, "d/nodes": b"".join(data)}
+    files = dict.fromkeys(FILES, BLOB) | nodes
     for name, value in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(value)

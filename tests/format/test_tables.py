@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from flax_partial.errors import CorruptCheckpointError
 from flax_partial.format.digests import digest
 from flax_partial.format.keypaths import KeyPath
-from flax_partial.format.model import NUMPY_ARRAY, PRNG_KEY, STRING, Box, Leaf, Part, numpy_dtype
+from flax_partial.format.model import (
+    NUMPY_ARRAY,
+    PRNG_KEY,
+    STRING,
+    Box,
+    Leaf,
+    Part,
+    Sharding,
+    numpy_dtype,
+)
 from flax_partial.format.tables import decode_part, encode_part
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
@@ -32,7 +41,8 @@ _paths = st.lists(_keys, max_size=4).map(
 def leaves(draw: st.DrawFn) -> Leaf:
     path = draw(_paths)
     if draw(st.booleans()):
-        return Leaf(path, STRING, text=draw(_texts), generation=draw(st.integers(0, 5)))
+        text, generation = draw(_texts), draw(st.integers(0, 5))
+        return Leaf(path.texts, path.key_kinds, STRING, text=text, generation=generation)
     counts = tuple(draw(st.lists(st.integers(1, 3), max_size=2)))
     chunk = tuple(draw(st.integers(1, 4)) for _ in counts)
     shape = tuple(a * b for a, b in zip(counts, chunk, strict=True))
@@ -46,14 +56,15 @@ def leaves(draw: st.DrawFn) -> Leaf:
     digests = ("0" * 32,) * count if draw(st.booleans()) else ()
     placed = tuple(draw(places) for _ in range(count))
     return Leaf(
-        path,
+        path.texts,
+        path.key_kinds,
         kind,
-        dtype,
-        shape,
-        chunk,
+        dtype=dtype,
+        shape=shape,
+        chunk=chunk,
         compression=draw(st.sampled_from((None, "zstd", "blosc"))),
         generation=draw(st.integers(0, 5)),
-        sharding=draw(st.sampled_from((None, {"sharding_type": "SingleDeviceSharding"}))),
+        sharding=draw(st.sampled_from((None, Sharding({"sharding_type": "SingleDeviceSharding"})))),
         text=draw(_texts),
         boxes=(Box((0,) * len(shape), shape, digests, placed),),
         file=draw(st.integers(0, 3)),

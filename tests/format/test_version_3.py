@@ -11,7 +11,6 @@ import second_reader
 
 import flax_partial as fp
 from flax_partial.distributed import agreement
-from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.merge import merge
 from flax_partial.format.model import BYTES, DICT, LIST, STRING, Leaf, Part, part_path
 from flax_partial.format.tables import encode_part
@@ -33,19 +32,19 @@ def write(session: Path, *parts: Part, processes: int = 1) -> None:
 
 
 def text(value: str, *keys: str, kinds: str = "") -> Leaf:
-    return Leaf(KeyPath(keys, kinds or "d" * len(keys)), STRING, text=value)
+    return Leaf(keys, kinds or "d" * len(keys), STRING, text=value)
 
 
 def held_open(*keys: str, kind: str = DICT, kinds: str = "", generation: int = 0) -> Leaf:
-    path = KeyPath(keys, kinds or "d" * len(keys))
-    return Leaf(path, kind, generation=generation, placeholder=True)
+    key_kinds = kinds or "d" * len(keys)
+    return Leaf(keys, key_kinds, kind, generation=generation, placeholder=True)
 
 
 VALUES = {"b": b"\x00\xffraw", "large": bytes(range(256)) * 700, "none": b""}
 
 
 def test_bytes_are_loaded_and_orbax_reads_them_as_an_array(tmp_path: Path) -> None:
-    leaves = [Leaf(KeyPath((name,), "d"), BYTES, data=value) for name, value in VALUES.items()]
+    leaves = [Leaf((name,), "d", BYTES, data=value) for name, value in VALUES.items()]
     write(tmp_path / "c.partial_save", part(0, *leaves))
     fp.finalize(tmp_path / "c")
     assert fp.load(tmp_path / "c") == VALUES
@@ -103,7 +102,7 @@ def test_placeholder_gives_way_to_what_others_hold(name: str, tmp_path: Path) ->
 
 
 def test_empty_container_of_its_own_gives_way_to_nothing() -> None:
-    real = Leaf(KeyPath(("a",), "d"), DICT)
+    real = Leaf(("a",), "d", DICT)
     plan = merge({"part.0": part(0, real), "part.1": part(1, text("y", "a", "k"))})
     assert "'a' is a leaf" in plan.conflicts[0]
     assert merge({"part.0": part(0, real), "part.1": part(1, held_open("a"))}).leaves == (real,)

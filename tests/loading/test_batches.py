@@ -10,14 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.model import NONE, NUMPY_ARRAY, Leaf
-from flax_partial.loading.batches import batches, region_bytes
+from flax_partial.loading.batches import MOST_REGIONS, batches, region_bytes
 
 
 def leaf(name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str = "float32") -> Leaf:
-    path = KeyPath((name,), "d")
-    return Leaf(path=path, kind=NUMPY_ARRAY, dtype=dtype, shape=shape, chunk=chunk)
+    return Leaf((name,), "d", NUMPY_ARRAY, dtype=dtype, shape=shape, chunk=chunk)
 
 
 @st.composite
@@ -69,8 +67,14 @@ def test_large_leaf_is_cut_along_its_first_axes(shape: Any, chunk: Any, sizes: l
     assert [box for batch in found for _, _, box in batch] == sizes
 
 
+def test_batch_holds_some_thousand_leaves_however_small() -> None:
+    found = [leaf(str(number), (1,), (1,)) for number in range(2 * MOST_REGIONS + 1)]
+    sizes = [len(batch) for batch in batches(found, most_bytes=1 << 40)]
+    assert sizes == [MOST_REGIONS, MOST_REGIONS, 1]
+
+
 def test_leaves_without_data_are_left_out() -> None:
-    assert not list(batches([Leaf(KeyPath(("a",), "d"), NONE)], most_bytes=1))
+    assert not list(batches([Leaf(("a",), "d", NONE)], most_bytes=1))
 
 
 def test_leaves_that_are_not_to_be_cut_stay_whole() -> None:

@@ -19,8 +19,9 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -88,31 +89,67 @@ def _points(code: CodeType) -> frozenset[int]:
     )
 
 
-def interrupted(call: Any, path: Path, at: int) -> bool:
-    """Makes a call that is interrupted at a point; returns whether it has that many."""
-    left = at
+def _is_ours(code: CodeType) -> bool:
+    # What comes within __del__ Python itself swallows.
+    return code.co_filename.startswith(PACKAGE) and code.co_name != "__del__"
+
+
+@contextlib.contextmanager
+def _traced(reach: Callable[[], None]) -> Iterator[None]:
+    """Calls `reach` at each point that this thread comes to."""
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal left
-        code = frame.f_code
-        # What comes within __del__ Python itself swallows.
-        if not code.co_filename.startswith(PACKAGE) or code.co_name == "__del__":
+        if not _is_ours(frame.f_code):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode" and frame.f_lasti in _points(frame.f_code):
-            if left == 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-            left -= 1
+            reach()
         return trace
 
     sys.settrace(trace)
     try:
-        call(path)
-    except KeyboardInterrupt:
-        return True
+        yield
     finally:
         sys.settrace(None)
+
+
+@contextlib.contextmanager
+def _monitored(reach: Callable[[], None]) -> Iterator[None]:
+    """The same by `sys.monitoring`: from 3.13 on a tracing function does not see every point."""
+    monitoring, tool, caller = sys.monitoring, sys.monitoring.DEBUGGER_ID, threading.get_ident()
+
+    def look(code: CodeType, offset: int) -> Any:
+        if not _is_ours(code) or offset not in _points(code):
+            return monitoring.DISABLE
+        if threading.get_ident() == caller:
+            reach()
+        return None
+
+    monitoring.use_tool_id(tool, "interrupts")
+    monitoring.register_callback(tool, monitoring.events.INSTRUCTION, look)
+    monitoring.set_events(tool, monitoring.events.INSTRUCTION)
+    try:
+        yield
+    finally:
+        monitoring.set_events(tool, 0)
+        monitoring.free_tool_id(tool)
+
+
+def interrupted(call: Any, path: Path, at: int) -> bool:
+    """Makes a call that is interrupted at a point; returns whether it has that many."""
+    left = at
+
+    def reach() -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            raise KeyboardInterrupt
+
+    with (_monitored if sys.version_info >= (3, 12) else _traced)(reach):
+        try:
+            call(path)
+        except KeyboardInterrupt:
+            return True
     return False
 
 

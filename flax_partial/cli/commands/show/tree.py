@@ -38,7 +38,7 @@ def build(leaves: Iterable[Leaf]) -> Node:
     root = Node()
     for leaf in leaves:
         nodes = [root]
-        for key in leaf.path.texts:
+        for key in leaf.texts:
             nodes.append(nodes[-1].children.setdefault(key, Node()))
         nodes[-1].leaf = leaf
         for node in nodes:
