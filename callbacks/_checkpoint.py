@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._timeline import Recorder
+    from flax_partial.callbacks.policies import Mode
 
 
 class Checkpoint:
@@ -74,7 +75,18 @@ class Checkpoint:
         """Whether all callbacks that save into it are done."""
         return bool(self.members) and self.members.keys() <= self.done
 
-    def save(self, member: Member, groups: Mapping[str, Leaves], *, is_last: bool = False) -> None:
+    @property
+    def monitors(self) -> set[str]:
+        """The metrics that are to score it."""
+        return {name for member in self.members.values() for name in member.retention.modes}
+
+    def save(
+        self,
+        member: Member,
+        groups: Mapping[str, Leaves],
+        *,
+        closing: Mapping[str, Any] | None = None,
+    ) -> None:
         """Saves groups in the background; returns once their arrays may be donated.
 
         Leaves that another callback has saved are left out.
@@ -82,19 +94,21 @@ class Checkpoint:
         Args:
           member: The callback.
           groups: Group to its leaves.
-          is_last: Whether the callback is done: its last part lists, for later processes, all
-            groups that it saved.
+          closing: If the callback is done, what its last part says of training. It lists, for
+            later processes, all groups that the callback saved, too.
         """
         claimed = {name: self.claims.take(member.key, leaves) for name, leaves in groups.items()}
         named = {self._unique(member, name): leaves for name, leaves in claimed.items() if leaves}
         for at, (group, leaves) in enumerate(named.items(), start=1):
+            is_last = closing is not None and at == len(named)
             saved = completeness.saved(callback=member.key, group=group)
-            listed = self._closing(member) if is_last and at == len(named) else {}
-            self._save_group(member, group, leaves, {**saved, **listed})
+            listed = self._closing(member) if is_last else {}
+            said = {"session": {**saved, **listed}, **((is_last and closing) or {})}
+            self._save_group(member, group, leaves, said)
         # In other processes, the same callback may have all there is to save.
         has_parts = bool(self.claims.names) or jax.process_count() > 1
-        if is_last and not named and has_parts:
-            self._save_group(member, "", [], self._closing(member))
+        if closing is not None and not named and has_parts:
+            self._save_group(member, "", [], {"session": self._closing(member), **closing})
 
     def written(self) -> tuple[int, int]:
         """Returns how many bytes of how many, of those that this process saves, are written."""
@@ -139,7 +153,7 @@ class Checkpoint:
                 raise self.error
             if metrics:
                 options = next(iter(self.members.values())).options
-                metadata = self._metadata({"metrics": metrics})
+                metadata = self._metadata({"metrics": metrics, "ranked_by": self._ranked_by})
                 fp.save(self.path, {}, custom_metadata=metadata, options=options)
             began[0] = time.perf_counter()
             return sorted(self.claims.names)
@@ -187,6 +201,12 @@ class Checkpoint:
             raise fp.EmptyStateError("No callback had anything to save.")
         fp.finalize(self.path, expect=expected, processes=[jax.process_index()])
 
+    @property
+    def _ranked_by(self) -> dict[str, Mode]:
+        """Metrics by which its callbacks rank checkpoints, each with its mode."""
+        modes = (member.retention.modes for member in self.members.values())
+        return {monitor: mode for of_one in modes for monitor, mode in of_one.items()}
+
     def _closing(self, member: Member) -> dict[str, Any]:
         groups = self._groups.get(member.key, [])
         return completeness.closing(self.members, callback=member.key, groups=groups)
@@ -201,18 +221,18 @@ class Checkpoint:
             return name
 
     def _save_group(
-        self, member: Member, group: str, leaves: Leaves, session: Mapping[str, Any]
+        self, member: Member, group: str, leaves: Leaves, metadata: Mapping[str, Any]
     ) -> None:
         """Begins to save a group, or metadata alone; an error fails the checkpoint."""
         if self.error is not None:
             return
-        where = devices_of(leaves)
+        where, has_leaves = devices_of(leaves), bool(leaves)  # which `finished` must not keep
 
         def finished(handle: Future[fp.SaveReport]) -> None:
             error = handle.exception()
             if error is not None:
                 self.fail(error, [member])
-            elif leaves:
+            elif has_leaves:
                 self._recorder.saved(self.step, group, where, handle.result())
 
         try:
@@ -220,7 +240,7 @@ class Checkpoint:
                 handle = fp.save_async(
                     self.path,
                     _leaves.subtree(_stacked.cut(leaves)) if leaves else {},
-                    custom_metadata=self._metadata({"session": session}),
+                    custom_metadata=self._metadata(metadata),
                     options=member.options,
                     reuse=self.before if member.reuse_unchanged else None,
                 )

@@ -10,43 +10,57 @@ import contextlib
 import errno
 import functools
 import logging
+import os
 import re
 import shutil
 import uuid
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 
 import flax_partial as fp
-from flax_partial.runs import completeness
+from flax_partial.callbacks._metrics import finite_numbers
+from flax_partial.callbacks.policies import SavedStep, ranked
+from flax_partial.runs import completeness, liveness
+from flax_partial.runs.directory import checkpoints, step_in_name
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping
+    from collections.abc import Container
     from pathlib import Path
 
     from flax_partial.callbacks._schedule import Retention
+    from flax_partial.runs.liveness import Life
 
 logger = logging.getLogger(__name__)
 
 _SESSION = re.compile(r"(\d+)\.partial_save")
 # What `fp.remove` leaves when it is killed, and what `fp.abort` does.
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-_HALF_DELETED = re.compile(r"\.\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
+_IS_WRITTEN = "another process still saves into it."
+_HALF_DELETED = re.compile(r"\.([^.]+_)?\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
 
 
-def recover(directory: Path, *, live: Container[Path] = ()) -> str:
+def recover(
+    directory: Path, life: Life, *, live: Container[Path], begins: bool, timeout_secs: float
+) -> str:
     """Finalizes the sessions whose groups are all there, drops all others, and logs which.
 
-    Under `jax.distributed` all processes call it; the first of them does it, the others wait.
+    Those of another run that lives are left alone. Under `jax.distributed` all processes call it;
+    the first of them does it, the others wait.
 
     Args:
       directory: A run's directory of steps; it need not exist.
+      life: This run's.
       live: Checkpoints that this process is writing: their sessions are kept.
+      begins: Whether the run begins to train: then no other one may.
+      timeout_secs: For how many seconds to wait for other processes.
 
     Returns:
       A name for the run that begins here, the same in all processes and never used before.
 
     Raises:
+      CheckpointInUseError: It begins, and another run lives there.
       OSError: The storage failed; calling again goes on where this stopped. Where this process may
         only read, it changes nothing, and logs that instead.
       IncompleteCheckpointError: Some process did not call it in time.
@@ -55,24 +69,43 @@ def recover(directory: Path, *, live: Container[Path] = ()) -> str:
     run: str = fp.agree(
         f"recover {directory.absolute()}",
         ready=lambda: None,
-        act=lambda _: _recover(directory, live),
+        act=lambda _: _recover(directory, life, live, begins=begins, timeout_secs=timeout_secs),
+        timeout_secs=timeout_secs,
     )
     return run
 
 
-def _recover(directory: Path, live: Container[Path]) -> str:
-    entries = sorted(directory.iterdir()) if directory.is_dir() else []
-    for entry in entries:
+def _recover(
+    directory: Path, life: Life, live: Container[Path], *, begins: bool, timeout_secs: float
+) -> str:
+    if begins:
+        directory.mkdir(parents=True, exist_ok=True)
+    if directory.is_dir():
+        with liveness.recovering(directory, timeout_secs):
+            if begins:
+                life.begin()
+            other = None if life.has_begun else liveness.living(directory)
+            if other is None:
+                _settle_all(directory, live, timeout_secs=timeout_secs if begins else 0)
+            else:
+                logger.info("Left %s as it is: a run trains in it (%s).", directory, other)
+    return uuid.uuid4().hex
+
+
+def _settle_all(directory: Path, live: Container[Path], *, timeout_secs: float) -> None:
+    for entry in sorted(directory.iterdir()):
         session = _SESSION.fullmatch(entry.name)
         if session and directory / session[1] not in live:
             path = directory / session[1]
+            if not liveness.wait_until_idle(entry, timeout_secs):
+                logger.warning("Left the unfinished checkpoint %s as it is: %s", path, _IS_WRITTEN)
+                continue
             try:
                 _settle(path, int(session[1]))
             except OSError as error:
                 if error.errno not in _READ_ONLY:
                     raise
                 logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
-    return uuid.uuid4().hex
 
 
 def check_is_newer(directory: Path, step: int) -> Path | None:
@@ -81,23 +114,76 @@ def check_is_newer(directory: Path, step: int) -> Path | None:
     Raises:
       CheckpointExistsError: Some checkpoint is of this step, or a later one.
     """
-    newest = max(fp.steps(directory), default=-1)
-    if newest < 0:
-        return None
+    newest, path = next(reversed(checkpoints(directory).items()), (-1, None))
     if newest >= step:
-        raise fp.CheckpointExistsError(
-            f"{directory} holds step {newest} already, and training is only at step {step}: the "
-            "steps of two runs would mix. Restore the newest checkpoint, or use another directory."
-        )
-    return directory / str(newest)
+        raise _mixed(directory, newest, step)
+    return path
 
 
-def drop_unless_complete(path: Path, step: int, why: str) -> None:
+def _mixed(directory: Path, newest: int, step: int) -> fp.CheckpointExistsError:
+    return fp.CheckpointExistsError(
+        f"{directory} holds step {newest} already, and training is only at step {step}: the steps "
+        "of two runs would mix. Restore the newest checkpoint; or, to go back to an older one, "
+        "restore with discard_later=True, which removes the later ones; or use another directory."
+    )
+
+
+def check_none_later(directory: Path, step: int, path: Path | None = None) -> None:
+    """Checks that training may go on from a step, whose checkpoint is at `path`, if that is known.
+
+    Raises:
+      CheckpointExistsError: There are later ones; or one of this step that is another.
+    """
+    in_the_way = _later(directory, step, path)
+    if in_the_way:
+        raise _mixed(directory, in_the_way[-1], step)
+
+
+def _later(directory: Path, step: int, path: Path | None) -> list[int]:
+    held = checkpoints(directory)
+    is_another = path is not None and step in held and not held[step].samefile(path)
+    return [one for one in held if one > step or (one == step and is_another)]
+
+
+def discard(directory: Path, step: int, path: Path) -> None:
+    """Removes what `check_none_later` would refuse.
+
+    The newest goes first: killed meanwhile, what is left is of one run. Under `jax.distributed` all
+    processes call it.
+
+    Raises:
+      CheckpointInUseError: Somebody is reading one of them; those that are older stay, too.
+      OSError: One of them cannot be removed.
+    """
+    fp.agree(
+        f"discard {directory}",
+        ready=lambda: None,
+        act=lambda _: _discard(directory, step, path),
+    )
+
+
+def _discard(directory: Path, step: int, path: Path) -> None:
+    held = checkpoints(directory)
+    for one in reversed(_later(directory, step, path)):
+        fp.remove(held[one])
+        logger.warning("Removed %s: training goes on from step %d.", held[one], step)
+
+
+def drop_unless_complete(path: Path, step: int, why: str, *, timeout_secs: float) -> None:
     """Drops a session that lacks anything of the checkpoint of `step`, and logs why.
 
     One that lacks nothing is left for `recover` to finalize: it failed for some other reason.
+
+    Args:
+      path: The checkpoint.
+      step: Its step.
+      why: Why it is not finalized.
+      timeout_secs: For how many seconds to wait for other processes that save into it.
     """
     if not _is_primary():
+        return
+    if not liveness.wait_until_idle(path.with_name(f"{path.name}.partial_save"), timeout_secs):
+        logger.warning("Left the unfinished checkpoint %s as it is: %s", path, _IS_WRITTEN)
         return
     try:
         if completeness.missing(fp.status(path), step) is not None:
@@ -114,7 +200,8 @@ def prune(directory: Path, retention: Retention, *, protected: Container[int] = 
     """Removes the checkpoints that are no longer to be kept, oldest first.
 
     Each is renamed, then deleted: killed anywhere, a checkpoint is whole or is none, and `sweep`
-    deletes the rest of it. One that is being read stays until the next call.
+    deletes the rest of it. One that is being read stays until the next call. What cannot be looked
+    into has no score.
 
     Args:
       directory: A run's directory of steps.
@@ -123,12 +210,12 @@ def prune(directory: Path, retention: Retention, *, protected: Container[int] = 
     """
     if not (retention.removes and _is_primary()):
         return
-    steps = fp.steps(directory)
-    known = _facts(directory, steps) if retention.looks_inside else {}
-    times = {step: committed_at for step, (_, committed_at) in known.items()}
-    for step in retention.expired(steps, _scores(known, retention.monitor), times):
+    found = checkpoints(directory)
+    known = _looked_into(found) if retention.looks_inside else {}
+    saved = [known.get(step, SavedStep(step)) for step in found]
+    for step in retention.expired(saved):
         if step not in protected:
-            _remove(directory / str(step))
+            _remove(found[step])
 
 
 def _remove(path: Path) -> None:
@@ -153,70 +240,87 @@ def sweep(directory: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)  # another process may be deleting it, too
 
 
-def choose(directory: Path, retention: Retention, which: str | int) -> int | None:
-    """Returns the newest step, the best of those with a score, or a given one; None if none.
+def choose(
+    directory: Path, retention: Retention, which: str | int | os.PathLike[str]
+) -> tuple[int, Path] | None:
+    """Returns the newest step, the best of those with a score, or a given one, and its path.
+
+    None where there is no checkpoint yet.
 
     Raises:
-      ValueError: The best one is asked for, and no metric, or no checkpoint that has it.
-      NoSessionError: There is no checkpoint of the step asked for.
+      ValueError: The best one is asked for, and no metric, or no checkpoint that has it. Or nothing
+        tells the step of the path that is asked for.
+      NoSessionError: There is no checkpoint of the step, or at the path, that is asked for.
     """
-    steps = fp.steps(directory)
+    held = checkpoints(directory)
+    if isinstance(which, os.PathLike) or (isinstance(which, str) and os.sep in which):
+        return _at_path(which)
     if isinstance(which, int) and not isinstance(which, bool):
-        if which not in steps:
-            raise fp.NoSessionError(f"{directory} holds no checkpoint of step {which}: {steps}.")
-        return which
+        if which not in held:
+            raise fp.NoSessionError(f"{directory} holds no checkpoint of step {which}: {[*held]}.")
+        return which, held[which]
     if which == "latest":
-        return max(steps, default=None)
+        return next(reversed(held.items()), None)
     if which != "best" or retention.monitor is None:
         raise ValueError(
-            f"which={which!r} with monitor={retention.monitor!r}: it must be 'latest', a step, or "
-            "'best' where a monitor scores the checkpoints."
+            f"which={which!r} with monitor={retention.monitor!r}: it must be 'latest', a step, a "
+            "checkpoint's path, or 'best' where a monitor scores the checkpoints."
         )
     found = best(directory, retention)
-    if found is None and steps:
-        facts = _facts(directory, steps).values()
-        names = sorted({name for metrics, _ in facts for name in metrics})
+    if found is None and held:
+        names = sorted({name for one in _looked_into(held).values() for name in one.metrics})
         raise ValueError(
             f"No checkpoint in {directory} has the metric {retention.monitor!r}, by which the best "
             f"is chosen. Metrics that are stored: {', '.join(names) or 'none'}."
         )
-    return None if found is None else found[0]
+    return None if found is None else found[:2]
 
 
-def best(directory: Path, retention: Retention) -> tuple[int, float] | None:
-    """Returns the step of the best checkpoint and its score; None if none has a score."""
-    known = _scores(_facts(directory, fp.steps(directory)), retention.monitor)
-    return next(((step, known[step]) for step in retention.ranked(known, known)), None)
+def _at_path(path: str | os.PathLike[str]) -> tuple[int, Path]:
+    described = fp.metadata(path)
+    step = described.custom_metadata.get("step")
+    if not isinstance(step, int):
+        step = step_in_name(described.path.name)
+    if step is None:
+        raise ValueError(
+            f"which={str(path)!r}: nothing there tells of which step it is. Load it with fp.load."
+        )
+    return step, described.path
 
 
-_Facts = tuple["Mapping[str, Any]", float]
-"""A checkpoint's metrics, and when it was finalized, in seconds since the epoch."""
+def best(directory: Path, retention: Retention) -> tuple[int, Path, float] | None:
+    """Returns the step of the best checkpoint, its path and score; None if none has a score."""
+    monitor = retention.monitor
+    if monitor is None:
+        return None
+    held = checkpoints(directory)
+    known = _looked_into(held)
+    scores = {step: one.metrics[monitor] for step, one in known.items() if monitor in one.metrics}
+    return next(((one, held[one], scores[one]) for one in ranked(scores, retention.mode)), None)
 
 
-def _facts(directory: Path, steps: Iterable[int]) -> dict[int, _Facts]:
+def _looked_into(held: Mapping[int, Path]) -> dict[int, SavedStep]:
     found = {}
-    for step in steps:
-        path = directory / str(step)
+    for step, path in held.items():
         # Another process may have removed it; and what is damaged has no score.
         with contextlib.suppress(FileNotFoundError, fp.CorruptCheckpointError):
             status = path.stat()
-            found[step] = _facts_of(path, status.st_ino, status.st_mtime_ns)
+            found[step] = _look_into(path, step, status.st_ino, status.st_mtime_ns)
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _facts_of(path: Path, _inode: int, _mtime_ns: int) -> _Facts:
-    """Reads them once: the table of contents of a large model takes a while."""
+def _look_into(path: Path, step: int, _inode: int, _mtime_ns: int) -> SavedStep:
+    """Reads it once: the table of contents of a large model takes a while."""
     metadata = fp.metadata(path)
-    return metadata.custom_metadata.get("metrics", {}), metadata.committed_at
-
-
-def _scores(known: Mapping[int, _Facts], monitor: str | None) -> dict[int, float]:
-    return {
-        step: float(metrics[monitor])
-        for step, (metrics, _) in known.items()
-        if monitor is not None and monitor in metrics
-    }
+    custom = metadata.custom_metadata
+    metrics, ranked_by = custom.get("metrics"), custom.get("ranked_by")
+    return SavedStep(
+        step=step,
+        metrics=finite_numbers(metrics) if isinstance(metrics, Mapping) else {},
+        ranked_by=ranked_by if isinstance(ranked_by, Mapping) else {},
+        finalized_at=metadata.committed_at,
+    )
 
 
 def _settle(path: Path, step: int) -> None:

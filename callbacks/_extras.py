@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+from flax_partial.errors import how_to_install
+
 
 def need(package: str, *, extra: str) -> None:
     """Imports an optional package, for the module that adapts to it.
@@ -20,6 +22,6 @@ def need(package: str, *, extra: str) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"flax_partial.callbacks.{extra} needs the package {error.name!r}, which is not "
-            f"installed. Install it with: pip install 'flax-partial[{extra}]'",
+            f"installed. Install it with: {how_to_install(extra)}",
             name=error.name,
         ) from error

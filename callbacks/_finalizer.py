@@ -18,11 +18,12 @@ import jax
 import flax_partial as fp
 from flax_partial.callbacks import _directory, progress
 from flax_partial.callbacks._background import Worker
-from flax_partial.callbacks._metrics import check_score, finite_numbers, log
+from flax_partial.callbacks._metrics import finite_numbers, lacking, log
 from flax_partial.runs import timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from collections.abc import Set as AbstractSet
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -48,9 +49,17 @@ class Finalizer:
         self._reported: Counter[str] = Counter()  # how many of these each reader knows
         self._resumed: int | None = None
 
-    def finalize(self, checkpoint: Checkpoint, metrics: Mapping[str, Any]) -> None:
-        """Finalizes a closed checkpoint; an error is reported to its callbacks."""
-        self._submit(checkpoint, functools.partial(self._finalize, checkpoint, dict(metrics)))
+    def finalize(
+        self, checkpoint: Checkpoint, metrics: Mapping[str, Any], *, known: AbstractSet[str]
+    ) -> None:
+        """Finalizes a closed checkpoint; an error is reported to its callbacks.
+
+        Args:
+          checkpoint: The checkpoint.
+          metrics: Those of its step, possibly still being computed.
+          known: Names of all metrics that the trainer has.
+        """
+        self._submit(checkpoint, functools.partial(self._finalize, checkpoint, metrics, known))
 
     def drop(self, checkpoint: Checkpoint) -> None:
         """Drops a checkpoint whose step never ended."""
@@ -92,6 +101,11 @@ class Finalizer:
         self._remover.finish()
 
     @property
+    def steps_under_way(self) -> list[int]:
+        """Steps of the checkpoints that are not finalized or dropped yet."""
+        return [checkpoint.step for checkpoint in self._under_way()]
+
+    @property
     def reports(self) -> tuple[CheckpointReport, ...]:
         """What each checkpoint finalized so far holds and cost, in the order of finalizing."""
         with self._lock:
@@ -119,7 +133,9 @@ class Finalizer:
             self._jobs = [(one, other) for one, other in self._jobs if not other.done()]
             self._jobs.append((checkpoint, job))
 
-    def _finalize(self, checkpoint: Checkpoint, metrics: Mapping[str, Any]) -> None:
+    def _finalize(
+        self, checkpoint: Checkpoint, metrics: Mapping[str, Any], known: AbstractSet[str]
+    ) -> None:
         members = checkpoint.members.values()
         try:
             report = checkpoint.finalize(finite_numbers(metrics), timeout_secs=self._timeout_secs)
@@ -141,7 +157,9 @@ class Finalizer:
         )
         log(report)
         for member in members:
-            check_score(report.path, report.metrics, member.retention.monitor)
+            for monitor in member.retention.modes.keys() - report.metrics.keys():
+                why = lacking(monitor, metrics, known) + member.retention.about_unranked
+                member.warn_once(f"{report.path} has no score: {why}")
             self.prune(member.retention)
 
     def _drop(self, checkpoint: Checkpoint) -> None:
@@ -152,7 +170,9 @@ class Finalizer:
         now = time.time()
         self._recorder.ended(checkpoint.step, timeline.GIVEN_UP, began_at=now, ended_at=now)
         if why_dropped is not None:
-            _directory.drop_unless_complete(checkpoint.path, checkpoint.step, why_dropped)
+            _directory.drop_unless_complete(
+                checkpoint.path, checkpoint.step, why_dropped, timeout_secs=self._timeout_secs
+            )
 
     def _prune(self, retention: Retention) -> None:
         protected = () if self._resumed is None else (self._resumed,)

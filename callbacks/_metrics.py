@@ -1,14 +1,20 @@
-"""The trainer's metrics, stored with a checkpoint; and a checkpoint's cost, sent as metrics."""
+"""The metrics of a step, stored with its checkpoint; and a checkpoint's cost, sent as metrics.
+
+A trainer's `callback_metrics` holds the newest value of each metric, and so, most of the time, a
+validation loss of an earlier step. Only what was set since a step ended, or during it, is of that
+step; what the mapping held before is of another one, and scores no later checkpoint.
+"""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Set as AbstractSet
 
     from flax_partial.callbacks._reports import CheckpointReport
 
@@ -31,15 +37,67 @@ def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def check_score(path: Path, numbers: Mapping[str, float], monitor: str | None) -> None:
-    """Warns of a checkpoint that lacks the metric by which it should be ranked."""
-    if monitor is not None and monitor not in numbers:
-        logger.warning(
-            "%s has no score: %r is not among the trainer's metrics (%s), or no finite number.",
-            path,
-            monitor,
-            ", ".join(numbers),
+class StepMetrics:
+    """The metrics of the newest step, told from those of earlier ones.
+
+    A value is of an earlier step if it is the object that was there before. Python's numbers and
+    texts may be one object by chance (all zeros are): in a mapping that is new they are new.
+    """
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        self._own: dict[str, Any] = {}
+        self._seen: Mapping[str, Any] = {}  # a copy, as it was when last looked at
+        self._mapping: Mapping[str, Any] | None = None
+
+    def look(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Looks at what a trainer has, whose newest finished step is `step`."""
+        if step != self._step:
+            self._step, self._own = step, {}
+        is_new = metrics is not self._mapping
+        for name, value in metrics.items():
+            is_known = name in self._seen and _is_same(value, self._seen[name])
+            if not is_known or (is_new and isinstance(value, int | float | str)):
+                self._own[name] = value
+        self._seen, self._mapping = dict(metrics), metrics
+
+    def of(self, step: int) -> Mapping[str, Any]:
+        """Returns the metrics of a step; none unless it is the newest."""
+        return dict(self._own) if step == self._step else {}
+
+    @property
+    def names(self) -> AbstractSet[str]:
+        """Names of all metrics that the trainer has, whatever step they are of."""
+        return self._seen.keys()
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether nothing was set meanwhile: PyTorch's tensors may be another view of the same data."""
+    if value is other:
+        return True
+    data = getattr(value, "data_ptr", None)
+    return data is not None and type(other) is type(value) and data() == other.data_ptr()
+
+
+def lacking(monitor: str, metrics: Mapping[str, Any], known: Iterable[str]) -> str:
+    """Says why a step has no score, and which metrics there are.
+
+    Args:
+      monitor: The metric that should score it.
+      metrics: The metrics of the step.
+      known: Names of all metrics that the trainer has.
+    """
+    names = sorted({*metrics, *known})
+    if monitor in metrics:
+        why = f"is {metrics[monitor]}, no finite number"
+    elif monitor in names:
+        why = "was not set since the step began: it is of an earlier one"
+    else:
+        close = difflib.get_close_matches(monitor, names, n=1)
+        why = "is not among the trainer's metrics so far" + (
+            f" (did you mean {close[0]!r}?)" if close else ""
         )
+    return f"monitor={monitor!r} {why}. Metrics there are: {', '.join(names) or 'none'}."
 
 
 def send(report: CheckpointReport, trainer: Any, on_metrics: OnMetrics | None) -> None:

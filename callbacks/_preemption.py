@@ -1,11 +1,13 @@
 """SIGTERM, with which a scheduler announces that it takes the machine: save, then stop.
 
-The handler only records the signal. The step under way is finished; at its end it is saved and
-finalized, and training is stopped. Then the handler that was there before, if any, is called.
+Other signals can be listened to as well, as SLURM's `--signal=USR1@300` sends one. The handler only
+records the signal. The step under way is finished; at its end it is saved and finalized, and
+training is stopped. Then the handler that was there before, if any, is called.
 
 Under `jax.distributed` JAX has a handler of its own, set by `jax.distributed.initialize`, and its
 coordination service agrees on the step after which all processes save, whichever of them got the
 signal (`jax.experimental.multihost_utils.reached_preemption_sync_point`). It is asked once a step.
+It knows SIGTERM only: any other signal that is listened to is passed on as that.
 """
 
 from __future__ import annotations
@@ -19,11 +21,10 @@ from weakref import WeakSet
 import jax
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import FrameType
 
 logger = logging.getLogger(__name__)
-
-EXIT_STATUS = 128 + signal.SIGTERM
 
 
 class Preemption:
@@ -33,31 +34,33 @@ class Preemption:
     the first to reach a point of the loop decides for all.
 
     Attributes:
-      is_requested: Whether a signal came while it listened, and training was not stopped yet.
+      requested_by: The signal that came while it listened, if training was not stopped since.
       has_stopped: Whether it has stopped training.
     """
 
     def __init__(self) -> None:
-        self.is_requested = False
+        self.requested_by: int | None = None
         self.has_stopped = False
         self._point: tuple[int, str] | None = None
         self._last_step: int | None = None
         self._users: set[str] = set()
         self._passed: set[str] = set()
 
-    def watch(self, user: str) -> None:
-        """Begins to listen, for a callback."""
+    def watch(self, user: str, signals: Iterable[int]) -> None:
+        """Begins to listen to signals, for a callback."""
         if not self._users:
-            self.is_requested, self._point, self._last_step = False, None, None
-            _handler.add(self)
+            self.requested_by = self._point = self._last_step = None
+        for number in signals:
+            _handlers.setdefault(number, _Handler(number)).add(self)
         self._users.add(user)
 
     def unwatch(self, user: str) -> None:
         """Ends that; the last callback of all hooks brings back the handler of before."""
         self._users.discard(user)
         if not self._users:
-            self.is_requested = self.has_stopped = False
-            _handler.remove(self)
+            self.requested_by, self.has_stopped = None, False
+            for handler in _handlers.values():
+                handler.remove(self)
 
     def reach(self, step: int, hook: str) -> None:
         """Decides, for all callbacks, whether the finished `step` is the last one."""
@@ -74,7 +77,7 @@ class Preemption:
         if step == self._last_step:
             return True
         is_under_way = self._point is None or step > self._point[0]
-        return is_under_way and self.is_requested and not _is_distributed()
+        return is_under_way and self.requested_by is not None and not _is_distributed()
 
     def is_last(self, user: str, step: int) -> bool:
         """Whether `step` is the last one, and all callbacks have saved it once this one has."""
@@ -89,23 +92,25 @@ class Preemption:
         Raises:
           SystemExit: There is no `trainer.should_stop` to be set, and no handler of before.
         """
-        self._last_step = None
-        self.is_requested, self.has_stopped = False, True
+        number = signal.SIGTERM if self.requested_by is None else self.requested_by
+        handler = _handlers.setdefault(number, _Handler(number))
+        self._last_step = self.requested_by = None
+        self.has_stopped = True
         can_stop = hasattr(trainer, "should_stop")
         if can_stop:
             trainer.should_stop = True
-        if not all(listener.has_stopped for listener in _handler.listeners):
+        if not all(listener.has_stopped for listener in handler.listeners):
             return
-        for listener in _handler.listeners:
+        for listener in handler.listeners:
             listener.has_stopped = False
-        if callable(_handler.before):
-            _handler.before(signal.SIGTERM, None)
+        if callable(handler.before):
+            handler.before(number, None)
         elif not can_stop:
-            raise SystemExit(EXIT_STATUS)
+            raise SystemExit(128 + number)
 
     def _must_end(self, step: int, hook: str) -> bool:
         if not _is_distributed():
-            return self.is_requested
+            return self.requested_by is not None
         if hook != "on_train_batch_end":
             return False
         from jax.experimental import multihost_utils
@@ -118,20 +123,22 @@ class Preemption:
 
 
 class _Handler:
-    """This process's handler of SIGTERM, there while some hook listens.
+    """This process's handler of a signal, there while some hook listens.
 
     Attributes:
       listeners: Of all hooks; weakly, as a loop that failed may never have said so.
       before: The handler that was there before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self._number = number
         self.listeners: WeakSet[Preemption] = WeakSet()
         self.before: Any = None
         self._is_set = False
 
     def add(self, listener: Preemption) -> None:
-        if not (self.listeners or self._is_set or _is_distributed()):  # set: by one forgotten since
+        is_jaxs = self._number == signal.SIGTERM and _is_distributed()
+        if not (self.listeners or self._is_set or is_jaxs):  # set: by one forgotten since
             self._set()
         self.listeners.add(listener)
 
@@ -141,13 +148,13 @@ class _Handler:
             self._bring_back()
 
     def _set(self) -> None:
-        before = signal.getsignal(signal.SIGTERM)
+        before = signal.getsignal(self._number)
         if before in (None, signal.SIG_IGN):  # set by other than Python, or to be ignored
             return
         if threading.current_thread() is not threading.main_thread():
-            logger.debug("Training runs in a thread that cannot listen to SIGTERM.")
+            logger.debug("Training runs in a thread that cannot listen to signals.")
             return
-        signal.signal(signal.SIGTERM, self._record)
+        signal.signal(self._number, self._record)
         self.before, self._is_set = before, True
 
     def _bring_back(self) -> None:
@@ -155,20 +162,35 @@ class _Handler:
             return
         self._is_set = False
         before, self.before = self.before, None
-        if signal.getsignal(signal.SIGTERM) == self._record:  # else it was replaced
-            signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(self._number) == self._record:  # else it was replaced
+            signal.signal(self._number, before)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         listeners = tuple(self.listeners)
         for listener in listeners:
-            listener.is_requested = True
+            listener.requested_by = number
+        if listeners and _is_distributed():
+            signal.raise_signal(signal.SIGTERM)  # which JAX's own handler hears
         if not listeners:  # all were garbage before their training ended
             self._bring_back()
             signal.raise_signal(number)
 
 
-_handler = _Handler()
+_handlers: dict[int, _Handler] = {}  # by signal
 
 
 def _is_distributed() -> bool:
     return jax.distributed.is_initialized()
+
+
+def check_signals(signals: Iterable[int]) -> frozenset[signal.Signals]:
+    """Returns the signals to listen to.
+
+    Raises:
+      ValueError: One is none of this system's, or cannot be listened to.
+    """
+    deaf = {signal.SIGKILL, signal.SIGSTOP}
+    found = frozenset(map(signal.Signals, signals))
+    if found & deaf:
+        raise ValueError(f"No process can listen to {', '.join(one.name for one in found & deaf)}.")
+    return found

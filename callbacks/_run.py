@@ -7,6 +7,7 @@ left to the next run.
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections import Counter
@@ -18,9 +19,11 @@ from flax_partial.callbacks import _directory
 from flax_partial.callbacks._behind import Behind
 from flax_partial.callbacks._checkpoint import Checkpoint
 from flax_partial.callbacks._finalizer import Finalizer
+from flax_partial.callbacks._metrics import StepMetrics, lacking
 from flax_partial.callbacks._preemption import Preemption
 from flax_partial.callbacks._reports import BlockedTime
 from flax_partial.callbacks._timeline import Recorder
+from flax_partial.runs import liveness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -50,6 +53,7 @@ class Run:
       recorder: Records the timeline.
       finalizer: Finalizes and removes checkpoints.
       rescued_step: The step that callbacks save because training failed; None before.
+      has_begun: Whether it trains: from when it has recovered the directory until all has ended.
     """
 
     def __init__(self, directory: Path, preemption: Preemption, timeout_secs: float) -> None:
@@ -59,15 +63,19 @@ class Run:
         self.finalizer = Finalizer(directory, self.recorder, timeout_secs)
         self.rescued_step: int | None = None
         self._behind = Behind(lambda: self.finalizer.is_behind, timeout_secs)
+        self.has_begun = False
+        self._life = liveness.Life(directory)  # of several processes, the first one's
+        self._timeout_secs = timeout_secs
         # Guards all below. Nothing is waited for while it is held, but where a clock or the end of
         # the interpreter has the caller do it.
         self._lock = threading.RLock()
         self._name = ""  # until `recover` gives it one
         self._members: dict[str, Member] = {}  # callbacks whose groups are waited for, by key
         self._open: dict[int, Checkpoint] = {}  # by step; those the finalizer does not have yet
+        self._metrics = StepMetrics()
         self._blocked = BlockedTime()  # of the checkpoint that was opened last
         self._is_dismissed = False
-        self._is_checked = False  # whether the first step of training was
+        self._last_closed = 0  # the last step that some callback has saved
         with _runs_lock:
             _runs.add(self)
 
@@ -90,23 +98,27 @@ class Run:
             self._members[member.key] = member
 
     def start(self, member: Member, step: int) -> None:
-        """Joins a callback whose training begins, which ends all earlier runs in the directory.
+        """Joins a callback whose training begins, which ends this process's runs before it there.
 
         Args:
           member: The callback.
           step: The step that training goes on from.
+
+        Raises:
+          CheckpointInUseError: A run of another process lives there.
+          OSError: The directory cannot be made, or written to.
         """
         self.join(member)
-        self._is_dismissed = self._is_checked = False
+        self._is_dismissed = member.has_checked = False
+        self._last_closed = step
         member.last_skipped = None
-        for other in self._others():
-            other.dismiss()
-        self.recover()
-        self.finalizer.prune(member.retention)
+        error = self._begin(member)
+        if error is not None:
+            logger.error("Nothing can be saved into %s: %s", self.directory, error)
         if member.clock is not None:
             member.clock.start(f"{self._subject} {member.key}", step)
         if member.saves_on_preemption:
-            self.preemption.watch(member.key)
+            self.preemption.watch(member.key, member.signals)
 
     def stop_listening(self, member: Member) -> None:
         """Stops listening for a callback: to SIGTERM, and to its clock."""
@@ -120,6 +132,7 @@ class Run:
         member.has_finished_step = False
         with self._lock:
             self._members.pop(member.key, None)
+        self._end_life_if_over()
 
     def dismiss(self) -> None:
         """Ends all callbacks: another run of this process has begun in their directory."""
@@ -128,7 +141,7 @@ class Run:
             self.end(member)
 
     def is_due(self, member: Member, step: int, epoch: int, *, epoch_ends: bool) -> bool:
-        """Whether a callback is to save `step`, and has not done so; never step 0."""
+        """Whether a callback is to save `step`, and has saved neither that nor a later one."""
         schedule = member.schedule
         is_time = member.clock is not None and member.clock.is_due(step)  # asked about every step
         is_regular = is_time or schedule.is_step_due(step)
@@ -137,7 +150,8 @@ class Run:
             or (member.saves_on_preemption and self.preemption.is_due(step))
             or (member.has_finished_step and step == self.rescued_step)
         )
-        if step in (0, member.last_saved) or not (is_regular or is_last):
+        is_new = step >= self._last_closed and step not in (0, member.last_saved)
+        if not is_new or not (is_regular or is_last):
             return False
         if is_last or epoch_ends or not self._is_skipped(step):
             return True
@@ -156,21 +170,53 @@ class Run:
 
     # Before training.
 
-    def recover(self) -> None:
-        """Finalizes or drops what ended runs left in the directory.
+    def recover(self, *, begins: bool = False) -> None:
+        """Finalizes or drops what ended runs left in the directory; leaves one alone that lives.
 
-        One of them may be of this process, and its callbacks were not called when it failed: its
-        jobs are waited for, and its open checkpoints are left.
+        A run of this process may have failed without its callbacks being called. Where another one
+        begins, it is over: its jobs are waited for, and its open checkpoints are left.
+
+        Args:
+          begins: Whether this run begins to train.
+
+        Raises:
+          CheckpointInUseError: It begins, and a run of another process lives there.
+          OSError: The storage failed.
         """
         for other in self._others():
-            other.leave()
+            if begins:
+                other.dismiss()
+            if other.has_begun and not begins:
+                other.finalizer.wait()
+            else:
+                other.leave()
         self.finalizer.wait()
         with self._lock:
             live = {checkpoint.path for checkpoint in self._open.values()}
-        self._name = _directory.recover(self.directory, live=live)
+        self._name = _directory.recover(
+            self.directory,
+            self._life,
+            live=live,
+            begins=begins,
+            timeout_secs=self._timeout_secs,
+        )
+        self.has_begun = self.has_begun or begins
         self.rescued_step = None
         self.recorder.begin(self._name)
         self.finalizer.sweep()
+
+    def go_on(self, step: int) -> None:
+        """Goes on from the checkpoint of a step, which is kept until a newer one is finalized."""
+        self.finalizer.resume(step)
+        self._last_closed = step
+
+    def check_is_alone(self) -> None:
+        """Raises CheckpointInUseError if another run lives in the directory."""
+        other = None if self.has_begun else liveness.living(self.directory)
+        if other is not None:
+            raise fp.CheckpointInUseError(
+                errno.EWOULDBLOCK, f"Another run trains there ({other})", str(self.directory)
+            )
 
     # While training.
 
@@ -183,17 +229,15 @@ class Run:
         if hook in _LAST_HOOKS:
             self.recorder.flush()
 
-    def check_first_step(self, step: int) -> None:
-        """Checks, after the first step of training only, that later ones can be saved.
+    def check_is_newer(self, step: int) -> None:
+        """Checks that a step can be saved.
 
         Raises:
           CheckpointExistsError: The directory holds this step, or a later one.
           OSError: The directory cannot be made.
         """
-        if not self._is_checked:
-            self._is_checked = True
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _directory.check_is_newer(self.directory, step)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _directory.check_is_newer(self.directory, step)
 
     def advance(self, step: int) -> None:
         """Drops the checkpoints of steps before `step` that are open; finalizes closed ones."""
@@ -207,15 +251,15 @@ class Run:
         storage takes it, it slows down, instead of filling the memory with snapshots.
 
         Raises:
-          ValueError: Another run has begun in the directory since this one did.
+          ValueError: Another run of this process has begun in the directory since this one did.
+          CheckpointInUseError: A run of another process lives there.
         """
         if self._is_dismissed:
             raise ValueError(
                 f"Another callback has begun to save into {self.directory}, which ended this one. "
                 "Give both of them one FinalizeHook (finalizer=), or use one callback."
             )
-        if not self._name:
-            self.recover()
+        error = None if self.has_begun else self._begin(member)
         with self._lock:
             known = self._open.get(step)
             if known is not None:
@@ -232,9 +276,11 @@ class Run:
             self._blocked = checkpoint.blocked
         self.finalizer.wait([checkpoint], show_progress=member.shows_progress)
         try:
+            if error is not None:
+                raise error
             checkpoint.before = _directory.check_is_newer(self.directory, step)
-        except (fp.CheckpointExistsError, OSError) as error:
-            checkpoint.fail(error, [member])
+        except (fp.CheckpointExistsError, OSError) as failure:
+            checkpoint.fail(failure, [member])
         return checkpoint
 
     def close(
@@ -244,39 +290,69 @@ class Run:
         groups: Mapping[str, Leaves],
         *,
         epoch: int,
-        metrics: Mapping[str, Any] | None,
+        epoch_ends: bool,
+        closing: Mapping[str, Any],
     ) -> None:
         """Saves the last groups of a callback; once all are done the checkpoint is closed.
+
+        It is finalized at once if it has its score. Otherwise it waits for a validation: until the
+        next step begins, or, where the step ends its epoch, until that has ended.
 
         Args:
           member: The callback that is done.
           checkpoint: What `open` returned.
           groups: Group to its leaves.
           epoch: The epoch under way, the first being 0.
-          metrics: The trainer's; None if the step ends its epoch, whose metrics are yet to come.
+          epoch_ends: Whether the step ends its epoch, whose metrics are yet to come.
+          closing: What its last part says of training.
         """
         with self._lock:
             if not checkpoint.members:
                 due = {
                     key: other
                     for key, other in self._members.items()
-                    if self.is_due(other, checkpoint.step, epoch, epoch_ends=metrics is None)
+                    if self.is_due(other, checkpoint.step, epoch, epoch_ends=epoch_ends)
                 }
                 checkpoint.members = due | {member.key: member}
-        checkpoint.save(member, groups, is_last=True)
+        checkpoint.save(member, groups, closing=closing)
         member.saved(checkpoint.step)
+        self._last_closed = checkpoint.step
         if member.clock is not None:
             member.clock.saved()
         with self._lock:
             checkpoint.done.add(member.key)
-            if checkpoint.is_closed and metrics is not None:
-                self._finish(checkpoint, metrics)
+            if not epoch_ends:
+                self.finish_scored()
 
-    def end_epoch(self, metrics: Mapping[str, Any]) -> None:
-        """Finalizes the closed checkpoints, with the metrics of the whole epoch."""
+    def look(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Looks at the trainer's metrics: what was set since the last look is of this step.
+
+        Args:
+          step: The newest finished step.
+          metrics: The trainer's.
+        """
+        with self._lock:
+            self._metrics.look(step, metrics)
+
+    def finish_scored(self) -> None:
+        """Finalizes the closed checkpoints that have all their scores."""
         with self._lock:
             for checkpoint in [one for one in self._open.values() if one.is_closed]:
-                self._finish(checkpoint, metrics)
+                if checkpoint.monitors <= self._metrics.of(checkpoint.step).keys():
+                    self._finish(checkpoint)
+
+    def finish_closed(self) -> None:
+        """Finalizes the closed checkpoints: what has no score by now gets none."""
+        with self._lock:
+            for checkpoint in [one for one in self._open.values() if one.is_closed]:
+                self._finish(checkpoint)
+
+    def check_monitor(self, member: Member) -> None:
+        """Warns, at the end of the first epoch, of a monitor that is no metric of the trainer's."""
+        with self._lock:
+            names = self._metrics.names if member.has_checked else member.retention.modes.keys()
+            for monitor in member.retention.modes.keys() - names:
+                member.warn_once(f"The first epoch had no score: {lacking(monitor, {}, names)}")
 
     # After training.
 
@@ -286,6 +362,17 @@ class Run:
         with self._lock:
             awaited = [one.members.keys() - one.done for one in self._open.values()]
             return any(keys and keys <= self._members.keys() for keys in awaited)
+
+    def say_what_is_finished(self, error: BaseException) -> None:
+        """Logs what has to be written before training ends by an error: that may take a while."""
+        with self._lock:
+            steps = [*self.finalizer.steps_under_way, *self._open]
+        if steps:
+            logger.warning(
+                "Training ended by %s; what is being saved of %s is finished first.",
+                type(error).__name__,
+                ", ".join(f"step {step}" for step in sorted(steps)),
+            )
 
     def wait(self, *, show_progress: bool = False) -> None:
         """Finalizes what is closed, drops what is open, and waits until nothing is under way."""
@@ -307,6 +394,23 @@ class Run:
             logger.warning("Left %s unfinished, for the next run.", checkpoint.path)
             checkpoint.tell_others()
         self.wait()
+        self._end_life_if_over()
+
+    def _end_life_if_over(self) -> None:
+        with self._lock:
+            if not (self._members or self._open or self.finalizer.steps_under_way):
+                self.has_begun = False
+                self._life.end()
+
+    def _begin(self, member: Member) -> OSError | None:
+        """Begins to train; returns why that fails, where the callback only logs what fails."""
+        try:
+            self.recover(begins=True)
+        except OSError as error:
+            if member.failures.are_raised or isinstance(error, fp.CheckpointInUseError):
+                raise
+            return error
+        return None
 
     def _others(self) -> list[Run]:
         """Returns the other runs of this process in the same directory."""
@@ -322,15 +426,16 @@ class Run:
                 if before is not None and checkpoint.step >= before:
                     continue
                 if checkpoint.is_closed:
-                    self._finish(checkpoint, {})
+                    self._finish(checkpoint)
                 else:
                     del self._open[checkpoint.step]
                     self.finalizer.drop(checkpoint)
 
-    def _finish(self, checkpoint: Checkpoint, metrics: Mapping[str, Any]) -> None:
+    def _finish(self, checkpoint: Checkpoint) -> None:
         # It is there no more if another run of this process has begun meanwhile.
         if self._open.pop(checkpoint.step, None) is not None:
-            self.finalizer.finalize(checkpoint, metrics)
+            metrics = self._metrics.of(checkpoint.step)
+            self.finalizer.finalize(checkpoint, metrics, known=frozenset(self._metrics.names))
 
 
 class Runs:

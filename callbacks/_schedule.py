@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
+from flax_partial.callbacks.policies import (
+    BestN,
+    EveryInterval,
+    EveryNSteps,
+    LatestN,
+    Policy,
+    check_count,
+    check_interval,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from datetime import timedelta
+
+    from flax_partial.callbacks.policies import Mode, SavedStep
+
+_ALL = -1  # as `save_top_k`
+# Words in the name of a metric that say which is better.
+_LARGER = re.compile(
+    "acc|accuracy|auc|bleu|cosine|dice|f1|fbeta|fmeasure|iou|precision|psnr|r2|recall|reward|rouge|"
+    "score|similarity|ssim"
+)
+_SMALLER = re.compile(
+    "bce|bpb|bpc|cer|crossentropy|divergence|entropy|error|fid|hinge|kl|logcosh|loss|mae|mape|mse|"
+    "msle|nll|perplexity|poisson|ppl|rmse|wer"
+)
 
 
 @dataclass(frozen=True)
@@ -33,9 +56,9 @@ class Schedule:
             saved.
           TypeError: The interval is no `timedelta`.
         """
-        _check_count("every_n_epochs", self.every_n_epochs)
-        _check_count("every_n_train_steps", self.every_n_train_steps)
-        _check_interval("train_time_interval", self.train_time_interval)
+        check_count("every_n_epochs", self.every_n_epochs)
+        check_count("every_n_train_steps", self.every_n_train_steps)
+        check_interval("train_time_interval", self.train_time_interval)
         periods = (self.every_n_epochs, self.every_n_train_steps, self.train_time_interval)
         if all(period is None for period in periods):
             raise ValueError(
@@ -54,119 +77,133 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints of a directory to keep.
+    """Which checkpoints of a directory to keep, and by which metric the best is known.
 
     Attributes:
-      keep_last: Keep this many of the newest; None: see `save_top_k`.
-      monitor: Name of the metric that scores a checkpoint.
+      policies: What any of them keeps is kept, and the newest always is; none: all are kept.
+      monitor: Name of the metric that scores a checkpoint; None if nothing does.
       mode: Whether the best score is the smallest ("min") or the largest ("max").
-      save_top_k: Keep this many of the best; None: see `keep_last`.
-      keep_every_n_steps: Keep the first checkpoint at or after each n-th step, too.
-      keep_time_interval: Keep the oldest checkpoint too, and after it always the first that is
-        finalized so much later than the one kept before.
-
-    What any of these keeps is kept. Without any, everything is; with any, the newest always.
     """
 
-    keep_last: int | None = None
+    policies: tuple[Policy, ...] = ()
     monitor: str | None = None
-    mode: Literal["min", "max"] = "min"
-    save_top_k: int | None = None
-    keep_every_n_steps: int | None = None
-    keep_time_interval: timedelta | None = None
+    mode: Mode = "min"
 
-    def __post_init__(self) -> None:
-        """Checks the values.
+    @classmethod
+    def of(
+        cls,
+        *,
+        keep: Policy | Iterable[Policy] | None,
+        keep_last: int | None,
+        monitor: str | None,
+        mode: Literal["min", "max", "auto"],
+        save_top_k: int | None,
+        keep_every_n_steps: int | None,
+        keep_time_interval: timedelta | None,
+    ) -> Retention:
+        """Takes the options of a callback.
 
         Raises:
-          ValueError: A count is below 1, an interval not positive, `mode` is unknown, or there is
-            no metric to rank by.
-          TypeError: An interval is no `timedelta`.
+          ValueError: A count is below 1, an interval not positive, `mode` is unknown or says
+            something else than a policy, or there is no metric to rank by.
+          TypeError: An interval is no `timedelta`, or `keep` no policy.
         """
-        _check_count("keep_every_n_steps", self.keep_every_n_steps)
-        _check_interval("keep_time_interval", self.keep_time_interval)
-        _check_count("keep_last", self.keep_last)
-        _check_count("save_top_k", self.save_top_k)
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"mode is {self.mode!r}; it must be 'min' or 'max'.")
-        if self.save_top_k is not None and self.monitor is None:
-            raise ValueError(
-                f"save_top_k={self.save_top_k} needs a score to rank by. Pass monitor=, the name "
-                "of one of the trainer's callback_metrics."
-            )
+        check_count("keep_last", keep_last)
+        check_count("save_top_k", None if save_top_k == _ALL else save_top_k)
+        check_count("keep_every_n_steps", keep_every_n_steps)
+        check_interval("keep_time_interval", keep_time_interval)
+        policies = [*_policies(keep)]
+        monitor, known = _scored_by(policies, monitor, mode)
+        if keep_last is not None:
+            policies.append(LatestN(keep_last))
+        if save_top_k not in (None, _ALL):
+            if monitor is None:
+                raise ValueError(
+                    f"save_top_k={save_top_k} needs a score to rank by. Pass monitor=, the name "
+                    "of one of the trainer's callback_metrics."
+                )
+            policies.append(BestN(save_top_k, monitor, known))
+        if keep_every_n_steps is not None:
+            policies.append(EveryNSteps(keep_every_n_steps))
+        if keep_time_interval is not None:
+            policies.append(EveryInterval(keep_time_interval))
+        return cls(() if save_top_k == _ALL else tuple(policies), monitor, known)
 
     @property
     def removes(self) -> bool:
         """Whether any checkpoint is ever removed."""
-        kept = (self.keep_last, self.save_top_k, self.keep_every_n_steps, self.keep_time_interval)
-        return any(rule is not None for rule in kept)
+        return bool(self.policies)
 
     @property
     def looks_inside(self) -> bool:
         """Whether it takes more than the steps to tell what is removed."""
-        return self.save_top_k is not None or self.keep_time_interval is not None
+        return any(getattr(policy, "looks_inside", True) for policy in self.policies)
 
-    def ranked(self, steps: Iterable[int], scores: Mapping[int, float]) -> list[int]:
-        """Steps from best to worst, equals newest first; those without a score come last."""
-        sign = 1 if self.mode == "min" else -1
+    @property
+    def modes(self) -> dict[str, Mode]:
+        """Metrics by which checkpoints are ranked, each with its mode."""
+        ranking = (policy for policy in self.policies if isinstance(policy, BestN))
+        found = {policy.monitor: policy.mode for policy in ranking}
+        return found if self.monitor is None else found | {self.monitor: self.mode}
 
-        def rank(step: int) -> tuple[bool, float, int]:
-            return (step not in scores, sign * scores.get(step, 0.0), -step)
+    @property
+    def about_unranked(self) -> str:
+        """Says what becomes of checkpoints without a score; "" if the score decides nothing."""
+        numbers = [policy.max_unranked for policy in self.policies if isinstance(policy, BestN)]
+        if not numbers:
+            return ""
+        return f" It is not ranked; of such checkpoints the {max(numbers)} newest are kept."
 
-        return sorted(steps, key=rank)
-
-    def expired(
-        self,
-        steps: Iterable[int],
-        scores: Mapping[int, float] | None = None,
-        times: Mapping[int, float] | None = None,
-    ) -> list[int]:
-        """Steps to remove, oldest first; never the newest.
-
-        Args:
-          steps: All finalized steps of the directory.
-          scores: Step to score; those without one rank last.
-          times: Step to when it was finalized, in seconds; those without are not kept by time.
-        """
-        ordered = sorted(steps)
-        if not self.removes:
+    def expired(self, saved: Sequence[SavedStep]) -> list[int]:
+        """Returns the steps to remove, of checkpoints ordered by step; never the newest."""
+        if not self.policies or not saved:
             return []
-        kept = set(ordered[-(self.keep_last or 1) :])
-        kept |= set(self.ranked(ordered, scores or {})[: self.save_top_k or 0])
-        kept |= self._kept_by_steps(ordered)
-        kept |= self._kept_by_time(ordered, times or {})
-        return [step for step in ordered if step not in kept]
-
-    def _kept_by_steps(self, ordered: Iterable[int]) -> set[int]:
-        """Whether a step is kept depends on no later one: what is kept once is kept for good."""
-        if self.keep_every_n_steps is None:
-            return set()
-        first: dict[int, int] = {}
-        for step in ordered:
-            first.setdefault(step // self.keep_every_n_steps, step)
-        return {step for period, step in first.items() if period > 0}
-
-    def _kept_by_time(self, ordered: Iterable[int], times: Mapping[int, float]) -> set[int]:
-        if self.keep_time_interval is None:
-            return set()
-        kept: set[int] = set()
-        due = -math.inf
-        for step in ordered:
-            if step in times and times[step] >= due:
-                kept.add(step)
-                due = times[step] + self.keep_time_interval.total_seconds()
-        return kept
+        kept = {saved[-1].step}.union(*(policy.keep(saved) for policy in self.policies))
+        return [one.step for one in saved if one.step not in kept]
 
 
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1, or None.")
+def direction(monitor: str | None, mode: Literal["min", "max", "auto"]) -> Mode:
+    """Returns whether the best score is the smallest or the largest; "auto" asks its name.
+
+    Raises:
+      ValueError: `mode` is none of these, or the name does not say it.
+    """
+    if mode not in ("min", "max", "auto"):
+        raise ValueError(f"mode is {mode!r}; it must be 'min', 'max' or 'auto'.")
+    if mode != "auto":
+        return mode
+    words = re.split(r"[^a-z0-9]+", (monitor or "loss").lower())
+    is_larger, is_smaller = (any(map(one.fullmatch, words)) for one in (_LARGER, _SMALLER))
+    if is_larger == is_smaller:
+        raise ValueError(
+            f"mode='auto' cannot tell by its name whether {monitor!r} is better small or large. "
+            "Pass mode='min' or mode='max'."
+        )
+    return "max" if is_larger else "min"
 
 
-def _check_interval(name: str, value: timedelta | None) -> None:
-    if value is None:
-        return
-    if not isinstance(value, timedelta):
-        raise TypeError(f"{name} is {value!r}; it must be a datetime.timedelta, or None.")
-    if value <= timedelta(0):
-        raise ValueError(f"{name} is {value}; it must be longer than nothing, or None.")
+def _scored_by(
+    policies: Sequence[Policy], monitor: str | None, mode: Literal["min", "max", "auto"]
+) -> tuple[str | None, Mode]:
+    """Returns the metric that scores checkpoints, and its mode: as given, or the first policy's."""
+    ranking = [policy for policy in policies if isinstance(policy, BestN)]
+    if monitor is None and ranking:
+        return ranking[0].monitor, ranking[0].mode
+    known = direction(monitor, mode)
+    for policy in ranking:
+        if policy.monitor == monitor and policy.mode != known:
+            raise ValueError(
+                f"mode={mode!r} ranks by {monitor!r} the other way than {policy}. Leave out "
+                f"monitor=, or pass mode={policy.mode!r}."
+            )
+    return monitor, known
+
+
+def _policies(keep: Policy | Iterable[Policy] | None) -> tuple[Policy, ...]:
+    if keep is None:
+        return ()
+    policies = tuple(keep) if isinstance(keep, Iterable) else (keep,)
+    for policy in policies:
+        if isinstance(policy, type) or not callable(getattr(policy, "keep", None)):
+            raise TypeError(f"keep holds {policy!r}, which is no policy: it has no method keep.")
+    return policies

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import jax
 
 import flax_partial as fp
 
 if TYPE_CHECKING:
+    import os
     from pathlib import Path
 
 # Where most nodes of a tree come from: dicts and lists, and arrays.
@@ -24,6 +25,21 @@ Progress = Callable[[int, int], None]
 
 StateFn = Callable[[Any, Any], Any]
 """From trainer and module to the tree that is saved; NNX objects may stand in it."""
+
+
+class LoadOptions(TypedDict, total=False):
+    """What target and checkpoint need not have in common, as of `fp.load`."""
+
+    partial: bool
+    keep_missing: bool
+    cast: bool
+
+
+class RestoreOptions(LoadOptions, total=False):
+    """What `PartialCheckpointCallback.restore` takes beside the target."""
+
+    which: str | int | os.PathLike[str]
+    discard_later: bool
 
 
 def take(trainer: Any, module: Any, state_fn: StateFn | None) -> Any:
@@ -53,18 +69,18 @@ def pure(tree: Any) -> Any:
     return jax.tree.map(lambda node: _pure(nnx, node), tree, is_leaf=_is_nnx)
 
 
-def load(path: Path, target: Any, *, progress: Progress | None = None) -> Any:
+def load(path: Path, target: Any, options: LoadOptions, *, progress: Progress | None = None) -> Any:
     """Loads what `target` names; NNX objects in it are updated in place, and returned themselves.
 
     Raises:
-      TargetMismatchError: The checkpoint lacks a leaf of the target, or has it with another shape
-        or dtype; nothing was updated.
+      TargetMismatchError: Target and checkpoint differ in what `options` do not allow; nothing was
+        updated.
     """
     if target is None:
         return fp.load(path, progress=progress)
     if _is_nnx(target):
-        return load(path, {"params": target}, progress=progress)["params"]
-    loaded = fp.load(path, target=pure(target), partial=True, progress=progress)
+        return load(path, {"params": target}, options, progress=progress)["params"]
+    loaded = fp.load(path, target=pure(target), progress=progress, **options)
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return loaded

@@ -5,13 +5,15 @@ blaxbird asks nothing of a hook but to be called, so nothing of blaxbird is impo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
+
+    from flax_partial.callbacks._state import RestoreOptions
 
 
 class BlaxbirdCheckpoint(LoopCheckpoint):
@@ -41,19 +43,26 @@ class BlaxbirdCheckpoint(LoopCheckpoint):
         """
         self._loop = Loop(directory, lambda: self._state, {"every_n_epochs": None} | options)
         self._state: Any = None
-        self._steps_before = 0
+        self._steps_before = 0  # this run
+        self._step_of_run = 0
 
-    def restore(self, optimizer: Any) -> int:
+    def restore(self, optimizer: Any, **options: Unpack[RestoreOptions]) -> int:
         """Restores the optimizer, and the model in it, from the newest checkpoint, in place.
+
+        Args:
+          optimizer: An NNX optimizer that knows its model.
+          options: What `PartialCheckpointCallback.restore` takes beside the target: `which`,
+            `partial`, `keep_missing`, `cast`, `discard_later`.
 
         Returns:
           Steps done: 0 where there is no checkpoint yet.
 
         Raises:
           TargetMismatchError: The checkpoint does not fit; nothing was updated.
+          CheckpointExistsError: It is older than the newest, and `discard_later` is False.
         """
-        self._loop.restore(_state_of(optimizer.model, optimizer))
-        self._steps_before = self._loop.trainer.global_step
+        self._loop.restore(_state_of(optimizer.model, optimizer), **options)
+        self._steps_before, self._step_of_run = self._loop.trainer.global_step, 0
         return self._steps_before
 
     def __call__(
@@ -68,7 +77,10 @@ class BlaxbirdCheckpoint(LoopCheckpoint):
           metrics: What `monitor` may rank by, such as "val/loss".
         """
         self._state = _state_of(model, optimizer)
+        if step <= self._step_of_run:  # another run, which counts from 1 again
+            self._steps_before = self._loop.trainer.global_step
         self._loop.step(self._steps_before + step, metrics)
+        self._step_of_run = step
 
 
 def _state_of(model: Any, optimizer: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ CLU's module of them imports TensorFlow, which CLU does not ask for: the extra `
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from flax_partial.callbacks import _extras
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint
@@ -17,6 +17,8 @@ from clu.periodic_actions import PeriodicAction
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Mapping
+
+    from flax_partial.callbacks._state import RestoreOptions
 
 
 class CluCheckpoint(LoopCheckpoint, PeriodicAction):
@@ -70,13 +72,20 @@ class CluCheckpoint(LoopCheckpoint, PeriodicAction):
         self._state: Any = None
         self._metrics: Mapping[str, Any] | None = None
 
-    def restore(self, state: Any) -> tuple[Any, int]:
+    def restore(self, state: Any, **options: Unpack[RestoreOptions]) -> tuple[Any, int]:
         """The newest checkpoint's state, or `state` where there is none, and the step to do next.
 
+        Args:
+          state: What to load, in shape. NNX objects in it are updated in place.
+          options: What `PartialCheckpointCallback.restore` takes beside the target: `which`,
+            `partial`, `keep_missing`, `cast`, `discard_later`.
+
         Raises:
-          TargetMismatchError: The checkpoint does not fit `state`; nothing was updated.
+          TargetMismatchError: The checkpoint does not fit; nothing was updated.
+          CheckpointExistsError: It is older than the newest, and `discard_later` is False.
         """
-        restored = self._loop.restore(state)
+        restored = self._loop.restore(state, **options)
+        self._previous_step = self._last_step = None  # CLU demands that each step follows the last
         return (state if restored is None else restored), self._loop.trainer.global_step + 1
 
     def __call__(
@@ -96,8 +105,12 @@ class CluCheckpoint(LoopCheckpoint, PeriodicAction):
           metrics: What `monitor` may rank by; the numbers of it are stored with the checkpoint.
         """
         self._state, self._metrics = state, metrics
+        before = self._last_step
         try:
             return bool(super().__call__(step, t))
+        except Exception:
+            self._last_step = before  # so that the call may be repeated
+            raise
         finally:
             self._state = self._metrics = None
 

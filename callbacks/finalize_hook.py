@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flax_partial.callbacks._copies import Copyable
 from flax_partial.callbacks._run import Runs
 
 if TYPE_CHECKING:
     from flax_partial.callbacks._reports import CheckpointReport
 
 
-class FinalizeHook:
+class FinalizeHook(Copyable):
     """Shared by the callbacks that save into the same checkpoints: finalizes each of them once.
 
     Callbacks that save into one directory share one hook. It is never called by a trainer.
@@ -25,7 +26,8 @@ class FinalizeHook:
 
         Args:
           timeout_secs: For how many seconds a checkpoint waits, in the background, for the other
-            processes to save their part of it; then it is given up.
+            processes to save their part of it; then it is given up. For as long they wait for one
+            another where they recover a directory, or for somebody else who does.
         """
         self.runs = Runs(timeout_secs)  # for its callbacks
 

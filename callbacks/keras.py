@@ -6,11 +6,13 @@ What is saved is Keras's own tree of a model, `model.get_state_tree()`: trainabl
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
 from flax_partial.callbacks import _extras
-from flax_partial.callbacks.loop import Loop, LoopCheckpoint
+from flax_partial.callbacks._state import RestoreOptions
+from flax_partial.callbacks.loop import Loop, LoopCheckpoint, resume_options, resuming
 
 _extras.need("keras", extra="keras")
 
@@ -18,6 +20,7 @@ import keras
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
 
 
 _METRICS = "metrics_variables"  # sums that Keras starts anew with each epoch, of its own accord
@@ -36,19 +39,26 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, resume: bool = True, **options: Any
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        resume: bool | RestoreOptions = True,
+        **options: Any,
     ) -> None:
         """Prepares a callback; nothing is written before training begins.
 
         Args:
           directory: A run's directory, which holds a checkpoint a step.
           resume: Whether `fit` goes on from the newest checkpoint, where it has a later step than
-            the model.
-          options: What else `PartialCheckpointCallback` takes, but for `state_fn`.
+            the model. Or from which, and how: a dict of what `PartialCheckpointCallback.restore`
+            takes beside the target, such as `{"which": 60, "discard_later": True}`; with `which`,
+            whatever the step of the model is.
+          options: What else `PartialCheckpointCallback` takes, but for `state_fn`; `mode` is "auto"
+            by default, as it is in Keras.
 
         Raises:
           RuntimeError: Keras runs on another backend than JAX.
-          TypeError: There is no such option.
+          TypeError: There is no such option, or none such of `resume`.
           ValueError: An option has a value that makes no sense, alone or with another.
         """
         super().__init__()
@@ -57,8 +67,8 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
                 f"Keras runs on {keras.backend.backend()!r}. Set KERAS_BACKEND=jax before keras is "
                 "imported: what is checkpointed here are arrays of JAX."
             )
-        self._loop = Loop(directory, self._state, options)
-        self._resumes = resume
+        self._loop = Loop(directory, self._state, {"mode": "auto"} | options)
+        self._resume = resume_options(resume)
         self._step_of_epoch = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -66,12 +76,15 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
 
         Raises:
           TargetMismatchError: The checkpoint does not fit the model; nothing was updated.
+          CheckpointExistsError: It is older than the newest.
         """
         step = int(self.model.optimizer.iterations)
         self._loop.start(step)
-        newest = fp.latest(self.callback.directory)
-        if self._resumes and newest is not None and int(newest.name) > step:
-            self._resume()
+        if self._resume is None:
+            return
+        is_later = max(fp.steps(self.callback.directory), default=0) > step
+        if is_later or "which" in self._resume:
+            self._go_on(self._resume)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Remembers the step before the epoch."""
@@ -79,10 +92,16 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         self._loop.trainer.current_epoch = epoch
         self._step_of_epoch = self._loop.trainer.global_step
 
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Finalizes what has waited for its score."""
+        self._loop.begin_step()
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves the step if it is to be saved."""
-        is_last = batch + 1 == self.params.get("steps")
-        self._loop.step(self._step_of_epoch + batch + 1, logs, is_last_batch=is_last)
+        steps = self.params.get("steps")
+        # Of several in one execution, Keras names the last there could have been.
+        done = batch + 1 if steps is None else min(batch + 1, steps)
+        self._loop.step(self._step_of_epoch + done, logs, is_last_batch=done == steps)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Saves if that is due, and finalizes with the metrics of the epoch, validation's too."""
@@ -100,10 +119,25 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         epochs_done = trainer.current_epoch + trainer.is_last_batch
         return {root: tree[root] for root in tree if root != _METRICS} | {_EPOCHS: epochs_done}
 
-    def _resume(self) -> None:
-        tree = self._loop.restore(self._state())
-        self._set_initial_epoch(tree.pop(_EPOCHS))
-        self.model.set_state_tree(tree)
+    def _go_on(self, options: RestoreOptions) -> None:
+        with resuming(), _hinted():
+            tree = self._loop.restore(self._state(), **options)
+        if tree is not None:
+            self._set_initial_epoch(tree.pop(_EPOCHS))
+            self.model.set_state_tree(tree)
+            self._resume = RestoreOptions()  # to go back once is enough
 
     def _set_initial_epoch(self, epoch: int | None) -> None:
         self.model._initial_epoch = epoch  # noqa: SLF001 - as Keras's own BackupAndRestore does
+
+
+@contextlib.contextmanager
+def _hinted() -> Iterator[None]:
+    """Says in an error what Keras does to the names of a model that is built again."""
+    try:
+        yield
+    except fp.TargetMismatchError as error:
+        raise fp.TargetMismatchError(
+            f"{error}\nKeras numbers names on (adam_1) if a model is built again in one process: "
+            "call keras.utils.clear_session() before it is built, or name layers and optimizers."
+        ) from error

@@ -7,13 +7,17 @@ the loop has done.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+import contextlib
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
+import flax_partial as fp
+from flax_partial.callbacks._copies import Copyable
+from flax_partial.callbacks._state import RestoreOptions
 from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
 
@@ -70,33 +74,51 @@ class Loop:
     def start(self, step: int) -> None:
         """Begins, with so many steps done, and recovers what an ended run left."""
         self.trainer.global_step = step
-        self._has_epochs = False
+        self.trainer.callback_metrics = {}
+        self.trainer.is_last_batch = self._has_epochs = False
         self.checkpoints.setup(self.trainer, None, "fit")
         self.checkpoints.on_fit_start(self.trainer, None)
         self.is_running = True
 
-    def restore(self, target: Any) -> Any:
-        """Goes on at the newest checkpoint, and returns its state; None where there is none."""
+    def restore(self, target: Any, **options: Unpack[RestoreOptions]) -> Any:
+        """Goes on at a checkpoint, and returns its state; None where there is none yet."""
         self._start_if_new()
-        restored = self.checkpoints.restore(target)
+        restored = self.checkpoints.restore(target, **options)
         if restored is None:
             return None
         state, self.trainer.global_step = restored
+        if self.checkpoints.restored is not None:
+            self.trainer.current_epoch = self.checkpoints.restored.epochs_done
         self.checkpoints.on_train_start(self.trainer, None)
         return state
 
     def step(
         self, step: int, metrics: Mapping[str, Any] | None, *, is_last_batch: bool = False
     ) -> None:
-        """Reports that a step has ended, and how many are done now."""
+        """Reports that a step has ended, and how many are done now: as before where it raises."""
         self._start_if_new()
-        self.trainer.global_step = step
+        before, self.trainer.global_step = self.trainer.global_step, step
         self.trainer.is_last_batch = is_last_batch
         self.trainer.callback_metrics = dict(metrics or {})
-        self.checkpoints.on_train_batch_end(self.trainer, None, None, None, step)
+        try:
+            self.checkpoints.on_train_batch_end(self.trainer, None, None, None, step)
+        except Exception:
+            self.trainer.global_step = before
+            raise
+
+    def begin_step(self) -> None:
+        """Reports that the next step begins: no more metrics will come for the one before."""
+        if self.is_running:
+            step = self.trainer.global_step
+            self.checkpoints.on_train_batch_start(self.trainer, None, None, step)
+
+    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Reports more metrics of the step that ended last, such as those of a validation."""
+        self.trainer.callback_metrics = {**self.trainer.callback_metrics, **metrics}
+        self.checkpoints.on_validation_end(self.trainer, None)
 
     def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None) -> None:
-        """Reports that an epoch is done; without metrics, those of its last step count."""
+        """Reports that an epoch is done; its metrics add to those of its last step."""
         self._has_epochs = True
         self.trainer.current_epoch = epoch
         self.trainer.is_last_batch = True
@@ -116,7 +138,7 @@ class Loop:
         self.is_running = False
         try:
             if error is None and not self._has_epochs:
-                self.end_epoch(0, None)
+                self.end_epoch(self.trainer.current_epoch, None)
             if error is None:
                 self.checkpoints.on_train_end(self.trainer, None)
         except BaseException as failure:
@@ -128,10 +150,37 @@ class Loop:
 
     def _start_if_new(self) -> None:
         if not self.is_running:
-            self.start(0)
+            self.start(self.trainer.global_step)
 
 
-class LoopCheckpoint:
+def resume_options(resume: object) -> RestoreOptions | None:
+    """Takes `resume=` of the loops that restore by themselves; None if they are not to.
+
+    Raises:
+      TypeError: It is something else, or `restore` has no such option.
+    """
+    if isinstance(resume, bool):
+        return RestoreOptions() if resume else None
+    known = RestoreOptions.__optional_keys__
+    if not isinstance(resume, dict) or resume.keys() - known:
+        raise TypeError(
+            f"resume={resume!r}: it must be a bool, or a dict of what `restore` takes: "
+            f"{', '.join(sorted(known))}."
+        )
+    return cast("RestoreOptions", resume)
+
+
+@contextlib.contextmanager
+def resuming() -> Iterator[None]:
+    """Says in errors how a loop that restores by itself is given the options they name."""
+    try:
+        yield
+    except (fp.TargetMismatchError, fp.CheckpointExistsError) as error:
+        error.add_note("Options are given where the callback is made, as resume={'cast': True}.")
+        raise
+
+
+class LoopCheckpoint(Copyable):
     """Base of every adapter: owns a callback, and is a context manager around the loop.
 
     Where the block ends well, it waits until every checkpoint is finalized. Where it ends by an

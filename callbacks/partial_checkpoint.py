@@ -11,27 +11,35 @@ counts before or after it streams.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import signal
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import flax_partial as fp
 from flax_partial.callbacks import _directory, _state
 from flax_partial.callbacks._behind import WHEN_BEHIND
 from flax_partial.callbacks._clock import Clock
+from flax_partial.callbacks._copies import Copyable
 from flax_partial.callbacks._finished import Finished
 from flax_partial.callbacks._groups import Grouping
+from flax_partial.callbacks._leaves import flatten
 from flax_partial.callbacks._member import Failures, Member
 from flax_partial.callbacks._metrics import send
+from flax_partial.callbacks._preemption import check_signals
+from flax_partial.callbacks._restored import Progress, progress_of
 from flax_partial.callbacks._schedule import Retention, Schedule
+from flax_partial.callbacks._stateful import Extras
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.progress import Bar
+from flax_partial.runs.directory import checked, probably_meant
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from datetime import timedelta
+    from pathlib import Path
 
     from flax_partial.callbacks._claims import Claims
     from flax_partial.callbacks._groups import GroupBy
@@ -39,11 +47,26 @@ if TYPE_CHECKING:
     from flax_partial.callbacks._metrics import OnMetrics
     from flax_partial.callbacks._reports import CheckpointReport
     from flax_partial.callbacks._stacked import Stacked
+    from flax_partial.callbacks.policies import Policy
 
 logger = logging.getLogger(__name__)
 
+_HookT = TypeVar("_HookT", bound="Callable[..., None]")
+_STEP_LEAF = "checkpoint_step"  # that earlier versions added to the tree, for themselves
 
-class PartialCheckpointCallback:
+
+def in_training(hook: _HookT) -> _HookT:
+    """Has a hook do nothing while `setup` has said that nothing is trained in earnest."""
+
+    @functools.wraps(hook)
+    def run(self: PartialCheckpointCallback, *arguments: Any, **named: Any) -> None:
+        if not self.is_idle:
+            hook(self, *arguments, **named)
+
+    return cast("_HookT", run)
+
+
+class PartialCheckpointCallback(Copyable):
     """Checkpoints a training loop group by group, into `directory/<step>/`.
 
     A trainer that can stream calls `on_layer_ready` and `on_optimizer_state_ready` in each step,
@@ -66,8 +89,11 @@ class PartialCheckpointCallback:
     of it as `fp.Slice`; the rows that it did not stream are taken when the step ends.
 
     Attributes:
-      directory: The run's directory.
+      directory: The run's directory; absolute.
       finalizer: The hook that finalizes.
+      restored: How far training was at the checkpoint that was restored last; None before.
+      is_idle: Whether a trainer that only validates, tests or predicts, or only tries whether all
+        runs (Lightning's `fast_dev_run`), has called `setup`: then no hook does anything.
     """
 
     def __init__(
@@ -80,13 +106,16 @@ class PartialCheckpointCallback:
         group_by: GroupBy | None = None,
         stacked: Stacked | None = None,
         state_fn: _state.StateFn | None = None,
+        keep: Policy | Iterable[Policy] | None = None,
+        extras: Mapping[str, Any] | None = None,
         keep_last: int | None = None,
         monitor: str | None = None,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["min", "max", "auto"] = "min",
         save_top_k: int | None = None,
         keep_every_n_steps: int | None = None,
         keep_time_interval: timedelta | None = None,
         save_on_preemption: bool = True,
+        preemption_signals: Iterable[int] = (signal.SIGTERM,),
         save_on_exception: bool = False,
         finalizer: FinalizeHook | None = None,
         options: fp.SaveOptions | None = None,
@@ -99,7 +128,7 @@ class PartialCheckpointCallback:
         """Prepares a callback; nothing is written before training begins.
 
         Args:
-          directory: A run's directory, which holds a checkpoint a step.
+          directory: A run's directory, which holds a checkpoint a step; `~` is the home directory.
           every_n_epochs: Save at the end of each n-th epoch; None for no epoch.
           every_n_train_steps: Save after each n-th step as well; None for none.
           train_time_interval: Save as well once so much time has gone by since the last save. Of
@@ -113,11 +142,23 @@ class PartialCheckpointCallback:
           state_fn: From trainer and module to the tree to save, in which NNX objects may stand; by
             default, an NNX module with `trainer.optimizer`, a Flax `TrainState`, or
             `trainer.state`.
-          keep_last: Keep so many of the newest checkpoints. Without this and the other three that
-            say what to keep, all are kept; with any of them, the newest and what any one keeps.
-          monitor: The one of the trainer's `callback_metrics` that scores a checkpoint.
-          mode: Whether the best score is the smallest or the largest.
-          save_top_k: Keep so many of the best checkpoints.
+          extras: From a name to an object with a state of its own, which is saved beside the arrays
+            and set by `restore`: an iterator of data with `get_state` and `set_state` (Grain's) or
+            `state_dict` and `load_state_dict`, `random` or `random.Random`, a NumPy generator, what
+            has `to_json` and `from_json`; or a pair of functions, one that returns a state and one
+            that takes it. Each process keeps its own.
+          keep: Policies that say which checkpoints to keep (`flax_partial.callbacks.policies`), one
+            or several. Without this and the other four that say what to keep, all are kept; with
+            any of them, the newest and what any one keeps.
+          keep_last: Keep so many of the newest checkpoints.
+          monitor: The one of the trainer's `callback_metrics` that scores a checkpoint. Only what
+            was set in a checkpoint's own step, or by a validation after it, is its score: a
+            checkpoint that lacks it waits for that until the next step begins. By default, that of
+            the first `BestN` of `keep`.
+          mode: Whether the best score is the smallest or the largest; "auto" tells by the words of
+            its name ("loss", "accuracy"), and refuses one that it does not know.
+          save_top_k: Keep so many of the best checkpoints, and the newest 5 whose score is not
+            known (`BestN` of `keep` takes another number). -1: all are kept, whatever else is said.
           keep_every_n_steps: Keep the first checkpoint at or after each n-th step.
           keep_time_interval: Keep the oldest checkpoint, and after it always the first that is
             finalized so much later than the one kept before.
@@ -125,6 +166,9 @@ class PartialCheckpointCallback:
             finished, finalize, and stop: by `trainer.should_stop = True`, or, where the trainer has
             no such attribute, `SystemExit(143)`. A handler that was there before is called then,
             in place of that exit. Listens from `on_fit_start` to the end of training.
+          preemption_signals: Which signals say that, such as `(SIGTERM, SIGUSR1)` where SLURM is
+            told to send one (`--signal=USR1@300`). Of another one the exit status is 128 and its
+            number, too.
           save_on_exception: When training fails, save the last step that was finished. Its arrays
             are kept until the next one is; if some were donated to the step under way, it cannot
             be saved, and that is logged.
@@ -148,36 +192,51 @@ class PartialCheckpointCallback:
             loaded, for longer than a second; none while a display of rich is running.
 
         Raises:
-          ValueError: An option has a value that makes no sense, alone or with another.
-          TypeError: `stacked` maps something else than names to numbers, or tuples of them.
+          ValueError: An option has a value that makes no sense, alone or with another; or
+            `directory` is a URL, or lies in a checkpoint.
+          TypeError: `stacked` maps something else than names to numbers, or tuples of them; or one
+            of `extras` has no state that can be got and set.
         """
         failures = Failures(on_save_error)
         if when_behind not in WHEN_BEHIND:
             raise ValueError(f"when_behind is {when_behind!r}; it must be 'wait' or 'skip'.")
-        self.directory = Path(directory)
+        self.directory = checked(directory)
         self.finalizer = finalizer or FinalizeHook()
         self._run = self.finalizer.runs.of(self.directory)
         self._grouping = Grouping(group_by, stacked or {})
         self._state_fn = state_fn
+        self._extras = Extras(extras or {})
         self._on_metrics = on_metrics
         self._save_on_exception = save_on_exception
-        key = f"{type(self).__qualname__}({every_n_epochs=}, {every_n_train_steps=}, {monitor=})"
+        where = str(self.directory)
+        options_of_key = f"{every_n_epochs=}, {every_n_train_steps=}, {monitor=}"
+        key = f"{type(self).__qualname__}({where!r}, {options_of_key})"
         self._member = Member(
             key=self.finalizer.runs.unique_key(key),
             schedule=Schedule(every_n_epochs, every_n_train_steps, train_time_interval),
             clock=None if train_time_interval is None else Clock(train_time_interval),
-            retention=Retention(
-                keep_last, monitor, mode, save_top_k, keep_every_n_steps, keep_time_interval
+            retention=Retention.of(
+                keep=keep,
+                keep_last=keep_last,
+                monitor=monitor,
+                mode=mode,
+                save_top_k=save_top_k,
+                keep_every_n_steps=keep_every_n_steps,
+                keep_time_interval=keep_time_interval,
             ),
             options=options,
             reuse_unchanged=reuse_unchanged,
             shows_progress=progress,
-            saves_on_preemption=save_on_preemption,
+            signals=check_signals(preemption_signals if save_on_preemption else ()),
             skips_when_behind=when_behind == "skip",
             failures=failures,
         )
+        self.restored: Progress | None = None
         self._finished: Finished | None = None
         self._step_before: int | None = None
+        self._epoch_began = 0  # steps done then
+        self._is_training = False
+        self.is_idle = False
 
     # What a trainer that streams calls.
 
@@ -208,24 +267,47 @@ class PartialCheckpointCallback:
     # Lightning's hooks.
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
-        """Joins the callbacks that share its hook."""
-        self._run.join(self._member)
+        """Joins the callbacks that share its hook, if there is training to come."""
+        self.is_idle = stage != "fit" or bool(getattr(trainer, "fast_dev_run", False))
+        if not self.is_idle:
+            self._run.join(self._member)
 
+    @in_training
     def on_fit_start(self, trainer: Any, module: Any) -> None:
-        """Finalizes or drops what an ended run has left, and removes what is not to be kept."""
-        with self._blocked("on_fit_start", trainer):
-            self._step_before = trainer.global_step
-            self._run.start(self._member, trainer.global_step)
+        """Finalizes or drops what an ended run has left.
 
+        Raises:
+          CheckpointExistsError: Training goes on from a step that was restored, and there are later
+            ones.
+          UnsupportedLeafError: The state of one of `extras` cannot be stored.
+        """
+        with self._blocked("on_fit_start", trainer):
+            step = trainer.global_step
+            self._extras.metadata()  # what is wrong with them is said now
+            if self.restored is not None and self.restored.step == step > 0:
+                _directory.check_none_later(self.directory, step)
+            elif step != self._member.last_saved:
+                self._epoch_began = step
+            self._step_before = step
+            self._run.start(self._member, step)
+            self._look(trainer)
+            self._is_training = True
+
+    @in_training
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Remembers the step that training, restored by now, starts from."""
         self._step_before = trainer.global_step
+        self._look(trainer)
 
+    @in_training
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        """Remembers the step before the batch."""
+        """Remembers the step before the batch; finalizes it if it was waiting for its score."""
         self._step_before = trainer.global_step
+        self._look(trainer)
+        self._run.finish_closed()
         self._run.recorder.step_began()
 
+    @in_training
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -233,33 +315,49 @@ class PartialCheckpointCallback:
         with self._blocked("on_train_batch_end", trainer):
             step, member = trainer.global_step, self._member
             is_new = step not in (self._step_before, member.last_saved)
-            if is_new and self._step_before is not None and member.failures.are_raised:
-                self._run.check_first_step(step)
+            if is_new and self._step_before is not None and not member.has_checked:
+                self._check(trainer, module, step)
+                member.has_checked = True
             self._run.advance(step)
+            self._look(trainer)
             self._reach(step, "on_train_batch_end")
             if self._is_due(trainer, step, epoch_ends=trainer.is_last_batch):
                 self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
             if self._save_on_exception:
-                self._finished = Finished.of(trainer, module, self._state_fn)
+                closing = self._closing(trainer, epoch_ends=trainer.is_last_batch)
+                self._finished = Finished.of(trainer, module, self._state_fn, closing)
                 member.has_finished_step = True
             self._step_before = step
             self._run.recorder.step_ended(step)
             self._stop_after_last(trainer, step)
 
+    @in_training
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        """Scores the checkpoint of the last finished step, if it was waiting for that."""
+        self._look(trainer)
+        if not trainer.is_last_batch:
+            self._run.finish_scored()
+
+    @in_training
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Finalizes; saves first where no batch was said to be the epoch's last."""
         with self._blocked("on_train_epoch_end", trainer):
             step = trainer.global_step
+            self._look(trainer)
             self._reach(step, "on_train_epoch_end")
             if self._is_due(trainer, step, epoch_ends=True):
                 self._save(trainer, module, step, epoch_ends=True)
-            self._run.end_epoch(trainer.callback_metrics)
+            self._run.finish_scored()
+            self._run.check_monitor(self._member)
+            self._epoch_began = step
             self._stop_after_last(trainer, step)
 
+    @in_training
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Waits until every checkpoint is finalized."""
         with self._blocked("on_train_end", trainer):
             step = trainer.global_step
+            self._look(trainer)
             self._reach(step, "on_train_end")
             member = self._member
             is_last = member.saves_on_preemption and self._run.preemption.is_due(step)
@@ -271,14 +369,17 @@ class PartialCheckpointCallback:
             finally:
                 self._end()
 
+    @in_training
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Lets saves in flight finish, and leaves what is not finalized to the next run.
 
         With `save_on_exception` it saves the last finished step before, if that can be had.
         """
+        self._is_training = False
         self._run.stop_listening(self._member)
+        self._run.say_what_is_finished(exception)
         if self._save_on_exception:
-            self._rescue(trainer)
+            self._rescue()
         self._run.end(self._member)
         self._finished = None
         if not (self._save_on_exception and self._run.awaits_members):
@@ -289,6 +390,7 @@ class PartialCheckpointCallback:
         except Exception:
             logger.exception("What checkpoints cost could not be reported.")
 
+    @in_training
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """Waits until every checkpoint is finalized."""
         with self._blocked("teardown", trainer):
@@ -328,7 +430,7 @@ class PartialCheckpointCallback:
     @property
     def last_model_path(self) -> str:
         """The newest finalized checkpoint of the directory; "" while there is none."""
-        return self._path_of(max(fp.steps(self.directory), default=None))
+        return str(fp.latest(self.directory) or "")
 
     @property
     def best_model_path(self) -> str:
@@ -339,69 +441,124 @@ class PartialCheckpointCallback:
         if self._member.retention.monitor is None:
             return self.last_model_path
         best = _directory.best(self.directory, self._member.retention)
-        return self._path_of(best[0] if best else None)
+        return str(best[1]) if best else ""
 
     @property
     def best_model_score(self) -> float | None:
         """The score that `best_model_path` was stored with; None without a score or a `monitor`."""
         best = _directory.best(self.directory, self._member.retention)
-        return best[1] if best else None
-
-    def _path_of(self, step: int | None) -> str:
-        return "" if step is None else str(self.directory / str(step))
+        return best[2] if best else None
 
     def recover(self) -> None:
         """Finalizes or drops what an ended run has left unfinished, as `on_fit_start` does."""
         self._run.recover()
 
+    @property
+    def epoch_began(self) -> int:
+        """Steps done when the epoch under way began."""
+        return self._epoch_began
+
     def restore(
-        self, target: Any = None, *, which: Literal["latest", "best"] | int = "latest"
+        self,
+        target: Any = None,
+        *,
+        which: str | int | os.PathLike[str] = "latest",
+        partial: bool = False,
+        keep_missing: bool = False,
+        cast: bool = False,
+        discard_later: bool = False,
     ) -> tuple[Any, int] | None:
         """Loads the newest or best checkpoint, or that of a step; recovers first.
 
-        The checkpoint stays, whatever is to be kept, until training has finalized a newer one.
+        The checkpoint stays, whatever is to be kept, until training has finalized a newer one. Once
+        training has begun (after `on_fit_start`), an older step than the newest is refused, unless
+        `discard_later`: what is trained from there would mix with the later ones. Before, it may be
+        looked at; training that then begins there is refused in `on_fit_start`.
 
         Args:
           target: What to load: a tree of arrays or `jax.ShapeDtypeStruct`, which decides structure,
-            dtypes and shardings and may lack leaves that the checkpoint has; an NNX module, or a
-            tree in which NNX objects stand (`{"params": model, "opt_state": optimizer}`), which
-            are updated in place; None for everything, as nested dicts and lists. What it lacks is
-            not read: `{"params": params}` loads the parameters only, and so does an NNX module.
-          which: "latest", "best" by `monitor` and `mode`, or a step.
+            dtypes and shardings; an NNX module, which is its "params", or a tree in which NNX
+            objects stand (`{"params": model, "opt_state": optimizer}`), which are updated in place;
+            None for everything, as nested dicts and lists.
+          which: "latest", "best" by `monitor` and `mode`, a step, or the path of a checkpoint,
+            wherever it lies.
+          partial: Whether `target`, or this callback's `extras`, may lack what the checkpoint has;
+            that is not read.
+          keep_missing: Whether the checkpoint may lack leaves of `target`, or `extras`; those stay
+            as they are.
+          cast: Whether a dtype that differs is converted; an error otherwise.
+          discard_later: Whether later checkpoints are removed, once this one is loaded.
 
         Returns:
           The state and its step; None if there is no checkpoint yet.
 
         Raises:
           ValueError: `which` is "best", and there is no `monitor`, or no checkpoint that has it.
-          NoSessionError: There is no checkpoint of the step that `which` is.
-          TargetMismatchError: The checkpoint does not fit `target`; nothing was updated.
+          NoSessionError: There is no checkpoint of the step, or at the path, that `which` is.
+          TargetMismatchError: It does not fit `target`, or `extras`; nothing was updated.
+          CheckpointExistsError: Training would go on from an older step than the newest.
+          CheckpointInUseError: A later one that is to be discarded is being read, or another run
+            trains in the directory.
         """
+        options = _state.LoadOptions(partial=partial, keep_missing=keep_missing, cast=cast)
         self.recover()
-        while True:
-            step = _directory.choose(self.directory, self._member.retention, which)
-            if step is None:
-                logger.info("There is no checkpoint in %s to restore.", self.directory)
-                return None
-            self._run.finalizer.resume(step)
+        while found := _directory.choose(self.directory, self._member.retention, which):
             try:
-                restored = self._load(self.directory / str(step), target)
+                return self._restore(*found, target, options, discard_later=discard_later)
             except fp.NoSessionError:
-                if step in fp.steps(self.directory):
+                if which not in ("latest", "best") or found[1].exists():
                     raise
-                continue  # another process has just removed it
-            self._member.last_saved = step
-            return restored, step
+                # another process has just removed it
+        logger.info(
+            "There is no checkpoint in %s to restore.%s",
+            self.directory,
+            probably_meant(self.directory),
+        )
+        return None
 
-    def _load(self, path: Path, target: Any) -> Any:
+    def _restore(
+        self,
+        step: int,
+        path: Path,
+        target: Any,
+        options: _state.LoadOptions,
+        *,
+        discard_later: bool,
+    ) -> tuple[Any, int]:
+        if self._is_training and not discard_later:
+            _directory.check_none_later(self.directory, step, path)
+        described = fp.metadata(path)
+        progress = progress_of(described.custom_metadata, step)
+        extras = self._extras.find(
+            described.custom_metadata,
+            partial=options["partial"] or target is None,
+            keep_missing=options["keep_missing"],
+        )
+        if _STEP_LEAF in described.leaves:
+            options = {**options, "partial": True}
+        self._run.go_on(step)
+        state = self._load(path, target, options)
+        self._extras.set(extras)
+        if discard_later:
+            self._run.check_is_alone()
+            _directory.discard(self.directory, step, path)
+        self._member.last_saved = step
+        self._epoch_began = step - progress.steps_of_epoch
+        self.restored = progress
+        logger.info("Restored step %d from %s.", step, path)
+        return state, step
+
+    def _load(self, path: Path, target: Any, options: _state.LoadOptions) -> Any:
         if not self._member.shows_progress:
-            return _state.load(path, target)
+            return _state.load(path, target, options)
         with contextlib.closing(Bar("Loading a checkpoint")) as bar:
-            return _state.load(path, target, progress=bar.update)
+            return _state.load(path, target, options, progress=bar.update)
 
     # How it saves.
 
     def _is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
+        if self.is_idle:
+            return False
         return self._run.is_due(self._member, step, trainer.current_epoch, epoch_ends=epoch_ends)
 
     @contextlib.contextmanager
@@ -434,15 +591,17 @@ class PartialCheckpointCallback:
         def take(claims: Claims) -> Any:
             return self._take(trainer, module, claims)
 
-        metrics = None if epoch_ends else trainer.callback_metrics
-        self._save_tree(take, step, trainer.current_epoch, metrics)
+        closing = self._closing(trainer, epoch_ends=epoch_ends)
+        self._save_tree(take, step, trainer.current_epoch, closing, epoch_ends=epoch_ends)
 
     def _save_tree(
         self,
         take: Callable[[Claims], Any],
         step: int,
         epoch: int,
-        metrics: Mapping[str, Any] | None,
+        closing: Mapping[str, Any],
+        *,
+        epoch_ends: bool,
     ) -> None:
         member = self._member
         checkpoint = self._run.open(member, step=step, epoch=epoch)
@@ -451,7 +610,36 @@ class PartialCheckpointCallback:
             groups = self._grouping.rest(take(checkpoint.claims), checkpoint.claims)
         except Exception as error:  # noqa: BLE001 - of state_fn, group_by, or a tree they cannot take
             checkpoint.fail(error, [member])
-        self._run.close(member, checkpoint, groups, epoch=epoch, metrics=metrics)
+        self._run.close(
+            member, checkpoint, groups, epoch=epoch, epoch_ends=epoch_ends, closing=closing
+        )
+
+    def _check(self, trainer: Any, module: Any, step: int) -> None:
+        """Finds what would fail when the first checkpoint is due, and raises or logs it.
+
+        Raises:
+          CheckpointExistsError: The directory holds this step, or a later one.
+          UnsupportedLeafError: No checkpoint can hold some leaf of the state.
+          Exception: What `state_fn` raises; or the directory cannot be made.
+        """
+        try:
+            self._run.check_is_newer(step)
+            is_due = self._is_due(trainer, step, epoch_ends=trainer.is_last_batch)
+            tree = None if is_due else _state.take(trainer, module, self._state_fn)
+            if tree is not None and flatten(tree):  # else it may be streamed, all of it
+                fp.check(tree)
+        except Exception as error:
+            if self._member.failures.are_raised:
+                error.add_note("No checkpoint is due yet; the first one would have failed so.")
+                raise
+            logger.exception("The first checkpoint of %s will fail.", self.directory)
+
+    def _closing(self, trainer: Any, *, epoch_ends: bool) -> Mapping[str, Any]:
+        """Returns what is saved of training after a step, beside the arrays."""
+        step, epoch = trainer.global_step, trainer.current_epoch
+        steps_of_epoch = 0 if epoch_ends else step - self._epoch_began
+        progress = Progress(step, epoch + epoch_ends, steps_of_epoch)
+        return {**progress.metadata, **self._extras.metadata()}
 
     def _take(self, trainer: Any, module: Any, claims: Claims) -> Any:
         tree = _state.take(trainer, module, self._state_fn)
@@ -462,16 +650,22 @@ class PartialCheckpointCallback:
             )
         return tree
 
-    def _rescue(self, trainer: Any) -> None:
+    def _rescue(self) -> None:
         """Saves the last finished step, and finalizes what is complete; training has failed."""
-        finished, metrics = self._finished, trainer.callback_metrics
+        finished = self._finished
         try:
             if finished is not None and finished.step not in (0, self._member.last_saved):
                 finished.check_is_there()
                 logger.warning("Training failed: step %d is saved before it ends.", finished.step)
                 self._run.rescued_step = finished.step
-                self._save_tree(lambda _: finished.tree, finished.step, finished.epoch, metrics)
-            self._run.end_epoch(metrics)
+                self._save_tree(
+                    lambda _: finished.tree,
+                    finished.step,
+                    finished.epoch,
+                    finished.closing,
+                    epoch_ends=False,
+                )
+            self._run.finish_closed()
         except Exception:
             logger.exception("The last finished step could not be saved.")
 
@@ -479,6 +673,9 @@ class PartialCheckpointCallback:
         if self._step_before is None:
             self._step_before = int(trainer.global_step)
         return self._step_before
+
+    def _look(self, trainer: Any) -> None:
+        self._run.look(trainer.global_step, trainer.callback_metrics)
 
     def _reach(self, step: int, hook: str) -> None:
         if self._member.saves_on_preemption:
@@ -489,11 +686,12 @@ class PartialCheckpointCallback:
         member, preemption = self._member, self._run.preemption
         if member.saves_on_preemption and preemption.is_last(member.key, step):
             for run in self.finalizer.runs:
-                run.end_epoch(trainer.callback_metrics)
+                run.finish_closed()
                 run.wait(show_progress=member.shows_progress)
             preemption.stop(trainer)
 
     def _end(self) -> None:
+        self._is_training = False
         self._run.wait(show_progress=self._member.shows_progress)
         self._run.end(self._member)
         self._finished = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from flax_partial.callbacks import _leaves
+    from flax_partial.callbacks._state import RestoreOptions
 
 StateT = TypeVar("StateT")
 
@@ -49,24 +50,41 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
         """Steps done so far, those before the restored checkpoint included."""
         return self._loop.trainer.global_step
 
-    def restore(self, state: StateT) -> StateT:
+    @property
+    def epochs_done(self) -> int:
+        """Epochs done so far: those that `end_epoch` was called for."""
+        return self._loop.trainer.current_epoch
+
+    @property
+    def steps_of_epoch(self) -> int:
+        """Steps done so far in the epoch under way."""
+        return self.steps_done - self.callback.epoch_began
+
+    def restore(self, state: StateT, **options: Unpack[RestoreOptions]) -> StateT:
         """The newest checkpoint's state, or `state` as it is where there is none yet.
+
+        Training goes on from there: `steps_done`, `epochs_done` and `steps_of_epoch` are what they
+        were. What is only to be looked at is loaded by `fp.load`.
 
         Args:
           state: What to load, in shape: it decides structure, dtypes and shardings. NNX objects in
             it are updated in place.
+          options: What `PartialCheckpointCallback.restore` takes beside the target: `which`,
+            `partial`, `keep_missing`, `cast`, `discard_later`.
 
         Raises:
           TargetMismatchError: The checkpoint does not fit; nothing was updated.
+          CheckpointExistsError: It is older than the newest, and `discard_later` is False.
         """
-        restored = self._loop.restore(state)
+        restored = self._loop.restore(state, **options)
         return state if restored is None else restored
 
     def step(self, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Reports that a step is done, and saves `state` if it is to be saved.
 
         Returns once the state may be donated to the next step; it need not be computed yet. What
-        failed in the background since the call before is raised here.
+        failed in the background since the call before is raised here. A call that raises has not
+        counted the step: it may be repeated.
 
         Args:
           state: The state after the step: a tree of arrays, in which NNX objects may stand.
@@ -75,12 +93,22 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
         self._state = state
         self._loop.step(self.steps_done + 1, metrics)
 
+    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Adds to the metrics of the step that was done last, such as those of a validation.
+
+        Where its checkpoint lacks its score it has waited for that; it waits until the next `step`.
+
+        Args:
+          metrics: As of `step`.
+        """
+        self._loop.add_metrics(metrics)
+
     def end_epoch(self, epoch: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Reports that an epoch is done, the first being 0, and saves if it is to be saved.
 
         Args:
           epoch: Which one.
-          metrics: Those of the whole epoch, as of `step`; by default those of its last step.
+          metrics: Those of the whole epoch, as of `step`; they add to those of its last step.
         """
         self._loop.end_epoch(epoch, metrics)
 

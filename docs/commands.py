@@ -1,4 +1,4 @@
-"""Writes docs/reference/commands.md: the commands and options of `flax-partial`, from its help.
+"""Writes docs/reference/commands.md: the commands and arguments of `flax-partial`, from its help.
 
 python docs/commands.py
 """
@@ -39,26 +39,30 @@ def commands() -> Iterator[argparse.ArgumentParser]:
 
 
 def section(command: argparse.ArgumentParser) -> str:
-    """A command: how it is called, what it does, its options."""
+    """A command: how it is called, what it does, its arguments, examples."""
     actions = [one for one in command._actions if one.dest not in ("help", "json")]  # noqa: SLF001
-    paths = [str(one.metavar) for one in actions if not one.option_strings]
-    options = [one for one in actions if one.option_strings]
+    paths = [called(one) for one in actions if not one.option_strings]
     name = (command.prog or "").split()[-1]
     call = " ".join([str(command.prog), *paths])
     text = f"\n## {name}\n\n`{call}`\n\n{command.description}\n"
-    if options:
-        text += "\n| option | |\n|---|---|\n" + "".join(map(row, options))
-    return text
+    text += "\n| argument | |\n|---|---|\n" + "".join(map(row, actions))
+    examples = "\n".join(line.strip() for line in str(command.epilog).splitlines()[1:])
+    return text + f"\n<!-- not run: examples of calls -->\n```sh\n{examples}\n```\n"
 
 
-def row(option: argparse.Action) -> str:
-    """A line of the table of options."""
-    value = option.metavar
-    if value is None and option.choices:
-        value = "{" + ",".join(map(str, option.choices)) + "}"
-    call = " ".join([*option.option_strings, *([str(value)] if value else [])])
-    said = (option.help or "") % vars(option)
-    return f"| `{call}` | {said.replace('*', chr(92) + '*')} |\n"
+def row(argument: argparse.Action) -> str:
+    """A line of the table of arguments and options."""
+    said = (argument.help or "") % vars(argument)
+    return f"| `{called(argument)}` | {said.replace('*', chr(92) + '*')} |\n"
+
+
+def called(argument: argparse.Action) -> str:
+    """An argument as a call has it: `PATH`, `SOURCE...`, `--mode {min,max}`."""
+    value = argument.metavar
+    if value is None and argument.choices:
+        value = "{" + ",".join(map(str, argument.choices)) + "}"
+    texts = [*argument.option_strings, *([str(value)] if value else [])]
+    return " ".join(texts) + ("..." if argument.nargs == argparse.ONE_OR_MORE else "")
 
 
 if __name__ == "__main__":

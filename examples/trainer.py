@@ -135,7 +135,8 @@ class Trainer:
             restore = getattr(callback, "restore", None)
             if restore is None:
                 continue
-            restored = restore(self.state)
+            # Of several processes each has its own stages, and wants no leaves of the others'.
+            restored = restore(self.state, partial=jax.process_count() > 1)
             if restored is not None:
                 state, self.resumed_at = restored
                 self.module.load_state(state)

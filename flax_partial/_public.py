@@ -32,7 +32,7 @@ from flax_partial.reports import (
     VerifyReport,
 )
 from flax_partial.saving.describe import Slice
-from flax_partial.saving.save import save, save_async
+from flax_partial.saving.save import check, save, save_async
 from flax_partial.sessions.handles import FinalizeHandle, SaveHandle
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "VerifyReport",
     "abort",
     "agree",
+    "check",
     "finalize",
     "finalize_async",
     "latest",

@@ -65,6 +65,11 @@ class ForkedProcessError(PartialCheckpointError, RuntimeError):
     """A call that writes, in a forked child of a process that had used JAX; nothing was written."""
 
 
+def how_to_install(extra: str) -> str:
+    """Says how to install what an extra of this package needs; the package is in no index."""
+    return f"pip install '.[{extra}]' in a checkout of flax_partial"
+
+
 def first_few(items: Iterable[str], *, most: int, count: int) -> list[str]:
     """Shortens a list for a message.
 
@@ -80,9 +85,14 @@ def first_few(items: Iterable[str], *, most: int, count: int) -> list[str]:
     return [*shown, f"and {count - most} more"] if count > most else shown
 
 
-def clear_frames(error: BaseException) -> None:
-    """Has an error, and those that it came from, refer to no local variable of what raised them."""
-    seen: set[int] = set()
+def clear_frames(error: BaseException, *, until: BaseException | None) -> None:
+    """Has an error, and those that it came from, refer to no local variable of what raised them.
+
+    Args:
+      error: The error.
+      until: The one that was being handled before, with which it has nothing to do, if any.
+    """
+    seen = {id(until)}
     left: list[BaseException | None] = [error]
     while left:
         one = left.pop()

@@ -1,7 +1,7 @@
 """What the public calls answer with: frozen records, no behaviour."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,7 @@ class CheckpointMetadata:
       started_at: When its first part was written, in seconds since the epoch.
       committed_at: When it was finalized, in seconds since the epoch.
       parts: Number of saves it was made of; 0 where Orbax wrote it.
+      left_out: Items of a checkpoint of Orbax's that are not read: name -> why not.
     """
 
     path: Path
@@ -160,6 +161,7 @@ class CheckpointMetadata:
     started_at: float
     committed_at: float
     parts: int
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """What lies in a run's directory: its checkpoints and unfinished sessions."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import flax_partial as fp
-from flax_partial.cli import places
+from flax_partial.cli import places, text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
+from flax_partial.loading import catalog
 from flax_partial.loading.catalog import is_finalized
 from flax_partial.storage import files, session_dir
 from flax_partial.storage.parts import part_names
-from flax_partial.storage.paths import CONTENTS, DELETED_SUFFIX, SESSION_SUFFIX, STATE
+from flax_partial.storage.paths import CONTENTS, SESSION_SUFFIX, STATE, CheckpointPath
 
 # What `CheckpointManager` of Orbax keeps beside a checkpoint's tree.
 _ORBAX_METRICS = Path("metrics", "metrics")
@@ -53,18 +55,30 @@ def directory(path: str) -> Path:
     Raises:
       WrongUseError: There is none.
     """
-    found = Path(path)
+    found = places.local(path)
     if not found.is_dir():
-        kind = "is not a directory" if found.exists() else "does not exist"
-        raise WrongUseError(f"{path} {kind}")
+        raise WrongUseError(f"{path} is not a directory" if found.exists() else absent(found))
     if found.resolve().name.endswith(SESSION_SUFFIX) or is_finalized(found):
         raise WrongUseError(f"{path} is a checkpoint, not a directory of them: use show or status")
     return found
 
 
+def of_run(path: str) -> list[Entry] | None:
+    """Reads what is in a run's directory; None where the path is that of a checkpoint, or nothing.
+
+    Raises:
+      WrongUseError: It cannot name a checkpoint.
+    """
+    found, where = places.local(path), places.resolve(path)
+    is_checkpoint = (found / STATE).exists() or session_dir.is_session(where)
+    if is_checkpoint or not found.is_dir() or is_finalized(found):
+        return None
+    return entries(found)
+
+
 def entries(directory: Path) -> list[Entry]:
     """Reads what is in a directory: by step, then by name."""
-    paths = (directory / name for name in files.listed(directory) if not _is_removed(name))
+    paths = (directory / name for name in files.listed(directory) if not places.is_removed(name))
     found = [entry for path in paths if path.is_dir() and (entry := _entry(path))]
     return sorted(found, key=lambda one: (one.step is None, one.step or 0, one.name))
 
@@ -80,17 +94,73 @@ def one_checkpoint(path: str, out: Output, state: str = places.FINALIZED) -> str
     Raises:
       WrongUseError: It cannot name a checkpoint, or is a run that has none in this state.
     """
-    found, where = Path(path), places.resolve(path)
-    if (found / STATE).exists() or session_dir.is_session(where) or is_finalized(found):
+    held = of_run(path)
+    if held is None:
+        require_something(path)
         return path
-    held = entries(found)
+    newest = _newest(path, held, state)
+    out.note(f"{path} is a run: its newest {state} checkpoint is {newest}")
+    return newest
+
+
+def no_run(path: str, state: str) -> CheckpointPath:
+    """Takes the path of a checkpoint that is to be changed, which a run does not stand for.
+
+    Args:
+      path: As it stands on the command line.
+      state: Of the checkpoint, `FINALIZED` or `UNFINISHED`.
+
+    Raises:
+      WrongUseError: It cannot name a checkpoint, there is none, or it is that of a run.
+    """
+    held = of_run(path)
+    if held is not None:
+        newest = _newest(path, held, state)
+        raise WrongUseError(f"{path} is a run: its newest {state} checkpoint is {newest}")
+    require_something(path)
+    return places.resolve(path)
+
+
+def _newest(path: str, held: Sequence[Entry], state: str) -> str:
     if not held:
-        return path
+        raise WrongUseError(f"{path} holds no checkpoint")
     name = latest(held, state)
     if name is None:
         raise WrongUseError(f"{path} is a run that has no {state} checkpoint of a step")
-    out.note(f"{path} is a run: its newest {state} checkpoint is {found / name}")
-    return str(found / name)
+    return str(places.local(path) / name)
+
+
+def require_something(path: str) -> None:
+    """Raises WrongUseError, with what there is instead, where there is nothing at a path."""
+    where = places.resolve(path)
+    if os.path.lexists(where.final) or session_dir.is_session(where):
+        return
+    parent = places.local(path).parent
+    if not parent.is_dir():
+        raise WrongUseError(absent(parent))
+    names = [entry.name for entry in reversed(entries(parent))]
+    if not names:
+        raise WrongUseError(absent(places.local(path)))
+    has = text.choices(places.local(path).name, names)
+    raise WrongUseError(f"there is no checkpoint at {path}; {parent} has {has}")
+
+
+def absent(path: Path) -> str:
+    """Says that there is nothing at a path, and what is beside it with a name like its own."""
+    close = text.close(path.name, files.listed(path.parent))
+    return f"{path} does not exist" + (f"; there is {path.parent / close[0]}" if close else "")
+
+
+def newest_session(directory: Path) -> Path | None:
+    """Returns the unfinished checkpoint of ours that is called by the last step; reads none."""
+    found = [
+        (step, name)
+        for name in files.listed(directory)
+        if name.endswith(SESSION_SUFFIX)
+        and (step := step_in_name(name)) is not None
+        and not places.is_foreign(places.resolve(str(directory / name)))
+    ]
+    return directory / max(found)[1] if found else None
 
 
 def latest(entries: Sequence[Entry], state: str = places.FINALIZED) -> str | None:
@@ -128,24 +198,25 @@ def _entry(path: Path) -> Entry | None:
             return _unfinished(path)
         is_ours = (state / CONTENTS).exists() or part_names(state)
         if is_ours or is_finalized(path):
-            return _finalized(path)
+            return described(path)
     except (fp.PartialCheckpointError, WrongUseError, OSError) as error:
         return Entry(path.name, places.DAMAGED, step=_step(path, {}), problem=str(error))
     return None
 
 
-def _finalized(path: Path) -> Entry:
-    described = fp.metadata(places.resolve(str(path)).final)
-    metadata = described.custom_metadata
+def described(path: Path) -> Entry:
+    """Reads what there is to know of a finalized checkpoint."""
+    found = fp.metadata(places.resolve(str(path)).final)
+    metadata = found.custom_metadata
     is_whole = is_finalized(path)
     return Entry(
         name=path.name,
         state=places.FINALIZED if is_whole else places.DAMAGED,
-        format=places.written_by(described),
+        format=places.written_by(found),
         step=_step(path, metadata),
-        written_at=described.committed_at,
-        bytes=described.bytes,
-        leaves=len(described.leaves),
+        written_at=found.committed_at,
+        bytes=found.bytes,
+        leaves=len(found.leaves),
         metrics=_numbers(metadata.get("metrics") or _orbax_metrics(path)),
         problem=None if is_whole else "_CHECKPOINT_METADATA or state/_METADATA is missing",
     )
@@ -170,10 +241,6 @@ def _unfinished(path: Path) -> Entry | None:
     )
 
 
-def _is_removed(name: str) -> bool:
-    return name.startswith(".") and name.endswith(DELETED_SUFFIX)
-
-
 def _step(path: Path, metadata: dict[str, Any]) -> int | None:
     step = metadata.get("step")
     if isinstance(step, int) and not isinstance(step, bool):
@@ -183,8 +250,7 @@ def _step(path: Path, metadata: dict[str, Any]) -> int | None:
 
 def step_in_name(name: str) -> int | None:
     """Returns the step that a checkpoint or session is called by: 12 in `prefix_0000012`."""
-    digits = name.removesuffix(SESSION_SUFFIX).rpartition("_")[2]
-    return int(digits) if digits.isascii() and digits.isdecimal() else None
+    return catalog.step_in_name(name.removesuffix(SESSION_SUFFIX))
 
 
 def _orbax_metrics(path: Path) -> object:

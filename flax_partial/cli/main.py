@@ -12,9 +12,11 @@ from typing import Any, NoReturn
 from flax_partial import __version__
 from flax_partial.cli.commands import (
     abort,
+    completion,
     diff,
     export,
     finalize,
+    import_,
     latest,
     ls,
     prune,
@@ -33,6 +35,7 @@ FINE, PROBLEM, WRONG_USE = 0, 1, 2
 INTERRUPTED, PIPE_CLOSED, TERMINATED = (
     128 + number for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM)
 )
+_EXAMPLES = "examples:"
 # In the order of the help: each command's name, module and summary.
 _COMMANDS = (
     ("ls", ls, "list a run's checkpoints and unfinished sessions"),
@@ -46,8 +49,17 @@ _COMMANDS = (
     ("prune", prune, "remove a run's older checkpoints"),
     ("diff", diff, "compare two checkpoints, leaf by leaf"),
     ("export", export, "write a checkpoint's arrays into a safetensors file"),
+    ("import", import_, "make a checkpoint of safetensors files, or of Orbax's"),
     ("timeline", timeline, "draw what a run's checkpoints did when"),
+    ("completion", completion, "print a script by which a shell completes commands"),
 )
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Folds texts, and leaves examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
 
 
 def run() -> NoReturn:
@@ -93,18 +105,29 @@ def new_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Look into checkpoints of flax_partial and of Orbax; end unfinished ones.",
-        epilog="Exit status: 0 fine, 1 found a problem, 2 wrong use.",
+        epilog=_examples("ls runs/lm", "show runs/lm", "status runs/lm --watch", "show --help")
+        + "\n\nexit status: 0 fine, 1 found a problem, 2 wrong use",
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     as_json: dict[str, Any] = {"action": "store_true", "help": "write JSON; its shape: docs/cli.md"}
     parser.add_argument("--json", **as_json)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, module, summary in _COMMANDS:
-        command = commands.add_parser(name, help=summary)
+        command = commands.add_parser(
+            name,
+            help=summary,
+            epilog=_examples(*module.EXAMPLES),
+            formatter_class=_HelpFormatter,
+        )
         module.add(command)
         command.add_argument("--json", **as_json, default=argparse.SUPPRESS)  # else: not said here
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=parser)
     return parser
+
+
+def _examples(*calls: str) -> str:
+    return "\n  ".join([_EXAMPLES, *(f"{PROGRAM} {call}" for call in calls)])
 
 
 def _failed(error: Exception, exit_status: int) -> int:

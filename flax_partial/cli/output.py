@@ -46,8 +46,9 @@ class Column(NamedTuple):
     Attributes:
       title: What stands above it.
       is_number: Whether it is aligned to the right, and never folded.
-      dispensable: Where the terminal is too narrow, columns are left out, the largest number first;
-        0 is never left out.
+      dispensable: Where the terminal is too narrow, columns are left out: first those that say the
+        same in each row, or what the first column says, then those with the largest number; others
+        with 0 never.
     """
 
     title: str
@@ -88,12 +89,14 @@ class Table:
         """Makes it for a terminal.
 
         Returns:
-          The table, and the titles of the columns that a terminal of this width has no room for.
+          The table, and the titles of the columns that a terminal of this width has no room for,
+          with the value of those that are the same in each row.
         """
         from rich.table import Table as RichTable
         from rich.text import Text
 
         kept = self._fitting(width)
+        left_out = [self._as_left_out(i) for i in range(len(self._columns)) if i not in kept]
         made = RichTable(box=None, pad_edge=False, header_style=STRONG)
         for title, is_number, _ in (self._columns[i] for i in kept):
             made.add_column(
@@ -104,18 +107,34 @@ class Table:
             )
         for row in self.rows:
             made.add_row(*(Text(row.cells[i]) for i in kept), style=row.style)
-        return made, [column.title for i, column in enumerate(self._columns) if i not in kept]
+        return made, left_out
 
     def _fitting(self, width: int) -> list[int]:
         """Returns the columns that fit into a width, and those that are never left out."""
         widths = [each + len(_GAP) for each in self._widths()]
         kept = list(range(len(widths)))
         while sum(widths[i] for i in kept) - len(_GAP) > width:
-            worst = max(kept, key=lambda i: self._columns[i].dispensable)
-            if not self._columns[worst].dispensable:
+            worst = max(kept, key=self._rank)
+            if self._rank(worst) == (False, 0):
                 break
             kept.remove(worst)
         return kept
+
+    def _rank(self, column: int) -> tuple[bool, int]:
+        """The larger, the sooner it is left out: what repeats, then what is less needed."""
+        first = [row.cells[0] for row in self.rows]
+        cells = zip(first, (row.cells[column] for row in self.rows), strict=True)
+        is_said_before = column > 0 and all(name.startswith(cell) for name, cell in cells)
+        return is_said_before or bool(self._repeated(column)), self._columns[column].dispensable
+
+    def _repeated(self, column: int) -> str:
+        """The one value of a column in which some rows hold one; empty if there are several."""
+        cells = [row.cells[column] for row in self.rows if row.cells[column]]
+        return cells[0] if column and len(cells) > 1 and len({*cells}) == 1 else ""
+
+    def _as_left_out(self, column: int) -> str:
+        value = self._repeated(column)
+        return self._columns[column].title + (f" ({value} in each row)" if value else "")
 
     def _widths(self) -> list[int]:
         """Width of each column, in cells of a terminal."""
@@ -176,6 +195,11 @@ class Output:
         from rich.text import Text
 
         self.console.print(Text(shown, style))
+
+    def raw(self, text: str) -> None:
+        """Writes a text for other programs as it is."""
+        if not self.is_json:
+            print(text, flush=True)  # noqa: T201
 
     def table(self, columns: Sequence[Column], rows: Sequence[Row]) -> None:
         """Writes a table, unless it has no rows."""

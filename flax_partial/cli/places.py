@@ -1,23 +1,37 @@
 """What a command's path leads to: a finalized checkpoint, or an unfinished one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.errors import NoSessionError
+from flax_partial.errors import CheckpointInUseError, NoSessionError
 from flax_partial.finalizing.status import status_of
 from flax_partial.format.merge import MergePlan, merge
 from flax_partial.format.model import Contents, Part
 from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
 from flax_partial.reports import CheckpointMetadata, SessionStatus
-from flax_partial.runs import completeness
+from flax_partial.runs import completeness, liveness
 from flax_partial.storage import checkpoint_dir, files, paths, session_dir
 from flax_partial.storage.parts import read_parts
-from flax_partial.storage.paths import SESSION_SUFFIX, STATE, CheckpointPath
+from flax_partial.storage.paths import DELETED_SUFFIX, SESSION_SUFFIX, STATE, CheckpointPath
 
 FINALIZED, UNFINISHED, DAMAGED, DROPPED = "finalized", "unfinished", "damaged", "dropped"
 OURS, ORBAX = "flax_partial", "orbax"
+
+
+def local(path: str) -> Path:
+    """Takes a path as it stands on a command line, and leaves it relative where it is.
+
+    Raises:
+      WrongUseError: It is a URL.
+    """
+    try:
+        return Path(paths.expanded(path))
+    except ValueError as error:
+        raise WrongUseError(str(error)) from error
 
 
 def resolve(path: str) -> CheckpointPath:
@@ -27,9 +41,19 @@ def resolve(path: str) -> CheckpointPath:
       WrongUseError: It cannot name a checkpoint.
     """
     try:
-        return paths.resolve(path)
+        where = paths.resolve(path)
     except ValueError as error:
         raise WrongUseError(str(error)) from error
+    if is_removed(where.final.name):
+        raise WrongUseError(
+            f"{path} is what is left of a checkpoint that was removed; nothing needs it"
+        )
+    return where
+
+
+def is_removed(name: str) -> bool:
+    """Whether a directory is what is left of a checkpoint, or session, that was removed."""
+    return name.startswith(".") and name.endswith(DELETED_SUFFIX)
 
 
 def is_session_meant(path: str, where: CheckpointPath) -> bool:
@@ -91,10 +115,17 @@ class Session:
         Also empty where no callback saves into it: then nothing says what is to come.
         """
         metadata = self.status.custom_metadata
-        session = metadata.get("session")  # perhaps the user's own, and of any type
-        if not (isinstance(session, dict) and isinstance(session.get("saved"), dict)):
+        if metadata == users_metadata(metadata):
             return ""
         return completeness.missing(self.status, metadata.get("step", -1)) or ""
+
+
+def users_metadata(custom_metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Custom metadata without what the callback keeps there to recover from a crash."""
+    session = custom_metadata.get("session")  # perhaps the user's own, and of any type
+    if isinstance(session, dict) and isinstance(session.get("saved"), dict):
+        return {key: value for key, value in custom_metadata.items() if key != "session"}
+    return dict(custom_metadata)
 
 
 def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) -> Session:
@@ -117,6 +148,16 @@ def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) ->
     found = read_parts(where.state, known=known)
     parts = found.committed
     return Session(where, parts, status_of(where, found), merge(parts))
+
+
+def require_ended(where: CheckpointPath) -> None:
+    """Raises CheckpointInUseError if a run that lives saves into a session's directory."""
+    run = liveness.living(where.final.parent)
+    if run is not None:
+        raise CheckpointInUseError(
+            f"{where.session} is left as it is: a run trains in its directory ({run}), and would "
+            "fail. Wait for it to end, or pass --anyway."
+        )
 
 
 def is_foreign(where: CheckpointPath) -> bool:

@@ -5,6 +5,7 @@ import fnmatch
 import re
 from collections.abc import Sequence
 
+from flax_partial.cli import text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.format.model import Leaf
 
@@ -29,14 +30,20 @@ def chosen(leaves: Sequence[Leaf], only: Sequence[str], skip: Sequence[str]) -> 
     named = {pattern: _named(pattern, leaves) for pattern in (*only, *skip)}
     for pattern, names in named.items():
         if not names:
-            example = f"; a name is {leaves[0].name!r}" if leaves else ""
-            raise WrongUseError(f"no leaf or subtree is called {pattern!r}{example}")
+            known = text.choices(pattern, _all_names(leaves))
+            raise WrongUseError(f"no leaf or subtree is called {pattern!r}; there is {known}")
     names_of_all = {leaf.name for leaf in leaves}
     kept = set[str]().union(*(named[pattern] for pattern in only)) if only else names_of_all
     kept -= set[str]().union(*(named[pattern] for pattern in skip))
     if leaves and not kept:
         raise WrongUseError("--only and --skip leave nothing")
     return [leaf for leaf in leaves if leaf.name in kept]
+
+
+def _all_names(leaves: Sequence[Leaf]) -> list[str]:
+    """Returns the names of leaves and of the subtrees that they are in, the outer ones first."""
+    paths = {leaf.texts[:depth] for leaf in leaves for depth in range(1, len(leaf.texts) + 1)}
+    return [".".join(texts) for texts in sorted(paths, key=lambda texts: (len(texts), texts))]
 
 
 def _named(pattern: str, leaves: Sequence[Leaf]) -> set[str]:

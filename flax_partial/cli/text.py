@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from flax_partial.errors import first_few
 from flax_partial.format import model as kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from flax_partial.format.model import Leaf
 
 _LONGEST_TEXT, _LONGEST_METADATA = 40, 200  # characters
+_MOST_NAMES = 8
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _TENTHS_BELOW = 100
 _AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
@@ -79,7 +82,8 @@ def leaf(described: Leaf) -> str:
 
 def plain_value(described: Leaf) -> str:
     """The value of a leaf that is no array."""
-    return _EMPTY.get(described.kind) or _shortened(repr(described.text), _LONGEST_TEXT)
+    value = described.data if described.kind == kinds.BYTES else described.text
+    return _EMPTY.get(described.kind) or _shortened(repr(value), _LONGEST_TEXT)
 
 
 def _shortened(text: str, most: int) -> str:
@@ -87,12 +91,8 @@ def _shortened(text: str, most: int) -> str:
 
 
 def custom_metadata(table: Mapping[str, Any]) -> str:
-    """Custom metadata as JSON, shortened; empty if there is none.
-
-    Without `session`, by which the callback recovers from a crash: long, and of no use here.
-    """
-    shown = {key: value for key, value in table.items() if key != "session"}
-    return _shortened(json.dumps(shown, ensure_ascii=False), _LONGEST_METADATA) if shown else ""
+    """Custom metadata as JSON, shortened; empty if there is none."""
+    return _shortened(json.dumps(table, ensure_ascii=False), _LONGEST_METADATA) if table else ""
 
 
 def common_prefix(names: Sequence[str]) -> str:
@@ -102,6 +102,19 @@ def common_prefix(names: Sequence[str]) -> str:
     levels = zip(*(each.split(".") for each in names), strict=False)
     shared = takewhile(lambda keys: len({*keys}) == 1, levels)
     return ".".join([*(keys[0] for keys in shared), "*"])
+
+
+def close(name: str, names: Iterable[str]) -> list[str]:
+    """Those of some names that are most like one that is none of them."""
+    return difflib.get_close_matches(name, [*names])
+
+
+def choices(name: str, names: Sequence[str]) -> str:
+    """Names that one that is none of them could stand for: those like it, or the first few."""
+    found = close(name, names)
+    if found:
+        return " and ".join(found)
+    return ", ".join(first_few(names, most=_MOST_NAMES, count=len(names)))
 
 
 def sharding(table: Mapping[str, Any] | None) -> str:

@@ -95,7 +95,11 @@ def finalize_async(
       and it raises what `finalize` would.
     """
     task = _task(path, expect, processes, timeout_secs)
-    workers.finalizing.submit(task)
+    try:
+        workers.finalizing.submit(task)
+    except BaseException:
+        task.withdraw()  # else an interrupted call would finalize, some time later
+        raise
     return cast("FinalizeHandle", task.handle)
 
 
@@ -109,6 +113,8 @@ def _task(
     check_not_forked("finalize")
     where = paths.resolve(path)
     expected = _names(expect)
+    if timeout_secs is not None and not timeout_secs >= 0:
+        raise ValueError(f"timeout_secs is a number of seconds, 0 or more, not {timeout_secs!r}")
     chosen = None if processes is None else tuple(processes)
 
     def work(task: Task[CheckpointMetadata]) -> CheckpointMetadata:
@@ -148,7 +154,8 @@ def _finalize(
         sleep=task.sleep,
     )
     forget(session)
-    return described(where, committed[0]) if committed else metadata(where.final)
+    with collector.paused():
+        return described(where, committed[0]) if committed else metadata(where.final)
 
 
 def _names(expect: Iterable[str] | None) -> tuple[str, ...]:

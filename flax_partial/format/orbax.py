@@ -12,6 +12,7 @@ What the files must hold was found out by trying every reader of Orbax 0.12 (v0 
 - Orbax finds a string by the JSON pointer `/<name>`, so that a slash in a name opens an object.
 - `array_metadatas` is only ever asked how a PRNG key was made.
 - It has no type for bytes: they are an array of `uint8` to it.
+- Managers look for a step's metrics in an item of JSON, `metrics/metrics`.
 """
 
 import base64
@@ -54,7 +55,10 @@ SHARDING = "_sharding"
 ARRAY_METADATAS = "array_metadatas"
 STRINGS = "_strings.json"
 DATABASE = "manifest.ocdbt"
-PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+METRICS = "metrics"
+_HANDLERS = "orbax.checkpoint._src.handlers."
+PYTREE_HANDLER = _HANDLERS + "pytree_checkpoint_handler.PyTreeCheckpointHandler"
+JSON_HANDLER = _HANDLERS + "json_checkpoint_handler.JsonCheckpointHandler"
 
 SEQUENCE_KEY, DICT_KEY = 1, 2
 
@@ -87,6 +91,9 @@ def root_files(contents: Contents) -> Iterator[tuple[str, Pieces]]:
     yield CHECKPOINT_METADATA, (_dump(_checkpoint_metadata(contents)),)
     yield V1_MARKER, ()
     yield COMMIT_MARKER, ()
+    metrics = _metrics(contents)
+    if metrics:
+        yield f"{METRICS}/{METRICS}", (_dump(metrics),)
     yield f"{ITEM}/{TREE_METADATA}", _tree_metadata(contents.leaves)
     yield f"{ITEM}/{SHARDING}", _shardings(contents.leaves)
     yield f"{ITEM}/{ARRAY_METADATAS}/process_0", (_dump(_array_metadatas(contents.leaves)),)
@@ -168,9 +175,16 @@ def _dump(value: object) -> bytes:
     return _text(value).encode("ascii")
 
 
+def _metrics(contents: Contents) -> dict[str, Any]:
+    """What callbacks store as a checkpoint's metrics; version 2 did not tell Orbax of them."""
+    metrics = contents.custom_metadata.get(METRICS)
+    return metrics if isinstance(metrics, dict) and contents.has_inline else {}
+
+
 def _checkpoint_metadata(contents: Contents) -> dict[str, Any]:
+    metrics_handler = {METRICS: JSON_HANDLER} if _metrics(contents) else {}
     return {
-        "item_handlers": {ITEM: PYTREE_HANDLER},
+        "item_handlers": {ITEM: PYTREE_HANDLER, **metrics_handler},
         "metrics": {},
         "performance_metrics": {},
         "init_timestamp_nsecs": contents.started_ns,

@@ -1,6 +1,7 @@
 """A finalized checkpoint, ours or Orbax's, opened: what it holds, and reads of its data."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -9,11 +10,13 @@ import numpy as np
 from flax_partial.errors import CorruptCheckpointError, NoSessionError
 from flax_partial.format import model as kinds
 from flax_partial.format.assembly import read_inline
+from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.model import Contents, Leaf, Region
 from flax_partial.format.tables import decode_contents
+from flax_partial.loading import catalog, orbax_reader
 from flax_partial.loading import data_reader as data_files
-from flax_partial.loading import orbax_reader
 from flax_partial.loading import target as placing
+from flax_partial.loading.orbax_reader import ONE_TREE, Composition
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
 from flax_partial.storage import checkpoint_dir, files, paths, session_dir
 from flax_partial.storage import tensorstore_io as arrays
@@ -32,6 +35,11 @@ class Checkpoint(Protocol):
         """What it holds."""
         ...
 
+    @property
+    def composition(self) -> Composition:
+        """What it is made of, where Orbax wrote it with several items."""
+        ...
+
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
         """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf.
 
@@ -42,6 +50,8 @@ class Checkpoint(Protocol):
 
 class OwnCheckpoint:
     """A checkpoint of this package's."""
+
+    composition = ONE_TREE
 
     def __init__(self, path: Path, contents: Contents) -> None:
         self.contents = contents
@@ -115,7 +125,11 @@ def metadata(path: PathLike) -> CheckpointMetadata:
     """
     where = paths.resolve(path)
     with checkpoint_dir.reading(where.final):
-        return described(where, open_checkpoint(where).contents)
+        checkpoint = open_checkpoint(where)
+        composition = checkpoint.composition
+        left_out = {name: str(why) for name, why in composition.broken.items()}
+        left_out.update(composition.others)
+        return replace(described(where, checkpoint.contents), left_out=left_out)
 
 
 def open_checkpoint(where: CheckpointPath) -> Checkpoint:
@@ -148,17 +162,43 @@ def open_checkpoint(where: CheckpointPath) -> Checkpoint:
     return foreign
 
 
+def chosen(checkpoint: Checkpoint, where: CheckpointPath, wanted: Sequence[KeyPath]) -> Checkpoint:
+    """Returns the checkpoint that a target means: of several items the only tree, or all of them.
+
+    It is the tree where the target, by the paths of its leaves, asks for no item by its name: a
+    state that is saved beside JSON or a key can be loaded without them.
+    """
+    only, names = checkpoint.composition.only_tree, set(checkpoint.composition.broken)
+    if only is None:
+        return checkpoint
+    names.update(leaf.texts[0] for leaf in checkpoint.contents.leaves)
+    if any(path.texts[:1] and path.texts[0] in names for path in wanted):
+        return checkpoint
+    return open_checkpoint(paths.resolve(where.final / only))
+
+
+def require_items(checkpoint: Checkpoint, wanted: Sequence[KeyPath] | None) -> None:
+    """Raises what is wrong with an item that is wanted, by the paths of leaves; None wants all."""
+    for name, error in checkpoint.composition.broken.items():
+        if wanted is None or any(path.texts[:1] in ((name,), ()) for path in wanted):
+            raise type(error)(
+                f"{error}\nOther items can be read: with partial=True and a target that lacks "
+                f"{name!r}, or by their own paths."
+            ) from error
+
+
 def _nothing_to_load(where: CheckpointPath) -> NoSessionError:
     if session_dir.is_session(where):
         return NoSessionError(
             f"{where.final} is not finalized: its parts are in {where.session}. Finalize it first."
         )
-    return NoSessionError(f"There is no checkpoint at {where.final}.")
+    meant = catalog.probably_meant(where.final)
+    return NoSessionError(f"There is no checkpoint at {where.final}.{meant}")
 
 
 def described(where: CheckpointPath, contents: Contents) -> CheckpointMetadata:
     """Returns the public description of a table of contents."""
-    leaves = {leaf.name: _describe_leaf(leaf) for leaf in contents.leaves}
+    leaves = {leaf.name: leaf for leaf in map(_describe_leaf, contents.leaves)}
     return CheckpointMetadata(
         path=where.final,
         leaves=leaves,

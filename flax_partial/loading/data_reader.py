@@ -57,10 +57,21 @@ def read(
         for task in tasks:
             task()
     else:
-        with ThreadPoolExecutor(min(_THREADS, len(tasks)), "flax_partial-read") as pool:
-            for done in [pool.submit(task) for task in tasks]:
-                done.result()
+        _do_all(tasks)
     return [reading.outcome() for reading in readings]
+
+
+def _do_all(tasks: Sequence[Callable[[], None]]) -> None:
+    """Does tasks on several threads; where it is interrupted, only those that have begun."""
+    with ThreadPoolExecutor(min(_THREADS, len(tasks)), "flax_partial-read") as pool:
+        try:
+            for one in [pool.submit(task) for task in tasks]:
+                one.result()
+        except RuntimeError:  # the system, or an interpreter that is ending, starts no thread
+            for task in tasks:
+                task()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:

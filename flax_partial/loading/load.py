@@ -5,12 +5,14 @@ that does not fit is told in one error, before any array data is read. Then only
 this process's devices hold are read.
 """
 
+import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import numpy as np
 from jax import tree_util
 
@@ -19,14 +21,20 @@ from flax_partial.errors import CorruptCheckpointError, TargetMismatchError
 from flax_partial.format import keypaths
 from flax_partial.format.keypaths import ATTRIBUTE, KeyPath
 from flax_partial.format.model import Leaf, Region
+from flax_partial.loading import orbax_terms
 from flax_partial.loading import target as placing
 from flax_partial.loading.batches import MOST_REGIONS, batched, region_bytes
-from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
+from flax_partial.loading.checkpoint import Checkpoint, chosen, open_checkpoint, require_items
+from flax_partial.loading.saved_sharding import sharding_of
 from flax_partial.loading.target import Placement
 from flax_partial.storage import checkpoint_dir, paths
 from flax_partial.storage.paths import CheckpointPath, PathLike
 
+_LOG = logging.getLogger("flax_partial")
 _NNX_VALUE = "value"
+_PARTIAL = "partial=True lets the target lack leaves"
+_KEEP_MISSING = "keep_missing=True lets the checkpoint lack leaves, which stay as they are"
+_CAST = "cast=True converts dtypes"
 _PIECE_BYTES = 96 << 20  # of a load that says how far it is, or feeds an accelerator
 
 Outcomes = Sequence[np.ndarray | Exception]
@@ -41,6 +49,7 @@ def load(
     partial: bool = False,
     keep_missing: bool = False,
     cast: bool = False,
+    sharding: Literal["default", "saved"] = "default",
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """Reads a finalized checkpoint, ours or Orbax's, and checks the digests of what it reads.
@@ -49,28 +58,42 @@ def load(
       path: The checkpoint.
       target: A pytree of what is wanted: arrays, `jax.ShapeDtypeStruct` (with or without sharding),
         numbers, strings, None. Its leaves are found by their names, so that a dict, a dataclass and
-        a Flax state with the same keys are interchangeable. None reads everything.
+        a Flax state with the same keys are interchangeable. None reads everything. Orbax's own
+        terms are understood: what its `metadata` returns, `int`, `float`, `str` and `np.ndarray`
+        for values of these types, and `...` for a leaf or subtree that is not to be read, which
+        then stands in the result.
       partial: Whether `target` may lack leaves of the checkpoint; those are not read.
       keep_missing: Whether the checkpoint may lack leaves of `target`; those stay as they are.
       cast: Whether a dtype that differs is converted; an error otherwise.
+      sharding: Where arrays of JAX's go of which `target` does not say it, or all without a target:
+        "default", uncommitted to the default device; "saved", to the devices that they were saved
+        from, in the same way, for which these have to be here.
       progress: Called in this thread, before the first and after each piece of some 100 MiB, with
         how many bytes of how many are read.
 
     Returns:
-      Without a target nested dicts and lists, with leaves of the kinds that were saved; a
-      `jax.Array` is on the default device. With a target its structure, leaf types, dtypes and
-      shardings; where it says nothing of sharding, the default device.
+      Without a target nested dicts and lists, with leaves of the kinds that were saved. With a
+      target its structure, leaf types, dtypes and shardings.
 
     Raises:
       NoSessionError: There is no finalized checkpoint at `path`.
-      TargetMismatchError: Target and checkpoint differ; it lists every difference.
+      TargetMismatchError: Target and checkpoint differ; it lists every difference. Or devices that
+        it was saved from are not here.
       CorruptCheckpointError: Data on disk is damaged; it names the leaves.
       OSError: The system refused to read it, which says nothing of the data.
     """
+    if sharding not in ("default", "saved"):
+        raise ValueError(f"sharding is 'default' or 'saved', not {sharding!r}")
     where = paths.resolve(path)
     with collector.paused(), checkpoint_dir.reading(where.final):
         return _load(
-            where, target, partial=partial, keep_missing=keep_missing, cast=cast, progress=progress
+            where,
+            target,
+            partial=partial,
+            keep_missing=keep_missing,
+            cast=cast,
+            as_sharded=sharding == "saved",
+            progress=progress,
         )
 
 
@@ -81,21 +104,39 @@ def _load(
     partial: bool,
     keep_missing: bool,
     cast: bool,
+    as_sharded: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Any:
     checkpoint = open_checkpoint(where)
     if target is None:
-        placements = [placing.as_saved(leaf) for leaf in checkpoint.contents.leaves]
-        return _nested(checkpoint.contents.leaves, _read(checkpoint, placements, progress))
-    key_paths, values, structure = keypaths.flatten(target)
+        require_items(checkpoint, None)
+        for name, why in checkpoint.composition.others.items():
+            _LOG.warning("%s was not loaded: %s.", where.final / name, why)
+        leaves = checkpoint.contents.leaves
+        placements = [_as_saved(leaf, as_sharded=as_sharded) for leaf in leaves]
+        return _nested(leaves, _read(checkpoint, placements, progress))
+    key_paths, values, structure = keypaths.flatten(orbax_terms.tree_of(target))
+    checkpoint = chosen(checkpoint, where, key_paths)
+    require_items(checkpoint, key_paths if partial else None)
     placements = _plan(
         checkpoint.contents.leaves,
         zip(key_paths, values, strict=True),
         partial=partial,
         keep_missing=keep_missing,
         cast=cast,
+        as_sharded=as_sharded,
     )
     return tree_util.tree_unflatten(structure, _read(checkpoint, placements, progress))
+
+
+def _as_saved(leaf: Leaf, *, as_sharded: bool) -> Placement:
+    sharding = sharding_of(leaf) if as_sharded else None
+    if sharding is None:
+        return placing.as_saved(leaf)
+    placement = placing.as_target(leaf, placing.abstract(leaf, sharding), cast=False)
+    if isinstance(placement, str):
+        raise TargetMismatchError(placement)
+    return placement
 
 
 def _plan(
@@ -105,33 +146,66 @@ def _plan(
     partial: bool,
     keep_missing: bool,
     cast: bool,
+    as_sharded: bool,
 ) -> list[Placement]:
     by_name = {leaf.name: leaf for leaf in leaves}
     placements: list[Placement] = []
     problems: list[str] = []
+    ways_out: set[str] = set()
     found: set[str] = set()
+    skipped: set[str] = set()
     for path, value in wanted:
         leaf = _find(path, by_name)
-        if leaf is not None:
+        if value is orbax_terms.PLACEHOLDER:
+            skipped.add(path.name if leaf is None else leaf.name)
+            placement = placing.as_it_is(path, value)
+        elif leaf is not None:
             found.add(leaf.name)
-            placement = placing.as_target(leaf, value, cast=cast)
+            target = _own_terms(leaf, value, as_sharded=as_sharded)
+            placement = placing.as_target(leaf, target, cast=cast)
+            if isinstance(placement, str) and _fits_by_cast(leaf, target):
+                ways_out.add(_CAST)
         elif keep_missing:
             placement = placing.as_it_is(path, value)
         else:
             placement = f"{path.name!r} is not in the checkpoint"
+            ways_out.add(_KEEP_MISSING)
         if isinstance(placement, str):
             problems.append(placement)
         else:
             placements.append(placement)
-    if not partial:
-        problems += [f"{name!r} is not in the target" for name in by_name if name not in found]
+    left_over = [
+        leaf.name
+        for leaf in leaves
+        if not partial and leaf.name not in found and not _is_within(leaf, skipped)
+    ]
+    problems += [f"{name!r} is not in the target" for name in left_over]
     if problems:
+        ways_out |= {_PARTIAL} if left_over else set()
+        hint = f" ({'; '.join(sorted(ways_out))})" if ways_out else ""
         raise TargetMismatchError(
-            f"The checkpoint does not fit the target in {len(problems)} places "
-            "(partial=True lets the target lack leaves, keep_missing=True lets the checkpoint lack "
-            "some, which stay as they are, cast=True converts dtypes):\n  " + "\n  ".join(problems)
+            f"The checkpoint does not fit the target in {len(problems)} places{hint}:\n  "
+            + "\n  ".join(problems)
         )
     return placements
+
+
+def _fits_by_cast(leaf: Leaf, value: Any) -> bool:
+    return not isinstance(placing.as_target(leaf, value, cast=True), str)
+
+
+def _own_terms(leaf: Leaf, target: Any, *, as_sharded: bool) -> Any:
+    value = orbax_terms.as_value(leaf, target)
+    if as_sharded and isinstance(value, jax.ShapeDtypeStruct) and value.sharding is None:
+        return value.update(sharding=sharding_of(leaf))
+    return value
+
+
+def _is_within(path: KeyPath, skipped: Container[str]) -> bool:
+    texts = path.texts
+    return bool(skipped) and any(
+        ".".join(texts[:depth]) in skipped for depth in range(len(texts) + 1)
+    )
 
 
 def _find(path: KeyPath, by_name: Mapping[str, Leaf]) -> Leaf | None:

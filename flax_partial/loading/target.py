@@ -176,13 +176,21 @@ def as_it_is(path: KeyPath, target: Any) -> Placement | str:
 def key_shape_and_dtype(leaf: Leaf) -> tuple[Shape, str]:
     """Shape and dtype name of the PRNG key array whose data a leaf holds."""
     try:
-        key = jax.eval_shape(
-            lambda data: jax.random.wrap_key_data(data, impl=leaf.text),
-            jax.ShapeDtypeStruct(leaf.shape, np.uint32),
-        )
+        key = abstract(leaf)
     except (ValueError, TypeError):  # an implementation that is not registered here
         return leaf.shape, f"key<{leaf.text}>"
     return key.shape, str(key.dtype)
+
+
+def abstract(leaf: Leaf, sharding: Sharding | None = None) -> jax.ShapeDtypeStruct:
+    """Returns the array of JAX's that a leaf is, without its data, and where it is to go."""
+    if leaf.kind != kinds.PRNG_KEY:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.numpy_dtype, sharding=sharding)
+    key = jax.eval_shape(
+        lambda data: jax.random.wrap_key_data(data, impl=leaf.text),
+        jax.ShapeDtypeStruct(leaf.shape, np.uint32),
+    )
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
 
 
 @lru_cache(maxsize=4096)  # most leaves have one of a few shapes

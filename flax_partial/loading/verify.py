@@ -48,6 +48,7 @@ def _verify(where: CheckpointPath, progress: Callable[[int, int], None]) -> Veri
         return VerifyReport(where.final, 0, 0, {str(where.final): str(error)})
     leaves = checkpoint.contents.leaves
     bad = dict(_derived_problems(where, checkpoint.contents)) if checkpoint.contents.parts else {}
+    bad |= {name: str(why) for name, why in checkpoint.composition.broken.items()}
     done, total = 0, sum(leaf.bytes for leaf in leaves)
     # Orbax's shapes have no digest: one of absurd size has to fail whole, not be read forever.
     is_cut = bool(checkpoint.contents.parts)

@@ -7,6 +7,7 @@ is a worker's, and undoes itself where it fails.
 import contextlib
 import dataclasses
 import os
+import sys
 import threading
 import time
 import uuid
@@ -87,7 +88,7 @@ class SaveJob:
             self.handle,
             subject=self.session,
             withdrawn=self.release,
-            skipped=self.session.skip,
+            skipped=self._skip,
         )
 
     # What the caller does.
@@ -186,15 +187,20 @@ class SaveJob:
     # What a worker does.
 
     def _run(self, task: Task[SaveReport]) -> SaveReport:
+        handled = sys.exception()  # by a caller whose own thread this is
         try:
             return self._commit(task)
         except BaseException as error:
             if self.is_background:
                 self.session.fail(self.handle)  # before it may be forgotten for being idle
-            self.release()
-            self.session.skip()  # the lock may have been kept for this save
-            clear_frames(error)  # who keeps the error would keep what was to be written
+            self._skip()
+            clear_frames(error, until=handled)  # who keeps it would keep what was to be written
             raise
+
+    def _skip(self) -> None:
+        """Undoes what was done for the save, as far as its caller was not interrupted in that."""
+        self.release()
+        self.session.skip()  # the lock may have been kept for it
 
     def _commit(self, task: Task[SaveReport]) -> SaveReport:
         """Writes and commits the part; what it has written is removed where it fails."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from flax_partial.sessions import workers
+
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
@@ -48,7 +50,9 @@ class MemoryBudget:
         granted.acquire()
         try:
             self.request(owner, size, limit=limit, granted=granted.release)
-            granted.acquire()
+            if not granted.acquire(blocking=False):
+                with workers.place_lent():
+                    granted.acquire()
         except BaseException:
             self._withdraw(owner)
             raise

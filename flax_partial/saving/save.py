@@ -17,6 +17,7 @@ from flax_partial.reports import SaveReport
 from flax_partial.saving.describe import describe
 from flax_partial.saving.job import SaveJob
 from flax_partial.sessions import workers
+from flax_partial.sessions.claims import Claims
 from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import SaveHandle
 from flax_partial.storage import paths
@@ -115,6 +116,23 @@ def save_async(
     return job.handle
 
 
+def check(state: Any) -> None:
+    """Raises what `save` would raise about a state; saves nothing, and waits for no computation.
+
+    Args:
+      state: As for `save`.
+
+    Raises:
+      KeyConflictError: Two leaves cannot stand in one tree.
+      UnsupportedLeafError: No checkpoint can hold some leaf or key.
+      EmptyStateError: It has no leaves.
+    """
+    described = describe(state, chunk_bytes=_DEFAULTS.chunk_bytes, compression=None)
+    if not described.leaves:
+        raise EmptyStateError(f"state {state!r} has no leaves: there is nothing to save.")
+    Claims().claim(described.leaves, replace=False, is_tree=False, visible=lambda _: {})
+
+
 def _prepare(
     path: PathLike,
     state: Any,
@@ -154,6 +172,6 @@ def _prepare(
     if threading.current_thread() is threading.main_thread():
         for before in _of_main_thread:
             if not before.task.is_submitted:
-                before.task.withdraw()
+                before.release()  # a second interrupt may have come while the first was met
         _of_main_thread[:] = [job]
     return job

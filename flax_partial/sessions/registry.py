@@ -16,7 +16,7 @@ from concurrent.futures import wait
 from pathlib import Path
 
 from flax_partial.distributed import agreement
-from flax_partial.errors import NoSessionError
+from flax_partial.errors import KeyConflictError, NoSessionError
 from flax_partial.format.model import Leaf
 from flax_partial.sessions import workers
 from flax_partial.sessions.claims import Claims
@@ -43,6 +43,7 @@ class Session:
         self.not_removed: frozenset[str] = frozenset()
         self._lock = threading.Lock()  # guards what follows
         self._claims = Claims()
+        self._are_claims_torn = False  # where an interrupt came while leaves were claimed
         self._begun = weakref.WeakSet[object]()  # saves under way
         self._pending: dict[object, Sequence[Leaf]] = {}  # what those have claimed
         self._directory: locks.DirectoryLock | None = None  # what the claims are about
@@ -83,10 +84,16 @@ class Session:
         session_dir.require_absent(self.where)
         with self._lock:
             self._look()
-            claimed = self._claims.claim(
-                leaves, replace=replace, is_tree=is_tree, visible=self._newest_generation
-            )
-            self._pending[save] = claimed
+            self._are_claims_torn = True
+            try:
+                claimed = self._claims.claim(
+                    leaves, replace=replace, is_tree=is_tree, visible=self._newest_generation
+                )
+                self._pending[save] = claimed
+            except (KeyConflictError, OSError):  # it has claimed nothing
+                self._are_claims_torn = False
+                raise
+            self._are_claims_torn = False
             self._last_time_ns = max(time.time_ns(), self._last_time_ns + 1)
             return claimed, self._last_time_ns
 
@@ -122,6 +129,8 @@ class Session:
 
         While saves are pending, their workers do so.
         """
+        if self._are_claims_torn:
+            self._take_over(self._directory)
         known = None if self._directory is None else self._directory.identity
         if self._pending or files.identity(self.where.session) == known:
             return
@@ -141,7 +150,8 @@ class Session:
         for leaves in self._pending.values():
             claims.hold(leaves)
         before, self._directory, self._claims = self._directory, directory, claims
-        if before is not None:
+        self._are_claims_torn = False
+        if before is not None and before is not directory:
             before.close()
 
     def _newest_generation(self, names: frozenset[str]) -> dict[str, int]:

@@ -111,10 +111,12 @@ class Task(Generic[T]):
             self._over.acquire()
 
     def _end(self, tell: Callable[[], None]) -> None:
-        with contextlib.suppress(InvalidStateError):
-            tell()
-        self.is_over = True
-        self._over.release()
+        try:
+            with contextlib.suppress(InvalidStateError):
+                tell()
+        finally:
+            self.is_over = True
+            self._over.release()
 
 
 class WorkerPool:
@@ -162,10 +164,13 @@ class WorkerPool:
                 return
             is_full = len(self._threads) >= self._most
         if not is_full:
-            try:
-                threading.Thread(target=self._work, name=self._name).start()
-            except RuntimeError:  # the system, or an interpreter that is ending, starts no more
-                self._drain()
+            self._start_thread()
+
+    def _start_thread(self) -> None:
+        try:
+            threading.Thread(target=self._work, name=self._name).start()
+        except RuntimeError:  # the system, or an interpreter that is ending, starts no more
+            self._drain()
 
     def run(self, task: Task[T]) -> T:
         """Has a worker do a task, and returns its outcome.
@@ -178,8 +183,9 @@ class WorkerPool:
                 task.is_submitted = True
                 task.run()
             else:
-                self.submit(task)
-                task.wait()
+                with place_lent():
+                    self.submit(task)
+                    task.wait()
         except BaseException:
             task.stop()
             task.wait()
@@ -221,8 +227,27 @@ class WorkerPool:
                 return
             self._threads.add(thread)
         while (task := self._next(thread)) is not None:
-            task.run()
+            try:
+                task.run()
+            except BaseException:  # noqa: BLE001 - such as SystemExit in a callback of a handle
+                _LOG.exception("flax_partial: a callback of a handle failed")
             del task  # it may hold a snapshot
+
+    def lend(self, thread: int) -> bool:
+        """Has another worker come in the place of one that waits; returns whether it is one."""
+        with self._lock:
+            if thread not in self._threads:
+                return False
+            self._threads.discard(thread)
+            is_needed = bool(self._queue)
+        if is_needed:
+            self._start_thread()
+        return True
+
+    def take_back(self, thread: int) -> None:
+        """Counts a worker again that waits no more; for a while there may be more of them."""
+        with self._lock:
+            self._threads.add(thread)
 
     def _drain(self) -> None:
         """Does what is queued, and ready, in the caller's thread."""
@@ -280,6 +305,21 @@ def release_idle() -> None:
     """Has all workers that wait for a task end now, instead of after a while."""
     for pool in list(_pools):
         pool.release_idle()
+
+
+@contextlib.contextmanager
+def place_lent() -> Iterator[None]:
+    """Lends this thread's place, should it be a worker's, to another worker while it waits.
+
+    A callback of a handle is called by a worker, and may wait for what its pool has to do yet.
+    """
+    thread = threading.get_ident()
+    lent = [pool for pool in list(_pools) if pool.lend(thread)]
+    try:
+        yield
+    finally:
+        for pool in lent:
+            pool.take_back(thread)
 
 
 class _Exit:

@@ -20,6 +20,7 @@ from flax_partial.storage.paths import DELETED_SUFFIX, CheckpointPath
 
 _NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT))
 _WRITE_BYTES = 1 << 20
+_NAME_BYTES = 255  # the longest name that file systems take
 _NOT_EXCLUSIVE = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP))
 
 
@@ -235,7 +236,10 @@ def remove_directory(directory: Path) -> None:
 
 def rename_away(directory: Path) -> Path:
     """Renames a directory to a hidden name that no reader takes for a checkpoint; returns that."""
-    doomed = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}{DELETED_SUFFIX}")
+    name, rest = directory.name, f".{uuid.uuid4().hex}{DELETED_SUFFIX}"
+    while len(os.fsencode(f".{name}{rest}")) > _NAME_BYTES:
+        name = name[:-1]
+    doomed = directory.with_name(f".{name}{rest}")
     os.rename(directory, doomed)
     return doomed
 

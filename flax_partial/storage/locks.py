@@ -1,12 +1,18 @@
-"""Open directories that can be locked by `flock`.
+"""Open directories, and files, that can be locked by `flock`.
 
-There is no lock file, and the kernel drops the lock of a process that dies.
+The kernel drops the lock of a process that dies. Sessions and checkpoints are locked by their own
+directories: there is no lock file. That a run lives is told by a file, which says whose lock it is.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+_MOST_BYTES = 4096  # of what the text of a lock may be
 
 
 class DirectoryLock:
@@ -36,13 +42,14 @@ class DirectoryLock:
     def close(self) -> None:
         """Gives the lock back and closes the directory; a second call does nothing."""
         if self._process == os.getpid():  # closing would do, unless a forked child has it open, too
-            self.release()
+            with contextlib.suppress(OSError):  # of a file system without locks
+                self.release()
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
-    def __del__(self) -> None:
-        if self._descriptor >= 0:  # left by an interrupt, or by a fork
+    def __del__(self, _is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self._descriptor >= 0 and not _is_ending():  # left by an interrupt, or by a fork
             self.close()
 
 
@@ -63,3 +70,37 @@ def open_directory(directory: Path, *, follow: bool = False) -> DirectoryLock | 
             code = errno.ENOTDIR
             raise NotADirectoryError(code, os.strerror(code), str(directory)) from None
         raise
+
+
+class FileLock(DirectoryLock):
+    """An open file that can be locked in the same way; its text says who holds the lock."""
+
+    def read(self) -> str:
+        """Returns the text."""
+        return os.pread(self._descriptor, _MOST_BYTES, 0).decode(errors="replace")
+
+    def write(self, text: str) -> None:
+        """Replaces the text."""
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, text.encode(), 0)
+
+
+def open_file(path: Path) -> FileLock | None:
+    """Opens a file to look at its lock; None where there is none.
+
+    Raises:
+      OSError: It cannot be opened.
+    """
+    try:
+        return FileLock(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def make_file(path: Path) -> FileLock:
+    """Opens a file to lock it and to write to it; makes it if need be.
+
+    Raises:
+      OSError: It cannot be made, or opened.
+    """
+    return FileLock(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PathLike = str | os.PathLike[str]
+# Of at least two letters, or it might be a drive; pathlib makes one slash of two.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 SESSION_SUFFIX = ".partial_save"
 DELETED_SUFFIX = ".deleted"  # of what is being removed, or was when it was killed
 PART_PREFIX = "part."
@@ -38,17 +40,41 @@ class CheckpointPath:
         return CheckpointPath(self.final, self.final)
 
 
-def resolve(path: str | os.PathLike[str]) -> CheckpointPath:
-    """Takes the path of a checkpoint, or of its session, as a user gives it.
+def expanded(path: PathLike) -> str:
+    """Takes a path as a user gives it, and puts the home directory for `~`.
 
     Raises:
       TypeError: It is not a path of text.
-      ValueError: It has no last component that could name a checkpoint.
+      ValueError: It is a URL, or there is no home directory.
     """
     text = os.fspath(path)
     if not isinstance(text, str):
         raise TypeError(f"path must be a str or an os.PathLike of str, not {type(text).__name__}")
-    parent, name = os.path.split(os.path.abspath(text))
+    if _URL.match(text):
+        raise ValueError(
+            f"path {text!r} is a URL, and only local and shared file systems are supported. (A "
+            "directory that is called so can be given by its absolute path.)"
+        )
+    found = os.path.expanduser(text)
+    if found.split("/", 1)[0] == "~":
+        raise ValueError(f"path {text!r}: the home directory is not known; set HOME")
+    return found
+
+
+def absolute(path: PathLike) -> str:
+    """Makes a path that a user gives absolute, as `expanded` takes it."""
+    return os.path.abspath(expanded(path))
+
+
+def resolve(path: PathLike) -> CheckpointPath:
+    """Takes the path of a checkpoint, or of its session, as a user gives it.
+
+    Raises:
+      TypeError: It is not a path of text.
+      ValueError: It has no last component that could name a checkpoint, or is a URL.
+    """
+    parent, name = os.path.split(absolute(path))
+    text = os.fspath(path)
     name = name.removesuffix(SESSION_SUFFIX)
     if not text or not name or "\0" in text or not _is_utf8(text):
         raise ValueError(
@@ -63,6 +89,11 @@ def resolve(path: str | os.PathLike[str]) -> CheckpointPath:
     found = CheckpointPath(final, final.with_name(name + SESSION_SUFFIX))
     _known_paths[parent, name] = found
     return found
+
+
+def names_session(path: PathLike) -> bool:
+    """Whether a path is that of a session, not of the checkpoint that it becomes."""
+    return os.path.abspath(path).endswith(SESSION_SUFFIX)
 
 
 # Following links costs 60 us, and a training step resolves its checkpoint's path for each layer.

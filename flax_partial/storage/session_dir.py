@@ -30,6 +30,7 @@ from flax_partial.storage.paths import (
 )
 
 _ROOT_FILES = frozenset(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"))
+_ROOT_DIRECTORIES = frozenset(("metrics",))
 _STATE_FILES = frozenset(("_METADATA", "_sharding", "_strings.json", CONTENTS, "manifest.ocdbt"))
 _STATE_DIRECTORIES = frozenset(("array_metadatas", "d"))
 
@@ -151,8 +152,13 @@ def _foreign_entries(where: CheckpointPath) -> list[str]:
     def is_of_parts(name: str) -> bool:
         return name.startswith(PART_PREFIX) or PART_FOLDER.fullmatch(name) is not None
 
-    found = [
-        name for name in files.listed(where.session) if name != STATE and name not in _ROOT_FILES
+    root = _ROOT_FILES | _ROOT_DIRECTORIES | {STATE}
+    found = [name for name in files.listed(where.session) if name not in root]
+    found += [
+        f"{directory}/{name}"
+        for directory in _ROOT_DIRECTORIES
+        for name in files.listed(where.session / directory)
+        if name != directory  # the file in it is called like it
     ]
     found += [
         f"{STATE}/{name}"
@@ -276,6 +282,8 @@ def clear_root(where: CheckpointPath) -> None:
     """Removes what an attempt to finalize left: files that are derived from the parts."""
     for name in sorted(_ROOT_FILES):
         (where.session / name).unlink(missing_ok=True)
+    for name in sorted(_ROOT_DIRECTORIES):
+        files.remove_tree(where.session / name)
     for name in sorted(_STATE_FILES):
         (where.state / name).unlink(missing_ok=True)
     for name in sorted(_STATE_DIRECTORIES):

@@ -18,6 +18,7 @@ from flax_partial.callbacks import PartialCheckpointCallback
 from flax_partial.callbacks._groups import cut, layerwise
 from flax_partial.callbacks._leaves import flatten, leaf_name, placed, subtree
 from flax_partial.callbacks._schedule import Retention, Schedule
+from flax_partial.callbacks.policies import SavedStep
 from flax_partial.runs.completeness import closing, missing, saved
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
         ({"save_top_k": 3}, "Pass monitor="),
         ({"monitor": "loss", "save_top_k": 0}, "save_top_k is 0"),
         ({"mode": "best"}, "mode is 'best'"),
+        ({"preemption_signals": [9]}, "listen to SIGKILL"),
+        ({"preemption_signals": [999]}, "999 is not a valid Signals"),
         ({"on_save_error": "ignore"}, "on_save_error is 'ignore'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -57,7 +60,7 @@ def test_best_needs_a_monitor(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="monitor=None"):
         PartialCheckpointCallback(tmp_path).restore(which="best")
     with pytest.raises(ValueError, match="which='newest'"):
-        PartialCheckpointCallback(tmp_path, monitor="loss").restore(which="newest")  # type: ignore[arg-type]
+        PartialCheckpointCallback(tmp_path, monitor="loss").restore(which="newest")
 
 
 def test_schedule_counts_epochs_from_zero_and_steps_from_one() -> None:
@@ -76,8 +79,19 @@ def test_schedule_counts_epochs_from_zero_and_steps_from_one() -> None:
 def test_what_is_kept(
     steps: set[int], scores: dict[int, float], keep_last: int | None, top: int | None, mode: Any
 ) -> None:
-    retention = Retention(keep_last, "loss", mode, top)
-    expired = retention.expired(steps, scores)
+    retention = Retention.of(
+        keep=None,
+        keep_last=keep_last,
+        monitor="loss",
+        mode=mode,
+        save_top_k=top,
+        keep_every_n_steps=None,
+        keep_time_interval=None,
+    )
+    saved = [
+        SavedStep(step, {"loss": scores[step]} if step in scores else {}) for step in sorted(steps)
+    ]
+    expired = retention.expired(saved)
     kept = steps - set(expired)
     assert expired == sorted(expired)
     assert max(steps) in kept
@@ -85,16 +99,14 @@ def test_what_is_kept(
     if keep_last is None and top is None:
         assert kept == steps
         return
-    assert len(kept) <= (keep_last or 1) + (top or 0)
+    unranked = [step for step in sorted(steps) if step not in scores]
+    assert len(kept) <= (keep_last or 1) + (top or 0) + min(5, len(unranked))
+    if top is not None:
+        assert set(unranked[-5:]) <= kept
     sign = 1 if mode == "min" else -1
     scored = sorted(sign * scores[step] for step in steps if step in scores)
     for score in scored[: top or 0]:
         assert any(score == sign * scores[step] for step in kept if step in scores)
-
-
-def test_checkpoints_without_a_score_rank_last() -> None:
-    retention = Retention(monitor="loss", save_top_k=2)
-    assert retention.ranked([1, 2, 3, 4], {1: 0.5, 3: 0.5}) == [3, 1, 4, 2]
 
 
 def groups_of(tree: Any) -> dict[str, list[str]]:

@@ -17,12 +17,20 @@ from stub_trainer import EVERYTHING, StubTrainer, begun, end_step, fitted, new_s
 from test_callback import assert_is_step, names_in
 
 import flax_partial as fp
-from flax_partial.callbacks import PartialCheckpointCallback
+from flax_partial.callbacks import (
+    EveryInterval,
+    EveryNSteps,
+    LatestN,
+    PartialCheckpointCallback,
+)
 from flax_partial.callbacks._clock import Clock
 from flax_partial.callbacks._schedule import Retention
+from flax_partial.callbacks.policies import SavedStep
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from flax_partial.callbacks.policies import Policy
 
 HOUR = timedelta(hours=1)
 LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 9.0, 10: 5.0}
@@ -75,14 +83,19 @@ def test_removing_one_by_one_keeps_the_same_as_removing_all_at_once(
     steps: set[int], every: int | None, hours: int | None
 ) -> None:
     """A checkpoint that was kept once is never given up later because others have gone."""
-    interval = None if hours is None else hours * HOUR
-    retention = Retention(keep_last=1, keep_every_n_steps=every, keep_time_interval=interval)
-    times = {step: 3600.0 * step for step in steps}
+    policies: list[Policy] = [LatestN(1)]
+    policies += [] if every is None else [EveryNSteps(every)]
+    policies += [] if hours is None else [EveryInterval(hours * HOUR)]
+    retention = Retention(tuple(policies))
+
+    def without_expired(steps: set[int]) -> set[int]:
+        saved = [SavedStep(step, finalized_at=3600.0 * step) for step in sorted(steps)]
+        return steps - set(retention.expired(saved))
+
     there: set[int] = set()
     for step in sorted(steps):
-        there.add(step)
-        there -= set(retention.expired(there, times=times))
-    assert there == steps - set(retention.expired(steps, times=times))
+        there = without_expired(there | {step})
+    assert there == without_expired(steps)
     if every is not None:
         for period in range(1, 99 // every + 1):
             first = min((s for s in steps if s // every == period), default=None)
@@ -122,7 +135,7 @@ def test_restore_of_a_step_and_of_parameters_only(tmp_path: Path) -> None:
     callback = PartialCheckpointCallback(tmp_path)
     state, step = restored(callback, new_state(0), which=4)
     assert state["seen"] == step == 4
-    only, _ = restored(callback, {"params": new_state(0)["params"]}, which=2)
+    only, _ = restored(callback, {"params": new_state(0)["params"]}, which=2, partial=True)
     assert list(only) == ["params"]
     np.testing.assert_array_equal(only["params"]["head"]["b"], [2, 2])
     with pytest.raises(fp.NoSessionError, match=r"no checkpoint of step 5: \[2, 4, 6\]"):
@@ -137,7 +150,7 @@ def test_checkpoint_resumed_from_stays_until_a_newer_one_is_finalized(tmp_path: 
     restored(callback, new_state(0), which=4)
     trainer = begun(callback)
     callback.finalizer.wait()
-    assert fp.steps(tmp_path) == [4, 10]
+    assert fp.steps(tmp_path) == [2, 4, 6, 8, 10]
     end_step(callback, trainer, 11, is_last=True)
     callback.on_train_epoch_end(trainer, None)
     callback.on_train_end(trainer, None)

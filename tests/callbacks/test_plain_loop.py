@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -134,6 +136,36 @@ def test_directory_that_cannot_be_made_is_told_after_the_first_step(tmp_path: Pa
         ckpt.step(new_state())
 
 
+BAD = {"w": 1, "loss_fn": print}
+
+
+def test_state_that_cannot_be_saved_is_told_after_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seldom: Any = {"every_n_train_steps": 1000, "every_n_epochs": None}
+    with checkpointing(tmp_path / "a", **seldom) as ckpt:
+        with pytest.raises(fp.UnsupportedLeafError, match=r"'loss_fn'.*cannot be saved") as caught:
+            ckpt.step(BAD)
+        assert "No checkpoint is due yet" in caught.value.__notes__[0]
+    with checkpointing(tmp_path / "b", on_save_error="warn", **seldom) as ckpt:
+        for _ in range(3):
+            ckpt.step(BAD)
+    assert caplog.text.count("The first checkpoint") == 1
+
+
+def test_directory_that_cannot_be_made_is_logged_where_that_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    with checkpointing(
+        tmp_path / "file" / "run", every_n_train_steps=2, on_save_error="warn"
+    ) as ckpt:
+        for _ in range(5):
+            ckpt.step({"w": 1})
+    assert ckpt.callback.failed_saves == 3
+    assert "Nothing can be saved into" in caplog.text
+
+
 def test_epochs_are_saved_with_the_metrics_of_the_epoch(tmp_path: Path) -> None:
     with checkpointing(tmp_path, every_n_epochs=2) as ckpt:
         for epoch in range(5):
@@ -142,7 +174,7 @@ def test_epochs_are_saved_with_the_metrics_of_the_epoch(tmp_path: Path) -> None:
             ckpt.end_epoch(epoch, metrics={"accuracy": epoch})
     assert fp.steps(tmp_path) == [4, 8]
     custom = fp.metadata(tmp_path / "8").custom_metadata
-    assert custom["metrics"] == {"accuracy": 3.0}
+    assert custom["metrics"] == {"loss": 9.0, "accuracy": 3.0}
     assert custom["epoch"] == 3
 
 
@@ -185,6 +217,19 @@ def test_a_failed_save_is_raised_in_the_loop_or_where_the_block_ends(tmp_path: P
     ):
         ckpt.step({"params": {"head": object()}})
     assert not fp.steps(tmp_path / "run")
+
+
+def test_arrays_of_a_finalized_checkpoint_are_kept_by_nothing(tmp_path: Path) -> None:
+    """Where steps do not donate, they would take the memory of one more state."""
+    with checkpointing(tmp_path, every_n_train_steps=2) as ckpt:
+        for step in range(1, 4):
+            state = {"params": {"large": jnp.zeros(1 << 17), "small": jnp.zeros(3)}}
+            ckpt.step(state)
+            if step == 2:
+                arrays = [weakref.ref(array) for array in jax.tree.leaves(state)]
+                ckpt.callback.finalizer.wait()
+        gc.collect()
+        assert [array() for array in arrays] == [None, None]
 
 
 def test_an_unknown_option_is_refused(tmp_path: Path) -> None:

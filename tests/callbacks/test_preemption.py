@@ -131,6 +131,17 @@ def test_callbacks_with_hooks_of_their_own_all_save_before_the_exit(tmp_path: Pa
     assert [fp.steps(tmp_path / name) for name in "ab"] == [[2], [2]]
 
 
+def test_another_signal_works_like_sigterm_where_it_is_listened_to(tmp_path: Path) -> None:
+    both = {"preemption_signals": (signal.SIGTERM, signal.SIGUSR1)}
+    for name, number in (("usr1", signal.SIGUSR1), ("term", signal.SIGTERM)):
+        at = {"ready": at_step(2, lambda number=number: signal.raise_signal(number))}
+        with pytest.raises(SystemExit) as caught:
+            trained(tmp_path / name, at=at, **both)
+        assert caught.value.code == 128 + number
+        assert fp.steps(tmp_path / name) == [2]
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_end"])
 def test_signal_after_the_last_batch_saves_its_step(tmp_path: Path, hook: str) -> None:
     trainer = StoppableTrainer()
@@ -291,6 +302,15 @@ def test_exception_finalizes_what_waited_for_the_end_of_its_epoch(tmp_path: Path
     assert names_in(tmp_path) == ["2"]
 
 
+def test_what_is_still_to_be_written_is_said_before_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(StepError):
+        fitted(tmp_path, epochs=2, at={"on_train_epoch_end": lambda _: fail()})
+    assert "Training ended by StepError; what is being saved of step 2 is finished" in caplog.text
+    assert caplog.text.index("is finished first") < caplog.text.index("Left ")
+
+
 def test_exception_without_being_asked_saves_nothing(tmp_path: Path) -> None:
     with pytest.raises(StepError):
         trained(tmp_path, at=BEFORE_STEP_3)
@@ -301,7 +321,11 @@ def test_save_that_fails_then_hides_no_exception(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "flax_partial")
+
+    def bad(trainer: StubTrainer, _: Any) -> Any:
+        return {"w": object() if trainer.global_step > 1 else 0}
+
     with pytest.raises(StepError):
-        trained(tmp_path, state_fn=lambda *_: {"w": object()}, at=BEFORE_STEP_3, **RESCUED)
+        trained(tmp_path, state_fn=bad, at=BEFORE_STEP_3, **RESCUED)
     assert "A checkpoint had failed, too" in caplog.text
     assert fp.steps(tmp_path) == []

@@ -177,7 +177,7 @@ def test_a_timeline_that_cannot_be_written_fails_no_training(
 def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_timeline, "_MOST_BYTES", 2000)
     fitted(tmp_path, keep_last=1, epochs=8, streamed=PARAMS)
-    files = list((tmp_path / "timeline").iterdir())
+    files = list((tmp_path / "timeline").glob("*.jsonl"))
     assert sorted(file.name for file in files) == ["p0.before.jsonl", "p0.jsonl"]
     assert sum(file.stat().st_size for file in files) < 20_000
     (run,) = timeline.read(tmp_path)
@@ -291,9 +291,14 @@ def test_missing_matplotlib_is_named_and_a_trace_needs_none(
     train(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     shell.run("timeline", tmp_path / "run", "--out", tmp_path / "t.png", status=WRONG_USE)
-    assert "pip install 'flax-partial[plot]'" in shell.error
+    assert "pip install '.[plot]'" in shell.error
     shell.run("timeline", tmp_path / "run", "--out", tmp_path / "t.json")
     assert (tmp_path / "t.json").is_file()
+    monkeypatch.chdir(tmp_path)
+    assert "checkpoint 4 of run" in shell.run("timeline", "run")  # whose picture is not asked for
+    assert shell.error.startswith("no picture: ")
+    assert "pip install '.[plot]'" in shell.error
+    assert not (tmp_path / "timeline.png").exists()
 
 
 KILLED = """

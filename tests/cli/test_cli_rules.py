@@ -13,9 +13,8 @@ import trees
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_partial.cli import selection, text
+from flax_partial.cli import safetensors, selection, text
 from flax_partial.cli.commands.diff.difference import Difference
-from flax_partial.cli.commands.export import safetensors
 from flax_partial.cli.commands.show import tree
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Column, Row, Table, printable
@@ -223,6 +222,30 @@ def test_where_there_is_no_room_the_least_needed_columns_go_first(
     drawn, titles = TABLE.drawn(width)
     assert titles == left_out
     assert len(drawn.columns) == 3 - len(left_out)
+
+
+REPEATING = Table(
+    (
+        Column("NAME"),
+        Column("STEP", is_number=True, dispensable=1),
+        Column("STATE"),
+        Column("SIZE", dispensable=2),
+    ),
+    [Row(("10", "10", "fine", "2 B")), Row(("11.new", "11", "fine", "30 B"))],
+)
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [
+        (25, []),
+        (24, ["STEP"]),
+        (18, ["STEP", "STATE (fine in each row)"]),
+        (11, ["STEP", "STATE (fine in each row)", "SIZE"]),
+    ],
+)
+def test_what_repeats_goes_before_what_is_less_needed(width: int, left_out: list[str]) -> None:
+    assert REPEATING.drawn(width)[1] == left_out
 
 
 # --- text

@@ -40,7 +40,8 @@ def test_a_narrow_terminal_lacks_columns_and_says_which(path: Path) -> None:
         assert terminal.end() == 0
         lines = terminal.lines()
         assert max(map(len, lines)) <= 40
-        assert "no room for DTYPE, SHARDING, SHARE" in lines
+        said = r"no room for DTYPE, SHARDING \(\w+(:0)? in each row\), SHARE"
+        assert re.search(said, " ".join(lines))
 
 
 @pytest.mark.parametrize("command", ["verify", "export", "diff"])
@@ -119,6 +120,23 @@ def test_watch_follows_a_session_until_it_is_finalized(tmp_path: Path) -> None:
         fp.finalize(path)
         assert terminal.end() == 0
         assert terminal.lines()[-2:] == [f"{path} was finalized", ""]
+
+
+def test_watch_of_a_run_waits_for_each_session_and_follows_it(tmp_path: Path) -> None:
+    with on_terminal("status", tmp_path, "--watch") as terminal:
+        for step in (1, 2):
+            terminal.wait_for(f"waiting for {tmp_path} to begin its next checkpoint")
+            terminal.shown = ""
+            fp.save(tmp_path / str(step), {"a": np.ones(2)}, options=QUICK)
+            terminal.wait_for("1 part, 1 leaf")
+            fp.finalize(tmp_path / str(step))
+            terminal.wait_for(f"{step} was finalized")
+        for step in (3, 4):  # the one before was left behind
+            fp.save(tmp_path / str(step), {"a": np.ones(2)}, options=QUICK)
+            terminal.wait_for(f"{step}.partial_save")
+        terminal.press("\x03")
+        assert terminal.end() == INTERRUPTED
+        assert "Traceback" not in terminal.shown
 
 
 def test_watch_draws_the_newest_parts_that_fit(tmp_path: Path) -> None:

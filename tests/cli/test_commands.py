@@ -136,7 +136,6 @@ def test_ls_of_an_empty_directory_is_fine(tmp_path: Path, shell: Shell) -> None:
     ("command", "newest"),
     [
         ("show .", "100"),
-        ("verify .", "100"),
         ("export . out", "100"),
         ("diff . 100", "100"),
         ("status .", "110.partial_save"),
@@ -166,6 +165,9 @@ def test_what_is_left_of_a_removed_checkpoint_is_none(run_directory: Path, shell
     for name in ("100", "110.partial_save"):
         shutil.copytree(run_directory / name, run_directory / f".{name}.0123abcd.deleted")
     assert shell.json("ls", run_directory) == before
+    for command in ("show", "verify", "status", "abort", "rm"):
+        shell.run(command, run_directory / ".100.0123abcd.deleted", status=WRONG_USE)
+        assert "what is left of a checkpoint that was removed" in shell.error
 
 
 # --- rm and prune
@@ -203,7 +205,7 @@ def test_prune_keeps_the_last_and_what_is_not_called_by_a_step(
 
 
 def test_show_draws_every_kind_of_leaf(tmp_path: Path, shell: Shell) -> None:
-    path = write(tmp_path / "c", {**MIXED, "key": jax.random.key(0)}, note="x", session={"a": 1})
+    path = write(tmp_path / "c", {**MIXED, "key": jax.random.key(0)}, note="x")
     lines = shell.run("show", path).splitlines()
     assert lines[1].endswith("1 part, 10 leaves, 23.5 KiB")
     assert lines[2] == 'custom metadata: {"note": "x"}'
@@ -335,6 +337,30 @@ def test_verify_names_what_is_damaged(tmp_path: Path, shell: Shell) -> None:
     assert not shell.error
 
 
+def test_verify_of_a_run_checks_each_of_its_checkpoints(tmp_path: Path, shell: Shell) -> None:
+    for step in (1, 2):
+        write(tmp_path / str(step), MIXED)
+    begin(tmp_path / "3", {"w": 1})
+    whole = shell.json("verify", tmp_path)
+    assert [(Path(c["path"]).name, c["ok"]) for c in whole["checkpoints"]] == [
+        ("1", True),
+        ("2", True),
+    ]
+    assert (
+        shell.run("verify", tmp_path).splitlines()[-1].startswith("fine: 2 checkpoints, 46.9 KiB")
+    )
+    flip_a_bit_of(tmp_path / "1", MIXED["params"]["w"])
+    write(tmp_path / "4", {"w": 1})
+    (tmp_path / "4" / "state" / "contents.json").write_text("{}")
+    write(tmp_path / "5", {"w": 1})
+    (tmp_path / "5" / "state" / "_METADATA").unlink()
+    found = shell.json("verify", tmp_path, status=PROBLEM)["checkpoints"]
+    assert [c["ok"] for c in found] == [False, True, False, False]
+    lines = shell.run("verify", tmp_path, status=PROBLEM)
+    assert "1: params.w" in lines
+    assert "3 of 4 damaged: 4 checkpoints" in lines
+
+
 def test_verify_of_what_orbax_wrote_reads_it(tmp_path: Path, shell: Shell) -> None:
     v1.save(tmp_path / "c", {"w": jnp.ones((2, 3))})
     assert shell.json("verify", tmp_path / "c")["bytes"] == 24
@@ -369,6 +395,20 @@ def test_finalize_refuses_what_a_callback_had_not_completed(tmp_path: Path, shel
 @pytest.mark.parametrize("session", ["mine", {"saved": "x"}])
 def test_session_key_of_the_user_means_nothing(session: Any, tmp_path: Path, shell: Shell) -> None:
     shell.run("finalize", begin(tmp_path / "c", {"a": 1}, session=session))
+    assert shell.json("show", tmp_path / "c")["custom_metadata"] == {"session": session}
+
+
+def test_what_the_callback_keeps_is_not_shown_as_custom_metadata(
+    tmp_path: Path, shell: Shell
+) -> None:
+    saved = completeness.saved(callback="params", group="g")
+    path = begin(tmp_path / "c", {"a": np.ones(2)}, step=3, session=saved)
+    for command in ("status", "show"):
+        assert shell.json(command, path)["custom_metadata"] == {"step": 3}
+        assert 'custom metadata: {"step": 3}\n' in shell.run(command, path)
+    shell.run("finalize", path, "--anyway")
+    shell.run("export", path, tmp_path / "file")
+    assert b"params" not in (tmp_path / "file").read_bytes()
 
 
 def test_abort_asks_nobody_where_there_is_no_terminal(
@@ -411,7 +451,8 @@ def test_wrong_arguments_are_told_with_the_usage(
         ("ls run/d.partial_save", "use show or status"),
         ("ls run/c/state/contents.json", "is not a directory"),
         ("ls run --monitor lost", "no checkpoint has a metric 'lost'; they have loss"),
-        ("show run/c --only f", "is called 'f'; a name is 'a'"),
+        ("show run/c --only f", "is called 'f'; there is a, b, b.long"),
+        ("show run/c --only b.lung", "is called 'b.lung'; there is b.long"),
         ("show run/c --depth 0", "--depth is at least 1"),
         ("status run/c", "finalized already"),
         ("status run/absent", "absent"),
@@ -419,11 +460,22 @@ def test_wrong_arguments_are_told_with_the_usage(
         ("abort run/absent --yes", "absent"),
         ("verify run/d", "not finalized"),
         ("verify run/d.partial_save", "finalize it first"),
-        ("verify run/absent", "no checkpoint"),
+        ("verify run/absent", "no checkpoint at run/absent; run has d.partial_save, c"),
+        ("verify rum", "rum does not exist; there is run"),
+        ("show rum/c", "rum does not exist; there is run"),
+        ("ls rum", "rum does not exist; there is run"),
+        ("timeline rum", "rum does not exist; there is run"),
+        ("show run/c/state/cc", "run/c/state/cc does not exist"),
+        ("show empty", "empty holds no checkpoint"),
+        ("verify empty", "empty has no finalized checkpoint"),
+        ("abort steps --yes", "steps is a run: its newest unfinished checkpoint is steps/10"),
+        ("finalize steps", "steps is a run: its newest unfinished checkpoint is steps/10"),
+        ("rm steps --yes", "steps is a run: its newest finalized checkpoint is steps/9"),
+        ("rm steps/99 --yes", "no checkpoint at steps/99; steps has 9"),
         ("verify \0", "does not name a checkpoint"),
-        ("verify run", "has no finalized checkpoint of a step"),
+        ("show run", "has no finalized checkpoint of a step"),
         ("status run", "has no unfinished checkpoint of a step"),
-        ("rm run --yes", "no finalized checkpoint"),
+        ("rm run --yes", "has no finalized checkpoint"),
         ("rm run/d.partial_save", "not finalized"),
         ("prune run --keep-last 0", "--keep-last is at least 1"),
         ("diff run/c run/d", "not finalized"),
@@ -433,14 +485,30 @@ def test_wrong_arguments_are_told_with_the_usage(
         ("export run/c run", "exists already"),
         ("export run/c link", "exists already"),
         ("export run/c absent/out", "absent is not a directory"),
+        ("export run/c s3://b/out", "is a URL"),
+        ("ls s3://b/run", "is a URL"),
+        ("latest s3://b/run", "is a URL"),
+        ("show s3://b/run", "is a URL"),
+        ("status s3://b/run", "is a URL"),
+        ("verify s3://b/run", "is a URL"),
+        ("finalize s3://b/run", "is a URL"),
+        ("abort s3://b/run --yes", "is a URL"),
+        ("rm s3://b/run --yes", "is a URL"),
+        ("prune s3://b/run --keep-last 1", "is a URL"),
+        ("diff run/c s3://b/run", "is a URL"),
+        ("export s3://b/run out", "is a URL"),
+        ("timeline s3://b/run", "is a URL"),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_says_why(
     command: str, why: str, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "run" / "c", {"a": np.ones(2)}, metrics={"loss": 1.0})
+    write(tmp_path / "run" / "c", {"a": np.ones(2), "b": {"long": 1}}, metrics={"loss": 1.0})
     begin(tmp_path / "run" / "d", {"a": np.ones(2)})
+    write(tmp_path / "steps" / "9", {"a": 1})
+    begin(tmp_path / "steps" / "10", {"a": 1})
+    (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     before = listing(tmp_path)
     shell.run(*command.split(" "), status=WRONG_USE)

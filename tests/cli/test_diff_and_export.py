@@ -21,8 +21,8 @@ from shell import MIXED, Shell, flip_a_bit_of, write
 
 import flax_partial as fp
 from flax_partial.cli.commands import diff, export
-from flax_partial.cli.commands.export.safetensors import WIDER
 from flax_partial.cli.main import PROBLEM
+from flax_partial.cli.safetensors import WIDER
 
 # --- diff
 
@@ -42,6 +42,7 @@ def test_diff_of_the_same_finds_nothing(tmp_path: Path, shell: Shell) -> None:
 
 ARRAY, KEY = np.array([1.0, 2.0, 2.0, np.nan]), jax.random.key(0)
 CHANGED = {  # name: in A, in B, what diff calls it
+    "bytes": (b"a", b"b", "values"),
     "dtype": (np.array([1.0, 2.0], np.float32), np.array([1.0, 2.5]), "dtype"),
     "gone": (1, ..., "removed"),
     "impl": (KEY, jax.random.key(0, impl="rbg"), "shape"),
@@ -71,7 +72,7 @@ def test_diff_tells_every_kind_of_change(tmp_path: Path, shell: Shell) -> None:
     assert found["key"]["difference"] == {"elements": 2, "different": 1}
     assert found["text"]["b"] == {"kind": "string", "shape": [], "dtype": "", "text": "b"}
     lines = shell.run("diff", a, b, status=PROBLEM).splitlines()
-    assert lines[-1] == "changed: 9 leaves, the same: 1 leaf"
+    assert lines[-1] == "changed: 10 leaves, the same: 1 leaf"
     (row,) = [" ".join(line.split()) for line in lines if line.startswith("values")]
     assert row == "values values float64(4,) 2 of 4 3, 1 nan/inf 1"
 
@@ -195,6 +196,7 @@ def test_what_is_no_tensor_is_kept_in_the_header(tmp_path: Path, out: Path, shel
         "empty": {"empty": "dict", "nothing": "None"},
         "prng_keys": {"key": "threefry2x32"},
         "dtypes": {"tiny": "int4"},
+        "kinds": {"half": "jax.Array", "params.b": "jax.Array", "step": "scalar"},
     }
     assert np.array_equal(tensors(out)["key"], jax.random.key_data(key))
 

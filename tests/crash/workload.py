@@ -97,7 +97,7 @@ def train(base: Path, *, durable: bool) -> None:
 
 def _fit(callback: PartialCheckpointCallback, trainer: Any) -> None:
     callback.on_fit_start(trainer, None)
-    restored = callback.restore({"step": TRAINED["step"]})
+    restored = callback.restore({"step": TRAINED["step"]}, partial=True)
     if restored is None or restored[1] < trainer.global_step + 1:
         callback.on_train_batch_start(trainer, None, None, 0)
         callback.on_layer_ready(trainer, "0", TRAINED["params"]["0"])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
+import pytest
 from cluster import gather, running, start_each
 from things import until
 
 import flax_partial as fp
+from flax_partial.callbacks import checkpointing
 
 PACES = (0.01, 0.017)
 
@@ -41,6 +45,13 @@ def test_processes_save_the_same_steps_by_the_clock_when_behind_and_before_they_
         assert first == second == fp.steps(behind)
         assert first[-1] == 25
         assert_holds_all_of_each_step(behind)
+        data = tmp_path / "data"
+        assert two.call("goes_on_with_its_own_data", data) == [(True, [1, 2])] * 2
+        with (
+            checkpointing(data, extras={"data": random.Random(0)}) as ckpt,  # noqa: S311
+            pytest.raises(fp.TargetMismatchError, match="of 2 processes, and there are 1 now"),
+        ):
+            ckpt.restore({"of0": np.zeros(2)}, partial=True)
 
         told = tmp_path / "told"
         how = {"every_n_train_steps": 100_000}

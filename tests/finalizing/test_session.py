@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -226,6 +227,14 @@ def test_missing_rows_are_told_and_waited_for(tmp_path: Path) -> None:
     fp.save(tmp_path / "c", {"later": 1})
     assert set(handle.result(60).leaves) == {"w", "later"}
     trees.assert_same(fp.load(tmp_path / "c"), {"w": np.arange(6), "later": 1})
+
+
+@pytest.mark.parametrize("secs", [-1, math.nan])
+def test_timeout_below_zero_or_of_no_length_is_refused(tmp_path: Path, secs: float) -> None:
+    fp.save(tmp_path / "c", {"w": fp.Slice(X, 0, 6)}, options=QUICK)
+    for call in (fp.finalize, fp.finalize_async):
+        with pytest.raises(ValueError, match="timeout_secs"):
+            call(tmp_path / "c", timeout_secs=secs)
 
 
 def test_list_with_a_gap_is_refused_and_filled_later(tmp_path: Path) -> None:

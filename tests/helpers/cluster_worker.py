@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import random
 import resource
 import sys
 import time
@@ -26,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from things import assert_sharded, targets, trainer
 
 import flax_partial as fp
-from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
+from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, checkpointing
 
 QUICK = fp.SaveOptions(durable=False, chunk_bytes=32 << 10)
 WIDTH = 384
@@ -42,10 +43,10 @@ def ready() -> int:
 
 def layer(number: int) -> dict[str, np.ndarray]:
     """The parameters of a layer, the same wherever they are asked for."""
-    random = np.random.default_rng(number)
+    numbers = np.random.default_rng(number)
     return {
-        "kernel": random.random((WIDTH, WIDTH), np.float32),
-        "bias": random.random(WIDTH, np.float32),
+        "kernel": numbers.random((WIDTH, WIDTH), np.float32),
+        "bias": numbers.random(WIDTH, np.float32),
     }
 
 
@@ -441,7 +442,7 @@ def run_loop(
     callback.setup(loop, None, "fit")
     try:
         callback.on_fit_start(loop, None)
-        restored = callback.restore({"progress": {"step": 0}})
+        restored = callback.restore({"progress": {"step": 0}}, partial=True)
         loop.global_step = restored[1] if restored else 0
         callback.on_train_start(loop, None)
         for step in range(loop.global_step + 1, steps + 1):
@@ -490,6 +491,25 @@ def train_until_told(directory: Path, pause_secs: float, **options: Any) -> tupl
         directory.with_suffix(f".{jax.process_index()}").touch()
     callback.on_train_end(loop, None)
     return loop.global_step, [report.step for report in callback.reports]
+
+
+def goes_on_with_its_own_data(directory: Path) -> tuple[bool, list[int]]:
+    """Whether data go on where a checkpoint was made; and the steps left after going back."""
+    target = {f"of{jax.process_index()}": np.zeros(2)}
+    options: Any = {"every_n_train_steps": 1, "every_n_epochs": None}
+    data = random.Random(jax.process_index())  # noqa: S311
+    with checkpointing(directory, extras={"data": data}, **options) as ckpt:
+        for _ in range(3):
+            data.random()
+            ckpt.step(target)
+    wanted = data.random()
+    again = random.Random(9)  # noqa: S311
+    with checkpointing(directory, extras={"data": again}, **options) as ckpt:
+        ckpt.restore(target, partial=True)
+        goes_on = again.random() == wanted
+        ckpt.restore(target, partial=True, which=2, discard_later=True)
+        again.random()
+        return goes_on and again.random() == wanted, fp.steps(directory)
 
 
 def sleep(secs: float) -> None:

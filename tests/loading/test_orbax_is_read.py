@@ -104,7 +104,7 @@ def manager_writer(item: Any, **more: Any) -> Callable[[Path, Any], Path]:
 
 
 def named_item(state: Any) -> Any:
-    return v0.args.Composite(state=v0.args.PyTreeSave(state), config=v0.args.JsonSave({"a": 1}))
+    return v0.args.Composite(state=v0.args.PyTreeSave(state))
 
 
 write_plain = pytree_writer(ocdbt=False, zarr3=False)
@@ -229,7 +229,7 @@ def test_several_items_are_a_dict_of_trees(tmp_path: Path) -> None:
     items = {"model": {"w": jnp.ones(2)}, "optimizer": [np.zeros(3), 1]}
     save = {name: v0.args.PyTreeSave(tree) for name, tree in items.items()}
     with v0.CheckpointManager(tmp_path) as manager:
-        manager.save(7, args=v0.args.Composite(**save, config=v0.args.JsonSave({"a": 1})))
+        manager.save(7, args=v0.args.Composite(**save))
         manager.wait_until_finished()
     assert fp.steps(tmp_path) == [7]
     assert_same(fp.load(tmp_path / "7"), items)

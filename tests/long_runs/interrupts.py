@@ -153,6 +153,13 @@ def interrupted(call: Any, path: Path, at: int) -> bool:
     return False
 
 
+def end_workers() -> None:
+    """Has workers end that wait for work: a call that meets one takes another way."""
+    workers.release_idle()
+    while threading.active_count() > 1:
+        time.sleep(1e-5)
+
+
 def go_on(path: Path, kept: Iterable[str]) -> None:
     """Uses the path as if nothing had been; fails where that does not work, or `kept` is lost."""
     while workers.saving.unfinished or workers.finalizing.unfinished:  # that goes on
@@ -162,7 +169,8 @@ def go_on(path: Path, kept: Iterable[str]) -> None:
         return
     try:
         fp.save(path, THIRD, options=QUICK)
-        fp.save(path, SECOND, options=QUICK, replace=True)
+        is_there = "second.b" in fp.status(path).leaves  # if not, nor is it claimed
+        fp.save(path, SECOND, options=QUICK, replace=is_there)
         fp.finalize(path)
     except fp.CheckpointExistsError:  # by a thread that had not even begun above
         assert_whole(path, *kept)
@@ -188,6 +196,7 @@ def sweep(name: str, directory: Path, first: int, step: int) -> tuple[int, list[
     for tried in itertools.count():
         path = directory / f"{name}{first}.{tried}"
         fp.save(path, FIRST, options=QUICK)
+        end_workers()
         was_interrupted = interrupted(CALLS[name], path, first + tried * step)
         fault = fault_of(name, path)
         if fault:

@@ -176,7 +176,8 @@ def _arm(plan: Plan | None, phase: str, step: int) -> None:
 
 def _restore(callback: Any, numbers: range) -> int:
     empty = {str(number): layer(number, 0) for number in numbers}
-    restored = callback.restore({"params": {"blocks": empty}, "progress": {"step": 0}})
+    target = {"params": {"blocks": empty}, "progress": {"step": 0}}
+    restored = callback.restore(target, partial=True)
     if restored is None:
         return 0
     state, step = restored

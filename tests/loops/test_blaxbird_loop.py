@@ -96,6 +96,19 @@ def test_stopped_and_run_again_ends_bit_identical(tmp_path: Path, stop_at: int) 
     assert fp.steps(tmp_path) == [5, 10]
 
 
+def test_a_second_run_and_going_back_count_on(tmp_path: Path) -> None:
+    optimizer = new_optimizer()
+    with BlaxbirdCheckpoint(tmp_path, every_n_train_steps=5) as checkpoints:
+        for _ in range(2):
+            train(optimizer, [checkpoints])
+        assert fp.steps(tmp_path) == [5, 10, 15, 20]
+        with pytest.raises(fp.CheckpointExistsError):
+            checkpoints.restore(optimizer, which=15)
+        assert checkpoints.restore(optimizer, which=15, discard_later=True) == 15
+        train(optimizer, [checkpoints])
+    assert fp.steps(tmp_path) == [5, 10, 15, 20, 25]
+
+
 def test_never_saving_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing would be saved"):
         BlaxbirdCheckpoint(tmp_path)

@@ -76,6 +76,21 @@ def test_called_like_all_the_others_it_takes_the_state_itself(tmp_path: Path) ->
     assert_equal(fp.load(tmp_path / "2"), new_state())
 
 
+def test_going_back_and_a_call_that_is_repeated_are_no_gaps_for_clu(tmp_path: Path) -> None:
+    action = CluCheckpoint(tmp_path, every_steps=1)
+    with action:
+        for step in (1, 2, 3):
+            action(step, state={"w": step})
+        with pytest.raises(fp.CheckpointExistsError):
+            action.restore({"w": 0}, which=1)
+        assert action.restore({"w": 0}, which=1, discard_later=True) == ({"w": 1}, 2)
+        with pytest.raises(fp.UnsupportedLeafError):
+            action(2, state={"w": object()})
+        action(2, state={"w": 5})
+        action(3, state={"w": 6})
+    assert fp.load(tmp_path / "3") == {"w": 6}
+
+
 def test_a_step_without_any_state_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="no state"), CluCheckpoint(tmp_path, every_steps=1) as save:
         save(1)

@@ -145,12 +145,75 @@ def test_the_next_fit_of_a_model_that_was_resumed_trains_as_it_is_told(tmp_path:
     assert fit(model, epochs=2).epoch == [0, 1]
 
 
-def test_steps_executed_several_at_once_are_counted(tmp_path: Path) -> None:
+def test_going_back_is_done_once_and_when_it_is_asked_for(tmp_path: Path) -> None:
+    fit(new_model(), KerasCheckpoint(tmp_path))
+    with pytest.raises(fp.CheckpointExistsError, match="discard_later") as told:
+        fit(new_model(), KerasCheckpoint(tmp_path, resume={"which": 4}))
+    assert "resume={" in "".join(told.value.__notes__)
+    assert fp.steps(tmp_path) == [4, 8, 12]
+    checkpoints = KerasCheckpoint(tmp_path, resume={"which": 4, "discard_later": True})
     model = new_model()
-    model.compile(optimizer="sgd", loss="mse", steps_per_execution=2)
+    assert fit(model, checkpoints).epoch == [1, 2]
+    assert_equal(variables(model), uninterrupted())
+    assert fp.steps(tmp_path) == [4, 8, 12]
+    assert fit(new_model(), checkpoints).epoch == []
+
+
+def test_another_model_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
+    model = new_model()
+    fit(model, KerasCheckpoint(tmp_path), epochs=1)
+    keras.backend.clear_session()
+    smaller = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)])
+    smaller.compile(optimizer=keras.optimizers.Adam(0.01), loss="mse")
+    with pytest.raises(fp.TargetMismatchError, match="is not in the target"):
+        fit(smaller, KerasCheckpoint(tmp_path))
+    assert fit(smaller, KerasCheckpoint(tmp_path, resume={"partial": True})).epoch == [1, 2]
+
+
+@pytest.mark.parametrize(("at_once", "steps"), [(2, [2, 4]), (3, [4])])
+def test_steps_executed_several_at_once_are_counted(
+    tmp_path: Path, at_once: int, steps: list[int]
+) -> None:
+    model = new_model()
+    model.compile(optimizer="sgd", loss="mse", steps_per_execution=at_once)
     fit(model, KerasCheckpoint(tmp_path, every_n_train_steps=2), epochs=1)
-    assert fp.steps(tmp_path) == [2, 4]
+    assert fp.steps(tmp_path) == steps
     assert int(model.optimizer.iterations) == BATCHES
+    assert fit(model, KerasCheckpoint(tmp_path), epochs=1).epoch == [0]
+    assert int(model.optimizer.iterations) == 2 * BATCHES
+
+
+@pytest.mark.parametrize(
+    ("monitor", "best"), [("val_accuracy", 2), ("val_loss", 1), ("loss", 1)], ids=str
+)
+def test_the_best_is_known_by_the_name_of_the_metric(
+    tmp_path: Path, monitor: str, best: int
+) -> None:
+    for step, score in ((1, 0.5), (2, 0.75)):
+        fp.save(tmp_path / str(step), {"w": 1}, custom_metadata={"metrics": {monitor: score}})
+        fp.finalize(tmp_path / str(step))
+    callback = KerasCheckpoint(tmp_path, monitor=monitor).callback
+    assert callback.best_model_path == str(tmp_path / str(best))
+    with pytest.raises(ValueError, match="mode='auto' cannot tell"):
+        KerasCheckpoint(tmp_path, monitor="val_speed")
+
+
+def test_step_saved_within_an_epoch_has_no_score_of_the_epoch_before(tmp_path: Path) -> None:
+    fit(new_model(), KerasCheckpoint(tmp_path, every_n_train_steps=2, monitor="val_loss"))
+    scores = {
+        step: fp.metadata(tmp_path / str(step)).custom_metadata.get("metrics", {})
+        for step in fp.steps(tmp_path)
+    }
+    assert [step for step, metrics in scores.items() if "val_loss" in metrics] == [4, 8, 12]
+    assert [*scores] == [2, 4, 6, 8, 10, 12]
+
+
+def test_model_that_is_built_again_is_told_what_keras_did_to_its_names(tmp_path: Path) -> None:
+    fit(new_model(), KerasCheckpoint(tmp_path), epochs=1)
+    again = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
+    again.compile(optimizer=keras.optimizers.Adam(0.01), loss="mse")
+    with pytest.raises(fp.TargetMismatchError, match=r"keras\.utils\.clear_session"):
+        fit(again, KerasCheckpoint(tmp_path))
 
 
 def test_another_backend_is_refused(tmp_path: Path) -> None:

@@ -74,6 +74,12 @@ class Lit(lightning.LightningModule):  # type: ignore[misc]
     def validation_step(self, *_: Any) -> None:
         self.log("val_loss", torch.tensor(float(self.state["params"]["head"][0])))
 
+    def test_step(self, *_: Any) -> None:
+        pass
+
+    def predict_step(self, *_: Any) -> None:
+        pass
+
 
 class Counting(Lit):
     """One with an optimizer of PyTorch's, whose steps Lightning counts."""
@@ -92,7 +98,9 @@ class Counting(Lit):
             self.optimizers().step()
 
 
-def fit(directory: Path, module: Any, *callbacks: Any, **options: Any) -> Any:
+def fit(
+    directory: Path, module: Any, *callbacks: Any, ckpt_path: Path | None = None, **options: Any
+) -> Any:
     trainer = lightning.Trainer(
         accelerator="cpu",
         callbacks=list(callbacks),
@@ -102,7 +110,8 @@ def fit(directory: Path, module: Any, *callbacks: Any, **options: Any) -> Any:
         logger=False,
         **{"max_epochs": EPOCHS, "enable_checkpointing": False} | options,
     )
-    trainer.fit(module, Resumable(), torch.utils.data.DataLoader(Numbers(), batch_size=1))
+    validation = torch.utils.data.DataLoader(Numbers(), batch_size=1)
+    trainer.fit(module, Resumable(), validation, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -119,10 +128,11 @@ def trained(state: Any, steps: range) -> Any:
 
 
 def saved(directory: Path) -> Any:
-    """The state in the newest checkpoint, without Lightning's counters."""
+    """The state in the newest checkpoint, without what Lightning and PyTorch have in it."""
     newest = fp.latest(directory)
     assert newest is not None
-    return {root: leaves for root, leaves in fp.load(newest).items() if root != "lightning"}
+    beside = ("lightning", "torch")
+    return {root: leaves for root, leaves in fp.load(newest).items() if root not in beside}
 
 
 def test_it_is_a_callback_of_lightnings(tmp_path: Path) -> None:
@@ -224,22 +234,119 @@ def test_works_beside_model_checkpoint_which_sees_the_steps_counted(tmp_path: Pa
     assert inside["callbacks"][ours.state_key]["last_saved"] == 12
 
 
-def test_going_on_by_a_ckpt_path_leaves_it_to_lightning(tmp_path: Path) -> None:
-    theirs = lightning.pytorch.callbacks.ModelCheckpoint(
-        tmp_path / "theirs", filename="{step}", save_top_k=-1
+class Both(Lit):
+    """Trains a weight in PyTorch as well: each step adds to it, with momentum, less and less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD([self.weight], lr=1.0, momentum=0.5)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        (-self.weight.sum()).backward()
+        optimizer.step()
+        if batch_idx == BATCHES - 1:
+            self.lr_schedulers().step()
+
+
+def of_lightnings(directory: Path) -> Any:
+    return lightning.pytorch.callbacks.ModelCheckpoint(
+        directory / "theirs", filename="{step}", save_top_k=-1
     )
-    ours = LightningCheckpoint(tmp_path / "ours")
-    fit(tmp_path, Lit(), theirs, ours, enable_checkpointing=True, max_epochs=2)
-    module = Lit()
-    callback = LightningCheckpoint(tmp_path / "ours")
-    trainer = lightning.Trainer(
-        accelerator="cpu", callbacks=[callback], logger=False, max_epochs=3,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, Resumable(), ckpt_path=tmp_path / "theirs" / "step=10.ckpt")
+
+
+def fit_both(directory: Path, module: Any, epochs: int, path: str | None, **options: Any) -> Any:
+    ours = LightningCheckpoint(directory / "ours", **options)
+    saving: Any = {"enable_checkpointing": True, "max_epochs": epochs}
+    ckpt_path = path and directory / "theirs" / path
+    fit(directory, module, of_lightnings(directory), ours, ckpt_path=ckpt_path, **saving)
+    return module
+
+
+@pytest.mark.parametrize("path", ["step=10.ckpt", None])
+def test_jax_and_pytorch_go_on_at_the_same_step(tmp_path: Path, path: str | None) -> None:
+    whole = fit_both(tmp_path / "whole", Both(), EPOCHS, None)
+    fit_both(tmp_path, Both(), 2, None)
+    module = fit_both(tmp_path, Both(), EPOCHS, path)
     assert [epoch for epoch, _ in module.seen] == [2] * BATCHES
     assert fp.steps(tmp_path / "ours") == [5, 10, 15]
+    assert_equal(module.state, uninterrupted())
+    assert torch.equal(module.weight, whole.weight)
+
+
+def test_an_older_ckpt_path_takes_the_older_checkpoint(tmp_path: Path) -> None:
+    fit_both(tmp_path, Both(), 2, None)
+    with pytest.raises(fp.CheckpointExistsError, match="discard_later") as told:
+        fit_both(tmp_path, Both(), 2, "step=5.ckpt")
+    assert "resume={" in "".join(told.value.__notes__)
+    module = fit_both(tmp_path, Both(), 2, "step=5.ckpt", resume={"discard_later": True})
+    assert module.seen[0] == (1, 0)
+    assert_equal(module.state, uninterrupted(2 * BATCHES))
+
+
+def test_a_ckpt_path_that_has_nothing_left_to_train_restores_all_the_same(tmp_path: Path) -> None:
+    fit_both(tmp_path, Lit(), 2, None)
+    module = fit_both(tmp_path, Lit(), 2, "step=10.ckpt")
+    assert not module.seen
+    assert_equal(module.state, uninterrupted(2 * BATCHES))
+
+
+def test_a_ckpt_path_without_a_checkpoint_of_its_step_is_an_error(tmp_path: Path) -> None:
+    fit_both(tmp_path, Lit(), 2, None)
+    fp.remove(tmp_path / "ours" / "10")
+    with pytest.raises(fp.NoSessionError, match="no checkpoint of step 10") as told:
+        fit_both(tmp_path, Lit(), EPOCHS, "step=10.ckpt")
+    assert "resume=False" in "".join(told.value.__notes__)
+    with pytest.raises(ValueError, match="goes on from step 10"):
+        fit_both(tmp_path, Lit(), EPOCHS, "step=10.ckpt", resume={"which": 5})
+    module = fit_both(tmp_path, Lit(), EPOCHS, "step=10.ckpt", resume=False)
     assert_equal(module.state, trained(new_state(), range(10, 15)))
+
+
+def test_going_back_is_done_once_and_when_it_is_asked_for(tmp_path: Path) -> None:
+    fit(tmp_path, Lit(), LightningCheckpoint(tmp_path / "run"))
+    back: Any = {"which": 5}
+    with pytest.raises(fp.CheckpointExistsError):
+        fit(tmp_path, Lit(), LightningCheckpoint(tmp_path / "run", resume=back))
+    assert fp.steps(tmp_path / "run") == [5, 10, 15]
+    callback = LightningCheckpoint(tmp_path / "run", resume=back | {"discard_later": True})
+    for steps in (range(5, 10), range(0)):
+        module = Lit()
+        fit(tmp_path, module, callback, max_epochs=2)
+        assert module.seen == [divmod(step, BATCHES) for step in steps]
+        assert_equal(module.state, uninterrupted(2 * BATCHES))
+    assert fp.steps(tmp_path / "run") == [5, 10]
+
+
+def test_what_is_no_training_saves_restores_and_removes_nothing(tmp_path: Path) -> None:
+    fit(tmp_path, Lit(), LightningCheckpoint(tmp_path / "run"))
+    fp.save(tmp_path / "run" / "20", {"a": 1})  # what another process may be saving
+
+    def there() -> Any:
+        return sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+
+    before = there()
+    for directory in ("run", "never made"):
+        callback = LightningCheckpoint(tmp_path / directory, every_n_train_steps=1, keep_last=1)
+        module = Lit()
+        trainer = fit(tmp_path, module, callback, fast_dev_run=2)
+        assert module.seen == [(0, 0), (0, 1)]
+        for call in (trainer.validate, trainer.test, trainer.predict):
+            call(module, torch.utils.data.DataLoader(Numbers(), batch_size=1))
+        assert_equal(module.state, trained(new_state(), range(2)))
+    assert there() == before
+    assert not (tmp_path / "never made").exists()
+
+
+def test_resume_takes_what_restore_takes(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="what `restore` takes: cast, discard_later"):
+        LightningCheckpoint(tmp_path, resume={"step": 5})  # type: ignore[typeddict-unknown-key]
 
 
 def test_steps_of_pytorchs_optimizers_are_counted_by_lightning_alone(tmp_path: Path) -> None:
@@ -290,3 +397,57 @@ def test_without_resume_a_directory_that_holds_a_run_is_refused(tmp_path: Path) 
     fit(tmp_path, Lit(), LightningCheckpoint(tmp_path / "run"), max_epochs=1)
     with pytest.raises(fp.CheckpointExistsError):
         fit(tmp_path, Lit(), LightningCheckpoint(tmp_path / "run", resume=False))
+
+
+VAL_LOSSES = {2: 0.9, 4: 0.1, 6: 0.5, 8: 0.7, 10: 0.2}
+
+
+class Validated(Lit):
+    """Its validation knows the step."""
+
+    logs_late = False
+
+    def validation_step(self, *_: Any) -> None:
+        if not self.logs_late:
+            self.log("val_loss", torch.tensor(VAL_LOSSES.get(self.global_step, 9.0)))
+
+    def on_train_epoch_end(self) -> None:
+        if self.logs_late:
+            self.log("val_loss", torch.tensor(VAL_LOSSES.get(self.global_step, 9.0)))
+
+
+def scores(directory: Path) -> dict[int, float | None]:
+    def of(step: int) -> float | None:
+        custom = fp.metadata(directory / str(step)).custom_metadata
+        return custom.get("metrics", {}).get("val_loss")  # type: ignore[no-any-return]
+
+    return {step: of(step) for step in fp.steps(directory)}
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 1])
+def test_checkpoint_has_the_score_of_its_own_step_wherever_validation_comes(
+    tmp_path: Path, sanity_steps: int
+) -> None:
+    by_steps = {"every_n_epochs": None, "every_n_train_steps": 1}
+    ours = LightningCheckpoint(tmp_path / "run", monitor="val_loss", **by_steps)
+    options = {"max_steps": 10, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    fit(tmp_path, Validated(), ours, num_sanity_val_steps=sanity_steps, **options)
+    expected = {step: VAL_LOSSES.get(step) for step in range(1, 11)}
+    assert scores(tmp_path / "run") == pytest.approx(expected, nan_ok=True)
+    assert ours.best_model_path == str(tmp_path / "run" / "4")
+
+
+@pytest.mark.parametrize("logs_late", [False, True], ids=["validation", "on_train_epoch_end"])
+def test_epoch_has_the_score_of_its_end(tmp_path: Path, *, logs_late: bool) -> None:
+    module = Validated()
+    module.logs_late = logs_late
+    ours = LightningCheckpoint(tmp_path / "run", monitor="val_loss")
+    fit(tmp_path, module, ours, max_epochs=2)
+    assert scores(tmp_path / "run") == pytest.approx({5: 9.0, 10: 0.2})
+
+
+def test_two_callbacks_save_into_two_directories(tmp_path: Path) -> None:
+    newest = LightningCheckpoint(tmp_path / "newest", keep_last=2)
+    milestones = LightningCheckpoint(tmp_path / "milestones", keep_every_n_steps=10)
+    fit(tmp_path, Lit(), newest, milestones)
+    assert [fp.steps(one.directory) for one in (newest, milestones)] == [[10, 15], [10, 15]]

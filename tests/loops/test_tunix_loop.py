@@ -18,6 +18,7 @@ pytest.importorskip("tunix", reason="pip install 'flax-partial[tunix]'")
 
 from tunix.sft import hooks, peft_trainer
 
+from flax_partial.callbacks import checkpointing
 from flax_partial.callbacks.tunix import TunixCheckpoint
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ def test_every_nth_step_and_the_last_are_saved(tmp_path: Path) -> None:
     assert isinstance(checkpoints, hooks.TrainingHooks)
     state = train(checkpoints)
     assert fp.steps(tmp_path) == list(range(1, STEPS + 1))
-    assert set(fp.metadata(tmp_path / "5").custom_metadata["metrics"]) == {"loss", "eval_loss"}
+    metrics = [
+        [*fp.metadata(tmp_path / str(step)).custom_metadata["metrics"]] for step in range(2, STEPS)
+    ]
+    assert metrics == [["loss"], ["eval_loss"], ["loss"], ["loss"], ["eval_loss"]]
     assert_equal(fp.load(tmp_path / "7", target=state), state)
     assert_equal(state, train(None))
 
@@ -83,6 +87,34 @@ def test_stopped_and_trained_again_ends_bit_identical(
     state = train(TunixCheckpoint(tmp_path, every_n_train_steps=2), seed=seed, rounds=rounds)
     assert_equal(state, train(None, rounds=rounds))
     assert fp.steps(tmp_path) == [2, 4, 6, 7]
+
+
+def test_going_back_is_done_when_it_is_asked_for(tmp_path: Path) -> None:
+    whole = train(TunixCheckpoint(tmp_path, every_n_train_steps=2))
+    with pytest.raises(fp.CheckpointExistsError, match="discard_later"):
+        train(TunixCheckpoint(tmp_path, resume={"which": 2}))
+    assert fp.steps(tmp_path) == [2, 4, 6, 7]
+    back = TunixCheckpoint(tmp_path, resume={"which": 2, "discard_later": True})
+    assert_equal(train(back, seed=1), whole)
+    assert fp.steps(tmp_path) == [2, 7]
+
+
+def test_an_iterator_of_grain_goes_on_with_the_model(tmp_path: Path) -> None:
+    """Grain comes with tunix."""
+    import grain
+
+    def batches() -> Any:
+        return iter(grain.MapDataset.range(100).shuffle(seed=3).repeat().to_iter_dataset())
+
+    data = batches()
+    with checkpointing(tmp_path, every_n_train_steps=2, extras={"data": data}) as ckpt:
+        for _ in range(5):
+            ckpt.step({"w": jnp.float32(next(data))})
+    want = [next(data) for _ in range(3)]
+    again = batches()
+    with checkpointing(tmp_path, extras={"data": again}) as ckpt:
+        ckpt.restore({"w": jnp.float32(0)})
+        assert [next(again) for _ in range(3)] == want
 
 
 def test_each_step_holds_the_state_of_that_step(tmp_path: Path) -> None:

@@ -111,9 +111,10 @@ def test_trainer_resumes_at_the_batch_after_the_checkpoint(
     batches_done: int, expected: dict[int, list[int]]
 ) -> None:
     class Checkpoint(Recorder):
-        def restore(self, target: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        def restore(self, target: dict[str, Any], *, partial: bool) -> tuple[dict[str, Any], int]:
             progress = {"global_step": 7, "current_epoch": 0, "batches_done": batches_done}
             assert target.keys() == {"total", "progress"}
+            assert not partial
             return {"total": 100, "progress": progress}, 7
 
     checkpoint, module = Checkpoint(), Counter()

@@ -218,6 +218,17 @@ def test_saves_while_the_interpreter_ends_still_finish(tmp_path: Path, end: str)
     assert set(fp.load(tmp_path / "c")) == {"first", "late", "later"}
 
 
+def test_large_checkpoint_is_loaded_while_the_interpreter_ends(tmp_path: Path) -> None:
+    """Which starts no thread any more, such as those that read."""
+    stored(tmp_path / "c", {"a": np.ones(3 << 20)})
+    script = """
+        import atexit
+        load = fp.load
+        atexit.register(lambda: print(load(path)["a"].sum()))
+    """
+    assert run_well(tmp_path / "c", script) == f"{3 << 20:.1f}\n"
+
+
 def test_spawned_child_reads_and_saves_beside_its_parent(tmp_path: Path) -> None:
     """As data loaders should be started: nothing of the parent's use is in the way."""
     script = """

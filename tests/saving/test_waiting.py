@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trees
-from scripts import run_well
+from scripts import GATED, run, run_well
 
 import flax_partial as fp
 
@@ -127,6 +127,72 @@ def test_threads_that_python_does_not_know_save_like_others(
     run_well(tmp_path / "c", start, FOREIGN.replace("CALL", call))
     saved = {f"{n}.{i}": np.full((64, 64), 100 * n + i) for n in range(6) for i in range(12)}
     trees.assert_whole(tmp_path / "c", saved)
+
+
+def test_callback_of_a_handle_that_ends_its_thread_ends_no_saving(tmp_path: Path) -> None:
+    """As by `sys.exit`, in all threads that write at once; futures let that through."""
+    script = """
+        writers = ["0", "1"]
+        all_end = threading.Barrier(len(writers))
+
+        def end(handle):
+            all_end.wait(60)
+            sys.exit("of a callback")
+
+        for name in writers:
+            fp.save_async(path, {name: 1}).add_done_callback(end)
+        gate.set()
+        fp.save_async(path, {"last": 1}).result(60)
+        fp.finalize(path)
+    """
+    done = run(tmp_path / "c", GATED, script)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("a callback of a handle failed") == 2
+    assert set(fp.load(tmp_path / "c")) == {"0", "1", "last"}
+
+
+# What waits for saves that are queued: for the lock that is kept for them, or for their memory.
+WAITS = {
+    "finalize": "fp.finalize(path)",
+    "memory": "fp.save_async(path, {f'next{number}': np.zeros(1000)}, options=bounded)",
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_callbacks_in_all_workers_may_wait_for_saves_that_no_worker_has_begun(
+    tmp_path: Path, wait: str
+) -> None:
+    script = """
+        bounded = fp.SaveOptions(max_inflight_bytes=30_000)
+        all_wait, ended, errors = threading.Barrier(2), threading.Semaphore(0), []
+
+        def follow(number):
+            def wait(_):
+                try:
+                    all_wait.wait(60)
+                    WAIT
+                except fp.CheckpointExistsError:
+                    pass
+                except BaseException as error:
+                    errors.append(repr(error))
+                ended.release()
+
+            return wait
+
+        for number in range(2):
+            handle = fp.save_async(path, {f"{number}": number}, options=bounded)
+            handle.add_done_callback(follow(number))
+        fp.save_async(path, {"last": np.zeros(3600)}, options=bounded)
+        gate.set()
+        assert ended.acquire(timeout=60)
+        assert ended.acquire(timeout=60)
+        assert not errors, errors
+        if WAITS_FOR_MEMORY:
+            fp.finalize(path)
+    """
+    script = script.replace("WAITS_FOR_MEMORY", repr(wait == "memory"))
+    run_well(tmp_path / "c", GATED, script.replace("WAIT", WAITS[wait]))
+    assert set(fp.load(tmp_path / "c")) >= {"0", "1", "last"}
 
 
 def test_callback_of_a_handle_may_save_and_finalize(tmp_path: Path) -> None:

@@ -30,13 +30,22 @@ def test_removed_checkpoint_is_gone_and_nothing_else(tmp_path: Path) -> None:
     assert fp.verify(tmp_path / "1").ok
 
 
+@pytest.mark.parametrize("letter", ["a", "層"])
+def test_longest_name_that_can_be_saved_can_be_removed(tmp_path: Path, letter: str) -> None:
+    name = letter * ((255 - len(".partial_save")) // len(letter.encode()))
+    fp.save(tmp_path / name, {"a": X}, options=QUICK)
+    fp.abort(tmp_path / name)
+    fp.remove(write(tmp_path / name))
+    assert not listing(tmp_path)
+
+
 def test_what_is_no_checkpoint_is_not_removed(tmp_path: Path) -> None:
     fp.save(tmp_path / "1", {"a": X}, options=QUICK)
     (tmp_path / "2").mkdir()
     write(tmp_path / "3")
     (tmp_path / "4").symlink_to("3")
     with unchanged(tmp_path):
-        for name in ("1", "2", "5"):
+        for name in ("1", "2", "5", "1.partial_save", "3.partial_save"):
             with pytest.raises(fp.NoSessionError, match=f"no finalized checkpoint at .*/{name}"):
                 fp.remove(tmp_path / name)
         with pytest.raises(NotADirectoryError):

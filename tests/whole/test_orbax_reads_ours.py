@@ -5,9 +5,12 @@ What a table here leaves out is what Orbax itself cannot do; the comments say wh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -284,3 +287,103 @@ def test_a_manager_goes_on_from_our_steps(tmp_path: Path) -> None:
     assert fp.steps(tmp_path) == [1, 2]
     side.assert_same(fp.load(tmp_path / "2"), {"a": np.zeros(3)})
     side.assert_same(fp.load(tmp_path / "1"), {"a": np.ones(3)})
+
+
+# --- metrics
+
+
+METRICS = {1: {"loss": 0.5}, 2: {"loss": 0.25, "accuracy": 1}, 3: {"loss": 0.75}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose callback stored metrics; its last step has none."""
+    path = tmp_path_factory.mktemp("run")
+    for step in (1, 2, 3, 4):
+        metrics = {"metrics": METRICS[step]} if step in METRICS else {}
+        stored(path / str(step), {"w": np.full(3, step)}, custom_metadata=metrics)
+    return path
+
+
+@contextlib.contextmanager
+def best_manager(run: Path, **options: Any) -> Iterator[v0.CheckpointManager]:
+    chosen = v0.CheckpointManagerOptions(
+        best_fn=lambda metrics: metrics["loss"], best_mode="min", **options
+    )
+    with v0.CheckpointManager(run, options=chosen) as manager:
+        yield manager
+
+
+def test_v0_manager_knows_our_metrics_and_the_best_step(run: Path) -> None:
+    with best_manager(run) as manager:
+        assert {step: manager.metrics(step) for step in METRICS} == METRICS
+        assert manager.metrics(4) is None
+        assert manager.best_step() == 2
+        assert manager.metadata(2).metrics == METRICS[2]
+        assert manager.latest_step() == 4
+
+
+def test_v0_manager_restores_the_state_beside_metrics(run: Path) -> None:
+    want = {"w": np.full(3, 2)}
+    standard = v0.args.Composite(state=v0.args.StandardRestore(want))
+    for args in (None, standard, v0.args.Composite(state=v0.args.PyTreeRestore(want))):
+        with v0.CheckpointManager(run) as manager:
+            side.assert_same(manager.restore(2, args=args)["state"], want)
+    with v0.CheckpointManager(run) as manager:
+        assert manager.restore(2)["metrics"] == METRICS[2]
+        assert "metrics" not in manager.restore(4)
+
+
+def test_v0_manager_keeps_the_best_of_our_steps(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    keep = v0.checkpoint_managers.BestN(
+        get_metric_fn=lambda metrics: metrics["loss"],
+        reverse=True,
+        n=2,
+        keep_checkpoints_without_metrics=False,
+    )
+    with best_manager(tmp_path / "run", preservation_policy=keep) as manager:
+        manager.save(5, args=v0.args.Composite(state=v0.args.StandardSave({"w": np.ones(3)})))
+    assert fp.steps(tmp_path / "run")[:2] == [1, 2]
+
+
+def test_v1_reads_a_step_with_metrics(run: Path) -> None:
+    want = {"w": np.full(3, 2)}
+    side.assert_same(v1.load(run / "2"), want)
+    side.assert_same(v1.load(run / "2", want), want)
+    assert v1.load_checkpointables(run / "2").keys() == {"state"}
+    assert v1.metadata(run / "2").custom_metadata == {"metrics": METRICS[2]}
+    with v1.training.Checkpointer(run) as checkpointer:
+        found = {one.step: one.metrics for one in checkpointer.checkpoints}
+        assert found == {**METRICS, 4: None}
+        side.assert_same(checkpointer.load(2), want)
+
+
+@pytest.mark.parametrize("metrics", [{}, "text", None, [1]])
+def test_what_are_no_metrics_is_no_item(metrics: Any, tmp_path: Path) -> None:
+    stored(tmp_path / "1", {"w": np.ones(3)}, custom_metadata={"metrics": metrics})
+    assert not (tmp_path / "1" / "metrics").exists()
+    with v0.CheckpointManager(tmp_path) as manager:
+        assert list(manager.restore(1)) == ["state"]
+
+
+def test_metrics_of_an_attempt_to_finalize_are_made_anew(tmp_path: Path) -> None:
+    session = tmp_path / "c.partial_save"
+    fp.save(tmp_path / "c", {"a": 1}, custom_metadata={"metrics": {"loss": 1}}, options=QUICK)
+    (session / "metrics").mkdir()
+    (session / "metrics" / "metrics").write_text("{")
+    fp.save(tmp_path / "c", {"b": 1}, custom_metadata={"metrics": {"loss": 2}}, options=QUICK)
+    fp.finalize(tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "metrics" / "metrics").read_text()) == {"loss": 2}
+    assert fp.verify(tmp_path / "c").ok
+    (tmp_path / "c" / "metrics" / "metrics").write_text("{}")
+    assert list(fp.verify(tmp_path / "c").bad) == ["metrics/metrics"]
+
+
+def test_directory_of_metrics_that_is_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    fp.save(tmp_path / "c", {"a": 1}, options=QUICK)
+    (tmp_path / "c.partial_save" / "metrics").mkdir()
+    (tmp_path / "c.partial_save" / "metrics" / "mine").write_text("precious")
+    with pytest.raises(fp.CheckpointExistsError, match="metrics/mine"):
+        fp.abort(tmp_path / "c")
+    assert (tmp_path / "c.partial_save" / "metrics" / "mine").read_text() == "precious"

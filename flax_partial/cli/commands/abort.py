@@ -4,21 +4,31 @@ import argparse
 import time
 
 import flax_partial as fp
-from flax_partial.cli import places, text
+from flax_partial.cli import listing, places, text
 from flax_partial.cli.output import BAD, Output
+
+EXAMPLES = (
+    "abort runs/lm/400",
+    "abort runs/lm/400 --yes",
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.description = "Drop an unfinished checkpoint, and only that."
-    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("path", metavar="PATH", help="the unfinished checkpoint")
     parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument(
+        "--anyway", action="store_true", help="even if a run that lives saves into its directory"
+    )
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Drops a session; returns whether the answer was no."""
-    where = places.resolve(options.path)
+    where = listing.no_run(options.path, places.UNFINISHED)
     session = places.read_session(where)
+    if not options.anyway:
+        places.require_ended(where)
     is_wanted = options.yes or out.is_agreed(_described(session), "drop it")
     if is_wanted:
         fp.abort(where.final)

@@ -3,8 +3,13 @@
 import argparse
 
 import flax_partial as fp
-from flax_partial.cli import places, text
+from flax_partial.cli import listing, places, text
 from flax_partial.cli.output import GOOD, Output, picked
+
+EXAMPLES = (
+    "finalize runs/lm/400",
+    "finalize runs/lm/400 --anyway",
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -12,21 +17,24 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Merge what was saved into one checkpoint: it appears complete, or not at all."
     )
-    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("path", metavar="PATH", help="the unfinished checkpoint")
     parser.add_argument(
         "--anyway",
         action="store_true",
-        help="even if the callback that saves into it had not saved everything",
+        help="even if the callback that saves into it lives, or had not saved everything",
     )
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Finalizes a session."""
-    session = places.read_session(places.resolve(options.path))
+    session = places.read_session(listing.no_run(options.path, places.UNFINISHED))
+    if not options.anyway:
+        places.require_ended(session.where)
     if session.lacking and not options.anyway:
+        step = session.status.custom_metadata.get("step")
         raise fp.IncompleteCheckpointError(
-            f"{session.where.session} is not complete: {session.lacking}. A trainer could not "
-            "resume from it. Abort it, or finalize what is there with --anyway."
+            f"{session.where.session} (step {step}) is not complete: {session.lacking}. A trainer "
+            "could not resume from it. Abort it, or finalize what is there with --anyway."
         )
     done = fp.finalize(session.where.final)
     out.json(**picked(done, "path", "committed_at", "parts", "bytes"), leaves=len(done.leaves))

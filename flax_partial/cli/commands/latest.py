@@ -6,11 +6,13 @@ import flax_partial as fp
 from flax_partial.cli import listing
 from flax_partial.cli.output import Output
 
+EXAMPLES = ("latest runs/lm",)
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.description = "Print the path of the finalized checkpoint of a run's last step."
-    parser.add_argument("dir", metavar="DIR")
+    parser.add_argument("dir", metavar="DIR", help="the directory of a run")
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:

@@ -19,13 +19,26 @@ _COLUMNS = (
     Column(""),
 )
 
+EXAMPLES = (
+    "ls runs/lm",
+    "ls runs/lm --monitor loss",
+    "ls runs/lm --monitor accuracy --mode max --json",
+)
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.description = "List the checkpoints and unfinished sessions in a directory."
-    parser.add_argument("dir", metavar="DIR")
-    parser.add_argument("--monitor", metavar="METRIC", help="the metric that says which is best")
-    parser.add_argument("--mode", choices=("min", "max"), default="min", help="default: min")
+    parser.add_argument("dir", metavar="DIR", help="the directory of a run")
+    parser.add_argument(
+        "--monitor", metavar="METRIC", help="the metric by which one is marked as best"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("min", "max"),
+        default="min",
+        help="whether the smallest or the largest value is best; default: min",
+    )
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:

@@ -7,6 +7,11 @@ from flax_partial.cli import listing, places, text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import BAD, Output
 
+EXAMPLES = (
+    "prune runs/lm --keep-last 3 --dry-run",
+    "prune runs/lm --keep-last 3 --yes",
+)
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
@@ -14,7 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "Remove the finalized checkpoints that are called by a step, but for those of the last "
         "steps. Unfinished ones, damaged ones and those with other names stay."
     )
-    parser.add_argument("dir", metavar="DIR")
+    parser.add_argument("dir", metavar="DIR", help="the directory of a run")
     parser.add_argument(
         "--keep-last", type=int, metavar="N", required=True, help="how many of them stay"
     )

@@ -3,11 +3,16 @@
 import argparse
 
 import flax_partial as fp
-from flax_partial.cli import places, text
+from flax_partial.cli import listing, places, text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import BAD, Output
 from flax_partial.loading.catalog import is_finalized
 from flax_partial.storage import files
+
+EXAMPLES = (
+    "rm runs/lm/100",
+    "rm runs/lm/100 --yes",
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -16,12 +21,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "Remove a finalized checkpoint, unless somebody is reading it. For an unfinished one there "
         "is abort."
     )
-    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("path", metavar="PATH", help="the finalized checkpoint")
     parser.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Removes a checkpoint; returns whether the answer was no."""
+    listing.no_run(options.path, places.FINALIZED)
     final = places.finalized(options.path).final
     if not is_finalized(final):
         raise WrongUseError(f"there is no finalized checkpoint at {final}")

@@ -1,9 +1,12 @@
 """`status`: what an unfinished checkpoint holds and lacks, once or until it is finished."""
 
 import argparse
+import contextlib
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NoReturn
 
 from flax_partial.cli import listing, places, text
 from flax_partial.cli.output import BAD, FAINT, GOOD, STRONG, WAITING, Column, Output, Row, picked
@@ -11,6 +14,7 @@ from flax_partial.cli.places import Session
 from flax_partial.errors import NoSessionError, first_few
 from flax_partial.loading.catalog import is_finalized
 from flax_partial.reports import SessionStatus
+from flax_partial.storage import session_dir
 
 _COLUMNS = (
     Column("SAVED", is_number=True),
@@ -21,23 +25,35 @@ _COLUMNS = (
 )
 _MOST_LISTED = 20
 _REFRESH_SECS = 0.5
+_WAIT_SECS = 0.1  # that a session may take to be seen
 _MOST_BUSY = 0.2  # of the time, spent reading a session with many parts
+
+EXAMPLES = (
+    "status runs/lm/400",
+    "status runs/lm --watch",
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.description = "Say what was saved into an unfinished checkpoint, and what it lacks."
-    parser.add_argument("path", metavar="PATH")
     parser.add_argument(
-        "--watch", action="store_true", help="go on until it is finalized, or dropped"
+        "path", metavar="PATH", help="an unfinished checkpoint; a run stands for its newest"
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="go on until it is finalized, or dropped; of a run, follow one after the other until "
+        "Ctrl-C",
     )
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Looks at a session; returns whether its parts conflict, or are damaged."""
-    session = places.read_session(
-        places.resolve(listing.one_checkpoint(options.path, out, places.UNFINISHED))
-    )
+    if options.watch and listing.of_run(options.path) is not None:
+        _watch_run(places.local(options.path), out)
+    path = listing.one_checkpoint(options.path, out, places.UNFINISHED)
+    session = places.read_session(places.resolve(path))
     if options.watch:
         _watch(session, out)
         return False
@@ -49,23 +65,52 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     return bool(session.plan.conflicts or session.status.damaged)
 
 
-def _watch(session: Session, out: Output) -> None:
+def _watch_run(directory: Path, out: Output) -> NoReturn:
+    """Follows each session of a run, one after the other, and waits in between.
+
+    Raises:
+      NoSessionError: The directory is gone.
+    """
+    is_told = False
+    while directory.is_dir():
+        path = listing.newest_session(directory)
+        if path is None:
+            if not is_told:
+                out.note(f"waiting for {directory} to begin its next checkpoint")
+            is_told = True
+            time.sleep(_WAIT_SECS)
+            continue
+        is_told = False
+        with contextlib.suppress(NoSessionError):  # finalized or dropped meanwhile
+            session = places.read_session(places.resolve(str(path)))
+            _watch(session, out, of_run=directory)
+    raise NoSessionError(f"{directory} is gone")
+
+
+def _watch(session: Session, out: Output, *, of_run: Path | None = None) -> None:
+    """Shows each state of a session until it has ended, or a newer one of its run has begun."""
+    states = _states(session)
+    if of_run is not None:
+        shown = {None, of_run / session.where.session.name}
+        states = takewhile(lambda _: listing.newest_session(of_run) in shown, states)
     if out.is_json or out.console is None:
-        _follow(session, out)
+        _follow(states, out)
     else:
         with out.redrawn(_COLUMNS) as draw:
-            for state in _states(session):
+            for state in states:
                 draw(_lines(state, time.time()), _rows(state, time.time()))
+    if session_dir.is_session(session.where):
+        return
     final = session.where.final
     outcome = places.FINALIZED if is_finalized(final) else places.DROPPED
     out.json(path=final, state=outcome)
     out.line(f"{final} was {outcome}", GOOD if outcome == places.FINALIZED else BAD)
 
 
-def _follow(session: Session, out: Output) -> None:
+def _follow(states: Iterable[Session], out: Output) -> None:
     """Writes a line whenever something has changed: for pipes."""
     last: dict[str, Any] = {}
-    for state in _states(session):
+    for state in states:
         described = _as_json(state) | {"torn": []}  # those of a save under way come and go
         if described != last:
             out.json(**described)
@@ -89,7 +134,7 @@ def _states(session: Session) -> Iterator[Session]:
 def _lines(session: Session, now: float) -> list[tuple[str, str]]:
     """What stands above the table, each line with its style."""
     status, plan = session.status, session.plan
-    metadata = text.custom_metadata(status.custom_metadata)
+    metadata = text.custom_metadata(places.users_metadata(status.custom_metadata))
     lacking = [session.lacking] if session.lacking else []
     lacking += first_few(plan.missing, most=_MOST_LISTED, count=len(plan.missing))
     conflicts = first_few(plan.conflicts, most=_MOST_LISTED, count=len(plan.conflicts))
@@ -138,7 +183,8 @@ def _as_json(session: Session) -> dict[str, Any]:
         for part in status.parts
     ]
     return {
-        **picked(status, "path", "bytes", "processes", "custom_metadata", "torn", "damaged"),
+        **picked(status, "path", "bytes", "processes", "torn", "damaged"),
+        "custom_metadata": places.users_metadata(status.custom_metadata),
         "state": places.UNFINISHED,
         "leaves": len(status.leaves),
         "lacking": [*lacking, *session.plan.missing],

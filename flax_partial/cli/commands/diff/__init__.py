@@ -25,6 +25,11 @@ _COLUMNS = (
 )
 _STYLES = {changes.ADDED: GOOD, changes.REMOVED: BAD, changes.UNREADABLE: BAD}
 
+EXAMPLES = (
+    "diff runs/lm/100 runs/lm/300",
+    "diff runs/lm/100 runs/lm --only params",
+)
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
@@ -32,8 +37,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         "Say which leaves of B were added, removed or changed against A, and by how much. Leaves "
         "whose digests agree are not read."
     )
-    parser.add_argument("a", metavar="A")
-    parser.add_argument("b", metavar="B")
+    parser.add_argument(
+        "a", metavar="A", help="a finalized checkpoint; a run stands for its newest"
+    )
+    parser.add_argument(
+        "b", metavar="B", help="a finalized checkpoint; a run stands for its newest"
+    )
     selection.add_options(parser)
 
 

@@ -67,4 +67,4 @@ def _how(a: Leaf | None, b: Leaf | None) -> str:
         return SHAPE
     if a.dtype != b.dtype:
         return DTYPE
-    return VALUES if a.text != b.text else ""
+    return VALUES if (a.text, a.data) != (b.text, b.data) else ""

@@ -21,11 +21,21 @@ _COLUMNS = (
     Column("SHARE", is_number=True, dispensable=4),
 )
 
+EXAMPLES = (
+    "show runs/lm",
+    "show runs/lm/300 --depth 2",
+    "show runs/lm/300 --only '*.kernel' --skip head",
+)
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.description = "Show what is in a checkpoint, or was saved so far into an unfinished one."
-    parser.add_argument("path", metavar="PATH")
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="a checkpoint, finalized or not; a run stands for its newest finalized one",
+    )
     parser.add_argument("--depth", type=int, metavar="N", help="go down N levels only")
     selection.add_options(parser)
 
@@ -40,8 +50,10 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     leaves = selection.chosen(contents.leaves, options.only, options.skip)
     described = described_contents(where, contents)
     is_finalized = state == places.FINALIZED
+    users_own = places.users_metadata(contents.custom_metadata)
     out.json(
-        **picked(described, "path", "started_at", "parts", "bytes", "custom_metadata"),
+        **picked(described, "path", "started_at", "parts", "bytes"),
+        custom_metadata=users_own,
         state=state,
         format=places.written_by(described) if is_finalized else places.OURS,
         written_at=described.committed_at,
@@ -49,7 +61,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     )
     out.line(str(where.final if is_finalized else where.session), STRONG)
     out.line(_summary(described, state))
-    metadata = text.custom_metadata(contents.custom_metadata)
+    metadata = text.custom_metadata(users_own)
     if metadata:
         out.line(f"custom metadata: {metadata}")
     out.line("")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
-from flax_partial.cli import places, text
+from flax_partial.cli import listing, places, text
 from flax_partial.cli.commands.timeline import chrome_trace, layout, picture
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import GOOD, Column, Output, Row, picked
@@ -37,27 +37,36 @@ _COLUMNS = (
     Column("COMMITTED", is_number=True),
 )
 
+EXAMPLES = (
+    "timeline runs/lm",
+    "timeline runs/lm/5 --out fifth.svg",
+    "timeline runs/lm --out run.json",
+)
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.description = (
         "Draw when each group of a checkpoint was ready, copied to the host, written and "
-        "committed, and what held training. PATH is a run's directory, of which the newest "
-        "checkpoint is drawn, or one of its checkpoints, which may be gone or unfinished."
+        "committed, and what held training. Of a run the newest checkpoint is "
+        "drawn; another one may be gone by now, or unfinished."
     )
-    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("path", metavar="PATH", help="a run, or one of its checkpoints")
     parser.add_argument(
         "--out",
         metavar="FILE",
         action="append",
         help="a picture (.png, .svg), or a trace for Perfetto and chrome://tracing (.json), of "
-        "the whole run; can be repeated; is replaced where it is there; default: timeline.png",
+        "the whole run; can be repeated; is replaced where it is there; default: timeline.png, "
+        "if matplotlib is installed",
     )
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Draws a timeline."""
-    targets = [_target(path) for path in options.out or ([] if out.is_json else [_DEFAULT_OUT])]
+    targets = [_target(path) for path in options.out or []]
+    if not (targets or out.is_json):
+        targets = _default_targets(out)
     directory, asked = _directory(options.path)
     runs, step = _chosen(directory, asked)
     chart = layout.chart_of(runs[-1], step)
@@ -83,14 +92,24 @@ def _target(path: str) -> Path:
     Raises:
       WrongUseError: It has another ending, or its directory is not there, or matplotlib is missing.
     """
-    target = Path(path)
+    target = places.local(path)
     if target.suffix not in (*_PICTURES, _TRACE):
         raise WrongUseError(f"{path}: its ending says what it is to be: .png, .svg or .json")
     if not target.parent.is_dir():
         raise WrongUseError(f"{target.parent} is not a directory")
     if target.suffix in _PICTURES:
-        picture.require_matplotlib()
+        missing = picture.why_none()
+        if missing:
+            raise WrongUseError(f"no picture: {missing}")
     return target
+
+
+def _default_targets(out: Output) -> list[Path]:
+    """A picture that nobody asked for by name: without matplotlib, a note and the table."""
+    missing = picture.why_none()
+    if missing:
+        out.note(f"no picture: {missing}")
+    return [] if missing else [_target(_DEFAULT_OUT)]
 
 
 def _directory(path: str) -> tuple[Path, int | None]:
@@ -99,7 +118,7 @@ def _directory(path: str) -> tuple[Path, int | None]:
     Raises:
       WrongUseError: There is no timeline at `path`.
     """
-    directory = Path(path)
+    directory = places.local(path)
     if (directory / timeline.FOLDER).is_dir():
         return directory, None
     final = places.resolve(path).final
@@ -107,7 +126,7 @@ def _directory(path: str) -> tuple[Path, int | None]:
     if not is_step or not (final.parent / timeline.FOLDER).is_dir():
         raise WrongUseError(_why_none(path))
     # As it was given: a title should be short.
-    return Path(path.rstrip("/")).parent, int(final.name)
+    return places.local(path.rstrip("/")).parent, int(final.name)
 
 
 def _chosen(directory: Path, asked: int | None) -> tuple[list[Run], int]:
@@ -128,8 +147,8 @@ def _chosen(directory: Path, asked: int | None) -> tuple[list[Run], int]:
 
 def _why_none(path: str) -> str:
     if not os.path.lexists(path):
-        return f"{path} does not exist"
-    if _is_orbax(Path(path)):
+        return listing.absent(places.local(path))
+    if _is_orbax(places.local(path)):
         return f"{path} has no timeline: Orbax wrote it, and records none"
     return f"{path} has no timeline: only runs of PartialCheckpointCallback record one"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax_partial.cli import text
 from flax_partial.cli.commands.timeline import layout
-from flax_partial.cli.errors import WrongUseError
+from flax_partial.errors import how_to_install
 from flax_partial.runs.timeline import FINALIZED
 
 if TYPE_CHECKING:
@@ -51,19 +51,16 @@ def draw(chart: Chart, path: Path, *, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-def require_matplotlib() -> None:
-    """Says how to install matplotlib, if it is missing.
-
-    Raises:
-      WrongUseError: It is.
-    """
+def why_none() -> str:
+    """Says how to install matplotlib, if it is missing; empty if it is there."""
     try:
         import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise WrongUseError(
-            "pictures are drawn by matplotlib, which is not installed: pip install "
-            "'flax-partial[plot]'; a trace for Perfetto needs nothing: --out timeline.json"
-        ) from error
+    except ImportError:
+        return (
+            f"matplotlib, which draws it, is not installed: {how_to_install('plot')}. A trace for "
+            "Perfetto needs nothing: --out timeline.json"
+        )
+    return ""
 
 
 def _figure(chart: Chart) -> Figure:

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from flax_partial.cli import listing, places, selection, text
-from flax_partial.cli.commands.export import safetensors
-from flax_partial.cli.commands.export.safetensors import Layout
+from flax_partial.cli import listing, places, safetensors, selection, text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import GOOD, Output
+from flax_partial.cli.safetensors import Layout
 from flax_partial.errors import UnsupportedLeafError, first_few
 from flax_partial.format.model import Leaf
 from flax_partial.loading.batches import batches, region_bytes
@@ -22,6 +21,11 @@ from flax_partial.storage import files, system
 _AT_ONCE_BYTES = 64 << 20  # reading takes about as much again
 _MOST_NAMED = 10
 
+EXAMPLES = (
+    "export runs/lm lm.safetensors",
+    "export runs/lm/300 lm.safetensors --only params",
+)
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
@@ -29,8 +33,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "Write a checkpoint's arrays into one safetensors file, whatever their size in little "
         "memory. The file appears whole, or not at all."
     )
-    parser.add_argument("path", metavar="PATH")
-    parser.add_argument("out", metavar="OUT")
+    parser.add_argument(
+        "path", metavar="PATH", help="a finalized checkpoint; a run stands for its newest"
+    )
+    parser.add_argument("out", metavar="OUT", help="the file to be written, which replaces none")
     selection.add_options(parser)
 
 
@@ -41,7 +47,8 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     with places.open_finalized(path) as checkpoint:
         leaves = selection.chosen(checkpoint.contents.leaves, options.only, options.skip)
         arrays = safetensors.ordered(leaves)
-        layout = _lay_out(arrays, leaves, checkpoint.contents.custom_metadata)
+        metadata = places.users_metadata(checkpoint.contents.custom_metadata)
+        layout = _lay_out(arrays, leaves, metadata)
         with files.new_file(target) as descriptor, out.bar("Exporting") as progress:
             _write(descriptor, layout.header, 0)
             _write_tensors(descriptor, layout, arrays, checkpoint, progress)
@@ -67,7 +74,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
 
 
 def _target(path: str) -> Path:
-    target = Path(path)
+    target = places.local(path)
     if os.path.lexists(target):
         raise WrongUseError(f"{path} exists already: remove it, or write to another path")
     if not target.parent.is_dir():

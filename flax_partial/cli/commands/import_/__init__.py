@@ -1,0 +1,233 @@
+"""`import`: makes a checkpoint of safetensors files, or of a checkpoint that Orbax wrote."""
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from msgspec.structs import replace
+
+import flax_partial as fp
+from flax_partial.cli import listing, places, selection, text
+from flax_partial.cli.commands.import_.safetensors_files import SafetensorsFiles
+from flax_partial.cli.errors import WrongUseError
+from flax_partial.cli.output import GOOD, Output
+from flax_partial.format.chunks import choose_chunk_shape
+from flax_partial.format.metadata import check_metadata
+from flax_partial.format.model import Box, Leaf, Region
+from flax_partial.loading.batches import batches, region_bytes
+from flax_partial.loading.checkpoint import Checkpoint
+from flax_partial.saving.describe import Described, KnownTree
+from flax_partial.saving.job import SaveJob
+from flax_partial.sessions import workers
+from flax_partial.storage.paths import CheckpointPath
+
+_AT_ONCE_BYTES = 64 << 20  # writing takes about as much again
+_SAFETENSORS = "safetensors"
+
+
+class _Source(Protocol):
+    """What is imported."""
+
+    @property
+    def leaves(self) -> Sequence[Leaf]: ...
+
+    def read(self, regions: Sequence[Region]) -> Sequence[np.ndarray | Exception]: ...
+
+
+EXAMPLES = (
+    "import model.safetensors runs/base",
+    "import model-00001.safetensors model-00002.safetensors runs/base --skip lm_head",
+    "import orbax_run/300 runs/lm/300",
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.description = (
+        "Make a checkpoint of safetensors files, or of a checkpoint that Orbax wrote, whatever its "
+        "size in little memory. It appears whole, or not at all."
+    )
+    parser.add_argument(
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="a safetensors file, or several that are one model; or a checkpoint that Orbax wrote",
+    )
+    parser.add_argument("path", metavar="PATH", help="the checkpoint to be made")
+    selection.add_options(parser)
+
+
+def run(options: argparse.Namespace, out: Output) -> bool:
+    """Imports a checkpoint."""
+    where = _target(options.path)
+    with _opened(options.sources, out) as (source, metadata, kind):
+        leaves = selection.chosen(source.leaves, options.only, options.skip)
+        if not leaves:
+            raise WrongUseError(f"{options.sources[0]} holds nothing")
+        checked = check_metadata(metadata)
+        with _removed_on_failure(where), out.bar("Importing") as progress:
+            _copy(source, leaves, where, checked, progress)
+            done = fp.finalize(where.final)
+    out.json(
+        path=done.path,
+        sources=options.sources,
+        format=kind,
+        leaves=len(done.leaves),
+        bytes=done.bytes,
+    )
+    amount = text.leaves(len(done.leaves), done.bytes)
+    out.line(f"imported {done.path}: {amount}, from {kind}", GOOD)
+    return False
+
+
+def _target(path: str) -> CheckpointPath:
+    where = places.resolve(path)
+    for there in (where.final, where.session):
+        if os.path.lexists(there):
+            raise WrongUseError(f"{there} exists already: remove it, or import to another path")
+    if not where.final.parent.is_dir():
+        raise WrongUseError(f"{where.final.parent} is not a directory")
+    return where
+
+
+@contextmanager
+def _opened(paths: Sequence[str], out: Output) -> Iterator[tuple[_Source, dict[str, Any], str]]:
+    """Opens what is imported.
+
+    Yields:
+      It, its custom metadata, and what it is.
+
+    Raises:
+      WrongUseError: It is nothing that can be imported.
+    """
+    for path in paths:
+        if not os.path.lexists(path):
+            raise WrongUseError(listing.absent(places.local(path)))
+    directories = [path for path in paths if places.local(path).is_dir()]
+    if not directories:
+        with SafetensorsFiles([*map(Path, paths)]) as files:
+            yield files, files.custom_metadata, _SAFETENSORS
+        return
+    if len(paths) > 1:
+        raise WrongUseError(f"{directories[0]} is a directory: only files can be several")
+    path = listing.one_checkpoint(directories[0], out)
+    with places.open_finalized(path) as checkpoint:
+        if checkpoint.contents.parts:
+            raise WrongUseError(f"{path} is a checkpoint of flax_partial already: copy it by cp -r")
+        metadata = _orbax_metadata(places.local(path), checkpoint)
+        yield _OrbaxSource(checkpoint), metadata, places.ORBAX
+
+
+class _OrbaxSource:
+    """A checkpoint that Orbax wrote."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.leaves = checkpoint.contents.leaves
+        self.read = checkpoint.read
+
+
+def _orbax_metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The custom metadata, and where it lacks them the step and the metrics beside the tree."""
+    entry = listing.described(path)
+    found = {"step": entry.step, "metrics": entry.metrics}
+    return {key: value for key, value in found.items() if value or value == 0} | (
+        checkpoint.contents.custom_metadata
+    )
+
+
+@contextmanager
+def _removed_on_failure(where: CheckpointPath) -> Iterator[None]:
+    """Drops the session of an import that fails, or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(fp.NoSessionError):  # nothing was saved yet
+            fp.abort(where.final)
+        raise
+
+
+def _copy(
+    source: _Source,
+    leaves: Sequence[Leaf],
+    where: CheckpointPath,
+    metadata: dict[str, Any],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Reads and saves batch by batch, each as a part.
+
+    Raises:
+      CorruptCheckpointError: Some leaf cannot be read.
+    """
+    targets = {leaf.name: _target_leaf(leaf) for leaf in leaves}
+    rest = [leaf for leaf in leaves if not leaf.is_array]
+    if rest or metadata:
+        _save(where, rest, [() for _ in rest], metadata)
+    done, total = 0, sum(leaf.bytes for leaf in leaves)
+    for batch in batches(leaves, most_bytes=_AT_ONCE_BYTES):
+        pieces = _by_leaf(batch, source.read(batch))
+        parts = [
+            targets[name].with_boxes(tuple(Box(start, data.shape) for start, data in found))
+            for name, found in pieces.items()
+        ]
+        _save(where, parts, [[data for _, data in found] for found in pieces.values()], {})
+        done += sum(map(region_bytes, batch))
+        progress(done, total)
+
+
+def _by_leaf(
+    batch: Sequence[Region], outcomes: Sequence[np.ndarray | Exception]
+) -> Mapping[str, list[tuple[tuple[int, ...], np.ndarray]]]:
+    """Returns, by name of the leaf, where each piece that was read begins, and the piece."""
+    found: dict[str, list[tuple[tuple[int, ...], np.ndarray]]] = {}
+    for (leaf, start, _), data in zip(batch, outcomes, strict=True):
+        if isinstance(data, Exception):
+            raise data
+        found.setdefault(leaf.name, []).append((start, data))
+    return found
+
+
+def _target_leaf(leaf: Leaf) -> Leaf:
+    """A leaf as it is saved: in chunks that divide those in which it is read."""
+    if not leaf.is_array:
+        return leaf
+    chunk = choose_chunk_shape(
+        leaf.shape,
+        unit=tuple(map(min, leaf.chunk, leaf.shape)),
+        pinned=frozenset(),
+        itemsize=leaf.numpy_dtype.itemsize,
+        target_bytes=fp.SaveOptions().chunk_bytes,
+    )
+    return replace(leaf, chunk=chunk)
+
+
+def _save(
+    where: CheckpointPath,
+    leaves: list[Leaf],
+    sources: Sequence[Sequence[np.ndarray]],
+    metadata: dict[str, Any],
+) -> None:
+    """Saves boxes of leaves as a part: what `fp.save` does, whose arrays are whole ones of JAX's.
+
+    So a leaf keeps its kind, its keys and its sharding, and no device is started.
+    """
+    sizes = [sum(array.nbytes for array in arrays) for arrays in sources]
+    job = SaveJob(
+        where,
+        Described(KnownTree(), leaves, [*sources], sizes),
+        custom_metadata=metadata,
+        options=fp.SaveOptions(),
+        reuse=None,
+        started=time.perf_counter(),
+    )
+    try:
+        job.claim(replace=False)
+        workers.saving.run(job.task)
+    except BaseException:
+        job.task.withdraw()
+        raise

@@ -1,0 +1,36 @@
+"""The directory that a run keeps its checkpoints in: what may be one, and what it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flax_partial.loading import catalog
+from flax_partial.storage import paths
+
+if TYPE_CHECKING:
+    from flax_partial.storage.paths import PathLike
+
+checkpoints = catalog.checkpoints
+probably_meant = catalog.probably_meant
+step_in_name = catalog.step_in_name
+
+
+def checked(path: PathLike) -> Path:
+    """Makes the path of a run's directory, which need not exist, absolute.
+
+    From here on it is the same, whatever the working directory.
+
+    Raises:
+      TypeError: It is not a path of text.
+      ValueError: It is a URL, or lies in a checkpoint.
+    """
+    found = Path(paths.absolute(path))
+    around = catalog.checkpoint_around(found)
+    if around is not None:
+        what = "is a checkpoint" if around == found else f"lies in the checkpoint {around}"
+        raise ValueError(
+            f"{found} {what}: a run's directory is one that holds checkpoints, such as "
+            f"{around.parent}."
+        )
+    return found
