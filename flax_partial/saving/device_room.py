@@ -9,6 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 Device = Any  # a jax.Device
@@ -127,7 +128,7 @@ class DeviceRoom:
 
 def may_have_room(device: Device, *, limit: int | None) -> bool:
     """Whether copies may ever be made on a device."""
-    return bool(limit) if limit is not None else _stats(device) is not None
+    return bool(limit) if limit is not None else _tells(device)
 
 
 def _room_beside_training(device: Device, known: _OnDevice) -> int:
@@ -143,6 +144,12 @@ def _room_beside_training(device: Device, known: _OnDevice) -> int:
     if known.peak is None or peak > known.peak + known.most:
         known.peak = peak
     return limit - known.peak - limit // _RESERVE_SHARE
+
+
+@lru_cache(maxsize=1024)
+def _tells(device: Device) -> bool:
+    """Whether a device tells of its memory; asking takes longer than all else in a call."""
+    return _stats(device) is not None
 
 
 def _stats(device: Device) -> tuple[int, int] | None:
