@@ -27,6 +27,7 @@ SCENARIOS = (
     "long_session",
     "finalize",
     "train_loop",
+    "every_step",
     "memory",
     "load",
     "reuse",
@@ -85,11 +86,15 @@ def make_parser(name: str, description: str | None, json: str) -> argparse.Argum
     add = parser.add_argument
     add("--rounds", type=int, default=5, help="interleaved rounds; default 5")
     place = "where checkpoints are written and removed again; default %(default)s"
-    add("--directory", type=Path, default=Path(tempfile.gettempdir()), help=place)
+    add("--directory", type=_absolute, default=Path(tempfile.gettempdir()), help=place)
     figures = "the figures, and beside it the plot; default %(default)s"
     add("--json", type=Path, metavar="FILE", default=Path(json), help=figures)
     add("--small", action="store_true", help="a fraction of the work, as a trial")
     return parser
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).resolve()  # Orbax takes no other
 
 
 def _parse() -> argparse.Namespace:

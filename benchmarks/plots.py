@@ -56,7 +56,7 @@ def _fill_panel(panel: Any, result: Result) -> None:
         color = _OURS if name.startswith("flax_partial") else _PEER
         panel.barh(name, value / scale, color=color, alpha=0.7)
         panel.plot(each, [name] * len(each), ".", color="black", markersize=3)
-        end = (max(value / scale, *each), name)
+        end = (max([value / scale, *each]), name)
         panel.annotate(
             cell(shown, value), end, xytext=(5, 0), textcoords="offset points", va="center"
         )

@@ -90,6 +90,11 @@ class Finalizer:
         bar = self._bar if show_progress else None
         progress.wait(jobs, bar, lambda: self._written(unfinished))
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether a checkpoint is still to be finalized or dropped."""
+        return bool(self._under_way())
+
     def finish(self) -> None:
         """Waits for the removals as well, and until no thread is left."""
         self._worker.finish()

@@ -64,8 +64,12 @@ class Member:
       reuse_unchanged: Whether its parts may share files with the checkpoint before.
       shows_progress: Whether it shows a bar while training waits.
       signals: Those on which it saves and has training stop; none if on no signal.
+      skips_when_behind: Whether it leaves out a step that is due while the checkpoint before is
+        still on its way.
       failures: Where the run puts its errors.
       last_saved: The last step that it saved or restored; None before one.
+      last_skipped: The last step that it left out, if that came after the last it saved; else None.
+      skipped: Number of steps that it left out.
       has_checked: Whether the first step of training was found fit to be saved.
       has_finished_step: Whether it could save the last finished step, should training fail.
     """
@@ -78,8 +82,11 @@ class Member:
     reuse_unchanged: bool
     shows_progress: bool
     signals: frozenset[signal.Signals]
+    skips_when_behind: bool
     failures: Failures = field(repr=False)
     last_saved: int | None = None
+    last_skipped: int | None = None
+    skipped: int = 0
     has_checked: bool = False
     has_finished_step: bool = False
     _has_warned: bool = field(default=False, init=False)
@@ -88,6 +95,21 @@ class Member:
     def saves_on_preemption(self) -> bool:
         """Whether it saves when the process is told to end."""
         return bool(self.signals)
+
+    def skip(self, step: int) -> None:
+        """Counts a step that is left out, once, and says so."""
+        if step != self.last_skipped:
+            self.last_skipped = step
+            self.skipped += 1
+            logger.info(
+                "Step %d is not saved: the checkpoint before is still being written (%d so far).",
+                step,
+                self.skipped,
+            )
+
+    def saved(self, step: int) -> None:
+        """Notes that a step was saved."""
+        self.last_saved, self.last_skipped = step, None
 
     def warn_once(self, message: str) -> None:
         """Logs that its monitor scores nothing, the first time only: every step may lack it."""

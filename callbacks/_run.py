@@ -16,6 +16,7 @@ from weakref import WeakSet
 
 import flax_partial as fp
 from flax_partial.callbacks import _directory
+from flax_partial.callbacks._behind import Behind
 from flax_partial.callbacks._checkpoint import Checkpoint
 from flax_partial.callbacks._finalizer import Finalizer
 from flax_partial.callbacks._metrics import StepMetrics, lacking
@@ -61,6 +62,7 @@ class Run:
         self.recorder = Recorder(directory)
         self.finalizer = Finalizer(directory, self.recorder, timeout_secs)
         self.rescued_step: int | None = None
+        self._behind = Behind(lambda: self.finalizer.is_behind, timeout_secs)
         self.has_begun = False
         self._life = liveness.Life(directory)  # of several processes, the first one's
         self._timeout_secs = timeout_secs
@@ -109,11 +111,12 @@ class Run:
         self.join(member)
         self._is_dismissed = member.has_checked = False
         self._last_closed = step
+        member.last_skipped = None
         error = self._begin(member)
         if error is not None:
             logger.error("Nothing can be saved into %s: %s", self.directory, error)
         if member.clock is not None:
-            member.clock.start(f"{self.directory.absolute()} {member.key} {self._name}", step)
+            member.clock.start(f"{self._subject} {member.key}", step)
         if member.saves_on_preemption:
             self.preemption.watch(member.key, member.signals)
 
@@ -141,14 +144,29 @@ class Run:
         """Whether a callback is to save `step`, and has saved neither that nor a later one."""
         schedule = member.schedule
         is_time = member.clock is not None and member.clock.is_due(step)  # asked about every step
-        is_due = (
-            is_time
-            or schedule.is_step_due(step)
-            or (epoch_ends and schedule.is_epoch_due(epoch))
+        is_regular = is_time or schedule.is_step_due(step)
+        is_last = (  # of its epoch, or run: never skipped
+            (epoch_ends and (schedule.is_epoch_due(epoch) or member.last_skipped is not None))
             or (member.saves_on_preemption and self.preemption.is_due(step))
             or (member.has_finished_step and step == self.rescued_step)
         )
-        return is_due and step >= self._last_closed and step not in (0, member.last_saved)
+        is_new = step >= self._last_closed and step not in (0, member.last_saved)
+        if not is_new or not (is_regular or is_last):
+            return False
+        if is_last or epoch_ends or not self._is_skipped(step):
+            return True
+        member.skip(step)
+        return False
+
+    def _is_skipped(self, step: int) -> bool:
+        """Whether all callbacks leave out a step that is due: the run is behind."""
+        with self._lock:
+            may_skip = all(member.skips_when_behind for member in self._members.values())
+        return may_skip and self._behind.skips(step, self._subject)
+
+    @property
+    def _subject(self) -> str:
+        return f"{self.directory.absolute()} {self._name}"
 
     # Before training.
 
@@ -297,7 +315,8 @@ class Run:
                 }
                 checkpoint.members = due | {member.key: member}
         checkpoint.save(member, groups, closing=closing)
-        member.last_saved = self._last_closed = checkpoint.step
+        member.saved(checkpoint.step)
+        self._last_closed = checkpoint.step
         if member.clock is not None:
             member.clock.saved()
         with self._lock:

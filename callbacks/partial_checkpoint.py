@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import flax_partial as fp
 from flax_partial.callbacks import _directory, _state
+from flax_partial.callbacks._behind import WHEN_BEHIND
 from flax_partial.callbacks._clock import Clock
 from flax_partial.callbacks._copies import Copyable
 from flax_partial.callbacks._finished import Finished
@@ -122,6 +123,7 @@ class PartialCheckpointCallback(Copyable):
         options: fp.SaveOptions | None = None,
         reuse_unchanged: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
+        when_behind: Literal["wait", "skip"] = "wait",
         on_metrics: OnMetrics | None = None,
         progress: bool = False,
     ) -> None:
@@ -179,6 +181,11 @@ class PartialCheckpointCallback(Copyable):
             before (frozen layers, the base of an adapter) are not written again: both checkpoints
             share the files that hold them, and either may be removed.
           on_save_error: Whether a failed save is raised at the next hook, or logged and counted.
+          when_behind: What becomes of a step that is due by `every_n_train_steps` or
+            `train_time_interval` while the checkpoint before is still being written. Training waits
+            for that ("wait"), or the step is not saved ("skip"), which is logged and counted in
+            `skipped_saves`. Where a step was skipped, the epoch's last one, or the run's, is saved
+            in its place. All callbacks of a directory have to skip for one to do so.
           on_metrics: Called in a hook, once a checkpoint is finalized, with its step and, before
             that, `checkpoint/blocked_secs`, `.../write_secs`, `.../bytes`, `.../finalize_secs`; by
             default, `log_metrics` of the trainer's `loggers` or `logger`, if it has any. What it
@@ -193,6 +200,8 @@ class PartialCheckpointCallback(Copyable):
             of `extras` has no state that can be got and set.
         """
         failures = Failures(on_save_error)
+        if when_behind not in WHEN_BEHIND:
+            raise ValueError(f"when_behind is {when_behind!r}; it must be 'wait' or 'skip'.")
         self.directory = checked(directory)
         self.finalizer = finalizer or FinalizeHook()
         self._run = self.finalizer.runs.of(self.directory)
@@ -226,6 +235,7 @@ class PartialCheckpointCallback(Copyable):
             reuse_unchanged=reuse_unchanged,
             shows_progress=progress,
             signals=check_signals(preemption_signals if save_on_preemption else ()),
+            skips_when_behind=when_behind == "skip",
             failures=failures,
         )
         self.restored: Progress | None = None
@@ -356,8 +366,10 @@ class PartialCheckpointCallback(Copyable):
             step = trainer.global_step
             self._look(trainer)
             self._reach(step, "on_train_end")
-            is_last = self._member.saves_on_preemption and self._run.preemption.is_due(step)
-            if is_last and step not in (0, self._member.last_saved):
+            member = self._member
+            is_last = member.saves_on_preemption and self._run.preemption.is_due(step)
+            is_last = is_last or member.last_skipped is not None
+            if is_last and step not in (0, member.last_saved):
                 self._save(trainer, module, step, epoch_ends=False)
             try:
                 self._stop_after_last(trainer, step)
@@ -411,6 +423,11 @@ class PartialCheckpointCallback(Copyable):
     def failed_saves(self) -> int:
         """Number of checkpoints that were given up."""
         return self._member.failures.count
+
+    @property
+    def skipped_saves(self) -> int:
+        """Number of steps that were due and not saved, since the one before was on its way."""
+        return self._member.skipped
 
     @property
     def reports(self) -> tuple[CheckpointReport, ...]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+_LEAST_BYTES = {"max_inflight_bytes": 1, "max_device_bytes": 0, "chunk_bytes": 1}
 COMPRESSIONS = frozenset((None, "zstd", "blosc"))
 
 
@@ -23,8 +24,14 @@ class SaveOptions:
       compression: `"zstd"`, `"blosc"`, or None. Blosc (LZ4 over shuffled bits) takes less time than
         zstd, and more space.
       max_inflight_bytes: Host memory, in bytes, that snapshots waiting to be written may hold in
-        this process; past it `save_async` waits. A state that is larger by itself waits until it
-        is alone. None sets no bound.
+        this process. Past it copies wait on their devices, and `save_async` waits where it could
+        make none. A state that is larger by itself waits until it is alone. None sets no bound.
+      max_device_bytes: Memory of each device, in bytes, that copies of what is being saved may hold
+        until they are on the host; a step that donates its arrays then waits for no transfer. What
+        has no room is transferred from where it is. 0 makes no copies. None is for what training
+        leaves: the device's limit, less the most that was in use over at least two whole steps,
+        less a reserve of a sixteenth; before that, and where the device tells nothing of its
+        memory, nothing.
       chunk_bytes: Wanted size of a chunk, in bytes: the unit of digests and of partial reads.
       share_replicas: Whether all processes that hold replicas of an array write it together, each
         its share. All of them have to save it then, alike: a share that is missing is told by
@@ -36,6 +43,7 @@ class SaveOptions:
     checksum: bool = True
     compression: str | None = None
     max_inflight_bytes: int | None = None
+    max_device_bytes: int | None = None
     chunk_bytes: int = 2 << 20
     share_replicas: bool | None = None
 
@@ -43,9 +51,10 @@ class SaveOptions:
         """Raises ValueError for a value that no save could honour."""
         if self.compression not in COMPRESSIONS:
             raise ValueError(f"compression is None, 'zstd' or 'blosc', not {self.compression!r}")
-        for name in ("max_inflight_bytes", "chunk_bytes"):
+        for name, least in _LEAST_BYTES.items():
             value = getattr(self, name)
-            if value is None and name == "max_inflight_bytes":
+            if value is None and name != "chunk_bytes":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is a positive number of bytes, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                what = "a positive number of bytes" if least else "a number of bytes, 0 or more"
+                raise ValueError(f"{name} is {what}, not {value!r}")

@@ -17,7 +17,7 @@ class SaveTimes:
     Attributes:
       called_at: `save` or `save_async` was called.
       entered_at: It was checked, and its leaves were claimed.
-      admitted_at: Its bytes fitted into `max_inflight_bytes`.
+      admitted_at: Those of its bytes fitted into `max_inflight_bytes` that wait on no device.
       taken_at: Its arrays were safe from the caller: copied, viewed, or their transfer issued. Here
         `save_async` returns.
       begun_at: A worker was free to write it.
@@ -55,6 +55,7 @@ class SaveReport:
       write_secs: Seconds from the start of writing until the part was committed.
       committed_at: When it was committed, in seconds since the epoch.
       times: When it did what, and so what it waited for.
+      device_bytes: The share of `bytes` that was copied on its device, and saved from there.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class SaveReport:
     write_secs: float
     committed_at: float
     times: SaveTimes
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

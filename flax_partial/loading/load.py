@@ -6,7 +6,9 @@ this process's devices hold are read.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, Literal
 
@@ -35,7 +37,11 @@ _NNX_VALUE = "value"
 _PARTIAL = "partial=True lets the target lack leaves"
 _KEEP_MISSING = "keep_missing=True lets the checkpoint lack leaves, which stay as they are"
 _CAST = "cast=True converts dtypes"
-_PIECE_BYTES = 96 << 20  # of a load that says how far it is
+_PIECE_BYTES = 96 << 20  # of a load that says how far it is, or feeds an accelerator
+
+Outcomes = Sequence[np.ndarray | Exception]
+_Read = tuple[Sequence[Region], Outcomes]
+"""Regions, and what was read of each."""
 
 
 def load(
@@ -257,13 +263,16 @@ def _read(
     readings: Sequence[Reading],
     progress: Callable[[int, int], None] | None,
 ) -> list[Any]:
-    """Reads all that is wanted, and builds the leaves: some at a time."""
+    """Reads the boxes of all that is wanted, and builds the leaves: some at a time.
+
+    An accelerator is fed some while the next are read.
+    """
     data = _read_boxes(checkpoint, readings, progress)
     values: list[Any] = []
     errors: list[Exception] = []
-    for first in range(0, len(readings), MOST_REGIONS):
+    for group in _groups(readings):
         built = []
-        for one in readings[first : first + MOST_REGIONS]:
+        for one in group:
             outcomes = [next(data) for _ in one.regions]
             boxes = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
             if len(boxes) < len(outcomes):
@@ -285,20 +294,56 @@ def _read_boxes(
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[np.ndarray | Exception]:
     """Returns what is read of each box; a batch is read when the first of it is wanted."""
+    is_ahead = placing.has_accelerator()
+    most_bytes = sys.maxsize if progress is None and not is_ahead else _PIECE_BYTES
+    batches = batched(_regions(readings), most_bytes=most_bytes)
+    if is_ahead:
+        reads = _read_ahead(checkpoint, batches)
+    else:
+        reads = ((batch, checkpoint.read(batch)) for batch in batches)
     if progress is None:
-        return chain.from_iterable(map(checkpoint.read, batched(_regions(readings))))
+        return chain.from_iterable(outcomes for _, outcomes in reads)
     total = sum(map(region_bytes, _regions(readings)))
-    done = 0
-    progress(done, total)
+    progress(0, total)
+    return chain.from_iterable(_telling(reads, progress, total))
 
-    def read(batch: Sequence[Region]) -> Sequence[np.ndarray | Exception]:
-        nonlocal done
-        outcomes = checkpoint.read(batch)
+
+def _telling(
+    reads: Iterable[_Read], progress: Callable[[int, int], None], total: int
+) -> Iterator[Outcomes]:
+    """Yields what was read, and tells how much that is by now."""
+    done = 0
+    for batch, outcomes in reads:
         done += sum(map(region_bytes, batch))
         progress(done, total)
-        return outcomes
+        yield outcomes
 
-    return chain.from_iterable(map(read, batched(_regions(readings), most_bytes=_PIECE_BYTES)))
+
+def _read_ahead(checkpoint: Checkpoint, batches: Iterable[Sequence[Region]]) -> Iterator[_Read]:
+    """Yields batches and what was read of each; the next is read meanwhile, by another thread."""
+    with ThreadPoolExecutor(1, "flax_partial-read-ahead") as thread:
+        reading: tuple[Sequence[Region], Future[Outcomes]] | None = None
+        for batch in batches:
+            before, reading = reading, (batch, thread.submit(checkpoint.read, batch))
+            if before is not None:
+                yield before[0], before[1].result()
+        if reading is not None:
+            yield reading[0], reading[1].result()
+
+
+def _groups(readings: Sequence[Reading]) -> Iterator[list[Reading]]:
+    """Cuts readings into those whose arrays are put on devices at once."""
+    most_bytes = _PIECE_BYTES if placing.has_accelerator() else sys.maxsize
+    group: list[Reading] = []
+    size = 0
+    for one in readings:
+        group.append(one)
+        size += sum(map(region_bytes, one.regions))
+        if len(group) == MOST_REGIONS or size >= most_bytes:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _regions(readings: Iterable[Reading]) -> Iterator[Region]:

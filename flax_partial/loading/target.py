@@ -83,6 +83,11 @@ def as_saved(leaf: Leaf) -> Placement:
     return Placement(leaf, _whole(leaf.shape), _BUILDERS[leaf.kind])
 
 
+def has_accelerator() -> bool:
+    """Whether arrays are put on devices that have memory of their own."""
+    return jax.default_backend() != "cpu"
+
+
 def put_on_devices(values: list[Any]) -> list[Any]:
     """Replaces each `OnDevice` and `OnDevices` by its array.
 

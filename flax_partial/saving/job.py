@@ -4,6 +4,7 @@
 is a worker's, and undoes itself where it fails.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -12,6 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,17 +26,20 @@ from flax_partial.format.tables import encode_part
 from flax_partial.options import SaveOptions
 from flax_partial.reports import SaveReport, SaveTimes
 from flax_partial.saving import sharing, snapshot
-from flax_partial.saving.describe import Described, Source
+from flax_partial.saving.describe import Described
+from flax_partial.saving.device_copies import Copy
+from flax_partial.saving.device_room import DeviceRoom
 from flax_partial.saving.memory_budget import MemoryBudget
 from flax_partial.saving.write import link_held, write_part
-from flax_partial.sessions import registry
-from flax_partial.sessions.handles import SaveHandle
+from flax_partial.sessions import registry, workers
+from flax_partial.sessions.handles import Handle, SaveHandle
 from flax_partial.sessions.workers import Task
 from flax_partial.storage import files, session_dir
 from flax_partial.storage.parts import prefix_of_name
 from flax_partial.storage.paths import CheckpointPath
 
 _budget = MemoryBudget()
+_room = DeviceRoom()
 
 
 class SaveJob:
@@ -53,7 +58,7 @@ class SaveJob:
         self.session = registry.begin_save(where, self)
         self.is_background = False
         self._leaves: Sequence[Leaf] = described.leaves
-        self._sources: Sequence[Sequence[Source]] = described.sources
+        self._sources: snapshot.Boxes = described.sources
         self._sizes = described.sizes
         self._tree = described.tree
         self._arrays = described.arrays  # that may be remembered; none without `reuse`
@@ -75,6 +80,8 @@ class SaveJob:
         self._needed_bytes = self._part.bytes  # on the disk, as far as it is known
         self._blocked_secs = 0.0  # of a save in the background; the other kind is all blocked
         self._budget_secs = 0.0
+        self._device_bytes = 0
+        self._moving: Task[None] | None = None  # of copies from devices to the host
         self.handle = SaveHandle()
         self.task: Task[SaveReport] = Task(
             self._run,
@@ -106,23 +113,60 @@ class SaveJob:
         self._reach("entered_at")
 
     def take_snapshot(self) -> None:
-        """Makes what is to be written safe from the caller, within the memory budget."""
+        """Makes what is to be written safe from the caller, within the memory budgets."""
         self.is_background = True
+        with TraceAnnotation("flax_partial.snapshot"):
+            copies = self._copy_on_devices()
         limit = self._options.max_inflight_bytes
-        copied_bytes = self._part.bytes - self._reused_bytes
-        self._budget_secs = _budget.acquire(self, copied_bytes, limit=limit)
+        left = self._part.bytes - self._reused_bytes - self._device_bytes
+        self._budget_secs = _budget.acquire(self, left, limit=limit)
         self._reach("admitted_at")
         with TraceAnnotation("flax_partial.snapshot"):
             self._sources = snapshot.detach(self._sources)
         self._reach("taken_at")
+        if copies:
+            self.task.is_ready = False
+            moving = self._moving = Task(lambda _: self._move(copies), Handle[None]())
+            submit = partial(workers.moving.submit, moving)
+            _budget.request(self, self._device_bytes, limit=limit, granted=submit)
         if not self.note_if_computed():
             _uncomputed.append(self)
-        self._blocked_secs = time.perf_counter() - self._started
+        ended = _last_call[0] = time.perf_counter()
+        self._blocked_secs = ended - self._started
+
+    def _copy_on_devices(self) -> Sequence[Copy]:
+        limit = self._options.max_device_bytes
+        devices = snapshot.copying_devices(self._sources, limit=limit)
+        if not devices:
+            return ()
+        unknown = frozenset(device for device in devices if not _room.has_seen_steps(device))
+        directory = self.session.where.final.parent
+        for device, at, array in snapshot.first_on_each(self._sources, unknown):
+            name = directory, self._leaves[at].name
+            _room.note_save(device, name, session=self.session, array=array)
+        self._sources, copies = snapshot.copy(self._sources, owner=self, room=_room, limit=limit)
+        self._device_bytes = sum(copied.size for copied in copies)
+        return copies
+
+    def _move(self, copies: Sequence[Copy]) -> None:
+        """Brings copies to the host; then the save can be written."""
+        _wait_for_a_pause()
+        with contextlib.suppress(Exception):  # what failed fails again as it is written
+            snapshot.move(copies, owner=self, room=_room)
+        self._end_moving()
+
+    def _end_moving(self) -> None:
+        if not self.task.is_ready:
+            self.task.is_ready = True
+            workers.saving.wake()
 
     def release(self) -> None:
         """Gives back all that it holds in memory; can be called again if it is interrupted."""
         self._let_go()
         self.session.release(self)
+        if self._moving is not None:
+            self._moving.withdraw()
+        self._end_moving()
 
     def _let_go(self) -> None:
         """Lets go of the snapshot."""
@@ -130,6 +174,7 @@ class SaveJob:
         held, self._held = self._held, []
         for _, file in held:
             file.close()
+        _room.release(self)
         _budget.release(self, limit=self._options.max_inflight_bytes)
 
     def note_if_computed(self) -> bool:
@@ -190,6 +235,7 @@ class SaveJob:
             write_secs=ended - began,
             committed_at=times.committed_at,
             times=times,
+            device_bytes=self._device_bytes,
         )
 
     def _write(self, task: Task[SaveReport]) -> None:
@@ -228,6 +274,8 @@ class SaveJob:
     def _host_data(self, positions: Sequence[int]) -> list[tuple[Leaf, list[np.ndarray]]]:
         """Waits until some of the leaves are computed, and brings them into the host's memory."""
         with TraceAnnotation("flax_partial.wait"):
+            if self._moving is not None and not self.task.is_ready:  # the interpreter is ending
+                self._moving.wait()
             snapshot.wait_until_computed(self._sources)
         self._instants.setdefault("ready_at", time.perf_counter())
         note_computed()
@@ -263,6 +311,19 @@ def _is_listed(leaf: Leaf) -> bool:
     return bool(leaf.boxes or leaf.writers) or not leaf.is_array or agreement.index() == 0
 
 
+# What runs beside calls takes the interpreter lock from them, 0.5 ms each. Copies can wait.
+_PAUSE_SECS = 0.002
+_MOST_PAUSE_SECS = 0.05
+_last_call = [0.0]  # when the last one ended
+
+
+def _wait_for_a_pause() -> None:
+    """Waits until training makes no calls for a moment: it saves layer after layer."""
+    end = time.perf_counter() + _MOST_PAUSE_SECS
+    while (left := min(_last_call[0] + _PAUSE_SECS, end) - time.perf_counter()) > 0:
+        time.sleep(left)
+
+
 # Saves in the background, in the order of their calls; bounded, should no worker look any more.
 _uncomputed: deque[SaveJob] = deque(maxlen=4096)
 _noting = threading.Lock()
@@ -284,8 +345,8 @@ def note_computed() -> None:
 
 def _forget_all() -> None:
     """A forked child has none of its parent's threads."""
-    global _budget, _noting
-    _budget, _noting = MemoryBudget(), threading.Lock()
+    global _budget, _noting, _room
+    _budget, _noting, _room = MemoryBudget(), threading.Lock(), DeviceRoom()
     _uncomputed.clear()
 
 

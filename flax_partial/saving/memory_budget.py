@@ -1,10 +1,11 @@
-"""Bounds the host memory that snapshots waiting to be written hold."""
+"""Bounds the host memory that snapshots on their way to the disk hold."""
 
 import ctypes
 import threading
 import time
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import lru_cache
 
 from flax_partial.sessions import workers
@@ -12,16 +13,19 @@ from flax_partial.sessions import workers
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    """A caller that waits for room, until the lock is released."""
+    """A request for room."""
 
     owner: Hashable
     size: int
     limit: int
-    granted: threading.Lock = field(default_factory=threading.Lock)
+    granted: Callable[[], None]
 
 
 class MemoryBudget:
     """Bytes that snapshots waiting to be written hold, in this process, by their saves.
+
+    Requests are granted in the order in which they are made: what a save waits for is held by saves
+    before it, which wait for none after them.
 
     Under a limit, what they held is given back to the system, too: glibc keeps freed arrays of up
     to 32 MiB, and does so for each few threads. Streaming 2 GiB of layers with 64 MiB in flight
@@ -32,7 +36,7 @@ class MemoryBudget:
         self._lock = threading.Lock()  # guards all below, for an instant at a time
         self._sizes: dict[Hashable, int] = {}
         self._total = 0
-        self._waiting: list[_Waiting] = []
+        self._waiting: deque[_Waiting] = deque()
         self._freed = 0  # since memory was last given back to the system
 
     def acquire(self, owner: Hashable, size: int, *, limit: int | None) -> float:
@@ -42,41 +46,81 @@ class MemoryBudget:
         locks: in a condition an interrupt could leave the lock held.
         """
         started = time.perf_counter()
-        with self._lock:
-            if limit is None or not self._sizes or self._total + size <= limit:
-                self._grant(owner, size)
-                return time.perf_counter() - started
-            waiting = _Waiting(owner, size, limit)
-            waiting.granted.acquire()
-            self._waiting.append(waiting)
+        granted = threading.Lock()
+        granted.acquire()
         try:
-            with workers.place_lent():
-                waiting.granted.acquire()
-        finally:
-            with self._lock:
-                if waiting in self._waiting:  # it was interrupted
-                    self._waiting.remove(waiting)
+            self.request(owner, size, limit=limit, granted=granted.release)
+            if not granted.acquire(blocking=False):
+                with workers.place_lent():
+                    granted.acquire()
+        except BaseException:
+            self._withdraw(owner)
+            raise
         return time.perf_counter() - started
 
+    def request(
+        self, owner: Hashable, size: int, *, limit: int | None, granted: Callable[[], None]
+    ) -> None:
+        """Asks for `size` more bytes under `limit`, for which it does not wait.
+
+        Args:
+          owner: Holds them until it releases them.
+          size: How many.
+          limit: What all may hold; None for no bound.
+          granted: Called once they are granted, by this thread or the one that makes room.
+        """
+        with self._lock:
+            if limit is not None and size:
+                self._waiting.append(_Waiting(owner, size, limit, granted))
+                due = self._grant_waiting()
+            else:
+                self._grant(owner, size)
+                due = [granted]
+        for tell in due:
+            tell()
+
     def release(self, owner: Hashable, *, limit: int | None) -> None:
-        """Gives back what an owner holds, if anything; nothing has its snapshot any more."""
+        """Gives back what an owner holds or waits for, if anything."""
         with self._lock:
             size = self._sizes.pop(owner, 0)
             self._total -= size
-            for waiting in self._waiting[:]:
-                if not self._sizes or self._total + waiting.size <= waiting.limit:
-                    self._waiting.remove(waiting)
-                    self._grant(waiting.owner, waiting.size)
-                    waiting.granted.release()
+            self._drop(owner)
+            due = self._grant_waiting()
             self._freed += size if limit is not None else 0
             is_much = limit is not None and 2 * self._freed >= limit
             if is_much:
                 self._freed = 0
+        for tell in due:
+            tell()
         if is_much and (trim := _malloc_trim()) is not None:
             trim(0)
 
+    def _withdraw(self, owner: Hashable) -> None:
+        """Takes back what an owner waits for; others may fit now."""
+        with self._lock:
+            self._drop(owner)
+            due = self._grant_waiting()
+        for tell in due:
+            tell()
+
+    def _drop(self, owner: Hashable) -> None:
+        self._waiting = deque(one for one in self._waiting if one.owner != owner)
+
+    def _grant_waiting(self) -> list[Callable[[], None]]:
+        """Grants what fits by now, and returns what to call, without the lock."""
+        due = []
+        while self._waiting and self._has_room(self._waiting[0]):
+            one = self._waiting.popleft()
+            self._grant(one.owner, one.size)
+            due.append(one.granted)
+        return due
+
+    def _has_room(self, one: _Waiting) -> bool:
+        is_alone = self._total == self._sizes.get(one.owner, 0)
+        return is_alone or self._total + one.size <= one.limit
+
     def _grant(self, owner: Hashable, size: int) -> None:
-        self._sizes[owner] = size
+        self._sizes[owner] = self._sizes.get(owner, 0) + size
         self._total += size
 
 

@@ -1,10 +1,11 @@
 """Boxes wherever they are -> boxes in host memory that survive what the caller does next.
 
-`detach` makes boxes the caller's no longer: after it, arrays may be donated, deleted or written
-over. It waits for no computation. `to_host` gives the data, and may wait.
+`copy` and `detach` make boxes the caller's no longer: after both, arrays may be donated, deleted or
+written over. They wait for no computation. `move` brings copies from the devices to the host;
+`to_host` gives the data. Both may wait.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,27 +13,118 @@ import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from flax_partial.saving import device_copies
 from flax_partial.saving.describe import Source
+from flax_partial.saving.device_copies import PINNED_HOST, Copied, Copy, Packed, place_of
+from flax_partial.saving.device_room import Device, DeviceRoom, may_have_room
 
 # A copy of a small ready array costs 2-20 us; a view would make a later donation copy instead.
 _COPIED_BYTES = 64 * 1024
-_PINNED_HOST = "pinned_host"
+
+Held = Source | Copied
+Boxes = Sequence[Sequence[Held]]
+"""Of each leaf, the data of each box."""
+_Described = Sequence[Sequence[Any]]  # boxes none of which was copied yet
 
 
-def detach(sources: Sequence[Sequence[Source]]) -> list[Sequence[Source]]:
-    """Makes boxes safe from donation, deletion and overwriting, without waiting for them.
+def copying_devices(sources: _Described, *, limit: int | None) -> frozenset[Device]:
+    """Finds the devices with some of the boxes on which copies may be made.
+
+    Args:
+      sources: The leaves' boxes.
+      limit: Bytes that copies may take on a device; None for what training leaves.
+    """
+    shardings = {
+        source.sharding
+        for boxes in sources
+        for source in boxes
+        if not isinstance(source, np.ndarray)
+    }
+    devices = {place_of(sharding).device for sharding in shardings}
+    return frozenset(device for device in devices if may_have_room(device, limit=limit))
+
+
+def first_on_each(
+    sources: _Described, devices: frozenset[Device]
+) -> Iterator[tuple[Device, int, jax.Array]]:
+    """Yields, for each of some devices, the position of the first leaf there, and its array."""
+    left = set(devices)
+    for at, boxes in enumerate(sources):
+        for source in boxes:
+            if not left:
+                return
+            if not isinstance(source, np.ndarray):
+                device = place_of(source.sharding).device
+                if device in left:
+                    left.remove(device)
+                    yield device, at, source
+
+
+def copy(
+    sources: _Described, *, owner: object, room: DeviceRoom, limit: int | None
+) -> tuple[Boxes, Sequence[Copy]]:
+    """Copies arrays on their devices, as far as there is room.
+
+    Args:
+      sources: The leaves' boxes.
+      owner: Holds the room.
+      room: What the devices have of it.
+      limit: As in `copying_devices`.
+
+    Returns:
+      The boxes, with copies in place of what was copied; the memory of those copies.
+    """
+    arrays, places = [], []
+    for at, boxes in enumerate(sources):
+        for number, source in enumerate(boxes):
+            if not isinstance(source, np.ndarray):
+                arrays.append(source)
+                places.append((at, number))
+    copied, copies = device_copies.copy(owner, arrays, room=room, limit=limit)
+    if not copied:
+        return sources, ()
+    ours: list[Sequence[Held]] = list(sources)
+    for position, one in copied.items():
+        at, number = places[position]
+        if len(ours[at]) == 1:
+            ours[at] = (one,)
+        else:
+            ours[at] = [*ours[at][:number], one, *ours[at][number + 1 :]]
+    return ours, copies
+
+
+def move(copies: Sequence[Copy], *, owner: object, room: DeviceRoom) -> None:
+    """Transfers copies to the host, and gives back what they hold of the devices, one by one.
+
+    Args:
+      copies: The copies; those whose transfer fails stay as they are.
+      owner: Holds the room.
+      room: Where it is given back.
+    """
+    on_host = _transferred([one.array for one in copies])
+    for one, array in zip(copies, on_host, strict=True):
+        array.block_until_ready()
+        copied, one.array = one.array, array
+        copied.delete()
+        room.give_back(owner, one.device, one.size)
+
+
+def detach(sources: Boxes) -> list[Sequence[Held]]:
+    """Makes boxes that were not copied safe from donation, deletion and overwriting.
 
     Small arrays that are ready are copied. On a CPU, a large one that is ready is viewed, which is
     free, and makes a donation that comes while it lives copy. Everything else is transferred to
     pinned host memory, a true copy that is issued at once and done when the array is computed.
     """
-    detached: list[Sequence[Source]] = []
+    detached: list[Sequence[Held]] = []
     transfers: list[tuple[list[Any], int]] = []
     for boxes in sources:
         ours: list[Any] = []
         for source in boxes:
             if isinstance(source, np.ndarray):
                 ours.append(source.copy(order="C"))
+            elif isinstance(source, (Packed, Copy)):
+                ours.append(source)
             elif _taken_on_host(source):
                 view = np.asarray(source)
                 ours.append(view.copy() if view.nbytes <= _COPIED_BYTES else view)
@@ -41,24 +133,15 @@ def detach(sources: Sequence[Sequence[Source]]) -> list[Sequence[Source]]:
                 ours.append(source)
         detached.append(ours)
     copies = _transferred([ours[at] for ours, at in transfers])
-    for (ours, at), copy in zip(transfers, copies, strict=True):
-        ours[at] = copy
+    for (ours, at), copied in zip(transfers, copies, strict=True):
+        ours[at] = copied
     return detached
 
 
 def _taken_on_host(source: jax.Array) -> bool:
     """Whether NumPy can take the array without waiting for a computation or a transfer."""
-    is_cpu, has_pinned_host = _memory_of(source.sharding)
-    return not has_pinned_host or (is_cpu and _is_ready(source))
-
-
-@lru_cache(maxsize=1024)
-def _memory_of(sharding: Sharding) -> tuple[bool, bool]:
-    """Whether its one device is a CPU, and whether that device has pinned host memory."""
-    device: Any
-    (device,) = sharding.device_set
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    return device.platform == "cpu", _PINNED_HOST in kinds
+    place = place_of(source.sharding)
+    return not place.has_pinned_host or (place.is_cpu and _is_ready(source))
 
 
 def _transferred(sources: list[Any]) -> list[jax.Array]:
@@ -72,10 +155,10 @@ def _transferred(sources: list[Any]) -> list[jax.Array]:
 @lru_cache(maxsize=1024)
 def _pinned_host(sharding: Sharding) -> SingleDeviceSharding:
     (device,) = sharding.device_set
-    return SingleDeviceSharding(device, memory_kind=_PINNED_HOST)
+    return SingleDeviceSharding(device, memory_kind=PINNED_HOST)
 
 
-def is_computed(sources: Sequence[Sequence[Source]]) -> bool:
+def is_computed(sources: Boxes) -> bool:
     """Whether `wait_until_computed` would not wait."""
     try:
         return all(map(_is_ready, _arrays(sources)))
@@ -83,15 +166,25 @@ def is_computed(sources: Sequence[Sequence[Source]]) -> bool:
         return True
 
 
-def wait_until_computed(sources: Sequence[Sequence[Source]]) -> None:
+def wait_until_computed(sources: Boxes) -> None:
     """Waits until all arrays are computed and, if they are in pinned host memory, transferred."""
     for array in _arrays(sources):
         if not _is_ready(array):  # asking takes half the time of waiting for nothing
             array.block_until_ready()
 
 
-def _arrays(sources: Sequence[Sequence[Source]]) -> list[jax.Array]:
-    return [source for boxes in sources for source in boxes if not isinstance(source, np.ndarray)]
+def _arrays(sources: Boxes) -> Iterator[jax.Array]:
+    last: Copy | None = None  # of the packed ones, which follow one another
+    for boxes in sources:
+        for source in boxes:
+            if isinstance(source, np.ndarray):
+                continue
+            if isinstance(source, Packed):
+                if source.copy is not last:
+                    yield source.copy.array
+                last = source.copy
+            else:
+                yield source.array if isinstance(source, Copy) else source
 
 
 def _is_ready(array: jax.Array) -> bool:
@@ -99,6 +192,8 @@ def _is_ready(array: jax.Array) -> bool:
     return is_ready
 
 
-def to_host(source: Source) -> np.ndarray:
+def to_host(source: Held) -> np.ndarray:
     """Returns a box's data in C order; waits until it is computed and transferred."""
-    return np.asarray(source, order="C")
+    if isinstance(source, Packed):
+        return source.to_host()
+    return np.asarray(source.array if isinstance(source, Copy) else source, order="C")

@@ -4,13 +4,17 @@ Each box is cut into its chunks, as zarr stores them. They go into the part's da
 stand in the table of contents itself, so that a save of small leaves writes one file. Where chunks
 of a box follow one another in memory they are appended as one run, and nothing is copied.
 
+Where there are more cores than two, a large save is cut into several files, which as many threads
+write and digest: a file that many write at once is locked by one of them at a time.
+
 What an earlier checkpoint holds already is not written: that one's data file gets a second name in
 the part, `data.1` and so on. Either checkpoint may go, and the other one still has it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
+from functools import partial
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,12 +33,16 @@ from flax_partial.format.model import (
 )
 from flax_partial.saving.reuse import Earlier, Plan, Shared
 from flax_partial.sessions import workers
-from flax_partial.storage import files
+from flax_partial.storage import files, medium
 from flax_partial.storage.direct_io import NewFile
 from flax_partial.storage.tensorstore_io import encoded_chunks
 
 # From here on digests are taken while the disk writes: 1 GiB takes 0.1 s to digest, 0.6 to write.
 _BESIDE_BYTES = 4 << 20
+
+_TOO_FEW_WRITERS = 2  # to cut a save among them
+_LEAST_FILE_BYTES = 64 << 20
+_MOST_ON_DISK = 4
 
 HostBoxes = Sequence[tuple[Leaf, Sequence[np.ndarray]]]
 Digests = tuple[str, ...]
@@ -85,21 +93,52 @@ def write_part(
     done = _link_files(directory, plan.shared, first_file=first_file, durable=durable)
     reused = frozenset(done)
     new = [at for at in range(len(boxes)) if at not in reused and at not in plan.apart]
-    for file, positions in ((0, new), (first_file + len(plan.shared), sorted(plan.apart))):
-        if not positions:
-            continue
-        chosen = [boxes[at] for at in positions]
-        path = directory.parent / data_path(data_part(directory.name, file))
-        leaves = _write_file(
-            path, chosen, file=file, checksum=checksum, durable=durable, check=check
+    numbers = chain([0] if new else [], count(first_file + len(plan.shared)))
+    most = _most_files(directory, durable=durable)
+    groups = [group for one in (new, sorted(plan.apart)) for group in _cut(one, boxes, most)]
+    works = [
+        partial(
+            _write_file,
+            directory.parent / data_path(data_part(directory.name, file)),
+            [boxes[at] for at in group],
+            file=file,
+            checksum=checksum,
+            durable=durable,
+            is_alone=len(groups) == 1,
+            check=check,
         )
-        done |= zip(positions, leaves, strict=True)
+        for file, group in zip(numbers, groups, strict=False)
+    ]
+    for group, leaves in zip(groups, workers.spread(works), strict=True):
+        done |= zip(group, leaves, strict=True)
     written = [leaf for at, leaf in done.items() if at not in reused]
     return Written(
         leaves=tuple(done[at] for at in range(len(boxes))),
         reused=reused,
         bytes=sum(data_file_bytes(written).values()),
     )
+
+
+def _most_files(directory: Path, *, durable: bool) -> int:
+    """Into how many files a save may be cut: a disk takes no more from more threads."""
+    most = workers.threads_per_save()
+    if workers.MOST_WRITERS == _TOO_FEW_WRITERS:  # the second one takes digests
+        return 1
+    return min(most, _MOST_ON_DISK) if durable and not medium.is_memory(directory) else most
+
+
+def _cut(positions: Sequence[int], boxes: HostBoxes, most: int) -> list[list[int]]:
+    """Cuts positions of leaves, in their order, into groups of about the same size in bytes."""
+    sizes = [sum(array.nbytes for array in boxes[at][1]) for at in positions]
+    total = sum(sizes)
+    files = max(1, min(most, total // _LEAST_FILE_BYTES))
+    groups: list[list[int]] = [[] for _ in range(files)]
+    before = 0
+    for at, size in zip(positions, sizes, strict=True):
+        middle = before + size // 2
+        groups[min(files - 1, middle * files // max(total, 1))].append(at)
+        before += size
+    return [group for group in groups if group]
 
 
 def _link_files(
@@ -147,14 +186,18 @@ def _write_file(
     file: int,
     checksum: bool,
     durable: bool,
+    is_alone: bool,
     check: Callable[[], None],
 ) -> tuple[Leaf, ...]:
-    """Writes boxes of leaves into the data file of that number; small chunks into the table."""
+    """Writes boxes of leaves into the data file of that number; small chunks into the table.
+
+    One that is not alone has as many threads beside it as there are to be.
+    """
     large = [one for one in boxes if not _is_inline(one[0])]
     size = sum(array.nbytes for _, data in large for array in data)
     if not size:
         return tuple([_inline(leaf, data, checksum=checksum) for leaf, data in boxes])
-    if checksum and size >= _BESIDE_BYTES:
+    if checksum and size >= _BESIDE_BYTES and is_alone and _has_free_writers():
         with workers.beside(lambda: _digests(large)) as digests:
             places = _write_data(path, large, size=size, durable=durable, check=check)
             found = digests.result()
@@ -168,6 +211,10 @@ def _write_file(
             for leaf, data in boxes
         ]
     )
+
+
+def _has_free_writers() -> bool:
+    return workers.MOST_WRITERS == _TOO_FEW_WRITERS or workers.threads_per_save() > 1
 
 
 def _write_data(

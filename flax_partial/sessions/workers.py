@@ -16,7 +16,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import InvalidStateError
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -64,6 +64,7 @@ class Task(Generic[T]):
         self._over.acquire()
         self._stop = threading.Event()
         self.is_submitted = False
+        self.is_ready = True  # a worker leaves out what is not, until `WorkerPool.wake`
         self.is_over = False
 
     def run(self) -> None:
@@ -119,7 +120,10 @@ class Task(Generic[T]):
 
 
 class WorkerPool:
-    """At most `most` threads, which do tasks in the order in which they were submitted."""
+    """At most `most` threads, which do tasks in the order in which they were submitted.
+
+    What is not ready is left out; what makes it ready calls `wake`.
+    """
 
     def __init__(self, name: str, most: int) -> None:
         self._name = name
@@ -132,6 +136,7 @@ class WorkerPool:
         self._queue: deque[Task[Any]] = deque()
         self._running: dict[int, Task[Any]] = {}  # by the thread
         self._threads: set[int] = set()
+        self._draining: set[int] = set()
         self._idle: list[threading.Lock] = []  # each held by a worker that waits for its release
 
     def submit(self, task: Task[Any]) -> None:
@@ -142,6 +147,18 @@ class WorkerPool:
             return
         with self._lock:
             self._queue.append(task)
+        if task.is_ready:
+            self._start_one()
+
+    def wake(self) -> None:
+        """Has a worker look for a task that has become ready."""
+        if _exit.is_near():
+            self._drain()
+        else:
+            self._start_one()
+
+    def _start_one(self) -> None:
+        with self._lock:
             if self._idle:
                 self._idle.pop().release()
                 return
@@ -233,13 +250,28 @@ class WorkerPool:
             self._threads.add(thread)
 
     def _drain(self) -> None:
-        """Does what is queued in the caller's thread."""
-        while True:
-            with self._lock:
-                if not self._queue:
+        """Does what is queued, and ready, in the caller's thread."""
+        thread = threading.get_ident()
+        if thread in self._draining:  # of a task that made another one ready: it comes next
+            return
+        self._draining.add(thread)
+        try:
+            while True:
+                with self._lock:
+                    task = self._pop()
+                if task is None:
                     return
-                task = self._queue.popleft()
-            task.run()
+                task.run()
+        finally:
+            self._draining.discard(thread)
+
+    def _pop(self) -> Task[Any] | None:
+        """Takes the first task that is ready, or was withdrawn, out of the queue."""
+        for at, task in enumerate(self._queue):
+            if task.is_ready or task.is_over:
+                del self._queue[at]
+                return task
+        return None
 
     def _next(self, thread: int) -> Task[Any] | None:
         """Waits for a task for a while; None where there is none, and the worker is to end."""
@@ -249,8 +281,9 @@ class WorkerPool:
                 self._running.pop(thread, None)
                 if gate in self._idle:  # nobody has released it
                     self._idle.remove(gate)
-                if self._queue:
-                    task = self._running[thread] = self._queue.popleft()
+                task = self._pop()
+                if task is not None:
+                    self._running[thread] = task
                     return task
                 if is_last or _exit.is_near():
                     self._threads.discard(thread)
@@ -314,25 +347,62 @@ class _Exit:
         release_idle()
 
 
-# One hashes while the other waits for the disk. More of them take the interpreter lock from the
-# training thread: with four it was held twice as long by the saves of one step.
-_MOST_WRITERS = 2
+def _count_writers() -> int:
+    """Two on two cores, and two less than there are on machines with more.
 
-saving = WorkerPool("flax_partial-save", _MOST_WRITERS)
-helping = WorkerPool("flax_partial-help", _MOST_WRITERS)
+    One hashes while the other waits for the disk. More than there are cores take the interpreter
+    lock from the training thread: with four on two it was held twice as long by a step's saves.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, max(2, (cores or 2) - 2))
+
+
+MOST_WRITERS = _count_writers()
+
+saving = WorkerPool("flax_partial-save", MOST_WRITERS)
+helping = WorkerPool("flax_partial-help", MOST_WRITERS)
+moving = WorkerPool("flax_partial-move", 2)  # one waits for its transfer, the next is issued
+compiling = WorkerPool("flax_partial-compile", 1)
 finalizing = WorkerPool("flax_partial-finalize", 64)  # a finalize may wait for other processes
 _exit = _Exit()
+
+
+def _task(work: Callable[[], T]) -> Task[T]:
+    return Task(lambda _: work(), Handle[T]())
 
 
 @contextlib.contextmanager
 def beside(work: Callable[[], T]) -> Iterator[Handle[T]]:
     """Does a share of a worker's work on another thread; it has ended when the context has."""
-    task = Task(lambda _: work(), Handle[T]())
+    task = _task(work)
     helping.submit(task)
     try:
         yield task.handle
     finally:
         task.wait()
+
+
+def spread(works: Sequence[Callable[[], T]]) -> list[T]:
+    """Does work on several threads, this one among them; all has ended at the return.
+
+    Raises:
+      BaseException: What the first that failed has raised.
+    """
+    if len(works) == 1:
+        return [works[0]()]
+    tasks = [_task(work) for work in works]
+    for task in tasks[1:]:
+        helping.submit(task)
+    for task in tasks:  # those that no other thread has begun
+        task.run()
+    for task in tasks:
+        task.wait()
+    return [task.handle.result() for task in tasks]
+
+
+def threads_per_save() -> int:
+    """How many threads each save under way may have, so that all writers have work."""
+    return max(1, MOST_WRITERS // max(1, saving.unfinished))
 
 
 def _forget_threads() -> None:

@@ -26,10 +26,10 @@ def assert_holds_all_of_each_step(directory: Path) -> None:
     assert not list(directory.glob("*.partial_save"))
 
 
-def test_processes_save_the_same_steps_by_the_clock_and_before_they_are_taken(
+def test_processes_save_the_same_steps_by_the_clock_when_behind_and_before_they_are_taken(
     tmp_path: Path,
 ) -> None:
-    """One job for both: to start one takes longer than either, and a job is preempted once."""
+    """One job for all: to start one takes longer than each, and a job is preempted once."""
     with running(2, tmp_path) as two:
         clock = tmp_path / "clock"
         how = {"interval_secs": 0.3, "most_steps": 150}
@@ -39,6 +39,12 @@ def test_processes_save_the_same_steps_by_the_clock_and_before_they_are_taken(
         assert len(first) >= 2
         assert_holds_all_of_each_step(clock)
 
+        behind = tmp_path / "behind"
+        how = {"every_n_train_steps": 1, "when_behind": "skip", "most_steps": 25}
+        (_, first), (_, second) = gather(start_each(two, "train_until_told", behind, PACES, **how))
+        assert first == second == fp.steps(behind)
+        assert first[-1] == 25
+        assert_holds_all_of_each_step(behind)
         data = tmp_path / "data"
         assert two.call("goes_on_with_its_own_data", data) == [(True, [1, 2])] * 2
         with (

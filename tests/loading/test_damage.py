@@ -11,6 +11,7 @@ import pytest
 import trees
 
 import flax_partial as fp
+from flax_partial.loading import load as load_module
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -224,3 +225,28 @@ def test_any_damage_is_told_or_does_not_matter(tmp_path: Path) -> None:
     faults = {seed: found for seed in range(60) if (found := trials.run(seed)[1])}
     trials.close()
     assert not faults
+
+
+def test_reading_ahead_gives_what_is_there_and_names_all_that_is_damaged(
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there is an accelerator: fed a piece while the next one is read."""
+    monkeypatch.setattr(load_module.placing, "has_accelerator", lambda: True)
+    monkeypatch.setattr(load_module, "_PIECE_BYTES", 10_000)
+    path = tmp_path / "c"
+    shutil.copytree(original, path)
+    trees.assert_whole(path, STATE)
+    seen: list[tuple[int, int]] = []
+    fp.load(path, progress=lambda *amounts: seen.append(amounts))
+    assert len(seen) > 3
+    assert seen[0][0] == 0
+    assert seen[-1][0] == seen[-1][1] == fp.metadata(path).bytes
+    for name in ("middle", "large"):
+        (file,) = [
+            file
+            for file in path.glob("state/part.*/data")
+            if file.stat().st_size in range(STATE[name].nbytes, STATE[name].nbytes + 9000)
+        ]
+        damaged(path, str(file.relative_to(path)), STATE[name].nbytes // 2)
+    with pytest.raises(fp.CorruptCheckpointError, match=r"(?s)'middle'.*'large'|'large'.*'middle'"):
+        fp.load(path)

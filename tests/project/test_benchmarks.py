@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
 import sys
 from functools import partial
 from io import StringIO
@@ -108,3 +111,34 @@ def test_contenders_take_turns_in_rotated_order_and_use_what_was_prepared(tmp_pa
     assert turns[3:] == [*"abc", *"ca", *"ca"]  # after the warm-up; b takes part once
     assert [len(outcome.rounds[name]) for name in "abc"] == [3, 1, 3]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(900)  # of which it takes half a minute, where nothing else runs
+def test_what_accelerators_are_measured_by_runs_on_cpu_devices(tmp_path: Path) -> None:
+    """All of it, with a fraction of the work: each contender measured, each target printed."""
+    (tmp_path / "benchmarks").symlink_to(Path(__file__).parents[2] / "benchmarks")
+    options = ("--allow-cpu", "--small", "--rounds", "1", "--directory", "scratch")
+    (tmp_path / "scratch").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *options, "--json", "gpu.json"],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        },
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["machine"]["devices"] == 2
+    names = [scenario["name"] for scenario in found["scenarios"]]
+    assert names == ["training", "small", "every_step", "storage", "load"]
+    for scenario in found["scenarios"]:
+        assert all(contender["rounds"] for contender in scenario["contenders"].values())
+        for target in scenario["targets"]:
+            assert target["ratio"] is not None, target["text"]
+    assert not list((tmp_path / "scratch").iterdir())

@@ -1,0 +1,160 @@
+"""How much of each device's memory copies of what is saved may take.
+
+A training step needs as much as it has used at most before. What a device has beyond that, less a
+reserve, is free for copies: as soon as two whole steps have been seen, and where the device tells.
+"""
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+Device = Any  # a jax.Device
+_WHOLE_STEPS = 2
+_RESERVE_SHARE = 16  # of the limit: memory in pieces, and steps that differ a little
+_MOST_LEAVES = 4096  # by which steps are told
+
+
+@dataclass(slots=True)
+class _Saved:
+    """How a leaf was saved last, and how many steps have gone by since it first was."""
+
+    session: "weakref.ref[Any]"
+    array: "weakref.ref[Any]"
+    steps: int = 0
+
+
+@dataclass(slots=True)
+class _OnDevice:
+    """One device's memory, in bytes.
+
+    Attributes:
+      held: What copies take of it, by their owners.
+      total: The sum of that.
+      most: The most that this ever was.
+      peak: The most that was in use without copies; None until whole steps have been seen.
+      saved: The leaves that were saved from it, by their names.
+      has_seen_steps: Whether whole steps have been seen.
+    """
+
+    held: dict[Hashable, int] = field(default_factory=dict)
+    total: int = 0
+    most: int = 0
+    peak: int | None = None
+    saved: OrderedDict[Hashable, _Saved] = field(default_factory=OrderedDict)
+    has_seen_steps: bool = False
+
+
+class DeviceRoom:
+    """Memory of this process's devices that copies hold; nothing waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below, for an instant at a time
+        self._devices: dict[Device, _OnDevice] = {}
+
+    def note_save(self, device: Device, name: Hashable, *, session: object, array: object) -> None:
+        """Notes that a leaf is saved from a device: by that steps are told.
+
+        A step lies between two saves of a leaf if they hold different arrays, and go into different
+        checkpoints.
+
+        Args:
+          device: The device.
+          name: Tells the leaf from all others in the process; the same in each checkpoint of a run.
+          session: Stands for the checkpoint; held weakly, as is the array.
+          array: What the leaf is now.
+        """
+        with self._lock:
+            known = self._devices.setdefault(device, _OnDevice())
+            saved = known.saved.get(name)
+            if saved is None:
+                known.saved[name] = _Saved(weakref.ref(session), weakref.ref(array))
+                if len(known.saved) > _MOST_LEAVES:
+                    known.saved.popitem(last=False)
+            elif saved.session() is not session and saved.array() is not array:
+                saved.session, saved.array = weakref.ref(session), weakref.ref(array)
+                saved.steps += 1
+                if saved.steps >= _WHOLE_STEPS:
+                    known.has_seen_steps = True
+                    known.saved.clear()
+
+    def has_seen_steps(self, device: Device) -> bool:
+        """Whether as many whole steps were seen as its peak has to count."""
+        known = self._devices.get(device)
+        return known is not None and known.has_seen_steps
+
+    def take(self, owner: Hashable, device: Device, size: int, *, limit: int | None) -> bool:
+        """Takes memory for a copy, if there is room for it; returns whether.
+
+        Args:
+          owner: Holds it until it is given back.
+          device: The device.
+          size: In bytes.
+          limit: What all copies on it may take, in bytes; None for what training leaves.
+        """
+        with self._lock:
+            known = self._devices.setdefault(device, _OnDevice())
+            room = _room_beside_training(device, known) if limit is None else limit
+            if known.total + size > room:
+                return False
+            known.held[owner] = known.held.get(owner, 0) + size
+            known.total += size
+            known.most = max(known.most, known.total)
+            return True
+
+    def give_back(self, owner: Hashable, device: Device, size: int) -> None:
+        """Gives back some of what an owner holds on a device, unless all was given back."""
+        with self._lock:
+            known = self._devices[device]
+            if owner in known.held:
+                known.held[owner] -= size
+                known.total -= size
+
+    def release(self, owner: Hashable) -> None:
+        """Gives back all that an owner holds, if anything."""
+        with self._lock:
+            for known in self._devices.values():
+                known.total -= known.held.pop(owner, 0)
+
+    def held(self, device: Device) -> int:
+        """What copies take of a device's memory, in bytes."""
+        with self._lock:
+            known = self._devices.get(device)
+            return 0 if known is None else known.total
+
+
+def may_have_room(device: Device, *, limit: int | None) -> bool:
+    """Whether copies may ever be made on a device."""
+    return bool(limit) if limit is not None else _tells(device)
+
+
+def _room_beside_training(device: Device, known: _OnDevice) -> int:
+    """What the device has left where it was fullest, in bytes.
+
+    Its peak counts our own copies, too. As long as it can be explained by what training took before
+    there were any, and by the most that they held, training is taken to need no more than then.
+    """
+    stats = _stats(device) if known.has_seen_steps else None
+    if stats is None:
+        return 0
+    limit, peak = stats
+    if known.peak is None or peak > known.peak + known.most:
+        known.peak = peak
+    return limit - known.peak - limit // _RESERVE_SHARE
+
+
+@lru_cache(maxsize=1024)
+def _tells(device: Device) -> bool:
+    """Whether a device tells of its memory; asking takes longer than all else in a call."""
+    return _stats(device) is not None
+
+
+def _stats(device: Device) -> tuple[int, int] | None:
+    """The limit of a device's memory and the most that was in use, in bytes, if it tells."""
+    stats = device.memory_stats()
+    if not stats or not stats.get("bytes_limit") or "peak_bytes_in_use" not in stats:
+        return None
+    return stats["bytes_limit"], stats["peak_bytes_in_use"]

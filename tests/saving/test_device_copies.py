@@ -1,0 +1,459 @@
+"""Snapshots by copies on the devices: right, bounded, given back, and only where there is room."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trees
+from things import MOST_SECS, until
+
+import flax_partial as fp
+from flax_partial.saving import device_copies, device_room, job, snapshot
+from flax_partial.sessions import workers
+from flax_partial.storage import session_dir
+
+MIB = 1 << 20
+ON_DEVICE = fp.SaveOptions(durable=False, max_device_bytes=64 * MIB)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def double(x: jax.Array) -> jax.Array:
+    return x * 2
+
+
+@jax.jit
+def slow_sum(x: jax.Array) -> jax.Array:
+    return jax.lax.fori_loop(0, 200, lambda _, y: jnp.sqrt(y * y) + 1, x)
+
+
+def compiled(path: Path, state: Any) -> None:
+    """Has what copies such a state compiled, by a save of it."""
+    fp.save_async(path, state, options=ON_DEVICE).result(MOST_SECS)
+    until(lambda: not workers.compiling.unfinished)
+    fp.abort(path)
+
+
+def assert_nothing_held() -> None:
+    assert [job._room.held(device) for device in jax.devices()] == [0] * jax.device_count()  # noqa: SLF001
+
+
+PLACES = {
+    "one": lambda: jax.devices()[1],
+    "sharded": lambda: jax.NamedSharding(trees.mesh("x"), jax.P("x")),
+    "replicated": lambda: jax.NamedSharding(trees.mesh("x"), jax.P()),
+}
+
+
+@pytest.mark.parametrize("is_ready", [True, False], ids=["ready", "computing"])
+@pytest.mark.parametrize("place", PLACES)
+def test_copies_survive_donation_deletion_and_overwriting(
+    tmp_path: Path, place: str, *, is_ready: bool
+) -> None:
+    start = jax.device_put(np.zeros(1 << 20, np.float32), PLACES[place]())
+    compiled(tmp_path / "warm", {"donated": start, "deleted": start, "overtaken": start})
+    donated, deleted, overtaken = slow_sum(start), slow_sum(start + 1), slow_sum(start + 2)
+    if is_ready:
+        jax.block_until_ready((donated, deleted, overtaken))
+    state = {"donated": donated, "deleted": deleted, "overtaken": overtaken}
+    handle = fp.save_async(tmp_path / "c", state, options=ON_DEVICE)
+    donated = double(donated)
+    deleted.delete()
+    for _ in range(5):
+        overtaken = double(overtaken)
+    report = handle.result(MOST_SECS)
+    fp.finalize(tmp_path / "c")
+    loaded = fp.load(tmp_path / "c", dict.fromkeys(state, start))
+    for name, value in (("donated", 200), ("deleted", 201), ("overtaken", 202)):
+        assert (np.asarray(loaded[name]) == value).all(), name
+    assert report.device_bytes == report.bytes == 3 * start.nbytes
+    assert_nothing_held()
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+# Of each dtype that JAX has without x64, any bits: NaN payloads and -0.0 take part.
+ARRAYS = {
+    name: jnp.asarray(trees.random_bits(name, (3, 5), seed))
+    for seed, name in enumerate(sorted(set(trees.DTYPES) - trees.WIDE))
+}
+# Bits of the device that NumPy holds otherwise, and numbers that cannot be cast.
+TRANSFERRED = {
+    **{name: ARRAYS.pop(name) for name in ("complex64", "float4_e2m1fn", "int2", "int4")},
+    "large": jnp.arange(100_000.0),
+}
+PACKED = {
+    **ARRAYS,
+    "scalar": jnp.int32(7),
+    "key": jax.random.key(5),
+    "again": jnp.ones((1, 1, 4)),
+}
+OTHERS = {"empty": jnp.zeros((0, 3)), "numpy": np.arange(4), "number": 3, "text": "t", "none": None}
+
+
+@pytest.fixture
+def transfers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many arrays each call has transferred."""
+    found: list[int] = []
+    transfer = snapshot._transferred  # noqa: SLF001
+
+    def count(sources: list[Any]) -> list[jax.Array]:
+        found.append(len(sources))
+        return transfer(sources)
+
+    monkeypatch.setattr(snapshot, "_transferred", count)
+    return found
+
+
+def test_small_leaves_travel_as_one_buffer_to_the_bit(tmp_path: Path, transfers: list[int]) -> None:
+    state = PACKED | TRANSFERRED | OTHERS
+    compiled(tmp_path / "warm", state)
+    transfers.clear()
+    report = fp.save_async(tmp_path / "c", state, options=ON_DEVICE).result(MOST_SECS)
+    assert sorted(filter(None, transfers)) == [1 + len(TRANSFERRED)]  # the buffer is one of them
+    assert report.device_bytes == sum(
+        leaf.nbytes if hasattr(leaf, "nbytes") else 0
+        for leaf in (*PACKED.values(), *TRANSFERRED.values())
+    )
+    fp.finalize(tmp_path / "c")
+    assert fp.verify(tmp_path / "c").ok
+    trees.assert_whole(tmp_path / "c", state)
+    assert_nothing_held()
+
+
+def test_many_small_leaves_are_packed_some_at_a_time(
+    tmp_path: Path, transfers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_copies, "_MOST_ARRAYS", 100)
+    state = [jnp.full(3, number, jnp.float32) for number in range(250)]
+    compiled(tmp_path / "warm", state)
+    transfers.clear()
+    fp.save_async(tmp_path / "c", state, options=ON_DEVICE).result(MOST_SECS)
+    assert sorted(filter(None, transfers)) == [3]
+    fp.finalize(tmp_path / "c")
+    trees.assert_whole(tmp_path / "c", state)
+
+
+def test_each_list_of_shapes_is_compiled_once(tmp_path: Path) -> None:
+    compiled(tmp_path / "warm", {"w": jnp.zeros((3, 77))})
+    known = len(device_copies._programs._compiled)  # noqa: SLF001
+    for number in range(3):
+        state = {f"{number}": jnp.full((3, 77), number, jnp.float32)}
+        report = fp.save_async(tmp_path / "c", state, options=ON_DEVICE).result(MOST_SECS)
+        assert report.device_bytes == report.bytes
+    assert len(device_copies._programs._compiled) == known  # noqa: SLF001
+
+
+# --- how much room there is -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "copied"),
+    [
+        pytest.param(0, 0, id="off"),
+        pytest.param(2 * MIB - 1, 0, id="too little for any"),
+        pytest.param(5 * MIB, 2, id="for two of three"),
+        pytest.param(6 * MIB, 3, id="for all"),
+        pytest.param(None, 0, id="by default, where the platform tells nothing"),
+    ],
+)
+def test_what_has_no_room_is_transferred_from_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, copied: int
+) -> None:
+    monkeypatch.setattr(device_copies, "_MOST_BYTES", 2 * MIB)
+    state = {name: slow_sum(jnp.full(MIB // 2, float(ord(name)))) for name in "abc"}
+    compiled(tmp_path / "warm", state)
+    options = fp.SaveOptions(durable=False, max_device_bytes=limit)
+    handle = fp.save_async(tmp_path / "c", state, options=options)
+    for value in state.values():
+        double(value)
+    assert handle.result(MOST_SECS).device_bytes == copied * 2 * MIB
+    fp.finalize(tmp_path / "c")
+    loaded = fp.load(tmp_path / "c")
+    assert [float(loaded[name][0]) for name in "abc"] == [ord(name) + 200.0 for name in "abc"]
+    assert_nothing_held()
+
+
+def test_out_of_memory_on_the_device_falls_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: list[jax.Array]) -> list[jax.Array]:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(device_copies._programs, "get", lambda _: fail)  # noqa: SLF001
+    state = {"w": jnp.arange(1000.0), "v": [jnp.ones(3), jnp.ones(4)]}
+    report = fp.save_async(tmp_path / "c", state, options=ON_DEVICE).result(MOST_SECS)
+    assert report.device_bytes == 0
+    fp.finalize(tmp_path / "c")
+    trees.assert_whole(tmp_path / "c", state)
+    assert_nothing_held()
+
+
+def test_what_cannot_be_compiled_is_transferred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_copies, "_can_be_packed", lambda _: True)  # complex numbers, too
+    state = [jnp.full(3, number, jnp.complex64) for number in range(4)]
+    for name in ("first", "second"):
+        compiled(tmp_path / "warm", state)
+        report = fp.save_async(tmp_path / name, state, options=ON_DEVICE).result(MOST_SECS)
+        assert report.device_bytes == 0
+        fp.finalize(tmp_path / name)
+        trees.assert_whole(tmp_path / name, state)
+
+
+class Memory:
+    """Stands in for a device that tells about its memory."""
+
+    def __init__(self, limit: int | None = 1600) -> None:
+        self.limit = limit
+        self.peak = 0
+
+    def memory_stats(self) -> dict[str, int] | None:
+        if self.limit is None:
+            return None
+        return {"bytes_limit": self.limit, "peak_bytes_in_use": self.peak, "bytes_in_use": 0}
+
+
+class Something:
+    """Can be referred to weakly."""
+
+
+def train(room: device_room.DeviceRoom, device: Memory, steps: int) -> None:
+    """Saves a leaf before each step, and after the last."""
+    for _ in range(steps + 1):
+        session, array = Something(), Something()
+        room.note_save(device, "leaf", session=session, array=array)
+
+
+@pytest.fixture
+def room() -> device_room.DeviceRoom:
+    return device_room.DeviceRoom()
+
+
+def most(room: device_room.DeviceRoom, device: Memory, *, owner: str = "trial") -> int:
+    """The largest size that is granted at once, found by halving."""
+    low, high = 0, 2000
+    while low < high:
+        middle = (low + high + 1) // 2
+        if room.take(owner, device, middle, limit=None):
+            room.give_back(owner, device, middle)
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_by_default_copies_take_what_two_whole_steps_left(
+    room: device_room.DeviceRoom, steps: int
+) -> None:
+    device = Memory()
+    device.peak = 700
+    train(room, device, steps)
+    assert most(room, device) == (1600 - 700 - 100 if steps >= 2 else 0)
+
+
+def test_saves_of_one_array_or_into_one_checkpoint_tell_of_no_step(
+    room: device_room.DeviceRoom,
+) -> None:
+    device, session, array = Memory(), Something(), Something()
+    others = [Something() for _ in range(8)]
+    for other in others:
+        room.note_save(device, "leaf", session=other, array=array)
+        room.note_save(device, "second leaf", session=session, array=other)
+        room.note_save(device, other, session=other, array=other)
+    assert most(room, device) == 0
+
+
+def test_by_default_no_copies_are_made_where_the_device_tells_nothing(
+    room: device_room.DeviceRoom,
+) -> None:
+    device = Memory(None)
+    train(room, device, 5)
+    assert most(room, device) == 0
+    assert not device_room.may_have_room(device, limit=None)
+    assert device_room.may_have_room(device, limit=1)
+    assert not device_room.may_have_room(Memory(), limit=0)
+
+
+def test_copies_that_raise_the_peak_themselves_take_no_room_away(
+    room: device_room.DeviceRoom,
+) -> None:
+    device = Memory()
+    device.peak = 700
+    train(room, device, 2)
+    assert room.take("a", device, 500, limit=None)
+    device.peak = 1200  # training and the copy at once
+    assert most(room, device, owner="a") == 300
+    room.release("a")
+    assert most(room, device) == 800
+
+
+def test_a_step_that_needs_more_than_any_before_takes_the_room(
+    room: device_room.DeviceRoom,
+) -> None:
+    device = Memory()
+    device.peak = 700
+    train(room, device, 2)
+    assert most(room, device) == 800
+    device.peak = 1550
+    assert most(room, device) == 0
+
+
+def test_room_is_each_devices_own(room: device_room.DeviceRoom) -> None:
+    first, second = Memory(), Memory()
+    assert room.take("a", first, 10, limit=10)
+    assert not room.take("b", first, 1, limit=10)
+    assert room.take("b", second, 10, limit=10)
+    room.give_back("a", first, 4)
+    assert room.take("b", first, 4, limit=10)
+    room.release("b")
+    assert (room.held(first), room.held(second)) == (6, 0)
+    room.give_back("b", first, 4)  # after its release
+    assert room.held(first) == 6
+
+
+# --- budgets that do not stop training ------------------------------------------------------------
+
+LAYER = jnp.zeros(MIB // 4)  # of 1 MiB
+
+
+def layers(count: int) -> list[dict[str, jax.Array]]:
+    return [{f"{number}": jnp.full_like(LAYER, number)} for number in range(count)]
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, nothing is committed."""
+    opened, commit = threading.Event(), session_dir.commit_part
+
+    def commit_at_gate(directory: Path, table: bytes, **options: Any) -> None:
+        assert opened.wait(MOST_SECS)
+        commit(directory, table, **options)
+
+    monkeypatch.setattr(session_dir, "commit_part", commit_at_gate)
+    return opened
+
+
+def test_groups_wait_on_the_device_instead_of_in_the_call(
+    tmp_path: Path, gate: threading.Event
+) -> None:
+    """The calls return while nothing can be written, though the host has room for two layers."""
+    gate.set()
+    compiled(tmp_path / "warm", {"0": LAYER})
+    gate.clear()
+    options = fp.SaveOptions(durable=False, max_inflight_bytes=2 * MIB, max_device_bytes=8 * MIB)
+    states = layers(10)
+    handles = [fp.save_async(tmp_path / "c", state, options=options) for state in states[:8]]
+    for state in states[:8]:
+        for array in state.values():
+            array.delete()
+    budget, device = job._budget, jax.devices()[0]  # noqa: SLF001
+    until(lambda: job._room.held(device) <= 6 * MIB)  # noqa: SLF001 - two are on the host
+    assert budget._total == 2 * MIB  # noqa: SLF001
+    assert not any(handle.done() for handle in handles)
+    gate.set()
+    reports = [handle.result(MOST_SECS) for handle in handles]
+    assert [report.device_bytes for report in reports] == [MIB] * 8
+    assert budget._total == 0  # noqa: SLF001
+    fp.finalize(tmp_path / "c")
+    assert [float(fp.load(tmp_path / "c")[f"{number}"][5]) for number in range(8)] == [*range(8)]
+    assert_nothing_held()
+
+
+def test_where_neither_has_room_the_call_waits_and_says_so(
+    tmp_path: Path, gate: threading.Event
+) -> None:
+    """Behind those that wait on the device: or each could have what the other waits for."""
+    gate.set()
+    compiled(tmp_path / "warm", {"0": LAYER})
+    gate.clear()
+    options = fp.SaveOptions(durable=False, max_inflight_bytes=MIB, max_device_bytes=2 * MIB)
+    states = layers(6)
+    done: list[fp.SaveHandle] = []
+
+    def save_all() -> None:
+        done.extend(fp.save_async(tmp_path / "c", state, options=options) for state in states)
+
+    caller = threading.Thread(target=save_all)
+    caller.start()
+    until(lambda: len(job._budget._waiting) >= 2)  # noqa: SLF001
+    assert caller.is_alive()
+    gate.set()
+    caller.join(MOST_SECS)
+    reports = [handle.result(MOST_SECS) for handle in done]
+    assert sum(report.device_bytes for report in reports) < 6 * MIB
+    assert any(report.budget_secs > 0 for report in reports if not report.device_bytes)
+    fp.finalize(tmp_path / "c")
+    trees.assert_whole(
+        tmp_path / "c", {key: value for state in states for key, value in state.items()}
+    )
+
+
+def test_a_transfer_that_fails_is_tried_again_as_the_save_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails again there is the save's error, as that of a computation that failed."""
+    state = {"w": jnp.arange(1000.0), "v": [jnp.ones(3), jnp.ones(4)]}
+    compiled(tmp_path / "warm", state)
+    transfer = snapshot._transferred  # noqa: SLF001
+
+    def fail(sources: list[Any]) -> list[jax.Array]:
+        if sources:
+            raise jax.errors.JaxRuntimeError("INTERNAL: no luck")
+        return transfer(sources)
+
+    monkeypatch.setattr(snapshot, "_transferred", fail)
+    report = fp.save_async(tmp_path / "c", state, options=ON_DEVICE).result(MOST_SECS)
+    assert report.device_bytes == report.bytes
+    fp.finalize(tmp_path / "c")
+    trees.assert_whole(tmp_path / "c", state)
+    assert_nothing_held()
+
+
+@pytest.mark.timeout(4 * MOST_SECS)
+def test_a_process_that_ends_at_once_has_moved_and_written_everything(tmp_path: Path) -> None:
+    script = f"""
+        import time
+        import jax.numpy as jnp
+        import flax_partial as fp
+        from flax_partial.sessions import workers
+        options = fp.SaveOptions(
+            durable=False, max_inflight_bytes=1 << 20, max_device_bytes=1 << 30)
+        for n in range(20):
+            state = {{f"{{n}}": jnp.full(1 << 18, n, jnp.float32)}}
+            handle = fp.save_async({str(tmp_path / "c")!r}, state, options=options)
+            if n == 0:
+                handle.result()
+                while workers.compiling.unfinished:
+                    time.sleep(0.01)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=3 * MOST_SECS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    fp.finalize(tmp_path / "c")
+    assert [float(fp.load(tmp_path / "c")[f"{n}"][7]) for n in range(20)] == [*range(20)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [(-1, "0 or more"), (1.5, "0 or more"), (True, "0 or more")]
+)
+def test_wrong_limits_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"max_device_bytes.*{message}"):
+        fp.SaveOptions(max_device_bytes=given)
