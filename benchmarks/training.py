@@ -155,7 +155,7 @@ class _Watch:
 
         return timed
 
-    def restore(self, _: Tree) -> None:
+    def restore(self, _: Tree, **__: bool) -> None:
         """There is nothing to go on from."""
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
