@@ -217,7 +217,7 @@ SPELLINGS: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize(
     "name",
     [
-        *("c", "ünï 层 with spaces", "c.d", "-rf", "~", "$HOME", "a'b\"", "100%"),
+        *("c", "ünï 层 with spaces", "c.d", "-rf", "a~", "$HOME", "a'b\"", "100%"),
         *(" ", "a b", "\n", "c.partial_save.d", "x" * 242),
     ],
 )
