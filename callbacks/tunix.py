@@ -82,11 +82,8 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
         self._report(train_ctx)
 
     def on_train_step_end(self, train_ctx: Any, train_step: int, train_loss: float) -> None:
-        """Saves the step that has just ended, if it is to be saved; the loss is of the one before.
-
-        `train_step` counts from 0.
-        """
-        if train_step + 1 == self._loop.trainer.global_step:
+        """Saves the step that has just ended; the loss is of the one before."""
+        if train_step == self._loop.trainer.global_step:
             self._loop.add_metrics({"loss": train_loss})
         self._report(train_ctx)
 
