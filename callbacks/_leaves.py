@@ -93,11 +93,18 @@ def texts(path: KeyPath) -> tuple[str, ...]:
 
 def _text(key: Any) -> str:
     if type(key) is tree_util.DictKey:  # by far the most common, and cheaper than the general case
-        return str(key.key)
+        return key.key if type(key.key) is str else _plain(key.key)
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
-            return str(getattr(key, attribute))
+            return _plain(getattr(key, attribute))
     return str(key)
+
+
+def _plain(key: Any) -> str:
+    """A key's text as a save has it: a member of an enum is what it equals."""
+    if isinstance(key, str):
+        return str.__str__(key)
+    return str(int(key)) if isinstance(key, int) else str(key)
 
 
 def leaf_name(path: KeyPath) -> str:

@@ -105,11 +105,11 @@ class CluCheckpoint(LoopCheckpoint, PeriodicAction):
           metrics: What `monitor` may rank by; the numbers of it are stored with the checkpoint.
         """
         self._state, self._metrics = state, metrics
-        before = self._last_step
+        before = self._previous_step, self._last_step
         try:
             return bool(super().__call__(step, t))
         except Exception:
-            self._last_step = before  # so that the call may be repeated
+            self._previous_step, self._last_step = before  # so that the call may be repeated
             raise
         finally:
             self._state = self._metrics = None

@@ -183,12 +183,11 @@ def _progress(trainer: Any) -> dict[str, Any]:
     one as begun, and would take that for ended the next time.
     """
     counters: dict[str, Any] = trainer.fit_loop.state_dict()
-    epochs = counters["epoch_progress"]["current"]
     batches = counters["epoch_loop.batch_progress"]["current"]
     is_in_epoch = batches["completed"] < batches["ready"]
-    begun = max(epochs["processed"], epochs["completed"] + is_in_epoch)
-    for name in ("ready", "started"):
-        epochs[name] = max(epochs[name], begun)
+    for epochs in counters["epoch_progress"].values():  # of this run, and in all
+        begun = max(epochs["processed"], epochs["completed"] + is_in_epoch)
+        epochs.update(ready=max(epochs["ready"], begun), started=max(epochs["started"], begun))
     return counters
 
 

@@ -1,6 +1,5 @@
 """What lies in a run's directory: its checkpoints and unfinished sessions."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,9 +16,6 @@ from flax_partial.loading.catalog import is_finalized
 from flax_partial.storage import files, session_dir
 from flax_partial.storage.parts import part_names
 from flax_partial.storage.paths import CONTENTS, SESSION_SUFFIX, STATE, CheckpointPath
-
-# What `CheckpointManager` of Orbax keeps beside a checkpoint's tree.
-_ORBAX_METRICS = Path("metrics", "metrics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +213,7 @@ def described(path: Path) -> Entry:
         written_at=found.committed_at,
         bytes=found.bytes,
         leaves=len(found.leaves),
-        metrics=_numbers(metadata.get("metrics") or _orbax_metrics(path)),
+        metrics=_numbers(metadata.get("metrics")),
         problem=None if is_whole else "_CHECKPOINT_METADATA or state/_METADATA is missing",
     )
 
@@ -251,13 +247,6 @@ def _step(path: Path, metadata: dict[str, Any]) -> int | None:
 def step_in_name(name: str) -> int | None:
     """Returns the step that a checkpoint or session is called by: 12 in `prefix_0000012`."""
     return catalog.step_in_name(name.removesuffix(SESSION_SUFFIX))
-
-
-def _orbax_metrics(path: Path) -> object:
-    try:
-        return json.loads(files.read(path / _ORBAX_METRICS) or b"{}")
-    except ValueError:
-        return {}
 
 
 def _numbers(metrics: object) -> dict[str, float]:

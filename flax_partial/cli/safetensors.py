@@ -295,17 +295,14 @@ def _leaf(name: str, tensor: _Tensor, rest: _Rest) -> Leaf:
 
 def _named(name: str, kind: Kind, rest: _Rest, **more: Any) -> Leaf:
     texts, key_kinds = rest.keys.get(name) or _keys_of(name)
-    if (
-        ".".join(texts) != name
-        or len(texts) != len(key_kinds)
-        or not KEY_KINDS.issuperset(key_kinds)
-    ):
+    is_path = len(texts) == len(key_kinds) and KEY_KINDS.issuperset(key_kinds)
+    if ".".join(texts) != name or not is_path:
         raise ValueError(f"leaf {name!r} has other keys")
     return Leaf(texts, key_kinds, kind, **more)
 
 
 def _keys_of(name: str) -> tuple[tuple[str, ...], str]:
-    """The keys that a name stands for where nothing else is said: texts between its dots."""
+    """The keys that a name stands for where nothing else is said: texts between the dots."""
     texts = tuple(name.split("."))
     return texts, STR_KEY * len(texts)
 

@@ -113,7 +113,7 @@ def choices(name: str, names: Sequence[str]) -> str:
     """Names that one that is none of them could stand for: those like it, or the first few."""
     found = close(name, names)
     if found:
-        return " and ".join(found)
+        return ", ".join(found)
     return ", ".join(first_few(names, most=_MOST_NAMES, count=len(names)))
 
 

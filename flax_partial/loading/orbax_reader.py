@@ -22,7 +22,7 @@ from flax_partial.errors import (
 from flax_partial.format import model as kinds
 from flax_partial.format import orbax as orbax_format
 from flax_partial.format.assembly import read_inline
-from flax_partial.format.keypaths import INDEX, STR_KEY
+from flax_partial.format.keypaths import INDEX, STR_KEY, form_tree
 from flax_partial.format.metadata import merge_metadata
 from flax_partial.format.model import Box, Contents, Dtype, Leaf, Region
 from flax_partial.loading import orbax_items, orbax_tree
@@ -118,8 +118,35 @@ def find(path: Path) -> OrbaxCheckpoint | None:
                 "restore it with Orbax, and save it anew."
             )
         return None
+    trees, broken, others = _read_items(items)
+    is_alone = len(trees) + len(broken) == 1
+    leaves: list[Leaf] = []
+    stores: dict[str, Store] = {}
+    for name, tree in trees.items():
+        for stored in tree.leaves:
+            leaf = stored if is_alone else _below(name, stored)
+            leaves.append(leaf)
+            if stored.name in tree.stores:
+                stores[leaf.name] = tree.stores[stored.name]
+    orbax_tree.require_tree(path, leaves)
+    # A tree may have metadata of its own; with several items, whose it was would be lost.
+    custom = [tree.custom_metadata for tree in trees.values() if is_alone]
+    if items.metrics:
+        custom.insert(0, {orbax_format.METRICS: items.metrics})
+    of_trees = [item.name for item in items.found if item.kind == Kind.TREE]
+    only_tree = of_trees[0] if len(of_trees) == 1 and not is_alone else None
+    return OrbaxCheckpoint(
+        _contents(items, leaves, custom), stores, Composition(broken, others, only_tree)
+    )
+
+
+def _read_items(
+    items: Items,
+) -> tuple[dict[str, Tree], dict[str, PartialCheckpointError], dict[str, str]]:
+    """Reads each item by its name; of those that it cannot, it says why."""
     trees: dict[str, Tree] = {}
     broken: dict[str, PartialCheckpointError] = {}
+    others = dict(items.others)
     for item in items.found:
         try:
             trees[item.name] = _READERS[item.kind](item)
@@ -127,26 +154,10 @@ def find(path: Path) -> OrbaxCheckpoint | None:
             broken[item.name] = error
     if not trees:
         raise next(iter(broken.values()))
-    leaves: list[Leaf] = []
-    stores: dict[str, Store] = {}
-    for name, tree in trees.items():
-        for stored in tree.leaves:
-            leaf = stored if len(items.found) == 1 else _below(name, stored)
-            leaves.append(leaf)
-            if stored.name in tree.stores:
-                stores[leaf.name] = tree.stores[stored.name]
-    orbax_tree.require_tree(path, leaves)
-    # A tree may have metadata of its own; with several items, whose it was would be lost.
-    own = [tree.custom_metadata for tree in trees.values() if len(items.found) == 1]
-    of_trees = [item.name for item in items.found if item.kind == Kind.TREE]
-    only_tree = of_trees[0] if len(of_trees) == 1 < len(items.found) else None
-    return OrbaxCheckpoint(
-        _contents(
-            items, leaves, [{orbax_format.METRICS: items.metrics} if items.metrics else None, *own]
-        ),
-        stores,
-        Composition(broken, items.others, only_tree),
-    )
+    for item in items.found:
+        if item.kind == Kind.JSON and isinstance(broken.get(item.name), UnsupportedLeafError):
+            others[item.name] = str(broken.pop(item.name))  # nothing is wrong with it
+    return trees, broken, others
 
 
 def _below(name: str, leaf: Leaf) -> Leaf:
@@ -200,7 +211,8 @@ def _read_json(item: Item) -> Tree:
         leaves = [*_json_leaves(value, (), "")]
     except (ValueError, OverflowError, RecursionError) as error:
         raise UnsupportedLeafError(f"{item.path} does not fit into a tree: {error}") from error
-    orbax_tree.require_tree(item.path, leaves)
+    if not form_tree(leaves):
+        raise UnsupportedLeafError(f"{item.path} does not fit into a tree: two names are the same")
     return Tree(leaves, {})
 
 

@@ -177,19 +177,26 @@ def key_shape_and_dtype(leaf: Leaf) -> tuple[Shape, str]:
     """Shape and dtype name of the PRNG key array whose data a leaf holds."""
     try:
         key = abstract(leaf)
-    except (ValueError, TypeError):  # an implementation that is not registered here
+    except TargetMismatchError:
         return leaf.shape, f"key<{leaf.text}>"
     return key.shape, str(key.dtype)
 
 
 def abstract(leaf: Leaf, sharding: Sharding | None = None) -> jax.ShapeDtypeStruct:
-    """Returns the array of JAX's that a leaf is, without its data, and where it is to go."""
+    """Returns the array of JAX's that a leaf is, without its data, and where it is to go.
+
+    Raises:
+      TargetMismatchError: It is a PRNG key of an implementation that is not registered here.
+    """
     if leaf.kind != kinds.PRNG_KEY:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.numpy_dtype, sharding=sharding)
-    key = jax.eval_shape(
-        lambda data: jax.random.wrap_key_data(data, impl=leaf.text),
-        jax.ShapeDtypeStruct(leaf.shape, np.uint32),
-    )
+    try:
+        key = jax.eval_shape(
+            lambda data: jax.random.wrap_key_data(data, impl=leaf.text),
+            jax.ShapeDtypeStruct(leaf.shape, np.uint32),
+        )
+    except (ValueError, TypeError) as error:
+        raise _no_key(leaf, error) from error
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
 
 
@@ -291,10 +298,12 @@ def _key(leaf: Leaf, data: np.ndarray) -> jax.Array:
     try:
         key: jax.Array = jax.random.wrap_key_data(jax.device_put(data), impl=leaf.text)
     except (ValueError, TypeError) as error:
-        raise TargetMismatchError(
-            f"{leaf.name!r} is no PRNG key that JAX knows: {error}"
-        ) from error
+        raise _no_key(leaf, error) from error
     return key
+
+
+def _no_key(leaf: Leaf, error: Exception) -> TargetMismatchError:
+    return TargetMismatchError(f"{leaf.name!r} is no PRNG key that JAX knows: {error}")
 
 
 _BUILDERS: Mapping[str, Callable[[Leaf, Sequence[np.ndarray]], Any]] = {

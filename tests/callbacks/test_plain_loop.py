@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import gc
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -217,6 +218,21 @@ def test_a_failed_save_is_raised_in_the_loop_or_where_the_block_ends(tmp_path: P
     ):
         ckpt.step({"params": {"head": object()}})
     assert not fp.steps(tmp_path / "run")
+
+
+class Text(str, enum.Enum):  # noqa: UP042 - `StrEnum` prints its text
+    A = "a"
+
+
+class Number(int, enum.Enum):
+    ONE = 1
+
+
+@pytest.mark.parametrize("key", [Text.A, Number.ONE])
+def test_keys_may_be_members_of_enums(tmp_path: Path, key: Any) -> None:
+    with checkpointing(tmp_path, every_n_train_steps=1) as ckpt:
+        ckpt.step({"params": {key: jnp.zeros(3)}})
+    assert set(fp.load(tmp_path / "1")["params"]) == {key.value}
 
 
 def test_arrays_of_a_finalized_checkpoint_are_kept_by_nothing(tmp_path: Path) -> None:

@@ -310,13 +310,19 @@ from flax_partial.callbacks import PartialCheckpointCallback
 
 directory = Path(sys.argv[1])
 
+def parts():
+    try:
+        return len(fp.status(directory / "4").parts)
+    except fp.NoSessionError:  # the first save has not begun yet
+        return 0
+
 def kill(trainer):
     if trainer.global_step == 3:
-        while len(fp.status(directory / "4").parts) < len(PARAMS):
+        while parts() < len(PARAMS):
             time.sleep(0.01)
         time.sleep(0.3)
         callback.on_layer_ready(trainer, "late", {"x": 1})
-        while len(fp.status(directory / "4").parts) < len(PARAMS) + 1:
+        while parts() < len(PARAMS) + 1:
             time.sleep(0.01)
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)

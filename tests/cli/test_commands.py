@@ -180,6 +180,13 @@ def test_rm_removes_a_checkpoint_even_a_damaged_one(run_directory: Path, shell: 
     assert fp.steps(run_directory) == [5]
 
 
+def test_rm_removes_no_checkpoint_by_the_path_of_its_session(
+    run_directory: Path, shell: Shell
+) -> None:
+    shell.run("rm", run_directory / "10.partial_save", "--yes", status=WRONG_USE)
+    assert 10 in fp.steps(run_directory)
+
+
 @pytest.mark.parametrize("command", ["rm {}/10", "prune {} --keep-last 1"])
 def test_what_is_read_is_not_removed(command: str, run_directory: Path, shell: Shell) -> None:
     with checkpoint_dir.reading(run_directory / "10"):

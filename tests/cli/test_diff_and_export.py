@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import trees
 from orbax.checkpoint.experimental import v1
 from safetensors import safe_open
 from safetensors.flax import load_file
-from shell import MIXED, Shell, flip_a_bit_of, write
+from shell import MIXED, Shell, flip_a_bit_of, resident_bytes, write
 
 import flax_partial as fp
 from flax_partial.cli.commands import diff, export
@@ -273,11 +272,6 @@ def test_file_that_appears_is_durable_and_as_readable_as_any(
 
 
 # --- memory
-
-
-def resident_bytes(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[0]) << 10
 
 
 @pytest.mark.parametrize(

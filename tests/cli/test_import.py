@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import trees
 from orbax.checkpoint.experimental import v1
 from safetensors.numpy import save_file
-from shell import MIXED, Shell, begin, write
+from shell import MIXED, Shell, begin, resident_bytes, write
 from terminal import on_terminal
 from things import listing
 
@@ -257,11 +256,6 @@ def test_import_that_is_told_to_stop_leaves_nothing(
         assert terminal.end() == status
         assert "Traceback" not in terminal.shown
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
-
-
-def resident_bytes(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[0]) << 10
 
 
 def test_large_tensor_takes_no_more_memory_than_a_batch(

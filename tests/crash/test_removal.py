@@ -57,6 +57,8 @@ def test_removal_killed_anywhere_leaves_no_half_and_the_next_run_sweeps_up(
         hidden = [entry for entry in run.iterdir() if entry.name.startswith(".")]
         seen.add((len(steps), len(hidden)))
         workload.begin(base)
-        assert {entry.name for entry in run.iterdir()} - {"timeline"} == {"2"}
+        assert {entry.name for entry in run.iterdir()} - {"timeline"} == set(map(str, steps))
+        workload.remove(base)
+        assert fp.steps(run) == [2]
         shutil.rmtree(base)
-    assert seen - {(1, 0)} == {(2, 0), (1, 1)}  # or it was done, and the timeline was written
+    assert seen - {(1, 0)} == {(2, 0), (1, 1)}  # or it was done

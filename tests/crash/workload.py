@@ -16,7 +16,8 @@ import numpy as np
 from fileops import Plan, Watch
 
 import flax_partial as fp
-from flax_partial.callbacks import PartialCheckpointCallback
+from flax_partial.callbacks import LatestN, PartialCheckpointCallback, _directory
+from flax_partial.callbacks._schedule import Retention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,14 +160,19 @@ def _reusing(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
     }
 
 
-def _removal(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
-    """A run that begins, and keeps no more than the newest of what it finds."""
-    return {"remove": lambda: begin(base, durable=durable)}
+def _removal(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:  # noqa: ARG001
+    """What a callback does once it has finalized a checkpoint."""
+    return {"remove": lambda: remove(base)}
 
 
-def begin(base: Path, *, durable: bool = True) -> None:
-    """Begins a run and ends it before its first step: what is not to be kept goes."""
-    callback, trainer = _run(base, 2, durable=durable)
+def remove(base: Path) -> None:
+    """Keeps no more than the newest of what is there."""
+    _directory.prune(run_directory(base), Retention((LatestN(1),)))
+
+
+def begin(base: Path) -> None:
+    """Begins a run and ends it before its first step: what an ended one has left goes."""
+    callback, trainer = _run(base, 2, durable=True)
     callback.on_fit_start(trainer, None)
     callback.on_train_end(trainer, None)
 

@@ -97,6 +97,36 @@ def test_any_changed_byte_and_any_torn_end_is_noticed(part: Part, data: st.DataO
             decode_part(damaged, where="part.json")
 
 
+def enveloped(table: object) -> bytes:
+    body = json.dumps(table).encode()
+    return b'{"xxh3_128":"' + digest(body).encode() + b'","table":' + body + b"}\n"
+
+
+ARRAY = Leaf(("w",), "d", NUMPY_ARRAY, dtype="int8", shape=(2,), chunk=(2,))
+ARRAY.boxes = (Box((0,), (2,), ("0" * 32,), (b"xy",)),)
+ARRAY.sharding = Sharding({"sharding_type": "SingleDeviceSharding"})
+FORGED: dict[str, dict[str, Any]] = {
+    "a sharding that is not there": {"sharding": 1},
+    "a sharding before the first": {"sharding": -1},
+    "a sharding that is no number": {"sharding": {}},
+    "an array that gives way": {"placeholder": True},
+    "no array, with the data of one": {"kind": "None"},
+    "an array without a dtype": {"dtype": ""},
+    "another dtype": {"dtype": "int16"},
+    "a path without its keys": {"keys": ""},
+    "an index that Python would not write": {"path": ["01"], "keys": "s"},
+}
+
+
+@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
+def test_row_that_no_save_writes_is_refused(change: dict[str, Any]) -> None:
+    table = json.loads(encode_part(Part(0, 1, {}, (ARRAY,), 2)))["table"]
+    assert decode_part(enveloped(table), where="part.json").leaves == (ARRAY,)
+    table["leaves"][0] |= change
+    with pytest.raises(CorruptCheckpointError, match=r"part\.json"):
+        decode_part(enveloped(table), where="part.json")
+
+
 _anything = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
@@ -122,9 +152,7 @@ def test_table_with_a_right_digest_and_wrong_content_is_refused_or_read(
             continue
         node[key] = data.draw(_anything)
         break
-    body = json.dumps(table).encode()
-    forged = b'{"xxh3_128":"' + digest(body).encode() + b'","table":' + body + b"}\n"
     try:
-        decode_part(forged, where="part.json")
+        decode_part(enveloped(table), where="part.json")
     except CorruptCheckpointError as error:
         assert "part.json" in str(error)  # noqa: PT017 - being accepted is fine too

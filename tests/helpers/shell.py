@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import re
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,9 +15,6 @@ from things import QUICK
 
 import flax_partial as fp
 from flax_partial.cli.main import FINE, main
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MIXED = {
     "params": {"w": np.arange(6000, dtype=np.float32).reshape(60, 100), "b": jnp.zeros(3)},
@@ -68,6 +67,12 @@ def write(path: Path, state: Any, **metadata: Any) -> Path:
     """Writes a finalized checkpoint."""
     fp.finalize(begin(path, state, **metadata))
     return path
+
+
+def resident_bytes(field: str) -> int:
+    """What of this process is in memory: `VmRSS` now, `VmHWM` at most since the peak was reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[0]) << 10
 
 
 def flip_a_bit_of(path: Path, array: np.ndarray) -> None:

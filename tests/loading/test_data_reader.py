@@ -23,10 +23,10 @@ def test_interrupted_load_begins_to_read_nothing_more(
     is_ending, begun = threading.Event(), []
     shutdown = ThreadPoolExecutor.shutdown
 
-    def read(*_: Any) -> None:
-        begun.append(threading.get_ident())
-        if len(begun) == 1:
-            raise KeyboardInterrupt  # in the caller, who waits for this
+    def read(_reading: Any, segment: Any, _file: Any) -> None:
+        begun.append(segment)
+        if segment.first == 0:
+            raise KeyboardInterrupt  # in the caller, who waits for this one first
         assert is_ending.wait(MOST_SECS)
 
     def end(pool: ThreadPoolExecutor, wait: bool = True, **how: Any) -> None:  # noqa: FBT001, FBT002

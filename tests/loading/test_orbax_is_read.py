@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import pytest
 import trees
 from flax import nnx
 from flax.core import FrozenDict
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from orbax.checkpoint.experimental import v1
 from orbax_side import (
@@ -452,8 +453,9 @@ def test_a_key_that_jax_does_not_know_is_said_so(checkpoint: Path) -> None:
     one["ext_metadata"]["random_key_impl"] = "dice"
     (checkpoint / PROCESS).write_text(json.dumps({"array_metadatas": [{"array_metadata": one}]}))
     assert fp.metadata(checkpoint).leaves["k"].dtype == "key<dice>"
-    with pytest.raises(fp.TargetMismatchError, match="'k' is no PRNG key that JAX knows"):
-        fp.load(checkpoint)
+    for sharding in ("default", "saved"):
+        with pytest.raises(fp.TargetMismatchError, match="'k' is no PRNG key that JAX knows"):
+            fp.load(checkpoint, sharding=sharding)
 
 
 def test_an_array_of_a_foreign_dtype_is_said_so(checkpoint: Path) -> None:
@@ -492,18 +494,50 @@ def put(node: Any, where: tuple[Any, ...], value: Any) -> Any:
 anything = st.sampled_from([None, True, -1, 2**70, 0.5, "", "w", "\ud800", [], ["w"], {}, {"a": 1}])
 
 
-@settings(max_examples=200)
+@pytest.fixture(scope="module")
+def composite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A step with an item of each kind."""
+    path = tmp_path_factory.mktemp("composite")
+    items = v0.args.Composite(
+        tree=v0.args.PyTreeSave({"w": np.arange(2), "s": "text"}),
+        array=v0.args.ArraySave(np.arange(2)),
+        key=v0.args.JaxRandomKeySave(jax.random.key(0)),
+        json=v0.args.JsonSave({"a": [1, {"b": None}]}),
+    )
+    with v0.CheckpointManager(path) as manager:
+        manager.save(1, args=items)
+    return path / "1"
+
+
+KEY = "key/jax_random_key"
+TABLES: dict[str, list[str]] = {
+    "original": [TREE, STRINGS, SHARDING, PROCESS, "_CHECKPOINT_METADATA"],
+    "composite": [
+        "_CHECKPOINT_METADATA",
+        "json/metadata",
+        f"array/{TREE}",
+        f"{KEY}/{TREE}",
+        f"{KEY}_metadata/metadata",
+    ],
+}
+
+
+@pytest.mark.parametrize("written", TABLES)
+@settings(max_examples=75, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_no_table_makes_anything_else_fail(original: Path, data: Any) -> None:
+def test_no_table_makes_anything_else_fail(
+    written: str, request: pytest.FixtureRequest, data: Any
+) -> None:
     """Any value anywhere in its tables: a checkpoint is read, or one of our errors says why not."""
-    name = data.draw(st.sampled_from([TREE, STRINGS, SHARDING, PROCESS, "_CHECKPOINT_METADATA"]))
-    whole = (original / name).read_bytes()
+    path = request.getfixturevalue(written)
+    name = data.draw(st.sampled_from(TABLES[written]))
+    whole = (path / name).read_bytes()
     table = json.loads(whole)
     where = data.draw(st.sampled_from(list(places(table))))
     try:
-        (original / name).write_text(json.dumps(put(table, where, data.draw(anything))))
-        with contextlib.suppress(fp.PartialCheckpointError):
-            fp.metadata(original)
-            fp.load(original)
+        (path / name).write_text(json.dumps(put(table, where, data.draw(anything))))
+        for read in (fp.metadata, fp.load, fp.verify, partial(fp.load, sharding="saved")):
+            with contextlib.suppress(fp.PartialCheckpointError):
+                read(path)
     finally:
-        (original / name).write_bytes(whole)
+        (path / name).write_bytes(whole)

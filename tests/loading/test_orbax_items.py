@@ -254,11 +254,26 @@ def test_item_of_a_foreign_handler_is_said_to_be_left_out(
     assert list(fp.metadata(step).left_out) == ["data"]
 
 
-def test_json_that_no_tree_can_hold_is_left_to_its_file(tmp_path: Path) -> None:
-    for number, value in enumerate(({"a.b": 1, "a": {"b": 2}}, {"a": 2**64}, {"\ud800": 1})):
-        step = saved(tmp_path / str(number), tree=ITEMS["tree"][0], config=v0.args.JsonSave(value))
-        assert list(fp.metadata(step).left_out) == ["config"]
-        assert_same(fp.load(step, TREE), TREE)
+NO_TREES: dict[str, Any] = {
+    "one-name-twice": {"a.b": 1, "a": {"b": 2}},
+    "integer-of-65-bits": {"a": 2**64},
+    "generator": np.random.default_rng(0).bit_generator.state,
+    "half-a-character": {"\ud800": 1},
+}
+
+
+@pytest.mark.parametrize("value", NO_TREES.values(), ids=NO_TREES)
+def test_json_that_no_tree_can_hold_is_left_out_and_said(
+    value: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = saved(tmp_path, tree=ITEMS["tree"][0], config=v0.args.JsonSave(value))
+    assert list(fp.metadata(step).left_out) == ["config"]
+    assert_same(fp.load(step, TREE), TREE)
+    with caplog.at_level(logging.WARNING, "flax_partial"):
+        assert_same(fp.load(step), TREE)
+    assert "config was not loaded" in caplog.text
+    with pytest.raises(fp.UnsupportedLeafError, match="config/metadata does not fit into a tree"):
+        fp.load(step / "config")
 
 
 def test_msgpack_of_the_first_versions_is_unsupported_and_not_damaged(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ SPELLINGS: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize(
     "name",
     [
-        *("c", "ünï 层 with spaces", "c.d", "-rf", "~", "$HOME", "a'b\"", "100%"),
+        *("c", "ünï 层 with spaces", "c.d", "-rf", "a~", "$HOME", "a'b\"", "100%"),
         *(" ", "a b", "\n", "c.partial_save.d", "x" * 242),
     ],
 )
@@ -270,3 +270,23 @@ def test_working_directory_may_change_while_saves_are_in_flight(
     handle.result()
     finalizing.result()
     trees.assert_same(fp.load(tmp_path / "c"), {"a": X})
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        ({"a": object()}, fp.UnsupportedLeafError),
+        ({"a.b": 1, "a": {"b": 2}}, fp.KeyConflictError),
+        ({}, fp.EmptyStateError),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_check_raises_what_save_would_and_saves_nothing(
+    tmp_path: Path, state: Any, kind: Any
+) -> None:
+    with pytest.raises(kind):
+        fp.save(tmp_path / "c", state)
+    with pytest.raises(kind):
+        fp.check(state)
+    fp.check({"a": np.ones(3), "b": [1, "x", b"y", None], "c": {}})
+    assert list(tmp_path.iterdir()) == []

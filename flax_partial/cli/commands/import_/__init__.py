@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -31,13 +31,20 @@ _AT_ONCE_BYTES = 64 << 20  # writing takes about as much again
 _SAFETENSORS = "safetensors"
 
 
-class _Source(Protocol):
-    """What is imported."""
+class _Source(NamedTuple):
+    """What is imported.
 
-    @property
-    def leaves(self) -> Sequence[Leaf]: ...
+    Attributes:
+      format: `safetensors` or `orbax`.
+      leaves: Its leaves.
+      read: Returns the data of each region of some, or why it cannot be read.
+      custom_metadata: Those of the checkpoint to be made.
+    """
 
-    def read(self, regions: Sequence[Region]) -> Sequence[np.ndarray | Exception]: ...
+    format: str
+    leaves: Sequence[Leaf]
+    read: Callable[[Sequence[Region]], list[np.ndarray | Exception]]
+    custom_metadata: dict[str, Any]
 
 
 EXAMPLES = (
@@ -66,23 +73,23 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Imports a checkpoint."""
     where = _target(options.path)
-    with _opened(options.sources, out) as (source, metadata, kind):
+    with _opened(options.sources, out) as source:
         leaves = selection.chosen(source.leaves, options.only, options.skip)
         if not leaves:
             raise WrongUseError(f"{options.sources[0]} holds nothing")
-        checked = check_metadata(metadata)
+        checked = check_metadata(source.custom_metadata)
         with _removed_on_failure(where), out.bar("Importing") as progress:
             _copy(source, leaves, where, checked, progress)
             done = fp.finalize(where.final)
     out.json(
         path=done.path,
         sources=options.sources,
-        format=kind,
+        format=source.format,
         leaves=len(done.leaves),
         bytes=done.bytes,
     )
     amount = text.leaves(len(done.leaves), done.bytes)
-    out.line(f"imported {done.path}: {amount}, from {kind}", GOOD)
+    out.line(f"imported {done.path}: {amount}, from {source.format}", GOOD)
     return False
 
 
@@ -97,11 +104,8 @@ def _target(path: str) -> CheckpointPath:
 
 
 @contextmanager
-def _opened(paths: Sequence[str], out: Output) -> Iterator[tuple[_Source, dict[str, Any], str]]:
+def _opened(paths: Sequence[str], out: Output) -> Iterator[_Source]:
     """Opens what is imported.
-
-    Yields:
-      It, its custom metadata, and what it is.
 
     Raises:
       WrongUseError: It is nothing that can be imported.
@@ -111,8 +115,8 @@ def _opened(paths: Sequence[str], out: Output) -> Iterator[tuple[_Source, dict[s
             raise WrongUseError(listing.absent(places.local(path)))
     directories = [path for path in paths if places.local(path).is_dir()]
     if not directories:
-        with SafetensorsFiles([*map(Path, paths)]) as files:
-            yield files, files.custom_metadata, _SAFETENSORS
+        with contextlib.closing(SafetensorsFiles([*map(Path, paths)])) as files:
+            yield _Source(_SAFETENSORS, files.leaves, files.read, files.custom_metadata)
         return
     if len(paths) > 1:
         raise WrongUseError(f"{directories[0]} is a directory: only files can be several")
@@ -121,24 +125,16 @@ def _opened(paths: Sequence[str], out: Output) -> Iterator[tuple[_Source, dict[s
         if checkpoint.contents.parts:
             raise WrongUseError(f"{path} is a checkpoint of flax_partial already: copy it by cp -r")
         metadata = _orbax_metadata(places.local(path), checkpoint)
-        yield _OrbaxSource(checkpoint), metadata, places.ORBAX
-
-
-class _OrbaxSource:
-    """A checkpoint that Orbax wrote."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.leaves = checkpoint.contents.leaves
-        self.read = checkpoint.read
+        yield _Source(places.ORBAX, checkpoint.contents.leaves, checkpoint.read, metadata)
 
 
 def _orbax_metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """The custom metadata, and where it lacks them the step and the metrics beside the tree."""
     entry = listing.described(path)
-    found = {"step": entry.step, "metrics": entry.metrics}
-    return {key: value for key, value in found.items() if value or value == 0} | (
-        checkpoint.contents.custom_metadata
-    )
+    beside: dict[str, Any] = {"metrics": entry.metrics} if entry.metrics else {}
+    if entry.step is not None:
+        beside["step"] = entry.step
+    return beside | checkpoint.contents.custom_metadata
 
 
 @contextmanager

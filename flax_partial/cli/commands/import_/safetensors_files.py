@@ -4,8 +4,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -42,15 +41,8 @@ class SafetensorsFiles:
                 self._add(path, file, _parsed(path, file))
             self._opened = opened.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Closes the files."""
         self._opened.close()
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
