@@ -26,7 +26,7 @@ def assert_holds_all_of_each_step(directory: Path) -> None:
     assert not list(directory.glob("*.partial_save"))
 
 
-def test_processes_save_the_same_steps_by_the_clock_when_behind_and_before_they_are_taken(
+def test_processes_save_the_same_steps_by_the_clock_and_before_they_are_taken(
     tmp_path: Path,
 ) -> None:
     """One job for all: to start one takes longer than each, and a job is preempted once."""
