@@ -194,14 +194,13 @@ def _entry(path: Path) -> Entry | None:
             return _unfinished(path)
         is_ours = (state / CONTENTS).exists() or part_names(state)
         if is_ours or is_finalized(path):
-            return described(path)
+            return _finalized(path)
     except (fp.PartialCheckpointError, WrongUseError, OSError) as error:
         return Entry(path.name, places.DAMAGED, step=_step(path, {}), problem=str(error))
     return None
 
 
-def described(path: Path) -> Entry:
-    """Reads what there is to know of a finalized checkpoint."""
+def _finalized(path: Path) -> Entry:
     found = fp.metadata(places.resolve(str(path)).final)
     metadata = found.custom_metadata
     is_whole = is_finalized(path)

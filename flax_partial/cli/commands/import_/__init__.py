@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,6 @@ from flax_partial.format.chunks import choose_chunk_shape
 from flax_partial.format.metadata import check_metadata
 from flax_partial.format.model import Box, Leaf, Region
 from flax_partial.loading.batches import batches, region_bytes
-from flax_partial.loading.checkpoint import Checkpoint
 from flax_partial.saving.describe import Described, KnownTree
 from flax_partial.saving.job import SaveJob
 from flax_partial.sessions import workers
@@ -125,17 +123,11 @@ def _opened(paths: Sequence[str], out: Output) -> Iterator[_Source]:
     with places.open_finalized(path) as checkpoint:
         if checkpoint.contents.parts:
             raise WrongUseError(f"{path} is a checkpoint of flax_partial already: copy it by cp -r")
-        metadata = _orbax_metadata(places.local(path), checkpoint)
-        yield _Source(places.ORBAX, checkpoint.contents.leaves, checkpoint.read, metadata)
-
-
-def _orbax_metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The custom metadata, and where it lacks them the step and the metrics beside the tree."""
-    entry = listing.described(path)
-    beside: dict[str, Any] = {"metrics": entry.metrics} if entry.metrics else {}
-    if entry.step is not None:
-        beside["step"] = entry.step
-    return beside | checkpoint.contents.custom_metadata
+        contents = checkpoint.contents
+        step = listing.step_in_name(places.local(path).name)
+        named = {} if step is None else {"step": step}
+        metadata = named | contents.custom_metadata
+        yield _Source(places.ORBAX, contents.leaves, checkpoint.read, metadata)
 
 
 @contextmanager
