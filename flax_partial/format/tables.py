@@ -96,6 +96,10 @@ class _ContentsTable(Struct, gc=False, omit_defaults=True):
 
 
 _HEAD_DECODER = msgspec.json.Decoder(_Head)
+# msgspec (0.22) works out how a type is decoded when it is first asked to, and another thread that
+# asks meanwhile finds it half done, which ends the process. An import is one thread's.
+for _table in (_PartTable, _ContentsTable):
+    msgspec.json.Decoder(_table)
 
 
 def encode_part(part: Part) -> bytes:

@@ -464,7 +464,7 @@ def run_loop(
         finalizer=FinalizeHook(timeout_secs=20),
         options=QUICK,
     )
-    loop = trainer(callback_metrics={"loss": 0.5}, is_last_batch=False)
+    loop = trainer(is_last_batch=False)
     callback.setup(loop, None, "fit")
     try:
         callback.on_fit_start(loop, None)
@@ -481,7 +481,7 @@ def run_loop(
             if pause_secs and step == failing_step:
                 time.sleep(pause_secs)
                 callback.on_layer_ready(loop, "last", own)
-            loop.global_step = step
+            loop.global_step, loop.callback_metrics = step, {"loss": 0.5}  # of each step anew
             callback.on_train_batch_end(loop, None, None, None, step)
         callback.on_train_end(loop, None)
     except Exception as error:
