@@ -101,7 +101,6 @@ def test_a_second_run_and_going_back_count_on(tmp_path: Path) -> None:
     with BlaxbirdCheckpoint(tmp_path, every_n_train_steps=5) as checkpoints:
         for _ in range(2):
             train(optimizer, [checkpoints])
-        assert fp.steps(tmp_path) == [5, 10, 15, 20]
         with pytest.raises(fp.CheckpointExistsError):
             checkpoints.restore(optimizer, which=15)
         assert checkpoints.restore(optimizer, which=15, discard_later=True) == 15
