@@ -19,7 +19,7 @@ _was_enabled = False
 
 def _resume_in_child() -> None:
     """A forked child has none of its parent's threads, and so none of their pauses."""
-    global _lock  # noqa: PLW0603 - whoever holds it is not here
+    global _lock  # noqa: PLW0603 - the thread that holds it is not here
     if _pausing and _was_enabled:
         gc.enable()
     _lock = threading.Lock()

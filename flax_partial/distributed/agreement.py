@@ -5,10 +5,10 @@ all of them, acts, and posts a verdict. Posts can be read late, from any thread,
 never posts is known by its number. Keys carry the number of the attempt, which every process
 counts for itself: a failed attempt costs its participants one call each, so they stay in step.
 
-Whoever sets the key `fate` first decides an attempt: the primary, and then it acts; or another
-process whose time is up, and then the primary, should it still come, does not act any more. So no
-attempt fails for one process and is carried out for another, unless the primary dies meanwhile, or
-JAX's coordination service stops for a while.
+The process that sets the key `fate` first decides an attempt: the primary, and then it acts; or
+another one whose time is up, and then the primary, should it still come, does not act any more. So
+no attempt fails for one process and is carried out for another, unless the primary dies meanwhile,
+or JAX's coordination service stops for a while.
 """
 
 import json

@@ -139,8 +139,8 @@ def check_is_ours(where: CheckpointPath) -> None:
 def sync_session(where: CheckpointPath) -> None:
     """Makes a session's directories durable.
 
-    Every process does this once, before its first durable save, whoever created them: only its own
-    fsync of them is known to have happened when that save returns.
+    Every process does this once, before its first durable save, even if another created them: only
+    its own fsync of them is known to have happened when that save returns.
     """
     files.fsync_directory(where.session)
     files.fsync_directory(where.session.parent)

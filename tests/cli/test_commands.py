@@ -302,7 +302,7 @@ def test_status_of_parts_that_conflict_or_are_damaged_is_a_problem(
 ) -> None:
     path = begin(tmp_path / "c", {"l": [Element(1, np.ones(2))]})
     assert shell.json("status", path, status=PROBLEM)["conflicts"]
-    assert "at odds: " in shell.run("status", path, status=PROBLEM)
+    assert "conflict: " in shell.run("status", path, status=PROBLEM)
     (part,) = fp.status(begin(tmp_path / "d", {"a": 1})).parts
     (tmp_path / "d.partial_save" / "state" / part.name / "part.json").write_text("{}")
     assert shell.json("status", tmp_path / "d", status=PROBLEM)["damaged"] == [part.name]

@@ -141,7 +141,7 @@ def _lines(session: Session, now: float) -> list[tuple[str, str]]:
     found = [(str(session.where.session), STRONG), (_summary(status, now), WAITING)]
     found += [(f"custom metadata: {metadata}", "")] if metadata else []
     found += [(f"not complete: {leaf}", WAITING) for leaf in lacking]
-    found += [(f"at odds: {conflict}", BAD) for conflict in conflicts]
+    found += [(f"conflict: {conflict}", BAD) for conflict in conflicts]
     found += [(f"damaged: {part}", BAD) for part in status.damaged]
     if status.torn:
         torn = text.counted(len(status.torn), "part")
