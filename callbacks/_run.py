@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OTHERS_SECS = 90.0  # for which other processes are waited for: before JAX ends all, at 100 s
 _LAST_HOOKS = ("on_train_end", "teardown")  # after which no thread may come to write the timeline
 
 _runs_lock = threading.Lock()  # guards `_runs`
@@ -58,18 +59,19 @@ class Run:
       has_begun: Whether it trains: from when it has recovered the directory until all has ended.
     """
 
-    def __init__(self, directory: Path, preemption: Preemption, timeout_secs: float) -> None:
+    def __init__(self, directory: Path, preemption: Preemption, timeout_secs: float | None) -> None:
         self.directory = directory
         self.preemption = preemption
         self.recorder = Recorder(directory)
-        self.finalizer = Finalizer(directory, self.recorder, timeout_secs)
+        self._saves_timeout_secs = timeout_secs
+        self._timeout_secs = _OTHERS_SECS if timeout_secs is None else timeout_secs
+        self.finalizer = Finalizer(directory, self.recorder, self._timeout_secs)
         self.has_begun = False
         self._life = liveness.Life(directory)  # of several processes, the first one's
-        self._timeout_secs = timeout_secs
         # Guards all below. Nothing is waited for while it is held, but where a clock or the end of
         # the interpreter has the caller do it.
         self._lock = threading.RLock()
-        behind = Behind(lambda: self.finalizer.is_behind, timeout_secs)
+        behind = Behind(lambda: self.finalizer.is_behind, self._timeout_secs)
         self.members = Members(
             directory,
             preemption,
@@ -172,13 +174,18 @@ class Run:
         self.finalizer.resume(step)
         self.members.last_closed = step
 
-    def check_is_alone(self) -> None:
-        """Raises CheckpointInUseError if another run lives in the directory."""
+    def discard_later(self, step: int, path: Path) -> None:
+        """Removes the checkpoints that are later than that of `step`, which is at `path`.
+
+        Raises:
+          CheckpointInUseError: Another run lives in the directory; or one of them is being read.
+        """
         other = None if self.has_begun else liveness.living(self.directory)
         if other is not None:
             raise fp.CheckpointInUseError(
                 errno.EWOULDBLOCK, f"Another run trains there ({other})", str(self.directory)
             )
+        _directory.discard(self.directory, step, path, timeout_secs=self._timeout_secs)
 
     # While training.
 
@@ -232,6 +239,7 @@ class Run:
                 step=step,
                 epoch=epoch,
                 run_name=self._name,
+                saves_timeout_secs=self._saves_timeout_secs,
                 recorder=self.recorder,
             )
             self.open_checkpoints.add(checkpoint)
