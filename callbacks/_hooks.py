@@ -81,13 +81,11 @@ class TrainingHooks(Copyable):
           name: Where the layer stands below "params", such as "blocks.3".
           tree: Its parameters.
         """
-        if self.will_save(trainer):
-            self._stream(trainer, "params", name, tree)
+        self._stream(trainer, "params", name, tree)
 
     def on_optimizer_state_ready(self, trainer: Any, name: Name, tree: Any) -> None:
         """Saves a layer's optimizer state, as `on_layer_ready` does, below "opt_state"."""
-        if self.will_save(trainer):
-            self._stream(trainer, "opt_state", name, tree)
+        self._stream(trainer, "opt_state", name, tree)
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         """Joins the callbacks that share its hook, if there is training to come."""
@@ -138,11 +136,14 @@ class TrainingHooks(Copyable):
         with self._blocked("on_train_batch_end", trainer):
             step, member = trainer.global_step, self._member
             is_new = step not in (self._step_before, member.last_saved)
-            if is_new and self._step_before is not None and not member.has_checked:
+            is_first = is_new and self._step_before is not None and not member.has_checked
+            if is_first:
                 self._saver.check(trainer, module, step)
                 member.has_checked = True
             self._run.advance(step)
             self._look(trainer)
+            if is_first:
+                self._run.tell_misspelt(member)
             self._reach(step, "on_train_batch_end")
             if self._saver.is_due(trainer, step, epoch_ends=trainer.is_last_batch):
                 self._saver.save(trainer, module, epoch_ends=trainer.is_last_batch)
@@ -247,6 +248,10 @@ class TrainingHooks(Copyable):
             self._send_costs(trainer)
 
     def _stream(self, trainer: Any, root: str, name: Name, tree: Any) -> None:
+        if not self.will_save(trainer):
+            if not (self.is_idle or self._member.has_checked):
+                self._saver.note_streamed(root, name)
+            return
         with self._blocked("stream"):
             self._saver.stream(trainer, self._step_before_batch(trainer) + 1, root, name, tree)
 
