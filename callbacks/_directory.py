@@ -285,7 +285,7 @@ def _at_path(path: str | os.PathLike[str]) -> tuple[int, Path]:
         raise ValueError(
             f"which={str(path)!r}: nothing there tells of which step it is. Load it with fp.load."
         )
-    return step, described.path
+    return step, Path(described.path)
 
 
 def best(directory: Path, retention: Retention) -> tuple[int, Path, float] | None:
