@@ -57,7 +57,7 @@ class DirectoryStore:
 
     def get(self, key: str) -> bytes | None:
         """Returns an object; None where there is none."""
-        self._look_anew(key)
+        _look_anew((self.root / key).parent)
         return files.read(self.root / key)
 
     def get_into(self, key: str, offset: int, into: memoryview) -> None:
@@ -140,7 +140,7 @@ class DirectoryStore:
 
     def children(self, prefix: str = "") -> tuple[Sequence[str], Sequence[Entry]]:
         """Returns one level below a prefix: names of directories, and the objects there."""
-        self._look_anew(prefix)
+        _look_anew(self.root / prefix)
         names: list[str] = []
         entries: list[Entry] = []
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -171,18 +171,6 @@ class DirectoryStore:
                 while (path := path.parent) != self.root:
                     os.rmdir(path)
 
-    def _look_anew(self, key: str) -> None:
-        """Has NFS forget what it knows of a directory's names: it trusts that for a minute.
-
-        A name that is made and removed there has the server say that others were, meanwhile.
-        """
-        directory = (self.root / key).parent
-        with contextlib.suppress(OSError):  # such as of a share that may only be read
-            if is_cached(directory):
-                temporary = directory / f".{uuid.uuid4().hex}{_TEMPORARY}"
-                os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
-                os.unlink(temporary)
-
 
 def _named(temporary: Path, path: Path) -> bool:
     """Gives a whole file a name; returns False if something has that name."""
@@ -209,10 +197,17 @@ def _named(temporary: Path, path: Path) -> bool:
     return not code
 
 
-def is_cached(directory: Path) -> bool:
-    """Whether this machine may not see, for a while, what another one has done to a directory."""
-    mount = medium.mount_of(directory)
-    return mount is not None and mount.kind in {"nfs", "nfs4"}
+def _look_anew(directory: Path) -> None:
+    """Has NFS forget what it knows of the names in a directory: it trusts that for a minute.
+
+    When it makes a name there, and removes it, its server says whether others did, meanwhile.
+    """
+    with contextlib.suppress(OSError):  # such as of a share that may only be read
+        mount = medium.mount_of(directory)
+        if mount is not None and mount.kind in {"nfs", "nfs4"}:
+            temporary = directory / f".{uuid.uuid4().hex}{_TEMPORARY}"
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+            os.unlink(temporary)
 
 
 def _checked(
