@@ -7,8 +7,9 @@ from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import Handle
 from flax_partial.sessions.registry import forget, session_of
 from flax_partial.sessions.workers import Task
-from flax_partial.storage import paths, session_dir
-from flax_partial.storage.paths import CheckpointPath, PathLike
+from flax_partial.storage import places
+from flax_partial.storage.paths import PathLike
+from flax_partial.storage.place import Place
 
 
 def abort(path: PathLike, *, timeout_secs: float | None = None) -> None:
@@ -29,7 +30,7 @@ def abort(path: PathLike, *, timeout_secs: float | None = None) -> None:
       OSError: It cannot be removed.
     """
     check_not_forked("abort")
-    where = paths.resolve(path)
+    where = places.resolve(path)
     check_timeout(timeout_secs)
 
     def work(task: Task[None]) -> None:
@@ -38,7 +39,7 @@ def abort(path: PathLike, *, timeout_secs: float | None = None) -> None:
     workers.finalizing.run(Task(work, Handle[None]()))
 
 
-def _abort(where: CheckpointPath, deadline: Deadline) -> None:
+def _abort(where: Place, deadline: Deadline) -> None:
     session = session_of(where)
     session.is_aborted = True  # what has not begun to write fails
     try:
@@ -46,4 +47,4 @@ def _abort(where: CheckpointPath, deadline: Deadline) -> None:
     finally:
         forget(session, for_good=True)
     with deadline.locked(where):
-        session_dir.remove_session(where)
+        where.remove_session()

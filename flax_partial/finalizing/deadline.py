@@ -11,8 +11,7 @@ from typing import Any
 from flax_partial.errors import CheckpointInUseError, IncompleteCheckpointError
 from flax_partial.sessions.registry import Session
 from flax_partial.sessions.workers import Task
-from flax_partial.storage import session_dir
-from flax_partial.storage.paths import CheckpointPath
+from flax_partial.storage.place import Place
 
 _LOG = logging.getLogger("flax_partial")
 _FIRST_PAUSE_SECS = 0.01
@@ -64,7 +63,7 @@ class Deadline:
             self._task.check()
 
     @contextlib.contextmanager
-    def locked(self, where: CheckpointPath) -> Iterator[None]:
+    def locked(self, where: Place) -> Iterator[None]:
         """Keeps everybody else out of a session, once nobody saves into it any more.
 
         Raises:
@@ -84,7 +83,7 @@ class Deadline:
             self._task.sleep(min(self.left_secs, pause_secs))
             pause_secs = min(pause_secs * 1.5, _LONGEST_PAUSE_SECS)
 
-        with session_dir.locked_exclusively(where, pause):
+        with where.locked_exclusively(pause):
             yield
 
     def _require_time(self, what: str) -> None:
