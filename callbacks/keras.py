@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
 from flax_partial.callbacks import _extras
+from flax_partial.callbacks._keras_epochs import FitEpochs, epochs_of
 from flax_partial.callbacks._state import RestoreOptions
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint, resume_options, resuming
 
@@ -70,6 +71,7 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         self._loop = Loop(directory, self._state, {"mode": "auto"} | options)
         self._resume = resume_options(resume)
         self._step_of_epoch = 0
+        self._epochs = FitEpochs()
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Recovers what an ended run has left, and restores the newest checkpoint.
@@ -79,17 +81,20 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
           CheckpointExistsError: It is older than the newest.
         """
         step = int(self.model.optimizer.iterations)
+        self._epochs = epochs_of(self.model)
         self._loop.start(step)
         if self._resume is None:
             return
         is_later = max(fp.steps(self.callback.directory), default=0) > step
         if is_later or "which" in self._resume:
             self._go_on(self._resume)
+        step = self._loop.trainer.global_step
+        self._set_initial_epoch(self._epochs.begin_fit(step, self.params["epochs"]))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Remembers the step before the epoch."""
         self._set_initial_epoch(None)  # which would be that of the next `fit`, too
-        self._loop.trainer.current_epoch = epoch
+        self._loop.trainer.current_epoch = self._epochs.begin_epoch(epoch)
         self._step_of_epoch = self._loop.trainer.global_step
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -105,7 +110,8 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Saves if that is due, and finalizes with the metrics of the epoch, validation's too."""
-        self._loop.end_epoch(epoch, logs)
+        self._loop.end_epoch(epoch + self._epochs.offset, logs)
+        self._epochs.done = self._loop.trainer.current_epoch
 
     def on_train_end(self, logs: Any = None) -> None:
         """Waits until every checkpoint is finalized."""
@@ -116,14 +122,15 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         # Asking for `model` makes Keras gather its variables, which is for saved steps only.
         tree = self.model.get_state_tree()
         trainer = self._loop.trainer
-        epochs_done = trainer.current_epoch + trainer.is_last_batch
+        epochs_done = trainer.current_epoch + trainer.is_last_batch - self._epochs.offset
         return {root: tree[root] for root in tree if root != _METRICS} | {_EPOCHS: epochs_done}
 
     def _go_on(self, options: RestoreOptions) -> None:
         with resuming(), _hinted():
             tree = self._loop.restore(self._state(), **options)
         if tree is not None:
-            self._set_initial_epoch(tree.pop(_EPOCHS))
+            step, done = self._loop.trainer.global_step, self._loop.trainer.current_epoch
+            self._epochs.restore(step, done=done, of_fit=tree.pop(_EPOCHS))
             self.model.set_state_tree(tree)
             self._resume = RestoreOptions()  # to go back once is enough
 

@@ -69,13 +69,13 @@ class Loop:
         self.checkpoints = PartialCheckpointCallback(directory, **options)
         self.trainer = LoopTrainer(take_state)
         self.is_running = False
-        self._has_epochs = False
+        self._has_epochs = self._has_steps = False
 
     def start(self, step: int) -> None:
         """Begins, with so many steps done, and recovers what an ended run left."""
         self.trainer.global_step = step
         self.trainer.callback_metrics = {}
-        self.trainer.is_last_batch = self._has_epochs = False
+        self.trainer.is_last_batch = self._has_epochs = self._has_steps = False
         self.checkpoints.setup(self.trainer, None, "fit")
         self.checkpoints.on_fit_start(self.trainer, None)
         self.is_running = True
@@ -97,6 +97,7 @@ class Loop:
     ) -> None:
         """Reports that a step has ended, and how many are done now: as before where it raises."""
         self._start_if_new()
+        self._has_steps = True
         before, self.trainer.global_step = self.trainer.global_step, step
         self.trainer.is_last_batch = is_last_batch
         self.trainer.callback_metrics = dict(metrics or {})
@@ -137,7 +138,7 @@ class Loop:
             return
         self.is_running = False
         try:
-            if error is None and not self._has_epochs:
+            if error is None and self._has_steps and not self._has_epochs:
                 self.end_epoch(self.trainer.current_epoch, None)
             if error is None:
                 self.checkpoints.on_train_end(self.trainer, None)
