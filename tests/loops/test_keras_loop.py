@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -145,51 +146,19 @@ def test_the_next_fit_of_a_model_that_was_resumed_trains_as_it_is_told(tmp_path:
     assert fit(model, epochs=2).epoch == [0, 1]
 
 
-def fits(directory: Path, *lengths: int | tuple[int, int], after: int | None = None) -> list[Any]:
-    """A script of several fits, each `epochs` long, or from one epoch to another; what each trained.
+def test_script_of_several_fits_repeats_no_epoch_when_it_is_started_again(tmp_path: Path) -> None:
+    def script(*lengths: int, after: int = 10**9) -> list[list[int]]:
+        checkpoints, model = KerasCheckpoint(tmp_path), new_model()
+        stop = Stop(after, ValueError("wrong"))
+        with contextlib.suppress(ValueError), checkpoints:
+            return [fit(model, checkpoints, stop, epochs=one).epoch for one in lengths]
+        return []
 
-    Args:
-      directory: The run's.
-      lengths: Of the fits.
-      after: After how many batches it ends by an error.
-    """
-    checkpoints, model = KerasCheckpoint(directory), new_model()
-    stop = Stop(after or 10**9, ValueError("wrong"))
-    trained = []
-    try:
-        for length in lengths:
-            first, epochs = length if isinstance(length, tuple) else (0, length)
-            fitted = fit(model, checkpoints, stop, epochs=epochs, initial_epoch=first)
-            trained.append(fitted.epoch)
-    except ValueError:
-        checkpoints.__exit__(ValueError, ValueError("wrong"), None)
-    return trained
-
-
-RELATIVE, ABSOLUTE = (2, 3), ((0, 2), (2, 5))
-
-
-@pytest.mark.parametrize(
-    ("script", "after", "trained"),
-    [
-        pytest.param(RELATIVE, None, [[], []], id="all was done"),
-        pytest.param(RELATIVE, 5, [[1], [0, 1, 2]], id="stopped in the first fit"),
-        pytest.param(RELATIVE, 9, [[], [0, 1, 2]], id="stopped between two fits"),
-        pytest.param(RELATIVE, 14, [[], [1, 2]], id="stopped in the second fit"),
-        pytest.param(ABSOLUTE, None, [[], []], id="counted on, all was done"),
-        pytest.param(ABSOLUTE, 5, [[1], [2, 3, 4]], id="counted on, stopped in the first"),
-        pytest.param(ABSOLUTE, 14, [[], [3, 4]], id="counted on, stopped in the second"),
-    ],
-)
-def test_script_of_several_fits_repeats_no_epoch_when_it_is_started_again(
-    tmp_path: Path, script: Any, after: int | None, trained: list[list[int]]
-) -> None:
-    fits(tmp_path, *script, after=after)
-    assert fits(tmp_path, *script) == trained
-    assert fp.steps(tmp_path)[-1] == 5 * BATCHES
-    assert fits(tmp_path, *script, *[(5, 6) if script is ABSOLUTE else 1])[-1] == [
-        0 if script is RELATIVE else 5
-    ]
+    script(2, 3, after=14)  # in the second epoch of the second fit
+    assert fp.steps(tmp_path) == [4, 8, 12]
+    assert script(2, 3) == [[], [1, 2]]
+    assert script(2, 3, 1) == [[], [], [0]]
+    assert fp.steps(tmp_path) == [4, 8, 12, 16, 20, 24]
 
 
 def test_fits_with_a_callback_each_count_on_by_the_model(tmp_path: Path) -> None:
