@@ -63,6 +63,7 @@ class TrainingHooks(Copyable):
     _on_metrics: OnMetrics | None
     _step_before: int | None = None
     _is_training = False
+    _has_ended_epoch = False  # of which no metric can come any more once something else begins
 
     def will_save(self, trainer: Any) -> bool:
         """Whether the step under way is saved: cheap enough to ask at every layer."""
@@ -125,6 +126,7 @@ class TrainingHooks(Copyable):
         """Remembers the step before the batch; finalizes it if it was waiting for its score."""
         self._step_before = trainer.global_step
         self._look(trainer)
+        self._tell_of_monitor()
         self._run.open_checkpoints.finish_closed()
         self._run.recorder.step_began()
 
@@ -135,6 +137,7 @@ class TrainingHooks(Copyable):
         """Saves what was not streamed of a step that is to be saved."""
         with self._blocked("on_train_batch_end", trainer):
             step, member = trainer.global_step, self._member
+            self._tell_of_monitor()
             is_new = step not in (self._step_before, member.last_saved)
             is_first = is_new and self._step_before is not None and not member.has_checked
             if is_first:
@@ -170,7 +173,7 @@ class TrainingHooks(Copyable):
             if self._saver.is_due(trainer, step, epoch_ends=True):
                 self._saver.save(trainer, module, epoch_ends=True)
             self._run.open_checkpoints.finish_scored()
-            self._run.check_monitor(self._member)
+            self._has_ended_epoch = True
             self._saver.epoch_began = step
             self._stop_after_last(trainer, step)
 
@@ -180,6 +183,7 @@ class TrainingHooks(Copyable):
         with self._blocked("on_train_end", trainer):
             step = trainer.global_step
             self._look(trainer)
+            self._tell_of_monitor()
             self._reach(step, "on_train_end")
             member = self._member
             is_last = member.saves_on_preemption and self._run.preemption.is_due(step)
@@ -262,6 +266,11 @@ class TrainingHooks(Copyable):
 
     def _look(self, trainer: Any) -> None:
         self._run.open_checkpoints.look(trainer.global_step, trainer.callback_metrics)
+
+    def _tell_of_monitor(self) -> None:
+        if self._has_ended_epoch:
+            self._run.check_monitor(self._member)
+            self._has_ended_epoch = False
 
     def _reach(self, step: int, hook: str) -> None:
         if self._member.saves_on_preemption:

@@ -25,10 +25,12 @@ class FitEpochs:
     Attributes:
       done: Epochs done, over all fits.
       offset: Those that were done before the first epoch that this `fit` counts from.
+      is_in_fit: Whether a `fit` has begun, and not ended: when the next one begins, it has failed.
     """
 
     done: int = 0
     offset: int = 0
+    is_in_fit: bool = False
     _restored_at: int | None = None  # the step, until the fits of the run before are made up for
     _earlier: int = 0  # epochs of earlier fits, of which the script will call some again
     _of_fit: int = 0  # epochs of the fit that the checkpoint is of, as Keras counts them
@@ -63,7 +65,7 @@ class FitEpochs:
         """Returns which epoch it is, over all fits, given Keras's number."""
         if self._is_fresh:
             self.offset = max(0, self.done - epoch)
-            self._is_fresh = False
+            self._is_fresh, self.is_in_fit = False, True
         return epoch + self.offset
 
 

@@ -36,7 +36,8 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
     results are those of a run that was never stopped if checkpoints are made at epochs' ends.
 
     Keras calls no callback where `fit` raises: put `with checkpoints:` around it. Without that, the
-    next `fit` in the same directory ends the one that failed.
+    next `fit` in the same directory ends the one that failed. The next `fit` of that model goes on
+    where it would in a new process: from the newest checkpoint.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         Args:
           directory: A run's directory, which holds a checkpoint a step.
           resume: Whether `fit` goes on from the newest checkpoint, where it has a later step than
-            the model. Or from which, and how: a dict of what `PartialCheckpointCallback.restore`
-            takes beside the target, such as `{"which": 60, "discard_later": True}`; with `which`,
-            whatever the step of the model is.
+            the model, or the model's last `fit` has failed. Or from which, and how: a dict of what
+            `PartialCheckpointCallback.restore` takes beside the target, such as
+            `{"which": 60, "discard_later": True}`; with `which`, whatever the model's step is. A
+            script that says `which` goes back at each start.
           options: What else `PartialCheckpointCallback` takes, but for `state_fn`; `mode` is "auto"
             by default, as it is in Keras.
 
@@ -85,8 +87,9 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         self._loop.start(step)
         if self._resume is None:
             return
-        is_later = max(fp.steps(self.callback.directory), default=0) > step
-        if is_later or "which" in self._resume:
+        newest = max(fp.steps(self.callback.directory), default=0)
+        has_failed, self._epochs.is_in_fit = self._epochs.is_in_fit, False
+        if newest > step or "which" in self._resume or (has_failed and newest > 0):
             self._go_on(self._resume)
         step = self._loop.trainer.global_step
         self._set_initial_epoch(self._epochs.begin_fit(step, self.params["epochs"]))
@@ -116,6 +119,7 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """Waits until every checkpoint is finalized."""
         self._set_initial_epoch(None)
+        self._epochs.is_in_fit = False
         self._loop.close(None)
 
     def _state(self) -> dict[str, Any]:

@@ -171,6 +171,19 @@ def test_fits_with_a_callback_each_count_on_by_the_model(tmp_path: Path) -> None
     assert fp.steps(tmp_path) == [4, 8, 12, 16]
 
 
+@pytest.mark.parametrize("is_new", [False, True], ids=["the same callback", "another"])
+def test_fit_of_a_model_whose_last_one_failed_goes_on_as_in_a_new_process(
+    tmp_path: Path, *, is_new: bool
+) -> None:
+    model, checkpoints = new_model(), KerasCheckpoint(tmp_path)
+    with pytest.raises(ValueError, match="wrong"):
+        fit(model, checkpoints, Stop(6, ValueError("wrong")))
+    again = KerasCheckpoint(tmp_path) if is_new else checkpoints
+    assert fit(model, again).epoch == [1, 2]
+    assert_equal(variables(model), uninterrupted())
+    assert fit(model, again, epochs=1).epoch == [0]
+
+
 def test_going_back_is_done_once_and_when_it_is_asked_for(tmp_path: Path) -> None:
     fit(new_model(), KerasCheckpoint(tmp_path))
     with pytest.raises(fp.CheckpointExistsError, match="discard_later") as told:
