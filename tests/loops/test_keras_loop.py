@@ -18,6 +18,7 @@ import flax_partial as fp
 
 keras = pytest.importorskip("keras", reason="pip install 'flax-partial[keras]'")
 
+from flax_partial.callbacks._schedule import direction  # noqa: E402
 from flax_partial.callbacks.keras import KerasCheckpoint  # noqa: E402
 
 if TYPE_CHECKING:
@@ -236,6 +237,29 @@ def test_the_best_is_known_by_the_name_of_the_metric(
     assert callback.best_model_path == str(tmp_path / str(best))
     with pytest.raises(ValueError, match="mode='auto' cannot tell"):
         KerasCheckpoint(tmp_path, monitor="val_speed")
+
+
+WITH_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "PrecisionAtRecall": (0.5,),
+    "RecallAtPrecision": (0.5,),
+    "SensitivityAtSpecificity": (0.5,),
+    "SpecificityAtSensitivity": (0.5,),
+    "IoU": (2, [0]),
+    "OneHotIoU": (2, [0]),
+    "MeanIoU": (2,),
+    "OneHotMeanIoU": (2,),
+    "MeanRelativeError": ([1.0],),
+}
+
+
+def test_metrics_of_keras_are_better_large_or_small_as_keras_knows() -> None:
+    own = ("Metric", "MeanMetricWrapper")
+    kinds = {name: one for name, one in vars(keras.metrics).items() if isinstance(one, type)}
+    metrics = [one(*WITH_ARGUMENTS.get(name, ())) for name, one in kinds.items() if name not in own]
+    known = {one.name: one._direction for one in metrics if hasattr(one, "_direction")}  # noqa: SLF001
+    assert len(known) > 20
+    for name, way in known.items():
+        assert direction(f"val_{name}", "auto") == {"up": "max", "down": "min"}[way], name
 
 
 def test_step_saved_within_an_epoch_has_no_score_of_the_epoch_before(tmp_path: Path) -> None:
