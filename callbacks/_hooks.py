@@ -93,7 +93,7 @@ class TrainingHooks(Copyable):
         """Joins the callbacks that share its hook, if there is training to come."""
         self.is_idle = stage != "fit" or bool(getattr(trainer, "fast_dev_run", False))
         if not self.is_idle:
-            self._run.join(self._member)
+            self._run.members.join(self._member)
 
     @in_training
     def on_fit_start(self, trainer: Any, module: Any) -> None:

@@ -36,7 +36,7 @@ class NoSessionError(PartialCheckpointError, FileNotFoundError):
 
 
 class CheckpointInUseError(PartialCheckpointError, BlockingIOError):
-    """Somebody is reading the checkpoint that was to be removed; nothing was removed."""
+    """Somebody reads, or writes, what was to be removed, or a run trains there; it is left."""
 
 
 class KeyConflictError(PartialCheckpointError, ValueError):

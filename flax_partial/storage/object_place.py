@@ -445,7 +445,7 @@ class StorePlace:
         )
 
     @contextmanager
-    def locked_exclusively(self) -> Iterator[None]:
+    def locked_exclusively(self, pause: Callable[[], None]) -> Iterator[None]:  # noqa: ARG002
         """Puts a fence: from here on saves wait for how this ends."""
         session = self._list_control()
         if not session.id or self._is_published():
