@@ -15,6 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -27,7 +28,6 @@ from flax_partial.runs.directory import checkpoints, step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Container
-    from pathlib import Path
 
     from flax_partial.callbacks._schedule import Retention
     from flax_partial.runs.liveness import Life
