@@ -293,6 +293,10 @@ def begin_save(where: Place, save: object) -> Session:
 
 
 def _session_of(where: Place) -> Session:
+    known = _sessions.get(where.final)
+    if known is not None and type(known.where) is not type(where) and known.is_idle:
+        known.close()  # the one that is there now is kept by other rules
+        del _sessions[where.final]
     if where.final not in _sessions:
         for final, other in list(_sessions.items()):
             if other.is_stale:
