@@ -127,6 +127,8 @@ def serving() -> Iterator[S3Server]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = 1 << 16
     server: S3Server
 
     def log_message(self, *_: object) -> None:
@@ -194,6 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _cut(self) -> None:
+        self.wfile.flush()
         self.close_connection = True
         self.connection.close()
 
