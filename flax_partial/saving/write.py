@@ -11,6 +11,7 @@ What an earlier checkpoint holds already is not written: that one's data file ge
 the part, `data.1` and so on. Either checkpoint may go, and the other one still has it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from flax_partial.format.chunks import Shape, chunk_regions, count_leading
+from flax_partial.format.chunks import Shape, chunk_counts, chunk_regions, count_leading
 from flax_partial.format.digests import bytes_of, digest, digests_of
 from flax_partial.format.model import (
     INLINE_BYTES,
@@ -214,7 +215,12 @@ def _has_free_writers() -> bool:
 def _write_data(new: Sink, boxes: HostBoxes) -> list[list[tuple[Place, ...]]]:
     """Writes chunks into a data file; returns where they are."""
     with new:
-        places = [[tuple(_places(leaf, array, new)) for array in data] for leaf, data in boxes]
+        encoded = encoded_chunks(
+            [(leaf, array) for leaf, data in boxes for array in data if leaf.compression]
+        )
+        places = [
+            [tuple(_places(leaf, array, new, encoded)) for array in data] for leaf, data in boxes
+        ]
         new.finish()
     return places
 
@@ -255,11 +261,11 @@ def _with_chunks(
     )
 
 
-def _places(leaf: Leaf, array: np.ndarray, file: Sink) -> Iterator[Place]:
-    """Puts the chunks of a box where they belong; yields where that is."""
+def _places(leaf: Leaf, array: np.ndarray, file: Sink, encoded: Iterator[bytes]) -> Iterator[Place]:
+    """Puts the chunks of a box where they belong, of `encoded` if so; yields where that is."""
     if leaf.compression is not None:
-        for encoded in encoded_chunks(leaf, array):
-            yield file.append(np.frombuffer(encoded, np.uint8)), len(encoded)
+        for packed in islice(encoded, math.prod(chunk_counts(array.shape, leaf.chunk))):
+            yield file.append(np.frombuffer(packed, np.uint8)), len(packed)
         return
     size = leaf.chunk_bytes
     leading = count_leading(array.shape, leaf.chunk)
