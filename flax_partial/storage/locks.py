@@ -22,6 +22,7 @@ class DirectoryLock:
       identity: Device and inode of the directory.
     """
 
+    mark = ""  # what the names of a session's parts have to hold
     _descriptor = -1
 
     def __init__(self, descriptor: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +100,7 @@ def test_cut_copies_nothing_and_meets_each_multiple() -> None:
     assert b"".join(found) == data
 
 
+@pytest.mark.filterwarnings("ignore:.*fork")  # of JAX's, and of Python's
 def test_a_forked_child_gets_an_error_and_does_not_hang(store: ObjectStore) -> None:
     store.put("x", [b"1"])
     child = os.fork()
@@ -160,14 +162,21 @@ def test_a_path_is_looked_at_and_read(run: fp.StorePath) -> None:
         (run / "12").read_bytes()
 
 
-def test_without_credentials_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+@pytest.mark.parametrize(
+    ("url", "says"), [("s3://bucket/x", "AWS_ACCESS_KEY_ID"), ("gs://bucket/x", "GOOGLE_APPLICA")]
+)
+def test_without_credentials_there_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, says: str
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_"))]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    with pytest.raises(fp.StoreAccessError, match="AWS_ACCESS_KEY_ID"):
-        open_store(parse("s3://bucket/x"))
+    with pytest.raises(fp.StoreAccessError, match=says):
+        fp.save(url, {"a": 1})
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
