@@ -214,9 +214,10 @@ def _has_free_writers() -> bool:
 
 def _write_data(new: Sink, boxes: HostBoxes) -> list[list[tuple[Place, ...]]]:
     """Writes chunks into a data file; returns where they are."""
-    packed = [(leaf, array) for leaf, data in boxes for array in data if leaf.compression]
-    encoded = encoded_chunks(packed)
     with new:
+        encoded = encoded_chunks(
+            [(leaf, array) for leaf, data in boxes for array in data if leaf.compression]
+        )
         places = [
             [tuple(_places(leaf, array, new, encoded)) for array in data] for leaf, data in boxes
         ]
