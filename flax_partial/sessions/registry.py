@@ -135,7 +135,7 @@ class Session:
     def _take_over(self, directory: OpenSession | None) -> None:
         """Makes the claims those of a directory, and of the saves that are pending."""
         claims = Claims()
-        if directory is not None:
+        if directory is not None and not directory.is_new:
             failed = self.not_removed
             mine = self.where.read_parts(process=agreement.index(), failed=failed)
             for part in mine.committed.values():

@@ -89,10 +89,12 @@ class Opened:
     Attributes:
       number: Which of the place's sessions it is.
       mark: Its name, with which the names of its parts begin.
+      is_new: Whether this process has made it.
     """
 
     number: int
     mark: str
+    is_new: bool = False
 
     def release(self) -> None:
         """Nothing is locked."""
@@ -248,7 +250,7 @@ class StorePlace:
             key = f"{_CONTROL}{number}.open"
             if self.store.put_new(key, _write({"id": mark})):
                 self._require_conditions(key)
-                return self._opened(number, mark)
+                return self._known.opened.setdefault(mark, Opened(number, mark, is_new=True))
         raise StoreError(f"{self.final}: its sessions change all the time")
 
     def _list_control_unpublished(self) -> _Session:

@@ -30,6 +30,11 @@ class OpenSession(Protocol):
         """What the names of its parts' directories have to hold; may be empty."""
         ...
 
+    @property
+    def is_new(self) -> bool:
+        """Whether this process has made it: then it held no part of its own before."""
+        ...
+
     def release(self) -> None:
         """Lets finalize and abort go on."""
         ...
