@@ -51,6 +51,7 @@ class Loop:
       checkpoints: The callback.
       trainer: What it reads.
       is_running: Whether the loop has started, and not ended.
+      has_ended: Whether it has ended, and not started again: what is restored then is looked at.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Loop:
         self.checkpoints = PartialCheckpointCallback(directory, **options)
         self.trainer = LoopTrainer(take_state)
         self.is_running = False
+        self.has_ended = False
         self._has_epochs = False
 
     def start(self, step: int) -> None:
@@ -78,18 +80,23 @@ class Loop:
         self.trainer.is_last_batch = self._has_epochs = False
         self.checkpoints.setup(self.trainer, None, "fit")
         self.checkpoints.on_fit_start(self.trainer, None)
-        self.is_running = True
+        self.is_running, self.has_ended = True, False
 
     def restore(self, target: Any, **options: Unpack[RestoreOptions]) -> Any:
-        """Goes on at a checkpoint, and returns its state; None where there is none yet."""
-        self._start_if_new()
+        """Goes on at a checkpoint, and returns its state; None where there is none yet.
+
+        A loop that has ended is not started again by that: any checkpoint may be looked at.
+        """
+        if not self.has_ended:
+            self._start_if_new()
         restored = self.checkpoints.restore(target, **options)
         if restored is None:
             return None
         state, self.trainer.global_step = restored
         if self.checkpoints.restored is not None:
             self.trainer.current_epoch = self.checkpoints.restored.epochs_done
-        self.checkpoints.on_train_start(self.trainer, None)
+        if self.is_running:
+            self.checkpoints.on_train_start(self.trainer, None)
         return state
 
     def step(
@@ -135,7 +142,7 @@ class Loop:
         """
         if not self.is_running:
             return
-        self.is_running = False
+        self.is_running, self.has_ended = False, True
         try:
             if error is None and not self._has_epochs:
                 self.end_epoch(self.trainer.current_epoch, None)

@@ -56,14 +56,14 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
         return self._loop.trainer.current_epoch
 
     @property
-    def steps_of_epoch(self) -> int:
-        """Steps done so far in the epoch under way."""
+    def step_in_epoch(self) -> int:
+        """Steps done so far in the epoch under way: which of its batches comes next."""
         return self.steps_done - self.callback.epoch_began
 
     def restore(self, state: StateT, **options: Unpack[RestoreOptions]) -> StateT:
         """The newest checkpoint's state, or `state` as it is where there is none yet.
 
-        Training goes on from there: `steps_done`, `epochs_done` and `steps_of_epoch` are what they
+        Training goes on from there: `steps_done`, `epochs_done` and `step_in_epoch` are what they
         were. What is only to be looked at is loaded by `fp.load`.
 
         Args:
