@@ -124,7 +124,8 @@ def _mixed(directory: Path, newest: int, step: int) -> fp.CheckpointExistsError:
     return fp.CheckpointExistsError(
         f"{directory} holds step {newest} already, and training is only at step {step}: the steps "
         "of two runs would mix. Restore the newest checkpoint; or, to go back to an older one, "
-        "restore with discard_later=True, which removes the later ones; or use another directory."
+        "restore with discard_later=True, which removes the later ones; or start anew with "
+        "overwrite=True, which removes all; or use another directory."
     )
 
 
@@ -145,7 +146,7 @@ def _later(directory: Path, step: int, path: Path | None) -> list[int]:
     return [one for one in held if one > step or (one == step and is_another)]
 
 
-def discard(directory: Path, step: int, path: Path) -> None:
+def discard(directory: Path, step: int, path: Path | None = None) -> None:
     """Removes what `check_none_later` would refuse.
 
     The newest goes first: killed meanwhile, what is left is of one run. Under `jax.distributed` all
@@ -162,11 +163,11 @@ def discard(directory: Path, step: int, path: Path) -> None:
     )
 
 
-def _discard(directory: Path, step: int, path: Path) -> None:
+def _discard(directory: Path, step: int, path: Path | None) -> None:
     held = checkpoints(directory)
     for one in reversed(_later(directory, step, path)):
         fp.remove(held[one])
-        logger.warning("Removed %s: training goes on from step %d.", held[one], step)
+        logger.warning("Removed %s: training begins at step %d.", held[one], max(step, 0))
 
 
 def drop_unless_complete(path: Path, step: int, why: str, *, timeout_secs: float) -> None:

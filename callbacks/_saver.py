@@ -41,7 +41,9 @@ class StepSaver:
         member: Member,
         grouping: Grouping,
         extras: Extras,
+        *,
         state_fn: _state.StateFn | None,
+        custom_metadata: Mapping[str, Any],
     ) -> None:
         self.epoch_began = 0
         self._run = run
@@ -49,6 +51,7 @@ class StepSaver:
         self._grouping = grouping
         self._extras = extras
         self._state_fn = state_fn
+        self._custom_metadata = custom_metadata
         self._finished: Finished | None = None
 
     def is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
@@ -158,4 +161,5 @@ class StepSaver:
         step, epoch = trainer.global_step, trainer.current_epoch
         steps_of_epoch = 0 if epoch_ends else step - self.epoch_began
         progress = Progress(step, epoch + epoch_ends, steps_of_epoch)
-        return {**progress.metadata, **self._extras.metadata()}
+        of_step = getattr(trainer, "custom_metadata", {})
+        return {**self._custom_metadata, **of_step, **progress.metadata, **self._extras.metadata()}

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What is stored of each checkpoint beside `custom_metadata`, in the same place.
+_OWN = ("step", "epoch", "session", "progress", "extras", "metrics", "ranked_by")
 _STEP_LEAF = "checkpoint_step"  # that earlier versions added to the tree, for themselves
 
 
@@ -86,6 +88,9 @@ class PartialCheckpointCallback(TrainingHooks):
         state_fn: _state.StateFn | None = None,
         keep: Policy | Iterable[Policy] | None = None,
         extras: Mapping[str, Any] | None = None,
+        custom_metadata: Mapping[str, Any] | None = None,
+        save_initial: bool = False,
+        overwrite: bool = False,
         keep_last: int | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max", "auto"] = "min",
@@ -125,6 +130,13 @@ class PartialCheckpointCallback(TrainingHooks):
             `state_dict` and `load_state_dict`, `random` or `random.Random`, a NumPy generator, what
             has `to_json` and `from_json`; or a pair of functions, one that returns a state and one
             that takes it. Each process keeps its own.
+          custom_metadata: JSON values that are stored with each checkpoint, as of `fp.save`, such
+            as the commit of your code; and with those of `trainer.custom_metadata`, if there is
+            one, which are of the step. `fp.metadata(path).custom_metadata` has them.
+          save_initial: Save the state that training begins with, too, as step 0, unless it was
+            restored.
+          overwrite: Start anew: the checkpoints that the directory holds of later steps than
+            training begins at, which are all where it begins at 0, are removed then.
           keep: Policies that say which checkpoints to keep (`flax_partial.callbacks.policies`), one
             or several. Without this and the other four that say what to keep, all are kept; with
             any of them, the newest and what any one keeps.
@@ -188,6 +200,7 @@ class PartialCheckpointCallback(TrainingHooks):
         self._extras = Extras(extras or {})
         self._on_metrics = on_metrics
         self._save_on_exception = save_on_exception
+        self._overwrite = overwrite
         where = str(self.directory)
         options_of_key = f"{every_n_epochs=}, {every_n_train_steps=}, {monitor=}"
         key = f"{type(self).__qualname__}({where!r}, {options_of_key})"
@@ -206,12 +219,20 @@ class PartialCheckpointCallback(TrainingHooks):
             ),
             options=options,
             reuse_unchanged=reuse_unchanged,
+            saves_initial=save_initial,
             shows_progress=progress,
             signals=check_signals(preemption_signals if save_on_preemption else ()),
             skips_when_behind=when_behind == "skip",
             failures=failures,
         )
-        self._saver = StepSaver(self._run, self._member, grouping, self._extras, state_fn)
+        self._saver = StepSaver(
+            self._run,
+            self._member,
+            grouping,
+            self._extras,
+            state_fn=state_fn,
+            custom_metadata=_checked(custom_metadata),
+        )
 
     @property
     def failed_saves(self) -> int:
@@ -249,6 +270,30 @@ class PartialCheckpointCallback(TrainingHooks):
         """The score that `best_model_path` was stored with; None without a score or a `monitor`."""
         best = _directory.best(self.directory, self._member.retention)
         return best[2] if best else None
+
+    def save_now(self, trainer: Any, module: Any = None) -> Path:
+        """Saves the newest finished step, due or not, and waits until it is finalized.
+
+        Between two steps, or before the first, which is step 0 then.
+
+        Args:
+          trainer: The trainer.
+          module: What its hooks are given.
+
+        Returns:
+          The checkpoint's path.
+
+        Raises:
+          CheckpointExistsError: The directory holds this step, or a later one, of another run.
+          Exception: What failed, in this save or before.
+        """
+        with self._blocked("save_now", trainer):
+            step = trainer.global_step
+            if step != self._member.last_saved:
+                self._saver.save(trainer, module, epoch_ends=False)
+            self._run.open_checkpoints.finish_closed()
+            self._run.wait(show_progress=self._member.shows_progress)
+        return self.directory / str(step)
 
     def recover(self) -> None:
         """Finalizes or drops what an ended run has left unfinished, as `on_fit_start` does."""
@@ -364,3 +409,14 @@ class PartialCheckpointCallback(TrainingHooks):
             return _state.load(path, target, options)
         with contextlib.closing(Bar("Loading a checkpoint")) as bar:
             return _state.load(path, target, options, progress=bar.update)
+
+
+def _checked(custom_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns a copy of a run's metadata; of each value, a save says whether it can be stored."""
+    metadata = dict(custom_metadata or {})
+    if own := sorted(metadata.keys() & set(_OWN)):
+        raise ValueError(
+            f"custom_metadata has {own[0]!r}, which is stored with each checkpoint anyway. "
+            f"Names that are in use: {', '.join(_OWN)}."
+        )
+    return metadata
