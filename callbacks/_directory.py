@@ -327,14 +327,26 @@ def _look_into(path: Path, step: int, _inode: int, _mtime_ns: int) -> SavedStep:
 def _settle(path: Path, step: int) -> None:
     lacking = completeness.missing(fp.status(path), step)
     if lacking is not None:
-        _drop(path, f"it was left by an ended run, and {lacking}.")
+        _drop(path, f"{lacking}, and its process has ended.{_said_newest(path.parent)}")
         return
     try:
         fp.finalize(path, processes=[jax.process_index()])
     except fp.PartialCheckpointError as error:  # it would be raised again
-        _drop(path, f"it was left by an ended run, and cannot be finalized: {error}")
+        _drop(path, f"it cannot be finalized: {error}{_said_newest(path.parent)}")
     else:
-        logger.warning("Finalized %s, which an ended run had saved but not finalized.", path)
+        logger.warning(
+            "Finalized %s: step %d was completely written when its process ended, but not "
+            "finalized.",
+            path,
+            step,
+        )
+
+
+def _said_newest(directory: Path) -> str:
+    newest = next(reversed(checkpoints(directory).values()), None)
+    if newest is None:
+        return f" There is no checkpoint in {directory} yet."
+    return f" The newest checkpoint is {newest}."
 
 
 def _drop(path: Path, why: str) -> None:

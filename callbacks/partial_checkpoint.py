@@ -17,12 +17,14 @@ from flax_partial.callbacks._behind import WHEN_BEHIND
 from flax_partial.callbacks._clock import Clock
 from flax_partial.callbacks._groups import Grouping
 from flax_partial.callbacks._hooks import TrainingHooks
+from flax_partial.callbacks._leaves import flatten
 from flax_partial.callbacks._member import Failures, Member
 from flax_partial.callbacks._preemption import check_signals
 from flax_partial.callbacks._restored import progress_of
 from flax_partial.callbacks._saver import StepSaver
 from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.callbacks._stateful import Extras
+from flax_partial.callbacks._unrestored import unrestored
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.progress import Bar
 from flax_partial.runs.directory import checked, probably_meant
@@ -307,6 +309,7 @@ class PartialCheckpointCallback(TrainingHooks):
     def restore(
         self,
         target: Any = None,
+        module: Any = None,
         *,
         which: str | int | os.PathLike[str] = "latest",
         partial: bool = False,
@@ -324,14 +327,16 @@ class PartialCheckpointCallback(TrainingHooks):
         looked at; training that then begins there is refused in `on_fit_start`.
 
         Args:
-          target: What to load: a tree of arrays or `jax.ShapeDtypeStruct`, which decides structure,
-            dtypes and shardings; an NNX module, which is its "params", or a tree in which NNX
-            objects stand (`{"params": model, "opt_state": optimizer}`), which are updated in place;
-            None for everything, as nested dicts and lists.
+          target: What to load: a trainer, for all that this callback saves of it; a tree of arrays
+            or `jax.ShapeDtypeStruct`, which decides structure, dtypes and shardings; an NNX module,
+            which is its "params", or a tree in which NNX objects stand (`{"params": model,
+            "opt_state": optimizer}`); None for everything, as nested dicts and lists. NNX objects
+            are updated in place. A trainer's `state`, `global_step` and `current_epoch` are set.
+          module: Where the target is a trainer, what its hooks are given.
           which: "latest", "best" by `monitor` and `mode`, a step, or the path of a checkpoint,
             wherever it lies.
           partial: Whether `target`, or this callback's `extras`, may lack what the checkpoint has;
-            that is not read.
+            that is not read, and logged.
           keep_missing: Whether the checkpoint may lack leaves of `target`, or `extras`; those stay
             as they are.
           cast: Whether a dtype that differs is converted; an error otherwise.
@@ -357,14 +362,20 @@ class PartialCheckpointCallback(TrainingHooks):
             restack=restack,
             renames=renames,
         )
+        tree = self._saver.find(target, module) if _state.is_trainer(target) else target
         self.recover()
         while found := _directory.choose(self.directory, self._member.retention, which):
             try:
-                return self._restore(*found, target, options, discard_later=discard_later)
+                state, step = self._restore(*found, tree, options, discard_later=discard_later)
             except fp.NoSessionError:
                 if which not in ("latest", "best") or found[1].exists():
                     raise
                 # another process has just removed it
+            else:
+                if tree is not target and self.restored is not None:
+                    epochs_done = self.restored.epochs_done
+                    _state.put_back(target, tree, state, step=step, epochs_done=epochs_done)
+                return state, step
         logger.info(
             "There is no checkpoint in %s to restore.%s",
             self.directory,
@@ -402,7 +413,19 @@ class PartialCheckpointCallback(TrainingHooks):
         self._saver.epoch_began = step - progress.steps_of_epoch
         self.restored = progress
         logger.info("Restored step %d from %s.", step, path)
+        if target is not None:
+            self._tell_of_the_rest(described, target, options)
         return state, step
+
+    def _tell_of_the_rest(
+        self, described: fp.CheckpointMetadata, target: Any, options: _state.LoadOptions
+    ) -> None:
+        """Says what of a checkpoint was not restored; with other names that is not looked for."""
+        if options["partial"] and not (options["renames"] or options["restack"]):
+            names = (name for name in described.leaves if name != _STEP_LEAF)
+            if rest := unrestored(names, flatten(_state.pure(_state.rooted(target)))):
+                level = logging.WARNING if self._is_training else logging.INFO
+                logger.log(level, "Not restored of %s: %s.", described.path, rest)
 
     def _load(self, path: Path, target: Any, options: _state.LoadOptions) -> Any:
         if not self._member.shows_progress:

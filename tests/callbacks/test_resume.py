@@ -331,8 +331,8 @@ def test_what_was_probably_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptu
     trained(tmp_path / "lm", 2)
     trained(tmp_path / "mt", 7)
     for path, said in (
-        ("lm", f"a run's directory with steps 1, 2: the newest is {tmp_path}/lm/2."),
-        ("mt", f"with steps ..., 3, 4, 5, 6, 7: the newest is {tmp_path}/mt/7."),
+        ("lm", f"It is a run: its newest checkpoint is {tmp_path}/lm/2, its steps are 1, 2."),
+        ("mt", f"checkpoint is {tmp_path}/mt/7, its steps are ..., 3, 4, 5, 6, 7."),
         ("lm/3", f"{tmp_path}/lm holds steps 1, 2."),
         ("lm/2/state/x", f"lies in the checkpoint {tmp_path}/lm/2."),
         ("", "It holds runs: lm (steps 1, 2), mt (steps ..., 3, 4, 5, 6, 7)."),
