@@ -67,8 +67,8 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         super().__init__()
         if keras.backend.backend() != "jax":
             raise RuntimeError(
-                f"Keras runs on {keras.backend.backend()!r}. Set KERAS_BACKEND=jax before keras is "
-                "imported: what is checkpointed here are arrays of JAX."
+                f"Keras runs on {keras.backend.backend()!r}, and KerasCheckpoint saves arrays of "
+                "JAX. Set the environment variable KERAS_BACKEND=jax before keras is imported."
             )
         self._loop = Loop(directory, self._state, options)
         self._resume = resume_options(resume)
