@@ -7,12 +7,14 @@ What is saved is Keras's own tree of a model, `model.get_state_tree()`: trainabl
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import flax_partial as fp
 from flax_partial.callbacks import _extras
+from flax_partial.callbacks._options import LoopOptions, explicit
 from flax_partial.callbacks._state import RestoreOptions
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint, resume_options, resuming
+from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 _extras.need("keras", extra="keras")
 
@@ -38,12 +40,13 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
     next `fit` in the same directory ends the one that failed.
     """
 
+    @explicit(LoopOptions, PartialCheckpointCallback.__init__, mode="auto")
     def __init__(
         self,
         directory: str | os.PathLike[str],
         *,
         resume: bool | RestoreOptions = True,
-        **options: Any,
+        **options: Unpack[LoopOptions],
     ) -> None:
         """Prepares a callback; nothing is written before training begins.
 
@@ -64,10 +67,10 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         super().__init__()
         if keras.backend.backend() != "jax":
             raise RuntimeError(
-                f"Keras runs on {keras.backend.backend()!r}. Set KERAS_BACKEND=jax before keras is "
-                "imported: what is checkpointed here are arrays of JAX."
+                f"Keras runs on {keras.backend.backend()!r}, and KerasCheckpoint saves arrays of "
+                "JAX. Set the environment variable KERAS_BACKEND=jax before keras is imported."
             )
-        self._loop = Loop(directory, self._state, {"mode": "auto"} | options)
+        self._loop = Loop(directory, self._state, options)
         self._resume = resume_options(resume)
         self._step_of_epoch = 0
 
@@ -80,11 +83,11 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         """
         step = int(self.model.optimizer.iterations)
         self._loop.start(step)
-        if self._resume is None:
-            return
         is_later = max(fp.steps(self.callback.directory), default=0) > step
-        if is_later or "which" in self._resume:
+        if self._resume is not None and (is_later or "which" in self._resume):
             self._go_on(self._resume)
+        else:
+            self._loop.begin()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Remembers the step before the epoch."""

@@ -81,7 +81,7 @@ def checkpoint_around(path: Path) -> Path | None:
 
 
 def probably_meant(path: Path) -> str:
-    """Says, as a sentence after a space, what somebody who expects a checkpoint here may mean."""
+    """Says, as a sentence after a space, which checkpoint may have been meant."""
     try:
         return _meant(path)
     except OSError:  # of a directory that this process may not read
@@ -95,7 +95,7 @@ def _meant(path: Path) -> str:
     found = checkpoints(path)
     if found:
         newest = next(reversed(found.values()))
-        return f" It is a run's directory with steps {_listed(found)}: the newest is {newest}."
+        return f" It is a run: its newest checkpoint is {newest}, its steps are {_listed(found)}."
     beside = checkpoints(path.parent) if step_in_name(path.name) is not None else {}
     if beside:
         return f" {path.parent} holds steps {_listed(beside)}."

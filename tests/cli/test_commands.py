@@ -292,7 +292,7 @@ def test_status_says_what_is_lacking(tmp_path: Path, shell: Shell) -> None:
     saved = completeness.saved(callback="params", group="g")
     path = begin(tmp_path / "c", {"w": HALF}, step=3, session=saved)
     lacking = shell.json("status", path)["lacking"]
-    assert lacking[0] == "the step had not ended"
+    assert lacking[0] == "step 3 was not completely written"
     assert lacking[1].startswith("w (1 of 2 chunks")
     assert shell.run("status", path).count("not complete: ") == 2
 
