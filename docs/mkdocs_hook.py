@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 _WITH_HOST = re.compile(
-    r"(?:https?://|ssh://)?(?:[\w.-]+@)?(?P<host>[\w-]+(?:\.[\w-]+)+)[:/](?P<name>.+)"
+    r"(?:https?://|ssh://)?(?:[^@/]+@)?(?P<host>[\w-]+(?:\.[\w-]+)+)[:/](?P<name>.+)"
 )
 
 
