@@ -15,6 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -27,7 +28,6 @@ from flax_partial.runs.directory import checkpoints, step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Container
-    from pathlib import Path
 
     from flax_partial.callbacks._schedule import Retention
     from flax_partial.runs.liveness import Life
@@ -285,7 +285,7 @@ def _at_path(path: str | os.PathLike[str]) -> tuple[int, Path]:
         raise ValueError(
             f"which={str(path)!r}: nothing there tells of which step it is. Load it with fp.load."
         )
-    return step, described.path
+    return step, Path(described.path)
 
 
 def best(directory: Path, retention: Retention) -> tuple[int, Path, float] | None:

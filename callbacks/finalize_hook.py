@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flax_partial.callbacks._copies import Copyable
-from flax_partial.callbacks._run import Runs
+from flax_partial.callbacks._runs import Runs
 
 if TYPE_CHECKING:
     from flax_partial.callbacks._reports import CheckpointReport

@@ -11,6 +11,8 @@ from flax_partial.errors import (
     KeyConflictError,
     NoSessionError,
     PartialCheckpointError,
+    StoreAccessError,
+    StoreError,
     TargetMismatchError,
     UnsupportedLeafError,
 )
@@ -36,6 +38,8 @@ from flax_partial.reports import (
 )
 from flax_partial.saving.save import check, save, save_async
 from flax_partial.sessions.handles import FinalizeHandle, SaveHandle
+from flax_partial.storage.object_store import store_options
+from flax_partial.storage.store_path import StorePath
 from flax_partial.subtrees import subtree
 
 __all__ = [
@@ -59,6 +63,9 @@ __all__ = [
     "SessionStatus",
     "Slice",
     "Stack",
+    "StoreAccessError",
+    "StoreError",
+    "StorePath",
     "TargetMismatchError",
     "UnsupportedLeafError",
     "VerifyReport",
@@ -76,6 +83,7 @@ __all__ = [
     "save_async",
     "status",
     "steps",
+    "store_options",
     "subtree",
     "verify",
 ]

@@ -1,44 +1,38 @@
 """A state -> its leaves, and where the data of their boxes is; touches no data, waits for nothing.
 
-Arrays are described shard by shard, each box once (the shard that is replica 0): no array is ever
-assembled. How a tree was described is remembered by its structure: the next save of a tree like it
-only compares each leaf's type, shape, dtype and sharding.
+How a tree was described is remembered by its structure: the next save of a tree like it only
+compares each leaf's type, shape, dtype and sharding.
 """
 
-import math
-import re
-import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding, Sharding, SingleDeviceSharding
-from msgspec import Struct, structs
+from jax.sharding import Sharding, SingleDeviceSharding
+from msgspec import structs
 
 from flax_partial import collector, leaf_types
 from flax_partial.distributed import agreement
-from flax_partial.errors import UnsupportedLeafError
 from flax_partial.format import keypaths
 from flax_partial.format import model as kinds
-from flax_partial.format.chunks import Shape, choose_chunk_shape
 from flax_partial.format.keypaths import KeyPath, is_leaf
-from flax_partial.format.model import STORABLE_DTYPES, Box, Leaf
-from flax_partial.format.slices import Rows, Slice, SliceError, moved, rows_of, whole_shape
-from flax_partial.saving.shares import Shares, shares_of
+from flax_partial.format.model import Leaf
+from flax_partial.saving.describe_leaf import How, Source, describe_leaf, shards_written
+from flax_partial.saving.known_trees import (
+    KnownTree,
+    KnownTrees,
+    Like,
+    Template,
+    is_like,
+    key_of,
+    keys_on_the_way,
+)
 
-Source = np.ndarray | jax.Array
-_How = tuple[int, str | None, bool]
-"""Wanted size of a chunk, in bytes; the chunks' codec; whether processes share replicas."""
-
-_MOST_KNOWN_LEAVES = 1 << 17  # of the trees whose description is remembered, beside the last
-_MOST_KNOWN_TREES = 1 << 9
+_known_trees = KnownTrees()
 
 
 @dataclass(slots=True)
@@ -53,7 +47,7 @@ class Described:
       arrays: Weak references to those leaves that nothing can change as long as they live.
     """
 
-    tree: "KnownTree"
+    tree: KnownTree
     leaves: list[Leaf] = field(default_factory=list)
     sources: list[Sequence[Source]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -64,92 +58,6 @@ class Described:
         self.leaves.append(leaf)
         self.sources.append(sources)
         self.sizes.append(size)
-
-
-class _Like(Struct, gc=False):
-    """What another value has to be in order to be described the same way.
-
-    Attributes:
-      value_type: The value's exact type.
-      shape: Its shape.
-      dtype: Its dtype.
-      sharding: Its sharding; None for a NumPy array.
-      leaf: The description; the path is that of one such value.
-      shards: Positions of its shards that are written; None where its one shard is the value.
-      size: Size of its boxes, in bytes.
-    """
-
-    value_type: Any
-    shape: Shape
-    dtype: Any
-    sharding: Sharding | None
-    leaf: Leaf
-    shards: tuple[int, ...] | None
-    size: int
-
-
-class _Template(Struct, gc=False):
-    """How a leaf was described.
-
-    Attributes:
-      leaf: The description.
-      at: Its position among the values that JAX flattens a tree to; None for what is no value to
-        JAX, which is part of the structure: None, and empty containers.
-      like: What another value has to be for that to be right again; None where each is to be
-        described anew.
-    """
-
-    leaf: Leaf
-    at: int | None
-    like: _Like | None
-
-
-@dataclass(slots=True)
-class KnownTree:
-    """What is known of the trees of one structure.
-
-    Attributes:
-      templates: How their leaves were described.
-      text: The structure as text, where there are integer keys; else empty. To Python `1`, `True`
-        and `1.0` are equal, and so are structures that have them as keys; only one can be saved.
-      is_tree: Whether their leaves were claimed before: among themselves they have no conflict.
-    """
-
-    templates: list[_Template] = field(default_factory=list)
-    text: str = ""
-    is_tree: bool = False
-
-
-class _KnownTrees:
-    """Trees by structure: those that were described last."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: OrderedDict[Any, KnownTree] = OrderedDict()
-        self._leaves = 0
-
-    def get(self, key: Any) -> KnownTree | None:
-        try:
-            return self._known.get(key)
-        except (TypeError, ValueError):  # a structure that holds what cannot be hashed or compared
-            return None
-
-    def put(self, key: Any, tree: KnownTree) -> None:
-        with self._lock:
-            try:
-                replaced = self._known.pop(key, None)
-                self._known[key] = tree
-            except (TypeError, ValueError):
-                return
-            self._leaves += len(tree.templates) - (len(replaced.templates) if replaced else 0)
-            while len(self._known) > 1 and (
-                self._leaves > _MOST_KNOWN_LEAVES or len(self._known) > _MOST_KNOWN_TREES
-            ):
-                _, dropped = self._known.popitem(last=False)
-                self._leaves -= len(dropped.templates)
-
-
-_known_trees = _KnownTrees()
 
 
 def describe(
@@ -178,7 +86,7 @@ def describe(
         state = leaf_types.unwrapped(state)
         values, structure = keypaths.values_of(state)
     how = chunk_bytes, compression, share_replicas
-    key = _keys_on_the_way(structure), structure, how, agreement.count()
+    key = keys_on_the_way(structure), structure, how, agreement.count()
     tree = _known_trees.get(key)
     if tree is None or (tree.text and tree.text != str(structure)):
         with collector.paused():
@@ -195,34 +103,18 @@ def describe(
     return described
 
 
-def _keys_on_the_way(structure: Any) -> tuple[object, ...]:
-    """The keys of the dicts on the way to the first leaf, and on the way to the last.
-
-    JAX leaves them out of the hash of a structure: without them, those of all layers of a model
-    would have the same one.
-    """
-    found: list[object] = []
-    for end in (0, -1):
-        inner = structure
-        while (node := inner.node_data()) is not None and (children := inner.children()):
-            if node[0] is dict:
-                found.append(tuple(map(str, node[1])))
-            inner = children[end]
-    return tuple(found)
-
-
-def _anew(state: Any, how: _How) -> Described:
+def _anew(state: Any, how: How) -> Described:
     described = Described(KnownTree())
     paths, values, _ = keypaths.flatten(state)
     if len(paths) == 1 and not paths[0].texts and is_leaf(values[0]):
         return described
-    likes: dict[Any, _Like] = {}
+    likes: dict[Any, Like] = {}
     depends_on_name = how[2] and agreement.count() > 1  # who writes what processes share
     count = 0
     for path, value in zip(paths, values, strict=True):
         at = None if is_leaf(value) else count
         count += at is not None
-        key = None if depends_on_name else _key_of(value)
+        key = None if depends_on_name else key_of(value)
         like = likes.get(key)
         if like is None:
             template = _add(described, path, value, at, how)
@@ -231,16 +123,16 @@ def _anew(state: Any, how: _How) -> Described:
         else:
             leaf = structs.replace(like.leaf, texts=path.texts, key_kinds=path.key_kinds)
             described.add(leaf, _sources_of(value, like), like.size)
-            template = _Template(leaf, at, like)
+            template = Template(leaf, at, like)
         described.tree.templates.append(template)
     return described
 
 
-def _again(tree: KnownTree, values: Sequence[Any], how: _How) -> Described:
+def _again(tree: KnownTree, values: Sequence[Any], how: How) -> Described:
     described = Described(tree)
     for number, one in enumerate(tree.templates):
         value = None if one.at is None else values[one.at]
-        if one.like is not None and _is_like(value, one.like):
+        if one.like is not None and is_like(value, one.like):
             described.add(one.leaf, _sources_of(value, one.like), one.like.size)
         elif one.at is None:
             described.add(one.leaf, (), 0)
@@ -249,25 +141,7 @@ def _again(tree: KnownTree, values: Sequence[Any], how: _How) -> Described:
     return described
 
 
-def _key_of(value: Any) -> Any:
-    """What values that are `_Like` each other have in common; None for what is like nothing."""
-    if type(value) is np.ndarray:
-        return np.ndarray, value.shape, value.dtype
-    if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
-        return None
-    return None if value.is_deleted() else (type(value), value.shape, value.dtype, value.sharding)
-
-
-def _is_like(value: Any, like: _Like) -> bool:
-    if type(value) is not like.value_type or value.shape != like.shape or value.dtype != like.dtype:
-        return False
-    if like.sharding is None:
-        return True
-    is_same = value.sharding is like.sharding or value.sharding == like.sharding
-    return is_same and not value.is_deleted()
-
-
-def _sources_of(value: Any, like: _Like) -> Sequence[Source]:
+def _sources_of(value: Any, like: Like) -> Sequence[Source]:
     if like.shards is None:
         return (value,)
     return [value.addressable_data(shard) for shard in like.shards]
@@ -278,295 +152,23 @@ def _add(
     path: KeyPath,
     value: Any,
     at: int | None,
-    how: _How,
-) -> _Template:
+    how: How,
+) -> Template:
     """Describes a leaf; returns what is to be remembered of it."""
-    leaf, sources = _describe(path, value, how)
+    leaf, sources = describe_leaf(path, value, how)
     size = sum(source.nbytes for source in sources)
     described.add(leaf, sources, size)
     sharding = shards = None
     if leaf.kind == kinds.JAX_ARRAY and isinstance(value, jax.Array):
         sharding = value.sharding
         if not isinstance(sharding, SingleDeviceSharding):
-            shards = _shards_written(path, value, how)
+            shards = shards_written(path, value, how)
             if shards is None:
-                return _Template(leaf, at, None)
+                return Template(leaf, at, None)
     elif type(value) is not np.ndarray or not value.dtype.isnative:
-        return _Template(leaf, at, None)
-    like = _Like(type(value), value.shape, value.dtype, sharding, leaf, shards, size)
-    return _Template(leaf, at, like)
-
-
-def _shards_written(path: KeyPath, value: jax.Array, how: _How) -> tuple[int, ...] | None:
-    """Positions of the shards that this process writes; None where it writes pieces of them."""
-    shares = _shares_of(path, value, how)
-    if shares is None:
-        shards = enumerate(value.addressable_shards)
-        return tuple(number for number, shard in shards if shard.replica_id == 0)
-    if not all(piece.is_whole for piece in shares.pieces):
-        return None
-    return tuple(piece.shard for piece in shares.pieces)
-
-
-def _shares_of(
-    path: KeyPath, value: object, how: _How, rows: Mapping[int, Rows] = MappingProxyType({})
-) -> Shares | None:
-    """What this process writes of an array whose replicas processes share, if they do."""
-    if not (how[2] and isinstance(value, jax.Array)):
-        return None
-    start = moved((0,) * value.ndim, rows)
-    return shares_of(value, path.name, rows_at=start, pinned=frozenset(rows), chunk_bytes=how[0])
-
-
-def _describe(
-    path: KeyPath,
-    value: object,
-    how: _How,
-) -> tuple[Leaf, Sequence[Source]]:
-    if isinstance(value, str):  # np.str_ too
-        _require_utf8(path, value)
-        text = str.__str__(value)  # as for a key
-        return Leaf(path.texts, path.key_kinds, kinds.STRING, text=text), ()
-    if isinstance(value, bytes):  # np.bytes_ too
-        return Leaf(path.texts, path.key_kinds, kinds.BYTES, data=bytes(value)), ()
-    if isinstance(value, (np.ndarray, np.generic, jax.Array, Slice)):
-        return _describe_array(path, value, how)
-    if isinstance(value, (bool, int, float, complex)):
-        return _describe_scalar(path, value)
-    if value is None:
-        return Leaf(path.texts, path.key_kinds, kinds.NONE), ()
-    if is_leaf(value):
-        return Leaf(path.texts, path.key_kinds, _empty_kind(value), placeholder=True), ()
-    raise _unsupported(
-        path,
-        f"is a {type(value).__module__}.{type(value).__qualname__}",
-        leaf_types.advice(value),
-    )
-
-
-def _unsupported(path: KeyPath, what: str, way_out: str) -> UnsupportedLeafError:
-    return UnsupportedLeafError(f"Leaf {path.name!r} {what}, which cannot be saved. {way_out}")
-
-
-def _empty_kind(value: object) -> kinds.Kind:
-    if isinstance(value, Mapping):
-        return kinds.DICT
-    if isinstance(value, list):
-        return kinds.LIST
-    return kinds.NAMED_TUPLE if hasattr(value, "_fields") else kinds.TUPLE
-
-
-def _require_utf8(path: KeyPath, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _unsupported(path, "holds a lone surrogate", "Encode the text first.") from error
-
-
-def _describe_scalar(path: KeyPath, value: complex) -> tuple[Leaf, Sequence[Source]]:
-    try:
-        array = _scalar_array(value)
-    except OverflowError as error:
-        raise _unsupported(
-            path, f"is {value}", "Integers go from -2**63 to 2**64 - 1; save a string instead."
-        ) from error
-    leaf = Leaf(
-        path.texts,
-        path.key_kinds,
-        kinds.SCALAR,
-        dtype=array.dtype.name,  # type: ignore[arg-type] # one of those above
-        boxes=_whole_box(()),
-    )
-    return leaf, (array,)
-
-
-def _scalar_array(value: complex) -> np.ndarray:
-    if isinstance(value, bool):
-        return np.array(value)
-    if isinstance(value, int):
-        return np.array(value, np.int64 if value < 2**63 else np.uint64)
-    return np.array(value, np.float64 if isinstance(value, float) else np.complex128)
-
-
-def _describe_array(path: KeyPath, value: Any, how: _How) -> tuple[Leaf, Sequence[Source]]:
-    chunk_bytes, compression, _ = how
-    cut = None
-    if isinstance(value, Slice):
-        cut, value = value, value.value
-    rank = getattr(value, "ndim", 0)  # a key's data has more axes than the key
-    kind: kinds.Kind
-    if isinstance(value, jax.Array):
-        kind, text, value = _jax_kind(path, value)
-    elif isinstance(value, (np.ndarray, np.generic)):
-        kind = kinds.NUMPY_ARRAY if isinstance(value, np.ndarray) else kinds.NUMPY_SCALAR
-        text, value = "", _native(path, value)
-    else:
-        raise _unsupported(path, f"is a Slice of a {type(value).__name__}", "Slice arrays only.")
-    dtype = _dtype_name(value.dtype)
-    if dtype not in STORABLE_DTYPES:
-        raise _unsupported(
-            path,
-            f"has dtype {dtype}",
-            f"Convert it to one of: {', '.join(sorted(STORABLE_DTYPES))}.",
-        )
-    if value.ndim > kinds.MOST_AXES:
-        raise _unsupported(
-            path, f"has {value.ndim} axes, more than {kinds.MOST_AXES}", "Reshape it to fewer."
-        )
-    rows = {} if cut is None else _rows_of(path, value.shape, cut, rank)
-    shape = whole_shape(value.shape, rows)
-    if math.prod(size or 1 for size in shape) * value.dtype.itemsize > kinds.MOST_BYTES:
-        raise _unsupported(path, f"is of shape {list(shape)}", "No array can be as large.")
-    axes = frozenset(rows)
-    shares = _shares_of(path, value, how, rows)
-    placed, unit, sharding = _boxes(value, axes, shares)
-    if cut is not None and cut.sharding is not None:
-        _require_devices(path, cut.sharding)
-        sharding = _in_orbax_terms(cut.sharding, frozenset())
-    if cut is None and unit == shape and value.nbytes <= chunk_bytes and value.size:
-        chunk = shape
-    else:
-        chunk = choose_chunk_shape(
-            shape,
-            unit=unit,
-            pinned=axes,
-            itemsize=value.dtype.itemsize,
-            target_bytes=chunk_bytes,
-        )
-    boxes: tuple[Box, ...] = _whole_box(shape)
-    if len(placed) != 1 or placed[0][1].shape != shape:
-        boxes = tuple(Box(moved(start, rows), source.shape) for start, source in placed)
-    leaf = Leaf(
-        path.texts,
-        path.key_kinds,
-        kind,
-        text=text,
-        dtype=dtype,  # type: ignore[arg-type] # one of `STORABLE_DTYPES`
-        shape=shape,
-        chunk=chunk,
-        boxes=boxes,
-        compression=compression,  # type: ignore[arg-type] # as `SaveOptions` checks it
-        sharding=sharding,
-        writers=() if shares is None else shares.writers,
-    )
-    return leaf, tuple(source for _, source in placed)
-
-
-@lru_cache(maxsize=4096)  # most leaves have one of a few shapes
-def _whole_box(shape: Shape) -> tuple[Box]:
-    return (Box((0,) * len(shape), shape),)
-
-
-def _jax_kind(path: KeyPath, value: jax.Array) -> tuple[kinds.Kind, str, jax.Array]:
-    if isinstance(value, jax.core.Tracer):
-        raise _unsupported(path, "is being traced", "Save outside of jit, grad and vmap.")
-    if value.is_deleted():
-        raise _unsupported(
-            path, "was deleted or donated", "Save it before the call that donates it."
-        )
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return kinds.PRNG_KEY, str(jax.random.key_impl(value)), jax.random.key_data(value)
-    return kinds.JAX_ARRAY, "", value
-
-
-@lru_cache(maxsize=256)
-def _dtype_name(dtype: np.dtype[Any]) -> str:
-    """NumPy works it out each time: 4 us."""
-    return dtype.name
-
-
-def _native(path: KeyPath, value: np.ndarray | np.generic) -> np.ndarray:
-    if isinstance(value, np.ma.MaskedArray):
-        raise _unsupported(path, "is a masked array", "Save its data and its mask.")
-    array = np.asarray(value)
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    return array
-
-
-def _require_devices(path: KeyPath, sharding: object) -> None:
-    is_abstract = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh)
-    if is_abstract or not isinstance(sharding, Sharding):
-        raise _unsupported(
-            path,
-            f"is a Slice with sharding={sharding!r}",
-            "Give the sharding of the whole array, which names devices; or None.",
-        )
-
-
-def _rows_of(path: KeyPath, shape: Shape, cut: Slice, rank: int) -> dict[int, Rows]:
-    try:
-        return rows_of(cut, shape, rank)
-    except SliceError as error:
-        raise _unsupported(path, error.what, error.way_out) from error
-
-
-def _boxes(
-    value: Source, axes: frozenset[int], shares: Shares | None
-) -> tuple[list[tuple[Shape, Source]], Shape, kinds.Sharding | None]:
-    """Returns the boxes to write, each its start and data; that of the smallest; the sharding."""
-    origin = (0,) * value.ndim
-    if isinstance(value, np.ndarray):
-        return [(origin, value)], value.shape, None
-    sharding = value.sharding
-    if isinstance(sharding, SingleDeviceSharding):
-        return [(origin, value)], value.shape, _in_orbax_terms(sharding, axes)
-    if shares is not None:
-        shared = [(piece.start, piece.data_of(value)) for piece in shares.pieces]
-        return shared, shares.unit, _in_orbax_terms(sharding, axes)
-    shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
-    placed = [(tuple(cut.start or 0 for cut in shard.index), shard.data) for shard in shards]
-    return placed, sharding.shard_shape(value.shape), _in_orbax_terms(sharding, axes)
-
-
-@lru_cache(maxsize=1024)
-def _in_orbax_terms(sharding: Sharding, cut: frozenset[int]) -> kinds.Sharding:
-    """Returns a sharding in Orbax's terms; axes that are cut are not sharded as a whole."""
-    devices: set[Any] = sharding.device_set
-    if not isinstance(sharding, NamedSharding):
-        (platform,) = {device.platform for device in devices}
-        first = min(jax.local_devices(backend=platform), key=lambda device: device.id)
-        return kinds.Sharding(
-            {"sharding_type": "SingleDeviceSharding", "device_str": _as_first(str(first))}
-        )
-    mesh = sharding.mesh
-    is_local = len({device.process_index for device in devices}) == 1
-    numbers = np.vectorize(lambda device: {"id": _device_number(device, is_local=is_local)})
-    spec = [None if i in cut else _axes_json(axes) for i, axes in enumerate(sharding.spec)]
-    return kinds.Sharding(
-        {
-            "sharding_type": "NamedSharding",
-            "shape": list(mesh.devices.shape),
-            "axis_names": list(mesh.axis_names),
-            "axis_types": [f"AxisType.{axis_type.name}" for axis_type in mesh.axis_types],
-            "partition_spec": spec,
-            "device_mesh": {"mesh": numbers(mesh.devices).tolist()},
-        }
-    )
-
-
-def _as_first(device: str) -> str:
-    """Names a process's first device as the first of all: a reader has one, and may have no more.
-
-    Orbax finds a device by its text in JAX: `cuda:0`, `TPU_0(process=0,(0,0,0,0))`, `TFRT_CPU_0`.
-    """
-    return re.sub(r"process=\d+", "process=0", re.sub(r"(?<=[:_])\d+", "0", device, count=1))
-
-
-def _axes_json(axes: object) -> object:
-    return list(axes) if isinstance(axes, tuple) else axes if isinstance(axes, str) else None
-
-
-def _device_number(device: Any, *, is_local: bool) -> int:
-    """A device of one process among several has a number that no other run would know."""
-    if not is_local or jax.process_count() == 1:
-        return int(device.id)
-    beside = [
-        other.id
-        for other in jax.devices(device.platform)
-        if other.process_index == device.process_index
-    ]
-    return sorted(beside).index(device.id)
+        return Template(leaf, at, None)
+    like = Like(type(value), value.shape, value.dtype, sharding, leaf, shards, size)
+    return Template(leaf, at, like)
 
 
 def _lasting(value: object) -> "weakref.ref[jax.Array] | None":

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from flax_partial.saving import device_copies
-from flax_partial.saving.describe import Source
+from flax_partial.saving.describe_leaf import Source
 from flax_partial.saving.device_copies import PINNED_HOST, Copied, Copy, Packed, place_of
 from flax_partial.saving.device_room import Device, DeviceRoom, may_have_room
 

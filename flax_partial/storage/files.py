@@ -21,7 +21,7 @@ from flax_partial.storage.paths import DELETED_SUFFIX, CheckpointPath
 _NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT))
 _WRITE_BYTES = 1 << 20
 _NAME_BYTES = 255  # the longest name that file systems take
-_NOT_EXCLUSIVE = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP))
+_NOT_EXCLUSIVE = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
 
 
 def identity(directory: Path) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ import trees
 from things import QUICK
 
 import flax_partial as fp
-from flax_partial.saving import describe
+from flax_partial.saving import describe_leaf, known_trees
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,7 @@ DEVICES = {
 def test_array_on_one_device_is_said_to_be_on_the_first_of_its_kind(
     device: str, first: str
 ) -> None:
-    assert describe._as_first(device) == first  # noqa: SLF001 - such devices are not here
+    assert describe_leaf._as_first(device) == first  # noqa: SLF001 - such devices are not here
 
 
 CHANGES: dict[str, Callable[[jax.Array], object]] = {
@@ -128,5 +128,5 @@ def test_structures_that_differ_in_keys_alone_do_not_collide() -> None:
     """To JAX they have one hash, and a dict of thousands of them would be searched one by one."""
     layers = [{"layers": {f"{number}": {"w": 0, "b": 0}}, "step": 0} for number in range(100)]
     layers += [{"step": 0, "weights": ({f"{number}": 0},)} for number in range(100)]
-    keys = [describe._keys_on_the_way(jax.tree.structure(tree)) for tree in layers]  # noqa: SLF001
+    keys = [known_trees.keys_on_the_way(jax.tree.structure(tree)) for tree in layers]
     assert len(set(map(hash, keys))) == len(keys)

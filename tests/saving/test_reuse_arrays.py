@@ -23,7 +23,7 @@ from things import QUICK, stored
 
 import flax_partial as fp
 from flax_partial.loading.data_reader import aligned_empty
-from flax_partial.saving import describe, job, snapshot
+from flax_partial.saving import describe, describe_leaf, job, snapshot
 
 ROWS = np.random.default_rng(0).standard_normal((200, 1000), np.float32)
 DURABLE = fp.SaveOptions()
@@ -35,7 +35,7 @@ def copied_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     copied: list[int] = []
     to_host = snapshot.to_host
 
-    def counting(source: describe.Source) -> np.ndarray:
+    def counting(source: describe_leaf.Source) -> np.ndarray:
         copied.append(source.nbytes)
         return to_host(source)
 

@@ -20,8 +20,9 @@ from flax_partial.format.chunks import choose_chunk_shape
 from flax_partial.format.metadata import check_metadata
 from flax_partial.format.model import Box, Leaf, Region
 from flax_partial.loading.batches import batches, region_bytes
-from flax_partial.saving.describe import Described, KnownTree
+from flax_partial.saving.describe import Described
 from flax_partial.saving.job import SaveJob
+from flax_partial.saving.known_trees import KnownTree
 from flax_partial.sessions import workers
 from flax_partial.storage.paths import CheckpointPath
 
