@@ -277,6 +277,7 @@ class Run:
         try:
             if error is not None:
                 raise error
+            self._life.check()
             checkpoint.before = _directory.check_is_newer(self.directory, step)
         except (fp.CheckpointExistsError, OSError) as failure:
             checkpoint.fail(failure, [member])

@@ -5,8 +5,9 @@ from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import Handle
 from flax_partial.sessions.registry import forget, session_of
 from flax_partial.sessions.workers import Task
-from flax_partial.storage import paths, session_dir
-from flax_partial.storage.paths import CheckpointPath, PathLike
+from flax_partial.storage import places
+from flax_partial.storage.paths import PathLike
+from flax_partial.storage.place import Place
 
 
 def abort(path: PathLike) -> None:
@@ -24,16 +25,16 @@ def abort(path: PathLike) -> None:
       OSError: It cannot be removed.
     """
     check_not_forked("abort")
-    where = paths.resolve(path)
+    where = places.resolve(path)
     workers.finalizing.run(Task(lambda _: _abort(where), Handle[None]()))
 
 
-def _abort(where: CheckpointPath) -> None:
+def _abort(where: Place) -> None:
     session = session_of(where)
     session.is_aborted = True  # what has not begun to write fails
     try:
         session.wait()
     finally:
         forget(session, for_good=True)
-    with session_dir.locked_exclusively(where):
-        session_dir.remove_session(where)
+    with where.locked_exclusively():
+        where.remove_session()

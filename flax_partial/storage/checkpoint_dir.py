@@ -17,18 +17,7 @@ from flax_partial.errors import (
 )
 from flax_partial.storage import files
 from flax_partial.storage.locks import DirectoryLock, open_directory
-from flax_partial.storage.paths import CONTENTS, CheckpointPath
-
-
-def has_contents(where: CheckpointPath) -> bool:
-    """Whether a table of contents is there: finalize writes it, whatever a directory's name is.
-
-    What the system does not let anybody see is not there.
-    """
-    try:
-        return (where.state / CONTENTS).is_file()
-    except OSError:
-        return False
+from flax_partial.storage.paths import CheckpointPath
 
 
 @contextmanager

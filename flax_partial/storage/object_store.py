@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
 
@@ -39,6 +40,28 @@ _AWS_CREDENTIALS = (
     "skip_signature",
     "web_identity_token_file",
 )
+_GOOGLE_CREDENTIALS = (
+    "application_credentials",
+    "bearer_token",
+    "service_account",
+    "service_account_key",
+    "skip_signature",
+)
+_GOOGLE_VARIABLES = (
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_BEARER_TOKEN",
+    "GOOGLE_SERVICE_ACCOUNT",
+    "GOOGLE_SERVICE_ACCOUNT_KEY",
+    "GOOGLE_SERVICE_ACCOUNT_PATH",
+    "GOOGLE_SKIP_SIGNATURE",
+)
+_HOW_TO_GIVE = {
+    "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass access_key_id and "
+    "secret_access_key to flax_partial.store_options; those in ~/.aws are found where boto3 is "
+    "installed.",
+    "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, pass service_account to flax_partial.store_options, "
+    "or log in by 'gcloud auth application-default login'.",
+}
 _MOST_OF_ONE = 16  # requests of one upload
 _ATTEMPTS = 3  # at what obstore does not repeat itself
 _PAUSE_SECS = 0.05
@@ -201,6 +224,9 @@ def _connect(url: Url, options: _Options) -> Any:
             if "endpoint" in config:
                 config["base_url"] = config.pop("endpoint")
                 config.setdefault("skip_signature", "true")
+            elif not _has_google_credentials(config):
+                place = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+                _require_metadata_server(url, place)
             return obstore.store.GCSStore(url.bucket, config=config, **common)
         return obstore.store.AzureStore(url.bucket, config=config, **common)
     except BaseError as error:
@@ -227,7 +253,8 @@ def _s3(url: Url, config: Any, common: Mapping[str, Any]) -> Any:
                 config.setdefault("region", session.region_name or "us-east-1")
                 provider = Boto3CredentialProvider(session)
                 return S3Store(url.bucket, config=config, credential_provider=provider, **common)
-        _require_metadata_server(url, config)
+        place = config.get("metadata_endpoint") or os.environ.get("AWS_METADATA_ENDPOINT")
+        _require_metadata_server(url, place or "169.254.169.254")
     return S3Store(url.bucket, config=config, **common)
 
 
@@ -235,18 +262,23 @@ def _has_aws_credentials(config: Mapping[str, str]) -> bool:
     return any(name in config or os.environ.get(f"AWS_{name.upper()}") for name in _AWS_CREDENTIALS)
 
 
-def _require_metadata_server(url: Url, config: Mapping[str, str]) -> None:
-    """Raises StoreAccessError if no machine of Amazon's could give credentials to this one."""
-    place = config.get("metadata_endpoint") or os.environ.get("AWS_METADATA_ENDPOINT") or ""
+def _has_google_credentials(config: Mapping[str, str]) -> bool:
+    return (
+        any(name in config for name in _GOOGLE_CREDENTIALS)
+        or any(os.environ.get(name) for name in _GOOGLE_VARIABLES)
+        or Path("~/.config/gcloud/application_default_credentials.json").expanduser().exists()
+    )
+
+
+def _require_metadata_server(url: Url, place: str) -> None:
+    """Raises StoreAccessError if no server of the cloud's gives this machine credentials."""
     host, _, port = place.rpartition("//")[2].rstrip("/").partition(":")
     try:
-        socket.create_connection((host or "169.254.169.254", int(port or 80)), _METADATA_SECS)
+        socket.create_connection((host, int(port or 80)), _METADATA_SECS).close()
     except OSError:
         raise StoreAccessError(
-            f"{url}: there are no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "or pass access_key_id and secret_access_key to flax_partial.store_options; "
-            "those in ~/.aws are found where boto3 is installed; skip_signature='true' asks "
-            "without any."
+            f"{url}: there are no credentials. {_HOW_TO_GIVE[url.scheme]} skip_signature='true', "
+            "an option or a parameter of the URL, asks without any."
         ) from None
 
 
@@ -286,6 +318,7 @@ class ObjectStore:
         self._retry_secs = retry_secs
         self._process = os.getpid()
         self.url = str(root)
+        self.server = f"{id(client)} {root.scheme}"
         self.condition = _CONDITIONS.get(root.scheme, "If-None-Match: *")
 
     def below(self, prefix: str) -> "ObjectStore":

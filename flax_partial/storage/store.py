@@ -42,6 +42,11 @@ class Store(Protocol):
         ...
 
     @property
+    def server(self) -> str:
+        """Names what serves it: all stores of one server honour the same conditions."""
+        ...
+
+    @property
     def condition(self) -> str:
         """What asks for a put only if nothing is there, as its protocol calls it."""
         ...

@@ -1,26 +1,37 @@
-"""Object stores, as what a checkpoint needs of them; here the one in memory."""
+"""What a checkpoint needs of a store, of each kind: the one in memory, and a directory."""
 
 from __future__ import annotations
 
 import os
 import threading
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import flax_partial as fp
 from flax_partial.storage import object_store
+from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.object_store import ObjectStore, open_store, parse
-from flax_partial.storage.store import PIECE_BYTES, Entry, cut
+from flax_partial.storage.store import PIECE_BYTES, Entry, Store, cut
 
 
 @pytest.fixture
-def store() -> ObjectStore:
+def memory() -> ObjectStore:
     return open_store(parse(f"memory://{uuid.uuid4().hex}/run/12"))
 
 
-def test_what_was_put_is_there(store: ObjectStore) -> None:
+@pytest.fixture(params=["memory", "directory"])
+def store(request: pytest.FixtureRequest, memory: ObjectStore, tmp_path: Path) -> Store:
+    if request.param == "memory":
+        return memory
+    directory = tmp_path / "run" / "12"
+    directory.mkdir(parents=True)
+    return DirectoryStore(directory)
+
+
+def test_what_was_put_is_there(store: Store) -> None:
     store.put("state/a b", [b"one ", memoryview(b"two"), b""])
     assert store.get("state/a b") == b"one two"
     assert store.size("state/a b") == 7
@@ -31,7 +42,7 @@ def test_what_was_put_is_there(store: ObjectStore) -> None:
     assert store.size("state") is None
 
 
-def test_a_large_object_is_put_in_pieces_from_where_it_is(store: ObjectStore) -> None:
+def test_a_large_object_is_put_in_pieces_from_where_it_is(store: Store) -> None:
     large = np.arange(5 << 20, dtype=np.uint64)  # 40 MiB
     view = memoryview(large).cast("B")
     checks: list[None] = []
@@ -40,7 +51,7 @@ def test_a_large_object_is_put_in_pieces_from_where_it_is(store: ObjectStore) ->
     assert store.get("x") == large.tobytes()
 
 
-def test_what_a_check_raises_ends_a_put(store: ObjectStore) -> None:
+def test_what_a_check_raises_ends_a_put(store: Store) -> None:
     def check() -> None:
         raise KeyError("withdrawn")
 
@@ -50,7 +61,7 @@ def test_what_a_check_raises_ends_a_put(store: ObjectStore) -> None:
     assert store.list() == []
 
 
-def test_one_of_many_puts_what_is_new(store: ObjectStore) -> None:
+def test_one_of_many_puts_what_is_new(store: Store) -> None:
     won: list[int] = []
 
     def put(number: int) -> None:
@@ -65,13 +76,13 @@ def test_one_of_many_puts_what_is_new(store: ObjectStore) -> None:
     assert [b"%d" % number for number in won] == [store.get("x")]
 
 
-def test_own_answer_is_recognised(store: ObjectStore) -> None:
+def test_own_answer_is_recognised(store: Store) -> None:
     assert store.put_new("x", b"mine")
     assert store.put_new("x", b"mine")  # as after an answer that was lost
     assert not store.put_new("x", b"yours")
 
 
-def test_listings(store: ObjectStore) -> None:
+def test_listings(store: Store) -> None:
     for key in ("a", "state/b", "state/part/c", "stately"):
         store.put(key, [key.encode()])
     assert sorted(one.key for one in store.list()) == ["a", "state/b", "state/part/c", "stately"]
@@ -83,7 +94,7 @@ def test_listings(store: ObjectStore) -> None:
     store.delete([])
 
 
-def test_what_is_not_there_is_an_error_to_read(store: ObjectStore) -> None:
+def test_what_is_not_there_is_an_error_to_read(store: Store) -> None:
     store.put("x", [b"1234"])
     into = memoryview(bytearray(3))
     with pytest.raises(FileNotFoundError, match=r"/run/12/y"):
@@ -99,12 +110,13 @@ def test_cut_copies_nothing_and_meets_each_multiple() -> None:
     assert b"".join(found) == data
 
 
-def test_a_forked_child_gets_an_error_and_does_not_hang(store: ObjectStore) -> None:
-    store.put("x", [b"1"])
+@pytest.mark.filterwarnings("ignore:.*fork")  # of JAX's, and of Python's
+def test_a_forked_child_gets_an_error_and_does_not_hang(memory: ObjectStore) -> None:
+    memory.put("x", [b"1"])
     child = os.fork()
     if not child:
         try:
-            store.get("x")
+            memory.get("x")
         except fp.ForkedProcessError:
             os._exit(7)
         os._exit(1)
@@ -160,14 +172,21 @@ def test_a_path_is_looked_at_and_read(run: fp.StorePath) -> None:
         (run / "12").read_bytes()
 
 
-def test_without_credentials_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+@pytest.mark.parametrize(
+    ("url", "says"), [("s3://bucket/x", "AWS_ACCESS_KEY_ID"), ("gs://bucket/x", "GOOGLE_APPLICA")]
+)
+def test_without_credentials_there_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, says: str
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_"))]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    with pytest.raises(fp.StoreAccessError, match="AWS_ACCESS_KEY_ID"):
-        open_store(parse("s3://bucket/x"))
+    with pytest.raises(fp.StoreAccessError, match=says):
+        fp.save(url, {"a": 1})
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
