@@ -125,11 +125,7 @@ def metadata(path: PathLike) -> CheckpointMetadata:
     """
     where = places.resolve(path)
     with where.reading():
-        checkpoint = open_checkpoint(where)
-        composition = checkpoint.composition
-        left_out = {name: str(why) for name, why in composition.broken.items()}
-        left_out.update(composition.others)
-        return replace(described(where, checkpoint.contents), left_out=left_out)
+        return describe_checkpoint(where, open_checkpoint(where))
 
 
 def open_checkpoint(where: Place) -> Checkpoint:
@@ -180,6 +176,14 @@ def _nothing_to_load(where: Place) -> NoSessionError:
         )
     meant = catalog.probably_meant(where.final) if isinstance(where.final, Path) else ""
     return NoSessionError(f"There is no checkpoint at {where.final}.{meant}")
+
+
+def describe_checkpoint(where: Place, checkpoint: Checkpoint) -> CheckpointMetadata:
+    """Returns the public description of an open checkpoint."""
+    composition = checkpoint.composition
+    left_out = {name: str(why) for name, why in composition.broken.items()}
+    left_out.update(composition.others)
+    return replace(described(where, checkpoint.contents), left_out=left_out)
 
 
 def described(where: Place, contents: Contents) -> CheckpointMetadata:
