@@ -1,4 +1,4 @@
-"""Pieces of a leaf that are cut along some of its axes: what `Slice` says, and where it lies."""
+"""Pieces of a leaf that are cut along some of its axes: `Slice`, and its boxes."""
 
 import operator
 from collections.abc import Mapping
@@ -91,7 +91,7 @@ def rows_of(cut: Slice, shape: Shape, rank: int) -> dict[int, Rows]:
 
 
 def _rows_given(cut: Slice, rank: int) -> dict[int, Rows]:
-    """What a slice says, by axis; nothing if it makes no sense."""
+    """Returns start and size of a slice by axis; nothing if it is invalid."""
     try:
         starts, sizes, given = map(_integers, (cut.start, cut.size, cut.axis))
         axes = [range(rank)[axis] for axis in given]
