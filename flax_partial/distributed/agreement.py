@@ -24,7 +24,7 @@ from flax_partial.errors import IncompleteCheckpointError, PartialCheckpointErro
 
 __all__ = ["DEFAULT_TIMEOUT_SECS", "agree", "count", "index"]
 
-# JAX aborts every process 100 s after one of them died (its heartbeat timeout): say so before that.
+# JAX aborts every process 100 s after one of them died (its heartbeat timeout): report it before.
 DEFAULT_TIMEOUT_SECS = 90.0
 
 _ROOT = "flax_partial"
@@ -56,7 +56,7 @@ def agree(
 
     Args:
       subject: What it is about.
-      ready: What this process has to do before; if it raises, nobody acts. Returns JSON.
+      ready: What this process has to do before; if it raises, no process acts. Returns JSON.
       act: What the first participant does, given the index of each process that was ready by then,
         and what its `ready` returned. Returns JSON.
       participants: Indices of the processes that call this, of which the lowest acts; by default
@@ -135,7 +135,7 @@ class _Outcome:
 def _outcome(work: Callable[[], Any]) -> _Outcome:
     try:
         return _Outcome(work())
-    except Exception as error:  # noqa: BLE001 - it is told to all, and raised by each
+    except Exception as error:  # noqa: BLE001 - it is sent to all, and raised by each
         return _Outcome(error=error)
 
 
@@ -161,7 +161,7 @@ class _Attempt:
         self._deadline = 0.0
 
     def lead(self, mine: _Outcome, act: Callable[[Mapping[int, Any]], Any]) -> _Outcome:
-        """The primary's part: waits for the others, acts, and tells them."""
+        """What the primary does: waits for the others, acts, and publishes the outcome."""
         self._post_ready(mine)
         said = self._wait_for_others() | {index(): mine}
         verdict = next((one for one in said.values() if one.error is not None), None)
@@ -235,7 +235,7 @@ class _Attempt:
         )
 
     def _decide(self) -> int:
-        """Sets what becomes of this attempt, if nobody has; returns the process that did."""
+        """Sets the outcome of this attempt unless it is set; returns the process that set it."""
         return int(self._service.set_once(f"{self._root}/fate", str(index()), secs=self._left))
 
     def _verdict(self, secs: float) -> _Outcome | None:
