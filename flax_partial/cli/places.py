@@ -83,7 +83,7 @@ def finalized(path: str) -> LocalPlace:
 
 @contextmanager
 def open_finalized(path: str) -> Iterator[Checkpoint]:
-    """Opens a finalized checkpoint, which nobody can remove before the context ends.
+    """Opens a finalized checkpoint, which no process can remove before the context ends.
 
     Raises:
       WrongUseError: `path` is that of a session.
@@ -120,7 +120,7 @@ class Session:
     def lacking(self) -> str:
         """What the callback that saves into it had not saved yet; empty if it is all there.
 
-        Also empty where no callback saves into it: then nothing says what is to come.
+        Also empty where no callback saves into it: then it is not known what is to come.
         """
         metadata = self.status.custom_metadata
         if metadata == users_metadata(metadata):

@@ -141,7 +141,7 @@ def stored_dtype(leaf: Leaf) -> np.dtype[Any]:
 
 
 def problems(leaves: Iterable[Leaf]) -> list[str]:
-    """Says of each leaf that the format cannot hold why."""
+    """Returns, for each leaf that the format cannot hold, why."""
     found = []
     for leaf in leaves:
         if leaf.is_array and WIDER.get(leaf.dtype, leaf.dtype) not in _DTYPES:
@@ -302,7 +302,7 @@ def _named(name: str, kind: Kind, rest: _Rest, **more: Any) -> Leaf:
 
 
 def _keys_of(name: str) -> tuple[tuple[str, ...], str]:
-    """The keys that a name stands for where nothing else is said: texts between the dots."""
+    """The keys that a name stands for without further metadata: the texts between the dots."""
     texts = tuple(name.split("."))
     return texts, STR_KEY * len(texts)
 

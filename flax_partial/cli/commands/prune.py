@@ -1,4 +1,4 @@
-"""`prune`: removes a run's older checkpoints, and asks first."""
+"""`prune`: removes a run's older checkpoints, after a question."""
 
 import argparse
 
