@@ -85,7 +85,7 @@ class OwnCheckpoint:
         ]
 
     def _too_large(self, leaves: Iterable[Leaf]) -> str | None:
-        """Says why there is no use in asking for the memory of leaves: the files hold less.
+        """Returns why memory for leaves need not be allocated: the files hold less.
 
         Where there is not enough tensorstore ends the process, so that a table that lies about
         shapes, with the right digest, has to be found out before.
@@ -147,7 +147,7 @@ def open_checkpoint(where: Place) -> Checkpoint:
 def chosen(checkpoint: Checkpoint, where: Place, wanted: Sequence[KeyPath]) -> Checkpoint:
     """Returns the checkpoint that a target means: of several items the only tree, or all of them.
 
-    It is the tree where the target, by the paths of its leaves, asks for no item by its name: a
+    It is the tree where the target, by the paths of its leaves, names no item: a
     state that is saved beside JSON or a key can be loaded without them.
     """
     only, names = checkpoint.composition.only_tree, set(checkpoint.composition.broken)
@@ -160,7 +160,7 @@ def chosen(checkpoint: Checkpoint, where: Place, wanted: Sequence[KeyPath]) -> C
 
 
 def require_items(checkpoint: Checkpoint, wanted: Sequence[KeyPath] | None) -> None:
-    """Raises what is wrong with an item that is wanted, by the paths of leaves; None wants all."""
+    """Raises what is wrong with the items that hold these paths of leaves; None means all."""
     for name, error in checkpoint.composition.broken.items():
         if wanted is None or any(path.texts[:1] in ((name,), ()) for path in wanted):
             raise type(error)(
