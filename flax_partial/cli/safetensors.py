@@ -6,8 +6,8 @@ tensors' bytes, little-endian and in C order, without gaps. We write it ourselve
 (https://github.com/huggingface/safetensors) and from its reader's source.
 
 Not every dtype that a checkpoint holds has a name there. Some are stored as a wider one that holds
-all of their values; that is told in the header's `__metadata__`, beside what is no tensor, and what
-its name does not say: from a file of ours the same checkpoint can be made again.
+all of their values. The header's `__metadata__` records that, what is no tensor, and kinds of keys
+that names do not show: from a file of ours the same checkpoint can be made again.
 """
 
 import json
@@ -228,7 +228,7 @@ def header_bytes(length: bytes, file_bytes: int) -> int:
 
 
 def parse(header: bytes, file_bytes: int) -> Stored:
-    """Reads a header, which is trusted in nothing.
+    """Reads a header, and checks all of it.
 
     Args:
       header: Without the 8 bytes of its length.

@@ -48,9 +48,9 @@ def agree(
     timeout_secs: float = DEFAULT_TIMEOUT_SECS,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Any:
-    """Has the first of several processes act once, when all are ready; all learn what came of it.
+    """Lets the first of several processes act once, when all are ready; all get the outcome.
 
-    Every participant calls it with the same `subject`; it can be called again, whatever came of it,
+    Every participant calls it with the same `subject`; it can be called again, whatever the outcome,
     and from any thread. It uses JAX's coordination service, and no device. Where there is but one
     participant, this is `act({index: ready()})`.
 
@@ -172,12 +172,12 @@ class _Attempt:
             )
         secs = max(self._timeout_secs, _ANSWER_SECS)  # however long it took to act
         self._service.set(f"{self._root}/verdict", verdict.to_json(), secs=secs)
-        # Who comes now needs the verdict only.
+        # A process that comes now needs the verdict only.
         self._service.delete(f"{self._root}/ready", secs=secs)
         return verdict
 
     def follow(self, mine: _Outcome) -> _Outcome:
-        """The others' part; who raised something itself raises that."""
+        """What the others do; a process whose `ready` raised raises that."""
         self._post_ready(mine)
         verdict = self._verdict(self._timeout_secs + _SLACK_SECS)
         if verdict is None and self._decide() == self._participants[0]:

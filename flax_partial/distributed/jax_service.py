@@ -139,7 +139,7 @@ def _lost(what: str) -> IncompleteCheckpointError:
 
 @contextmanager
 def serving(address: str, processes: int) -> Iterator[None]:
-    """Is JAX's coordination service for as long as the context lasts.
+    """Runs JAX's coordination service for as long as the context lasts.
 
     Args:
       address: Where it listens, as `host:port`.

@@ -110,7 +110,7 @@ def _is_whole_inline(holders: Sequence[_Holder]) -> bool:
 
 
 def _newest(ordered: Iterable[tuple[str, Part]]) -> Iterable[list[_Holder]]:
-    """Who holds the newest generation of each leaf; a placeholder is older than any leaf."""
+    """Which parts hold the newest generation of each leaf; a placeholder is older than any leaf."""
     newest: dict[str, list[_Holder]] = {}
     for part, contents in ordered:
         for leaf in contents.leaves:

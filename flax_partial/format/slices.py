@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 
 class SliceError(ValueError):
-    """A `Slice` that makes no sense.
+    """An invalid `Slice`.
 
     Attributes:
       what: What it is.
@@ -70,7 +70,7 @@ def rows_of(cut: Slice, shape: Shape, rank: int) -> dict[int, Rows]:
       rank: Number of the piece's axes, which are the first ones of `shape`.
 
     Raises:
-      SliceError: It makes no sense.
+      SliceError: It is invalid.
     """
     rows = _rows_given(cut, rank)
     if not rows:

@@ -125,7 +125,7 @@ def remove(path: PathLike) -> None:
 
     Raises:
       CheckpointInUseError: `load`, `metadata` or `verify` reads it now, here or in another process;
-        it was left as it is. Orbax's own readers are not known of.
+        it was left as it is. Orbax's own readers are not detected.
       NoSessionError: There is no finalized checkpoint at `path`.
       OSError: It cannot be removed, or only in part: then it is no checkpoint any more.
     """

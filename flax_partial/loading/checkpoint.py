@@ -87,8 +87,8 @@ class OwnCheckpoint:
     def _too_large(self, leaves: Iterable[Leaf]) -> str | None:
         """Returns why memory for leaves need not be allocated: the files hold less.
 
-        Where there is not enough tensorstore ends the process, so that a table that lies about
-        shapes, with the right digest, has to be found out before.
+        Where there is not enough tensorstore ends the process, so that a table with false shapes,
+        and the right digest, has to be found before.
         """
         sizes = [(leaf.bytes, _MOST_PACKED if leaf.compression else 1) for leaf in leaves]
         total = sum(size for size, _ in sizes)
@@ -147,8 +147,8 @@ def open_checkpoint(where: Place) -> Checkpoint:
 def chosen(checkpoint: Checkpoint, where: Place, wanted: Sequence[KeyPath]) -> Checkpoint:
     """Returns the checkpoint that a target means: of several items the only tree, or all of them.
 
-    It is the tree where the target, by the paths of its leaves, names no item: a
-    state that is saved beside JSON or a key can be loaded without them.
+    It is the tree where the target, by the paths of its leaves, names no item: a state that is
+    saved beside JSON or a key can be loaded without them.
     """
     only, names = checkpoint.composition.only_tree, set(checkpoint.composition.broken)
     if only is None:

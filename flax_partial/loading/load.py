@@ -266,7 +266,7 @@ def _read(
 ) -> list[Any]:
     """Reads the boxes of all that is wanted, and builds the leaves: some at a time.
 
-    An accelerator is fed some while the next are read.
+    Some are put on an accelerator while the next are read.
     """
     data = _read_boxes(checkpoint, readings, progress)
     values: list[Any] = []

@@ -1,7 +1,7 @@
 """A tree as Orbax stores it in a directory: its leaves, and the open array of each.
 
-The files are trusted in nothing: what makes no sense is a `CorruptCheckpointError`. There are no
-digests to check. Only JSON and arrays are read; nothing that a file names is imported or run.
+No file is trusted: invalid content is a `CorruptCheckpointError`. There are no digests to check.
+Only JSON and arrays are read; nothing that a file names is imported or run.
 """
 
 import json

@@ -32,7 +32,7 @@ def spread(value: Any) -> Any:
 def gathered(values: Sequence[Any], targets: Iterable[Any]) -> list[Any]:
     """Gathers arrays that were loaded by the targets of `spread`, into their own targets.
 
-    All processes that hold some of an array have to come, and in the same order of arrays.
+    All processes that hold some of an array have to call this, in the same order of arrays.
     """
     done = list(values)
     batch: list[tuple[int, NamedSharding]] = []

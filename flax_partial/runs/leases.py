@@ -5,10 +5,10 @@ A lease is an object that its holder puts anew every `RENEW_SECS`, with the next
     timeline/running.4      {"id": "6f0c...", "host": "node7", "process": 4711, "since": 1764246000,
                              "machine": {...}, "count": 17, "has_ended": false}
 
-Clocks of two machines differ, so that their times are never compared. Processes
-that check whether a holder lives watch its lease: renewed, it lives; unchanged for the grace,
-by their own clock, it is dead. Time in which the storage did not answer is not counted. Of a
-process of the same machine the system reports it instead, without waiting.
+Clocks of two machines differ, so that their times are never compared. Processes that check whether
+a holder lives watch its lease: renewed, it lives; unchanged for the grace, by their own clock, it
+is dead. Time in which the storage did not answer is not counted. Of a process of the same machine
+the system reports it instead, without waiting.
 
 The number at the end makes a name that is never used again: a lease is taken by putting the next
 one if it is absent, which one of several does, and the newest counts. A holder that was stopped for
@@ -64,7 +64,7 @@ class Pace:
 
 
 PACE = Pace()
-"""The default."""
+"""The pace unless another one is given."""
 
 
 class Sign(enum.Enum):
@@ -172,7 +172,7 @@ class Lease:
         self._stop = threading.Event()
         self._renewing = threading.Lock()
         self.lost_to: str | None = None
-        """Who has taken it, while this process gave no sign of life for the grace."""
+        """Which process has taken it, after this one did not renew it for the grace."""
 
     def take(self, timeout_secs: float = 0.0) -> str | None:
         """Takes the lease, and renews it from now on.

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _FILE = "running.json"
 _PAUSE_SECS = 0.05
-_INSTANT_SECS = 0.15  # for as long at most who probes a lock holds it
+_INSTANT_SECS = 0.15  # for how long at most a probe holds the lock
 _PATIENCE_SECS = 1.0  # after which a wait is logged
 _LIVES = f"{FOLDER}/running"  # the names of leases, without their numbers
 _RECOVERS = f"{FOLDER}/recovering"
@@ -48,7 +48,7 @@ _READ_ONLY = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
 
 
 class Life:
-    """That a run of this process lives in a directory; until it is ended, or the process is."""
+    """Shows other processes that a run of this one lives in a directory, until either ends."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -192,7 +192,7 @@ def _held_for_recovery(directory: Path, timeout_secs: float) -> Iterator[bool]:
         except OSError as error:
             if error.errno not in _READ_ONLY:
                 raise
-            is_ours = True  # who may not write recovers nothing
+            is_ours = True  # a process that may not write recovers nothing
         try:
             yield is_ours
         finally:
