@@ -50,7 +50,7 @@ def agree(
 ) -> Any:
     """Lets the first of several processes act once, when all are ready; all get the outcome.
 
-    Every participant calls it with the same `subject`; it can be called again, whatever the outcome,
+    Every participant calls it with the same `subject`; it can be called again after any outcome,
     and from any thread. It uses JAX's coordination service, and no device. Where there is but one
     participant, this is `act({index: ready()})`.
 
