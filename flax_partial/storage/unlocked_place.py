@@ -188,7 +188,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
     # Ending it.
 
     @contextmanager
-    def locked_exclusively(self) -> Iterator[None]:
+    def locked_exclusively(self, pause: Callable[[], None]) -> Iterator[None]:
         """Puts a fence: from here on saves wait for how this ends."""
         with self._one_at_a_time:
             directory = session_dir.open_session(self)
@@ -198,7 +198,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                 self._directory = directory
                 try:
                     session_dir.check_state(self)
-                    with ControlObjects.locked_exclusively(self):
+                    with ControlObjects.locked_exclusively(self, pause):
                         yield
                 except FileNotFoundError as error:
                     if isinstance(error, NoSessionError) or self._is_current():
