@@ -120,8 +120,8 @@ class StepSaver:
                 _state.find(trainer, module, self._state_fn)
             ):
                 logger.warning(
-                    "The state that is saved into %s is an NNX model without its optimizer: training "
-                    "that goes on from it begins with a new one. Save both, such as "
+                    "The state that is saved into %s is an NNX model without its optimizer: "
+                    "training that goes on from it begins with a new one. Save both, such as "
                     '{"params": model, "opt_state": optimizer}.',
                     self._run.directory,
                 )
