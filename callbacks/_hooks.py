@@ -60,6 +60,7 @@ class TrainingHooks(Copyable):
     _extras: Extras
     _saver: StepSaver
     _save_on_exception: bool
+    _overwrite: bool
     _on_metrics: OnMetrics | None
     _step_before: int | None = None
     _is_training = False
@@ -107,19 +108,29 @@ class TrainingHooks(Copyable):
             step = trainer.global_step
             self._extras.metadata()  # what is wrong with them is said now
             if self.restored is not None and self.restored.step == step > 0:
-                _directory.check_none_later(self._run.directory, step)
+                if not self._overwrite:
+                    _directory.check_none_later(self._run.directory, step)
             elif step != self._member.last_saved:
                 self._saver.epoch_began = step
             self._step_before = step
             self._run.start(self._member, step)
+            if self._overwrite:
+                self._run.discard_later(step or -1)
             self._look(trainer)
             self._is_training = True
 
     @in_training
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Remembers the step that training, restored by now, starts from."""
-        self._step_before = trainer.global_step
-        self._look(trainer)
+        """Remembers the step that training, restored by now, starts from.
+
+        Saves the state, if it is to be saved at step 0.
+        """
+        with self._blocked("on_train_start", trainer):
+            step = trainer.global_step
+            self._step_before = step
+            self._look(trainer)
+            if step == 0 and self._saver.is_due(trainer, step, epoch_ends=False):
+                self._saver.save(trainer, module, epoch_ends=False)
 
     @in_training
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:

@@ -98,7 +98,7 @@ def is_misspelt(monitor: str, name: str) -> bool:
 
 
 def lacking(monitor: str, metrics: Mapping[str, Any], known: Iterable[str]) -> str:
-    """Says why a step has no score, and which metrics there are.
+    """Says why a step has no score, as a sentence after a colon, and which metrics there are.
 
     Args:
       monitor: The metric that should score it.
@@ -107,15 +107,15 @@ def lacking(monitor: str, metrics: Mapping[str, Any], known: Iterable[str]) -> s
     """
     names = sorted({*metrics, *known})
     if monitor in metrics:
-        why = f"is {metrics[monitor]}, no finite number"
+        why = f"is {metrics[monitor]}"
     elif monitor in names:
-        why = "was not set since the step began: it is of an earlier one"
+        why = "was not set in this step: its value is of an earlier one"
     else:
         close = difflib.get_close_matches(monitor, names, n=1)
         why = "is not among the trainer's metrics so far" + (
             f" (did you mean {close[0]!r}?)" if close else ""
         )
-    return f"monitor={monitor!r} {why}. Metrics there are: {', '.join(names) or 'none'}."
+    return f"{monitor!r} {why}. Metrics there are: {', '.join(names) or 'none'}."
 
 
 def send(report: CheckpointReport, trainer: Any, on_metrics: OnMetrics | None) -> None:

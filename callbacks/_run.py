@@ -174,8 +174,8 @@ class Run:
         self.finalizer.resume(step)
         self.members.last_closed = step
 
-    def discard_later(self, step: int, path: Path) -> None:
-        """Removes the checkpoints that are later than that of `step`, which is at `path`.
+    def discard_later(self, step: int, path: Path | None = None) -> None:
+        """Removes the checkpoints that are later than that of `step`, which is at `path`, if any.
 
         Raises:
           CheckpointInUseError: Another run lives in the directory; or one of them is being read.

@@ -7,13 +7,15 @@ What is saved is Keras's own tree of a model, `model.get_state_tree()`: trainabl
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import flax_partial as fp
 from flax_partial.callbacks import _extras
 from flax_partial.callbacks._keras_epochs import FitEpochs, epochs_of
+from flax_partial.callbacks._options import LoopOptions, explicit
 from flax_partial.callbacks._state import RestoreOptions
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint, resume_options, resuming
+from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 _extras.need("keras", extra="keras")
 
@@ -40,12 +42,13 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
     where it would in a new process: from the newest checkpoint.
     """
 
+    @explicit(LoopOptions, PartialCheckpointCallback.__init__, mode="auto")
     def __init__(
         self,
         directory: str | os.PathLike[str],
         *,
         resume: bool | RestoreOptions = True,
-        **options: Any,
+        **options: Unpack[LoopOptions],
     ) -> None:
         """Prepares a callback; nothing is written before training begins.
 
@@ -67,10 +70,10 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         super().__init__()
         if keras.backend.backend() != "jax":
             raise RuntimeError(
-                f"Keras runs on {keras.backend.backend()!r}. Set KERAS_BACKEND=jax before keras is "
-                "imported: what is checkpointed here are arrays of JAX."
+                f"Keras runs on {keras.backend.backend()!r}, and KerasCheckpoint saves arrays of "
+                "JAX. Set the environment variable KERAS_BACKEND=jax before keras is imported."
             )
-        self._loop = Loop(directory, self._state, {"mode": "auto"} | options)
+        self._loop = Loop(directory, self._state, options)
         self._resume = resume_options(resume)
         self._step_of_epoch = 0
         self._epochs = FitEpochs()
@@ -86,11 +89,14 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         self._epochs = epochs_of(self.model)
         self._loop.start(step)
         if self._resume is None:
+            self._loop.begin()
             return
         newest = max(fp.steps(self.callback.directory), default=0)
         has_failed, self._epochs.is_in_fit = self._epochs.is_in_fit, False
         if newest > step or "which" in self._resume or (has_failed and newest > 0):
             self._go_on(self._resume)
+        else:
+            self._loop.begin()
         step = self._loop.trainer.global_step
         self._set_initial_epoch(self._epochs.begin_fit(step, self.params["epochs"]))
 

@@ -135,7 +135,7 @@ class Session:
     def _take_over(self, directory: OpenSession | None) -> None:
         """Makes the claims those of a directory, and of the saves that are pending."""
         claims = Claims()
-        if directory is not None:
+        if directory is not None and not directory.is_new:
             failed = self.not_removed
             mine = self.where.read_parts(process=agreement.index(), failed=failed)
             for part in mine.committed.values():
@@ -293,6 +293,10 @@ def begin_save(where: Place, save: object) -> Session:
 
 
 def _session_of(where: Place) -> Session:
+    known = _sessions.get(where.final)
+    if known is not None and type(known.where) is not type(where) and known.is_idle:
+        known.close()  # the one that is there now is kept by other rules
+        del _sessions[where.final]
     if where.final not in _sessions:
         for final, other in list(_sessions.items()):
             if other.is_stale:

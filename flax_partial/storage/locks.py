@@ -60,6 +60,7 @@ class DirectoryLock:
     """
 
     mark = ""  # what the names of a session's parts have to hold
+    is_new = False  # whether it is known to hold no part
     _descriptor = -1
 
     def __init__(self, descriptor: int) -> None:

@@ -30,6 +30,11 @@ class OpenSession(Protocol):
         """What the names of its parts' directories have to hold; may be empty."""
         ...
 
+    @property
+    def is_new(self) -> bool:
+        """Whether this process has made it: then it held no part of its own before."""
+        ...
+
     def release(self) -> None:
         """Lets finalize and abort go on."""
         ...
@@ -258,7 +263,7 @@ class Place(Protocol):
         """Keeps saves out of a session, or has them wait for how this ends.
 
         Args:
-          pause: Called between two tries, while somebody saves; what it raises ends the wait.
+          pause: Called between two tries, while saves are under way; what it raises ends the wait.
 
         Raises:
           NoSessionError: There is no session, or none any more.
