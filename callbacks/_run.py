@@ -19,7 +19,7 @@ from flax_partial.callbacks._behind import Behind
 from flax_partial.callbacks._checkpoint import Checkpoint
 from flax_partial.callbacks._finalizer import Finalizer
 from flax_partial.callbacks._members import Members
-from flax_partial.callbacks._metrics import lacking
+from flax_partial.callbacks._metrics import is_misspelt, lacking
 from flax_partial.callbacks._open_checkpoints import OpenCheckpoints
 from flax_partial.callbacks._reports import BlockedTime
 from flax_partial.callbacks._timeline import Recorder
@@ -290,6 +290,13 @@ class Run:
             checkpoint.done.add(member.key)
             if not epoch_ends:
                 self.open_checkpoints.finish_scored()
+
+    def tell_misspelt(self, member: Member) -> None:
+        """Warns, after the first step, of a monitor that is almost the name of a metric."""
+        names = frozenset(self.open_checkpoints.metric_names)
+        for monitor in member.retention.modes.keys() - names:
+            if any(is_misspelt(monitor, name) for name in names):
+                logger.warning("After the first step %s", lacking(monitor, {}, names))
 
     def check_monitor(self, member: Member) -> None:
         """Warns, at the end of the first epoch, of a monitor that is no metric of the trainer's."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import reprlib
 import signal
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +33,7 @@ from flax_partial.runs.directory import checked, probably_meant
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from datetime import timedelta
     from pathlib import Path
 
@@ -186,9 +188,14 @@ class PartialCheckpointCallback(TrainingHooks):
         Raises:
           ValueError: An option has a value that makes no sense, alone or with another; or
             `directory` is a URL, or lies in a checkpoint.
-          TypeError: `stacked` maps something else than names to numbers, or tuples of them; or one
-            of `extras` has no state that can be got and set.
+          TypeError: `stacked` maps something else than names to numbers, or tuples of them; one of
+            `extras` has no state that can be got and set; or what is to be called cannot be.
         """
+        _check_kind(Callable, group_by=group_by, state_fn=state_fn, on_metrics=on_metrics)
+        _check_kind(str, monitor=monitor)
+        _check_kind(fp.SaveOptions, options=options)
+        _check_kind(FinalizeHook, finalizer=finalizer)
+        _check_kind(Mapping, stacked=stacked, extras=extras)
         failures = Failures(on_save_error)
         if when_behind not in WHEN_BEHIND:
             raise ValueError(f"when_behind is {when_behind!r}; it must be 'wait' or 'skip'.")
@@ -442,3 +449,12 @@ def _checked(custom_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
             f"Names that are in use: {', '.join(_OWN)}."
         )
     return metadata
+
+
+def _check_kind(kind: Any, **options: object) -> None:
+    """Raises TypeError for an option that is neither None nor of a kind."""
+    for name, one in options.items():
+        if one is not None and not isinstance(one, kind):
+            raise TypeError(
+                f"{name} is {reprlib.repr(one)}; it must be a {kind.__name__}, or None."
+            )
