@@ -46,7 +46,7 @@ class Finalizer:
         self._lock = threading.Lock()  # guards all below, for an instant at a time
         self._jobs: list[tuple[Checkpoint, Future[None]]] = []
         self._finalized: list[tuple[CheckpointReport, BlockedTime]] = []
-        self._reported: Counter[str] = Counter()  # how many of these each reader knows
+        self._reported: Counter[str] = Counter()  # how many of these each reader has read
         self._resumed: int | None = None
 
     def finalize(

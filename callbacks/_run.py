@@ -275,7 +275,7 @@ class Run:
           groups: Group to its leaves.
           epoch: The epoch under way, the first being 0.
           epoch_ends: Whether the step ends its epoch, whose metrics are yet to come.
-          closing: What its last part says of training.
+          closing: What its last part records of training.
         """
         with self._lock:
             if not checkpoint.members:

@@ -67,7 +67,7 @@ class Tiers:
         self._uploads = takeover.Uploads(remote)
         self._worker = Worker("flax_partial_upload")
         self._changed = threading.Condition()  # guards all below
-        self._number = 0  # by which `_uploads` knows this run; 0 until it has begun
+        self._number = 0  # by which `_uploads` finds this run; 0 until it has begun
         self._waiting: list[int] = []  # steps that are to be uploaded, the first one is under way
         self._is_taken_over = False
         self._is_ending = False
@@ -75,7 +75,7 @@ class Tiers:
     # Before training.
 
     def reconcile(self, *, begins: bool) -> None:
-        """Tells which checkpoints belong together; of several processes, in the first one.
+        """Identifies checkpoints that belong together; of several processes, in the first one.
 
         Where another tier has taken the run over since this one uploaded last, what is only in this
         one is of a run that was given up: it is set aside. Where training begins, this tier takes
@@ -209,7 +209,7 @@ class Tiers:
                 self._copy(step)
             except _TakenOverError:
                 self._is_taken_over = True
-                logger.error(  # noqa: TRY400 - the message says it all
+                logger.error(  # noqa: TRY400 - the message is enough
                     "A run with another local tier has taken over %s: steps from %d on stay in %s.",
                     self.remote,
                     step,

@@ -149,8 +149,8 @@ class PartialCheckpointCallback(TrainingHooks):
             was set in a checkpoint's own step, or by a validation after it, is its score: a
             checkpoint that lacks it waits for that until the next step begins. By default, that of
             the first `BestN` of `keep`.
-          mode: Whether the best score is the smallest or the largest; "auto" tells by the words of
-            its name ("loss", "accuracy"), and refuses one that it does not know.
+          mode: Whether the best score is the smallest or the largest; "auto" goes by the words of
+            its name ("loss", "accuracy"), and refuses any other.
           save_top_k: Keep so many of the best checkpoints, and the newest 5 whose score is not
             known (`BestN` of `keep` takes another number). -1: all are kept, whatever else is said.
           keep_every_n_steps: Keep the first checkpoint at or after each n-th step.
@@ -426,7 +426,7 @@ class PartialCheckpointCallback(TrainingHooks):
     def _tell_of_the_rest(
         self, described: fp.CheckpointMetadata, target: Any, options: _state.LoadOptions
     ) -> None:
-        """Says what of a checkpoint was not restored; with other names that is not looked for."""
+        """Logs what of a checkpoint was not restored; with other names that is not looked for."""
         if options["partial"] and not (options["renames"] or options["restack"]):
             names = (name for name in described.leaves if name != _STEP_LEAF)
             if rest := unrestored(names, flatten(_state.pure(_state.rooted(target)))):
@@ -441,7 +441,7 @@ class PartialCheckpointCallback(TrainingHooks):
 
 
 def _checked(custom_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns a copy of a run's metadata; of each value, a save says whether it can be stored."""
+    """Returns a copy of a run's metadata; whether a value can be stored is checked by the save."""
     metadata = dict(custom_metadata or {})
     if own := sorted(metadata.keys() & set(_OWN)):
         raise ValueError(
