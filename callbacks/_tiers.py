@@ -191,6 +191,10 @@ class Tiers:
             logger.info("Goes on with the upload of %s.", self.local / str(step))
             self.add(step, ())
 
+    def discarded(self, step: int) -> None:
+        """Notes that the checkpoints after a step were removed from both tiers."""
+        self._published = min(self._published, step)
+
     # While training.
 
     def add(self, step: int, retentions: Iterable[Retention]) -> None:
@@ -267,6 +271,8 @@ class Tiers:
                 )
             except (OSError, fp.CorruptCheckpointError) as error:
                 attempts = attempts + 1 if self._is_ending else 0
+                if isinstance(error, fp.NoSessionError) and step not in checkpoints(self.local):
+                    return False  # it was discarded
                 if not _may_pass(error) or attempts >= _LAST_ATTEMPTS:
                     logger.exception(
                         "Could not upload %s to %s.", self.local / str(step), self.remote
