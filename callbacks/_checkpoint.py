@@ -28,12 +28,12 @@ from flax_partial.subtrees import joined
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Future
-    from pathlib import Path
 
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._timeline import Recorder
     from flax_partial.callbacks.policies import Mode
+    from flax_partial.runs.directory import AnyPath
 
 
 class Checkpoint:
@@ -51,14 +51,14 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, *, step: int, epoch: int, run_name: str, recorder: Recorder
+        self, path: AnyPath, *, step: int, epoch: int, run_name: str, recorder: Recorder
     ) -> None:
         self.path = path
         self.step = step
         self.claims = Claims()
         self.members: dict[str, Member] = {}
         self.done: set[str] = set()
-        self.before: Path | None = None
+        self.before: AnyPath | None = None
         self.blocked = BlockedTime(step)
         self.error: BaseException | None = None
         self._epoch = epoch

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from collections.abc import Set as AbstractSet
     from concurrent.futures import Future
-    from pathlib import Path
 
     from flax_partial.callbacks._checkpoint import Checkpoint
     from flax_partial.callbacks._reports import BlockedTime, CheckpointReport
     from flax_partial.callbacks._schedule import Retention
     from flax_partial.callbacks._timeline import Recorder
+    from flax_partial.runs.directory import AnyPath
 
 
 class Finalizer:
     """Finalizes or drops the checkpoints of a directory that no callback adds to any more."""
 
-    def __init__(self, directory: Path, recorder: Recorder, timeout_secs: float) -> None:
+    def __init__(self, directory: AnyPath, recorder: Recorder, timeout_secs: float) -> None:
         self._directory = directory
         self._recorder = recorder
         self._timeout_secs = timeout_secs

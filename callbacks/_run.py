@@ -23,14 +23,15 @@ from flax_partial.callbacks._open_checkpoints import OpenCheckpoints
 from flax_partial.callbacks._reports import BlockedTime
 from flax_partial.callbacks._timeline import Recorder
 from flax_partial.runs import liveness
+from flax_partial.runs.directory import make
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._preemption import Preemption
+    from flax_partial.runs.directory import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Run:
       has_begun: Whether it trains: from when it has recovered the directory until all has ended.
     """
 
-    def __init__(self, directory: Path, preemption: Preemption, timeout_secs: float) -> None:
+    def __init__(self, directory: AnyPath, preemption: Preemption, timeout_secs: float) -> None:
         self.directory = directory
         self.preemption = preemption
         self.recorder = Recorder(directory)
@@ -235,7 +236,7 @@ class Run:
           CheckpointExistsError: The directory holds this step, or a later one.
           OSError: The directory cannot be made.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make(self.directory)
         _directory.check_is_newer(self.directory, step)
 
     def advance(self, step: int) -> None:

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
     from datetime import timedelta
-    from pathlib import Path
 
     from flax_partial.callbacks._groups import GroupBy
     from flax_partial.callbacks._metrics import OnMetrics
     from flax_partial.callbacks._reports import CheckpointReport
     from flax_partial.callbacks._stacked import Stacked
     from flax_partial.callbacks.policies import Policy
+    from flax_partial.runs.directory import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -330,7 +330,7 @@ class PartialCheckpointCallback(TrainingHooks):
     def _restore(
         self,
         step: int,
-        path: Path,
+        path: AnyPath,
         target: Any,
         options: _state.LoadOptions,
         *,
@@ -359,7 +359,7 @@ class PartialCheckpointCallback(TrainingHooks):
         logger.info("Restored step %d from %s.", step, path)
         return state, step
 
-    def _load(self, path: Path, target: Any, options: _state.LoadOptions) -> Any:
+    def _load(self, path: AnyPath, target: Any, options: _state.LoadOptions) -> Any:
         if not self._member.shows_progress:
             return _state.load(path, target, options)
         with contextlib.closing(Bar("Loading a checkpoint")) as bar:

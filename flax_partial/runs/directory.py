@@ -1,36 +1,99 @@
-"""The directory that a run keeps its checkpoints in: what may be one, and what it holds."""
+"""The directory that a run keeps its checkpoints in: what may be one, and what it holds.
+
+It may be one of a file system, or a prefix of an object store.
+"""
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flax_partial.loading import catalog
-from flax_partial.storage import paths
+from flax_partial.storage import directories, places
+from flax_partial.storage.store_path import AnyPath, StorePath
 
 if TYPE_CHECKING:
     from flax_partial.storage.paths import PathLike
 
+__all__ = [
+    "AnyPath",
+    "check_is_none",
+    "checked",
+    "checkpoints",
+    "identity",
+    "make",
+    "probably_meant",
+    "step_in_name",
+    "sweep",
+    "unfinished",
+]
+
 checkpoints = catalog.checkpoints
+identity = directories.identity
+make = directories.make
 probably_meant = catalog.probably_meant
 step_in_name = catalog.step_in_name
 
+_SESSION = re.compile(r"(\d+)\.partial_save")
+# What `fp.remove` leaves when it is killed, and what `fp.abort` does.
+_HALF_DELETED = re.compile(r"\.([^.]+_)?\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
 
-def checked(path: PathLike) -> Path:
+
+def checked(path: PathLike | StorePath) -> AnyPath:
     """Makes the path of a run's directory, which need not exist, absolute.
 
-    From here on it is the same, whatever the working directory.
+    From here on it is the same, whatever the working directory. An object store is asked nothing.
 
     Raises:
+      ImportError: It is a URL, and obstore is not installed.
+      StoreAccessError: It is a URL, and there are no credentials.
       TypeError: It is not a path of text.
-      ValueError: It is a URL, or lies in a checkpoint.
+      ValueError: It is a URL that nothing serves, or lies in a checkpoint.
     """
-    found = Path(paths.absolute(path))
-    around = catalog.checkpoint_around(found)
+    found = directories.absolute(path)
+    if isinstance(found, Path):
+        check_is_none(found)
+    return found
+
+
+def check_is_none(directory: AnyPath) -> None:
+    """Raises ValueError if a run's directory is a checkpoint, or lies in one."""
+    around = catalog.checkpoint_around(directory)
     if around is not None:
-        what = "is a checkpoint" if around == found else f"lies in the checkpoint {around}"
+        what = "is a checkpoint" if around == directory else f"lies in the checkpoint {around}"
         raise ValueError(
-            f"{found} {what}: a run's directory is one that holds checkpoints, such as "
+            f"{directory} {what}: a run's directory is one that holds checkpoints, such as "
             f"{around.parent}."
         )
-    return found
+
+
+def unfinished(directory: AnyPath) -> list[tuple[int, AnyPath]]:
+    """Returns the unfinished checkpoints in a run's directory: their steps, and their paths.
+
+    The paths are those that they will have once they are finalized.
+    """
+    if isinstance(directory, Path):
+        names = map(_SESSION.fullmatch, sorted(directories.names(directory)))
+        return [(int(name[1]), directory / name[1]) for name in names if name]
+    finalized = catalog.checkpoints(directory)
+    steps = [step for step in catalog.names_by_step(directory) if step not in finalized]
+    are_sessions = directories.for_each(
+        directory, lambda step: places.resolve(directory / str(step)).is_session(), steps
+    )
+    pairs = zip(steps, are_sessions, strict=True)
+    return [(step, directory / str(step)) for step, is_session in pairs if is_session]
+
+
+def sweep(directory: AnyPath) -> None:
+    """Deletes what is left of checkpoints and sessions whose removal was interrupted.
+
+    Of one in an object store nothing is deleted: what is left is either a session, which is settled
+    as such, or objects that no reader sees.
+    """
+    if isinstance(directory, Path):
+        for name in directories.names(directory):
+            if _HALF_DELETED.fullmatch(name):
+                # Another process may be deleting it, too.
+                shutil.rmtree(directory / name, ignore_errors=True)
