@@ -2,7 +2,8 @@
 
 Events are kept in memory, and written by the threads that save and finalize: at most every fifth of
 a second, and when a checkpoint has ended; into an object store only then. A process that is killed
-loses what is not written yet. A timeline that cannot be written is logged once; it never fails a training run.
+loses what is not written yet. A timeline that cannot be written is logged once; it never fails a
+training run.
 """
 
 from __future__ import annotations
@@ -54,9 +55,8 @@ class Recorder:
         """Has what follows belong to another run, with what led up to it."""
         if self._steps or self._lines:
             self.flush()
-        processes = {"process": jax.process_index(), "processes": jax.process_count()}
         with self._file_lock:
-            self._log.begin(run, timeline.encode("run", run=run, **processes))
+            self._log.begin(run)
 
     def step_began(self) -> None:
         """Records that a training step begins."""

@@ -50,8 +50,10 @@ def checked(path: PathLike | StorePath) -> AnyPath:
       ImportError: It is a URL, and obstore is not installed.
       StoreAccessError: It is a URL, and there are no credentials.
       TypeError: It is not a path of text.
-      ValueError: It is a URL that nothing serves, or lies in a checkpoint.
+      ValueError: It is empty, a URL that nothing serves, or lies in a checkpoint.
     """
+    if not str(path):
+        raise ValueError("The path of a run's directory is empty; '.' is the working directory.")
     found = directories.absolute(path)
     if isinstance(found, Path):
         check_is_none(found)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import jax
 
-from flax_partial.runs.timeline import FOLDER
+from flax_partial.runs.timeline import FOLDER, encode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +25,8 @@ class Log(Protocol):
     takes_often: bool
     """Whether to append costs little."""
 
-    def begin(self, run: str, header: str) -> None:
-        """Has what follows belong to another run, as the header says."""
+    def begin(self, run: str) -> None:
+        """Has what follows belong to another run."""
         ...
 
     def append(self, lines: Sequence[str]) -> None:
@@ -50,12 +50,12 @@ class FileLog:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._header = ""
+        self._run = ""
         self._has_begun = False  # whether the file says which run follows
 
-    def begin(self, run: str, header: str) -> None:  # noqa: ARG002
-        """Has the header written before the next lines."""
-        self._header, self._has_begun = header, False
+    def begin(self, run: str) -> None:
+        """Has the next lines written after one that says which run follows."""
+        self._run, self._has_begun = run, False
 
     def append(self, lines: Sequence[str]) -> None:
         """Appends lines, to another file where this one has become large."""
@@ -70,7 +70,7 @@ class FileLog:
         with path.open("a", encoding="utf-8") as file:
             if not has_begun:
                 # After an empty line: a killed process may have left the last one torn.
-                file.write("\n" * (file.tell() > 0) + self._header)
+                file.write("\n" * (file.tell() > 0) + _header(self._run))
             file.writelines(lines)
         self._has_begun = True
 
@@ -85,19 +85,18 @@ class ObjectLog:
 
     def __init__(self, directory: StorePath) -> None:
         self._directory = directory
-        self._run = self._header = ""
+        self._run = ""
         self._number = 0
         self._lines: list[str] = []
 
-    def begin(self, run: str, header: str) -> None:
+    def begin(self, run: str) -> None:
         """Begins the first object of a run."""
-        self._run, self._header = run, header
-        self._number, self._lines = 0, []
+        self._run, self._number, self._lines = run, 0, []
 
     def append(self, lines: Sequence[str]) -> None:
         """Puts the object with these lines, too."""
         self._lines += lines
-        data = "".join([self._header, *self._lines]).encode()
+        data = "".join([_header(self._run), *self._lines]).encode()
         if len(data) > _MOST_BYTES:  # the store has failed for long
             self._lines = []
         self._directory.store.put(self._key(self._number), [data])
@@ -108,3 +107,8 @@ class ObjectLog:
 
     def _key(self, number: int) -> str:
         return f"{FOLDER}/p{jax.process_index()}.{self._run}.{number:06d}.jsonl"
+
+
+def _header(run: str) -> str:
+    """The line that says which run, and which of its processes, the next ones are of."""
+    return encode("run", run=run, process=jax.process_index(), processes=jax.process_count())
