@@ -30,12 +30,12 @@ from flax_partial.subtrees import joined
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Future
-    from pathlib import Path
 
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._timeline import Recorder
     from flax_partial.callbacks.policies import Mode
+    from flax_partial.runs.directory import AnyPath
 
 
 class Checkpoint:
@@ -54,7 +54,7 @@ class Checkpoint:
 
     def __init__(
         self,
-        path: Path,
+        path: AnyPath,
         *,
         step: int,
         epoch: int,
@@ -67,7 +67,7 @@ class Checkpoint:
         self.claims = Claims()
         self.members: dict[str, Member] = {}
         self.done: set[str] = set()
-        self.before: Path | None = None
+        self.before: AnyPath | None = None
         self.blocked = BlockedTime(step)
         self.error: BaseException | None = None
         self._epoch = epoch

@@ -11,11 +11,8 @@ import errno
 import functools
 import logging
 import os
-import re
-import shutil
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -24,25 +21,23 @@ import flax_partial as fp
 from flax_partial.callbacks._metrics import finite_numbers
 from flax_partial.callbacks.policies import SavedStep, ranked
 from flax_partial.runs import completeness, liveness
+from flax_partial.runs import directory as runs_directory
 from flax_partial.runs.directory import checkpoints, step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Container
 
     from flax_partial.callbacks._schedule import Retention
+    from flax_partial.runs.directory import AnyPath
     from flax_partial.runs.liveness import Life
 
 logger = logging.getLogger(__name__)
 
-_SESSION = re.compile(r"(\d+)\.partial_save")
-# What `fp.remove` leaves when it is killed, and what `fp.abort` does.
-_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IS_WRITTEN = "another process still saves into it."
-_HALF_DELETED = re.compile(r"\.([^.]+_)?\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
 
 
 def recover(
-    directory: Path, life: Life, *, live: Container[Path], begins: bool, timeout_secs: float
+    directory: AnyPath, life: Life, *, live: Container[AnyPath], begins: bool, timeout_secs: float
 ) -> str:
     """Finalizes the sessions whose groups are all there, drops all others, and logs which.
 
@@ -76,11 +71,12 @@ def recover(
 
 
 def _recover(
-    directory: Path, life: Life, live: Container[Path], *, begins: bool, timeout_secs: float
+    directory: AnyPath, life: Life, live: Container[AnyPath], *, begins: bool, timeout_secs: float
 ) -> str:
     if begins:
-        directory.mkdir(parents=True, exist_ok=True)
-    if directory.is_dir():
+        runs_directory.make(directory)
+        runs_directory.check_is_none(directory)
+    if begins or directory.is_dir():
         with liveness.recovering(directory, timeout_secs):
             if begins:
                 life.begin()
@@ -92,35 +88,45 @@ def _recover(
     return uuid.uuid4().hex
 
 
-def _settle_all(directory: Path, live: Container[Path], *, timeout_secs: float) -> None:
-    for entry in sorted(directory.iterdir()):
-        session = _SESSION.fullmatch(entry.name)
-        if session and directory / session[1] not in live:
-            path = directory / session[1]
-            if not liveness.wait_until_idle(entry, timeout_secs):
-                logger.warning("Left the unfinished checkpoint %s as it is: %s", path, _IS_WRITTEN)
-                continue
-            try:
-                _settle(path, int(session[1]), timeout_secs)
-            except OSError as error:
-                if error.errno not in _READ_ONLY:
-                    raise
-                logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
+def _settle_all(directory: AnyPath, live: Container[AnyPath], *, timeout_secs: float) -> None:
+    for step, path in runs_directory.unfinished(directory):
+        if path in live:
+            continue
+        if not _is_idle(path, timeout_secs):
+            logger.warning("Left the unfinished checkpoint %s as it is: %s", path, _IS_WRITTEN)
+            continue
+        try:
+            _settle(path, step, timeout_secs)
+        except OSError as error:
+            if not _is_read_only(error):
+                raise
+            logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
 
 
-def check_is_newer(directory: Path, step: int) -> Path | None:
+def _is_idle(path: AnyPath, timeout_secs: float) -> bool:
+    """Waits until nobody saves into an unfinished checkpoint; returns whether that came in time."""
+    session = path.with_name(f"{path.name}.partial_save")
+    return liveness.wait_until_idle(session, timeout_secs)
+
+
+def _is_read_only(error: OSError) -> bool:
+    return isinstance(error, PermissionError) or error.errno == errno.EROFS
+
+
+def check_is_newer(directory: AnyPath, step: int) -> AnyPath | None:
     """Returns the newest checkpoint, which has to be older than `step`; None if there is none.
 
     Raises:
       CheckpointExistsError: Some checkpoint is of this step, or a later one.
     """
-    newest, path = next(reversed(checkpoints(directory).items()), (-1, None))
-    if newest >= step:
+    path = fp.latest(directory)
+    newest = None if path is None else step_in_name(path.name)
+    if newest is not None and newest >= step:
         raise _mixed(directory, newest, step)
     return path
 
 
-def _mixed(directory: Path, newest: int, step: int) -> fp.CheckpointExistsError:
+def _mixed(directory: AnyPath, newest: int, step: int) -> fp.CheckpointExistsError:
     return fp.CheckpointExistsError(
         f"{directory} holds step {newest} already, and training is only at step {step}: the steps "
         "of two runs would mix. Restore the newest checkpoint; or, to go back to an older one, "
@@ -129,7 +135,7 @@ def _mixed(directory: Path, newest: int, step: int) -> fp.CheckpointExistsError:
     )
 
 
-def check_none_later(directory: Path, step: int, path: Path | None = None) -> None:
+def check_none_later(directory: AnyPath, step: int, path: AnyPath | None = None) -> None:
     """Checks that training may go on from a step, whose checkpoint is at `path`, if that is known.
 
     Raises:
@@ -140,17 +146,19 @@ def check_none_later(directory: Path, step: int, path: Path | None = None) -> No
         raise _mixed(directory, in_the_way[-1], step)
 
 
-def _later(directory: Path, step: int, path: Path | None) -> list[int]:
+def _later(directory: AnyPath, step: int, path: AnyPath | None) -> list[int]:
     held = checkpoints(directory)
     is_another = path is not None and step in held and not _is_same(held[step], path)
     return [one for one in held if one > step or (one == step and is_another)]
 
 
-def _is_same(one: Path | fp.StorePath, other: Path) -> bool:
-    return one == other or (isinstance(one, Path) and one.samefile(other))
+def _is_same(one: AnyPath, other: AnyPath) -> bool:
+    if isinstance(other, fp.StorePath):
+        return other.samefile(one)
+    return one.samefile(other)
 
 
-def discard(directory: Path, step: int, path: Path | None, *, timeout_secs: float) -> None:
+def discard(directory: AnyPath, step: int, path: AnyPath | None, *, timeout_secs: float) -> None:
     """Removes what `check_none_later` would refuse.
 
     The newest goes first: killed meanwhile, what is left is of one run. Under `jax.distributed` all
@@ -168,14 +176,14 @@ def discard(directory: Path, step: int, path: Path | None, *, timeout_secs: floa
     )
 
 
-def _discard(directory: Path, step: int, path: Path | None) -> None:
+def _discard(directory: AnyPath, step: int, path: AnyPath | None) -> None:
     held = checkpoints(directory)
     for one in reversed(_later(directory, step, path)):
         fp.remove(held[one])
         logger.warning("Removed %s: training begins at step %d.", held[one], max(step, 0))
 
 
-def drop_unless_complete(path: Path, step: int, why: str, *, timeout_secs: float) -> None:
+def drop_unless_complete(path: AnyPath, step: int, why: str, *, timeout_secs: float) -> None:
     """Drops a session that lacks anything of the checkpoint of `step`, and logs why.
 
     One that lacks nothing is left for `recover` to finalize: it failed for some other reason.
@@ -188,7 +196,7 @@ def drop_unless_complete(path: Path, step: int, why: str, *, timeout_secs: float
     """
     if not _is_primary():
         return
-    if not liveness.wait_until_idle(path.with_name(f"{path.name}.partial_save"), timeout_secs):
+    if not _is_idle(path, timeout_secs):
         logger.warning("Left the unfinished checkpoint %s as it is: %s", path, _IS_WRITTEN)
         return
     try:
@@ -202,7 +210,7 @@ def _is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def prune(directory: Path, retention: Retention, *, protected: Container[int] = ()) -> None:
+def prune(directory: AnyPath, retention: Retention, *, protected: Container[int] = ()) -> None:
     """Removes the checkpoints that are no longer to be kept, oldest first.
 
     Each is renamed, then deleted: killed anywhere, a checkpoint is whole or is none, and `sweep`
@@ -224,7 +232,7 @@ def prune(directory: Path, retention: Retention, *, protected: Container[int] = 
             _remove(found[step])
 
 
-def _remove(path: Path) -> None:
+def _remove(path: AnyPath) -> None:
     try:
         fp.remove(path)
     except fp.CheckpointInUseError as error:
@@ -237,18 +245,15 @@ def _remove(path: Path) -> None:
         logger.debug("Removed the checkpoint %s.", path)
 
 
-def sweep(directory: Path) -> None:
+def sweep(directory: AnyPath) -> None:
     """Deletes what is left of checkpoints and sessions whose removal was interrupted."""
-    if not (_is_primary() and directory.is_dir()):
-        return
-    for entry in directory.iterdir():
-        if _HALF_DELETED.fullmatch(entry.name):
-            shutil.rmtree(entry, ignore_errors=True)  # another process may be deleting it, too
+    if _is_primary():
+        runs_directory.sweep(directory)
 
 
 def choose(
-    directory: Path, retention: Retention, which: str | int | os.PathLike[str]
-) -> tuple[int, Path] | None:
+    directory: AnyPath, retention: Retention, which: str | int | os.PathLike[str]
+) -> tuple[int, AnyPath] | None:
     """Returns the newest step, the best of those with a score, or a given one, and its path.
 
     None where there is no checkpoint yet.
@@ -282,7 +287,7 @@ def choose(
     return None if found is None else found[:2]
 
 
-def _at_path(path: str | os.PathLike[str]) -> tuple[int, Path]:
+def _at_path(path: str | os.PathLike[str]) -> tuple[int, AnyPath]:
     described = fp.metadata(path)
     step = described.custom_metadata.get("step")
     if not isinstance(step, int):
@@ -291,10 +296,10 @@ def _at_path(path: str | os.PathLike[str]) -> tuple[int, Path]:
         raise ValueError(
             f"which={str(path)!r}: nothing there tells of which step it is. Load it with fp.load."
         )
-    return step, Path(described.path)
+    return step, described.path
 
 
-def best(directory: Path, retention: Retention) -> tuple[int, Path, float] | None:
+def best(directory: AnyPath, retention: Retention) -> tuple[int, AnyPath, float] | None:
     """Returns the step of the best checkpoint, its path and score; None if none has a score."""
     monitor = retention.monitor
     if monitor is None:
@@ -305,21 +310,17 @@ def best(directory: Path, retention: Retention) -> tuple[int, Path, float] | Non
     return next(((one, held[one], scores[one]) for one in ranked(scores, retention.mode)), None)
 
 
-def _looked_into(held: Mapping[int, Path | fp.StorePath]) -> dict[int, SavedStep]:
+def _looked_into(held: Mapping[int, AnyPath]) -> dict[int, SavedStep]:
     found = {}
     for step, path in held.items():
         # Another process may have removed it; and what is damaged has no score.
         with contextlib.suppress(FileNotFoundError, fp.CorruptCheckpointError):
-            if isinstance(path, fp.StorePath):
-                found[step] = _look_into.__wrapped__(path, step, 0, 0)
-                continue
-            status = path.stat()
-            found[step] = _look_into(path, step, status.st_ino, status.st_mtime_ns)
+            found[step] = _look_into(path, step, runs_directory.identity(path))
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _look_into(path: Path | fp.StorePath, step: int, _inode: int, _mtime_ns: int) -> SavedStep:
+def _look_into(path: AnyPath, step: int, _identity: object) -> SavedStep:
     """Reads it once: the table of contents of a large model takes a while."""
     metadata = fp.metadata(path)
     custom = metadata.custom_metadata
@@ -332,7 +333,7 @@ def _look_into(path: Path | fp.StorePath, step: int, _inode: int, _mtime_ns: int
     )
 
 
-def _settle(path: Path, step: int, timeout_secs: float) -> None:
+def _settle(path: AnyPath, step: int, timeout_secs: float) -> None:
     lacking = completeness.missing(fp.status(path), step)
     if lacking is not None:
         _drop(
@@ -354,14 +355,14 @@ def _settle(path: Path, step: int, timeout_secs: float) -> None:
         )
 
 
-def _said_newest(directory: Path) -> str:
+def _said_newest(directory: AnyPath) -> str:
     newest = next(reversed(checkpoints(directory).values()), None)
     if newest is None:
         return f" There is no checkpoint in {directory} yet."
     return f" The newest checkpoint is {newest}."
 
 
-def _drop(path: Path, why: str, timeout_secs: float) -> None:
+def _drop(path: AnyPath, why: str, timeout_secs: float) -> None:
     try:
         fp.abort(path, timeout_secs=timeout_secs)
     except (fp.CheckpointExistsError, fp.CheckpointInUseError) as error:

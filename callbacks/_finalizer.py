@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from collections.abc import Set as AbstractSet
     from concurrent.futures import Future
-    from pathlib import Path
 
     from flax_partial.callbacks._checkpoint import Checkpoint
     from flax_partial.callbacks._reports import BlockedTime, CheckpointReport
     from flax_partial.callbacks._schedule import Retention
     from flax_partial.callbacks._tiers import Tiers
     from flax_partial.callbacks._timeline import Recorder
+    from flax_partial.runs.directory import AnyPath
 
 
 class Finalizer:
@@ -39,7 +39,7 @@ class Finalizer:
 
     def __init__(
         self,
-        directory: Path,
+        directory: AnyPath,
         recorder: Recorder,
         timeout_secs: float,
         tiers: Tiers | None = None,

@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator
     from collections.abc import Set as AbstractSet
-    from pathlib import Path
 
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._preemption import Preemption
+    from flax_partial.runs.directory import AnyPath
 
 
 class Members:
@@ -24,7 +24,7 @@ class Members:
 
     def __init__(
         self,
-        directory: Path,
+        directory: AnyPath,
         preemption: Preemption,
         lock: threading.RLock,
         *,

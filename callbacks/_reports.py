@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import flax_partial as fp
+    from flax_partial.runs.directory import AnyPath
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class CheckpointReport:
       finalized_at: When that was done, in seconds since the epoch.
     """
 
-    path: Path
+    path: AnyPath
     step: int
     epoch: int
     saves: Mapping[str, fp.SaveReport]

@@ -27,15 +27,16 @@ from flax_partial.callbacks._open_checkpoints import OpenCheckpoints
 from flax_partial.callbacks._reports import BlockedTime
 from flax_partial.callbacks._timeline import Recorder
 from flax_partial.runs import liveness
+from flax_partial.runs.directory import make
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._preemption import Preemption
     from flax_partial.callbacks._tiers import Tiers
+    from flax_partial.runs.directory import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Run:
 
     def __init__(
         self,
-        directory: Path,
+        directory: AnyPath,
         preemption: Preemption,
         timeout_secs: float | None,
         tiers: Tiers | None = None,
@@ -147,7 +148,7 @@ class Run:
         return self.tiers is not None and self.tiers.is_full
 
     @property
-    def places(self) -> tuple[Path, ...]:
+    def places(self) -> tuple[AnyPath, ...]:
         """The directories that hold its checkpoints: the local tier comes first."""
         return (self.directory,) if self.tiers is None else (self.directory, self.tiers.remote)
 
@@ -213,7 +214,7 @@ class Run:
         self.finalizer.resume(step)
         self.members.last_closed = step
 
-    def discard_later(self, step: int, path: Path | None = None) -> None:
+    def discard_later(self, step: int, path: AnyPath | None = None) -> None:
         """Removes the checkpoints that are later than that of `step`, which is at `path`, if any.
 
         Raises:
@@ -230,12 +231,12 @@ class Run:
         if self.tiers is not None:
             self.tiers.discarded(step)
 
-    def check_none_later(self, step: int, path: Path | None = None) -> None:
+    def check_none_later(self, step: int, path: AnyPath | None = None) -> None:
         """Checks, in both tiers, that training may go on from a step; see `_directory`."""
         for place in self.places:
             _directory.check_none_later(place, step, self._told_in(place, path))
 
-    def _told_in(self, place: Path, path: Path | None) -> Path | None:
+    def _told_in(self, place: AnyPath, path: AnyPath | None) -> AnyPath | None:
         """What to compare a place's checkpoint of the step with: nothing if it is the other's."""
         is_of_other = path is not None and path.parent in self.places and path.parent != place
         return None if is_of_other else path
@@ -258,7 +259,7 @@ class Run:
           CheckpointExistsError: The directory holds this step, or a later one.
           OSError: The directory cannot be made.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make(self.directory)
         for place in self.places:
             _directory.check_is_newer(place, step)
 

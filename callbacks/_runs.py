@@ -10,9 +10,9 @@ from flax_partial.callbacks._run import Run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from flax_partial.callbacks._tiers import Tiers
+    from flax_partial.runs.directory import AnyPath
 
 
 class Runs:
@@ -25,13 +25,13 @@ class Runs:
     def __init__(self, timeout_secs: float | None) -> None:
         self.preemption = Preemption()
         self._timeout_secs = timeout_secs
-        self._by_directory: dict[Path, Run] = {}
+        self._by_directory: dict[AnyPath, Run] = {}
         self._keys: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Run]:
         return iter(tuple(self._by_directory.values()))
 
-    def of(self, directory: Path, tiers: Tiers | None = None) -> Run:
+    def of(self, directory: AnyPath, tiers: Tiers | None = None) -> Run:
         """Returns the run of a directory, which is new if this is its first callback.
 
         Args:

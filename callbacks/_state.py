@@ -16,7 +16,8 @@ import flax_partial as fp
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
+
+    from flax_partial.runs.directory import AnyPath
 
 _OF_TRAINERS = ("global_step", "current_epoch", "callback_metrics")
 # Where most nodes of a tree come from: dicts and lists, and arrays.
@@ -107,7 +108,9 @@ def pure(tree: Any) -> Any:
     return jax.tree.map(lambda node: _pure(nnx, node), tree, is_leaf=_is_nnx)
 
 
-def load(path: Path, target: Any, options: LoadOptions, *, progress: Progress | None = None) -> Any:
+def load(
+    path: AnyPath, target: Any, options: LoadOptions, *, progress: Progress | None = None
+) -> Any:
     """Loads what `target` names; NNX objects in it are updated in place, and returned themselves.
 
     Raises:

@@ -22,14 +22,15 @@ from flax_partial.callbacks import _directory
 from flax_partial.callbacks._background import Worker
 from flax_partial.callbacks.policies import ranked
 from flax_partial.runs import completeness, takeover
-from flax_partial.runs.directory import checked, checkpoints
+from flax_partial.runs.directory import checked, checkpoints, unfinished
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Container, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
     from flax_partial.callbacks._schedule import Retention
+    from flax_partial.runs.directory import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,12 @@ _LAST_ATTEMPTS = 3  # at an upload that fails once training has ended
 
 
 def tiers_of(
-    directory: Path,
+    directory: AnyPath,
     local: str | os.PathLike[str] | None,
     *,
     keep_last: int,
     most_behind: int,
-) -> tuple[Path, Tiers | None]:
+) -> tuple[AnyPath, Tiers | None]:
     """Returns where a run saves, and the uploads from there if that is a local tier.
 
     Raises:
@@ -54,9 +55,9 @@ def tiers_of(
             raise ValueError(f"{name} is a number of checkpoints, 1 or more, not {value!r}")
     if local is None:
         return directory, None
-    if "://" in str(local):
-        raise ValueError(f"local is a directory on a disk of this machine, not {local}")
     place = checked(local)
+    if isinstance(place, fp.StorePath):
+        raise ValueError(f"local is a directory on a disk of this machine, not {place}")  # noqa: TRY004
     around = (directory, *directory.parents)
     if place in around or directory in place.parents:
         raise ValueError(f"local={str(place)!r} has to lie apart from the run's {directory}")
@@ -64,8 +65,8 @@ def tiers_of(
 
 
 def choose(
-    places: Iterable[Path], retention: Retention, which: str | int | os.PathLike[str]
-) -> tuple[int, Path] | None:
+    places: Iterable[AnyPath], retention: Retention, which: str | int | os.PathLike[str]
+) -> tuple[int, AnyPath] | None:
     """Returns the step and the path of a checkpoint in one of several places.
 
     Of a step that more than one place has it is that of the first; see `_directory.choose`.
@@ -79,7 +80,7 @@ def choose(
     return max(found, key=lambda one: one[0], default=None)
 
 
-def best(places: Iterable[Path], retention: Retention) -> tuple[int, Path, float] | None:
+def best(places: Iterable[AnyPath], retention: Retention) -> tuple[int, AnyPath, float] | None:
     """Returns the step, the path and the score of the best checkpoint in several places."""
     found = [one for place in places if (one := _directory.best(place, retention))]
     scores = {step: score for step, _, score in found}
@@ -99,7 +100,7 @@ class Tiers:
       remote: The run's directory.
     """
 
-    def __init__(self, local: Path, remote: Path, *, keep_last: int, most_behind: int) -> None:
+    def __init__(self, local: Path, remote: AnyPath, *, keep_last: int, most_behind: int) -> None:
         """Prepares it; nothing is written.
 
         Args:
@@ -165,7 +166,7 @@ class Tiers:
             aside = self.local / f"taken_over.{mine[:8]}"
             aside.mkdir(exist_ok=True)
             for path in held.values():
-                path.rename(aside / path.name)
+                (self.local / path.name).rename(aside / path.name)
             logger.warning(
                 "%s was taken over by a run with another local tier: steps %s of this one, %s, are "
                 "set aside in %s.",
@@ -184,9 +185,9 @@ class Tiers:
         published = checkpoints(self.remote)
         self._published = max(published, default=-1)
         left = [step for step in checkpoints(self.local) if step > self._published]
-        for step in _unfinished(self.remote, published):
+        for step, path in unfinished(self.remote):
             if step not in left:
-                _settle(self.remote / str(step), step)
+                _settle(path, step)
         for step in left:
             logger.info("Goes on with the upload of %s.", self.local / str(step))
             self.add(step, ())
@@ -324,19 +325,7 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, lasting)
 
 
-def _unfinished(directory: fp.StorePath | Path, published: Container[int]) -> list[int]:
-    """Steps of which there is a session in a run's directory."""
-    found = []
-    for entry in directory.iterdir():
-        name = entry.name.removesuffix(".partial_save")
-        if name.isdecimal() and int(name) not in published:
-            with contextlib.suppress(fp.NoSessionError):
-                fp.status(entry)
-                found.append(int(name))
-    return found
-
-
-def _settle(path: Path, step: int) -> None:
+def _settle(path: AnyPath, step: int) -> None:
     """Publishes an upload that is whole; drops one that is not."""
     try:
         if completeness.missing(fp.status(path), step) is None:

@@ -1,8 +1,9 @@
 """Records the timeline of a run while it trains, at next to no cost for training.
 
 Events are kept in memory, and written by the threads that save and finalize: at most every fifth of
-a second, and when a checkpoint has ended. A process that is killed loses what is not written yet.
-A timeline that cannot be written is logged once; it never fails a training run.
+a second, and when a checkpoint has ended; into an object store only then. A process that is killed
+loses what is not written yet. A timeline that cannot be written is logged once; it never fails a
+training run.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ import jax
 
 import flax_partial as fp
 from flax_partial.callbacks import _rows
-from flax_partial.runs import timeline
+from flax_partial.runs import timeline, timeline_logs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
+
+    from flax_partial.runs.directory import AnyPath
 
 logger = logging.getLogger(__name__)
 
 _MOST_STEPS = 1000  # since the last write: a run that never saves must not fill the memory
 _BRIEF_SECS = 1e-4  # what blocks training for less is added up, not listed
 _FLUSH_SECS = 0.2
-_MOST_BYTES = 16 << 20  # of a file, then another is begun; the one before the last goes
 
 _Span = tuple[str, float, float]
 
@@ -37,12 +38,11 @@ _Span = tuple[str, float, float]
 class Recorder:
     """Records what one process does in a run's directory; from any thread."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: AnyPath) -> None:
         self._directory = directory
+        self._log = timeline_logs.log_of(directory)
         self._lock = threading.Lock()  # guards the events below, for an instant at a time
-        self._file_lock = threading.Lock()  # one thread at a time appends to the file
-        self._run = ""
-        self._has_begun = False  # whether the file names the run that follows
+        self._file_lock = threading.Lock()  # one thread at a time appends to the log
         self._has_failed = False
         self._flushed = 0.0
         self._step_began: float | None = None
@@ -55,7 +55,8 @@ class Recorder:
         """Begins another run, with what led up to it."""
         if self._steps or self._lines:
             self.flush()
-        self._run, self._has_begun = run, False
+        with self._file_lock:
+            self._log.begin(run)
 
     def step_began(self) -> None:
         """Records that a training step begins."""
@@ -86,7 +87,7 @@ class Recorder:
         save = timeline.Save(step, group, where, report.bytes, report.times)
         with self._lock:
             self._lines.append(timeline.encode_save(save))
-        if time.monotonic() - self._flushed > _FLUSH_SECS:
+        if self._log.takes_often and time.monotonic() - self._flushed > _FLUSH_SECS:
             self.flush()
 
     def ended(self, step: int, outcome: str, *, began_at: float, ended_at: float) -> None:
@@ -104,9 +105,8 @@ class Recorder:
             if not lines:
                 return
             try:
-                self._append(lines)
+                self._log.append(lines)
             except OSError as error:
-                self._has_begun = False  # part of a line may have been written
                 if not self._has_failed:
                     logger.warning("The timeline of %s has gaps: %s", self._directory, error)
                 self._has_failed = True
@@ -123,24 +123,6 @@ class Recorder:
             held = {"spans": spans.get(step, []), "brief_secs": brief_secs.get(step, 0.0)}
             lines.append(timeline.encode("held", step=step, **held))
         return lines
-
-    def _append(self, lines: Iterable[str]) -> None:
-        process = jax.process_index()
-        path = self._directory / timeline.FOLDER / f"p{process}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            if file.tell() > _MOST_BYTES:
-                path.rename(path.with_name(f"p{process}.before.jsonl"))
-                self._has_begun = False
-        with path.open("a", encoding="utf-8") as file:
-            if not self._has_begun:
-                # After an empty line: a killed process may have left the last one torn.
-                file.write("\n" * (file.tell() > 0) + self._header(process))
-                self._has_begun = True
-            file.writelines(lines)
-
-    def _header(self, process: int) -> str:
-        return timeline.encode("run", run=self._run, process=process, processes=jax.process_count())
 
 
 def devices_of(leaves: Iterable[tuple[Any, Any]]) -> str:

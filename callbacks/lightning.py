@@ -34,7 +34,8 @@ from lightning.pytorch.callbacks import Callback
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
+
+    from flax_partial.runs.directory import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class LightningCheckpoint(PartialCheckpointCallback, Callback):
         if restored is not None:
             module.state, _, _ = _split(restored[0])
 
-    def _load(self, path: Path, target: Any, options: LoadOptions) -> Any:
+    def _load(self, path: AnyPath, target: Any, options: LoadOptions) -> Any:
         stored = fp.metadata(path).leaves.get(_TORCH)
         if isinstance(target, dict) and _TORCH in target and stored is not None:
             target = {**target, _TORCH: np.empty(stored.shape, np.uint8)}  # it may have grown

@@ -19,10 +19,10 @@ from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
     from types import TracebackType
 
     from flax_partial.callbacks._options import LoopOptions
+    from flax_partial.runs.directory import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Loop:
         if self.is_running:
             self.checkpoints.on_train_start(self.trainer, None)
 
-    def save_now(self) -> Path:
+    def save_now(self) -> AnyPath:
         """Saves the newest step, and returns its checkpoint's path once that is finalized."""
         self._start_if_new()
         return self.checkpoints.save_now(self.trainer)

@@ -30,19 +30,19 @@ from flax_partial.callbacks._tiers import best, choose, tiers_of
 from flax_partial.callbacks._unrestored import unrestored
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.progress import Bar
-from flax_partial.runs.directory import checked, probably_meant, uploaded_to
+from flax_partial.runs.directory import checked, probably_meant
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
     from datetime import timedelta
-    from pathlib import Path
 
     from flax_partial.callbacks._groups import GroupBy
     from flax_partial.callbacks._metrics import OnMetrics
     from flax_partial.callbacks._reports import CheckpointReport
     from flax_partial.callbacks._stacked import Stacked
     from flax_partial.callbacks.policies import Policy
+    from flax_partial.runs.directory import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class PartialCheckpointCallback(TrainingHooks):
 
         Raises:
           ValueError: An option has a value that makes no sense, alone or with another; or
-            `directory` is a URL without `local`, or lies in a checkpoint.
+            `directory` is a URL that nothing serves, or lies in a checkpoint.
           TypeError: `stacked` maps something else than names to numbers, or tuples of them; one of
             `extras` has no state that can be got and set; or what is to be called cannot be.
         """
@@ -210,7 +210,7 @@ class PartialCheckpointCallback(TrainingHooks):
         failures = Failures(on_save_error)
         if when_behind not in WHEN_BEHIND:
             raise ValueError(f"when_behind is {when_behind!r}; it must be 'wait' or 'skip'.")
-        self.directory = checked(directory) if local is None else uploaded_to(directory)
+        self.directory = checked(directory)
         self.finalizer = finalizer or FinalizeHook()
         self._run = self.finalizer.runs.of(
             *tiers_of(self.directory, local, keep_last=local_keep_last, most_behind=most_uploads)
@@ -294,7 +294,7 @@ class PartialCheckpointCallback(TrainingHooks):
         found = best(self._run.places, self._member.retention)
         return found[2] if found else None
 
-    def save_now(self, trainer: Any, module: Any = None) -> Path:
+    def save_now(self, trainer: Any, module: Any = None) -> AnyPath:
         """Saves the newest finished step, due or not, and waits until it is finalized.
 
         Between two steps, or before the first, which is step 0 then.
@@ -407,7 +407,7 @@ class PartialCheckpointCallback(TrainingHooks):
     def _restore(
         self,
         step: int,
-        path: Path,
+        path: AnyPath,
         target: Any,
         options: _state.LoadOptions,
         *,
@@ -447,7 +447,7 @@ class PartialCheckpointCallback(TrainingHooks):
                 level = logging.WARNING if self._is_training else logging.INFO
                 logger.log(level, "Not restored of %s: %s.", described.path, rest)
 
-    def _load(self, path: Path, target: Any, options: _state.LoadOptions) -> Any:
+    def _load(self, path: AnyPath, target: Any, options: _state.LoadOptions) -> Any:
         if not self._member.shows_progress:
             return _state.load(path, target, options)
         with contextlib.closing(Bar("Loading a checkpoint")) as bar:

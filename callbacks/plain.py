@@ -12,8 +12,8 @@ from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
-    from pathlib import Path
 
+    from flax_partial.runs.directory import AnyPath
     from flax_partial.subtrees import Name
 
 StateT = TypeVar("StateT")
@@ -111,7 +111,7 @@ class checkpointing(LoopCheckpoint):  # noqa: N801 - it is read as the verb of a
         self._state = state
         self._loop.step(self.steps_done + 1, metrics, custom_metadata=custom_metadata)
 
-    def save_now(self) -> Path:
+    def save_now(self) -> AnyPath:
         """Saves the state as it is after the newest step, due or not, and waits until that is done.
 
         Before the first step, that is the state that was passed to `restore`, as step 0.

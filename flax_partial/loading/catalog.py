@@ -2,20 +2,25 @@
 
 Orbax's managers may call a step `ckpt_20` (`step_prefix`), or `00000020` (a fixed length). Such
 names count where Orbax wrote the checkpoint: `exp_1` that this package saved is no step of a run.
+
+In an object store a step is called by its number alone, and counts once it is published.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from flax_partial.errors import NoSessionError, first_few
+from flax_partial.errors import NoSessionError, StoreAccessError, first_few
 from flax_partial.format import orbax as orbax_format
 from flax_partial.loading import orbax_reader
 from flax_partial.sessions import workers
 from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import Handle
 from flax_partial.sessions.workers import Task
-from flax_partial.storage import files, paths, places
+from flax_partial.storage import directories, places
 from flax_partial.storage.paths import CONTENTS, SESSION_SUFFIX, STATE, PathLike
+from flax_partial.storage.store_path import AnyPath, StorePath
 
 _MARKS = (
     orbax_format.CHECKPOINT_METADATA,
@@ -39,30 +44,55 @@ def steps(directory: PathLike) -> list[int]:
     return list(checkpoints(directory))
 
 
-def latest(directory: PathLike) -> Path | None:
+def latest(directory: PathLike) -> AnyPath | None:
     """Returns the finalized checkpoint of a run's last step; None if it has none.
 
+    Older steps are not looked at: in an object store it takes the requests of one listing of names,
+    and one for each step at the end that is not finalized.
+
     Args:
-      directory: The run's directory.
+      directory: The run's directory, or its URL.
     """
-    return next(reversed(checkpoints(directory).values()), None)
+    root = directories.absolute(directory)
+    found = (_of_step(root, names) for names in reversed(names_by_step(root).values()))
+    return next((path for path in found if path is not None), None)
 
 
-def checkpoints(directory: PathLike) -> dict[int, Path]:
+def checkpoints(directory: PathLike) -> dict[int, AnyPath]:
     """Returns the finalized checkpoints in a run's directory by step, ascending; absolute paths.
 
     Of two that are of one step, that counts which is called by it.
     """
-    root = Path(paths.absolute(directory))
-    found: dict[int, Path] = {}
-    for name in files.listed(root):
+    root = directories.absolute(directory)
+    named = names_by_step(root)
+    found = directories.for_each(root, partial(_of_step, root), named.values())
+    return {step: path for step, path in zip(named, found, strict=True) if path is not None}
+
+
+def names_by_step(root: AnyPath) -> dict[int, list[str]]:
+    """Returns the names in a directory that may be those of a step, ascending; reads nothing.
+
+    Those that are called just by the step come first.
+    """
+    named: dict[int, list[str]] = {}
+    for name in directories.names(root):
         step = step_in_name(name)
         is_plain = name == str(step)
-        if step is None or (step in found and not is_plain) or not is_finalized(root / name):
+        if step is None or (isinstance(root, StorePath) and not is_plain):
             continue
-        if is_plain or not (root / name / STATE / CONTENTS).exists():
-            found[step] = root / name
-    return dict(sorted(found.items()))
+        names = named.setdefault(step, [])
+        names.insert(0 if is_plain else len(names), name)
+    return dict(sorted(named.items()))
+
+
+def _of_step(root: AnyPath, names: Sequence[str]) -> AnyPath | None:
+    """Returns the first finalized one of the names of a step."""
+    for name in names:
+        path = root / name
+        is_plain = name == str(step_in_name(name))
+        if is_finalized(path) and (is_plain or not (path / STATE / CONTENTS).exists()):
+            return path
+    return None
 
 
 def step_in_name(name: str) -> int | None:
@@ -71,16 +101,27 @@ def step_in_name(name: str) -> int | None:
     return int(digits) if digits.isascii() and digits.isdecimal() else None
 
 
-def checkpoint_around(path: Path) -> Path | None:
-    """Returns the checkpoint, finalized or not, that a path lies in or is; None if in none."""
-    for place in (*reversed(path.parents), path):
-        is_session = place.name.endswith(SESSION_SUFFIX) and (place / STATE).is_dir()
-        if is_session or any((place / mark).is_file() for mark in _MARKS):
-            return place
-    return None
+def checkpoint_around(path: AnyPath) -> AnyPath | None:
+    """Returns the checkpoint, finalized or not, that a path lies in or is; None if in none.
+
+    In an object store only finalized ones are seen, and what may not be looked at is none.
+    """
+    around: list[AnyPath] = [path, *path.parents]
+    around.reverse()
+    are_checkpoints = directories.for_each(path, _is_checkpoint, around)
+    return next((one for one, is_one in zip(around, are_checkpoints, strict=True) if is_one), None)
 
 
-def probably_meant(path: Path) -> str:
+def _is_checkpoint(path: AnyPath) -> bool:
+    if isinstance(path, StorePath):
+        with suppress(StoreAccessError):
+            return directories.is_published(path)
+        return False
+    is_session = path.name.endswith(SESSION_SUFFIX) and (path / STATE).is_dir()
+    return is_session or any((path / mark).is_file() for mark in _MARKS)
+
+
+def probably_meant(path: AnyPath) -> str:
     """Returns, as a sentence after a space, which checkpoint was probably meant."""
     try:
         return _meant(path)
@@ -88,7 +129,7 @@ def probably_meant(path: Path) -> str:
         return ""
 
 
-def _meant(path: Path) -> str:
+def _meant(path: AnyPath) -> str:
     around = checkpoint_around(path)
     if around is not None and around != path:
         return f" The path lies in the checkpoint {around}."
@@ -99,7 +140,7 @@ def _meant(path: Path) -> str:
     beside = checkpoints(path.parent) if step_in_name(path.name) is not None else {}
     if beside:
         return f" {path.parent} holds steps {_listed(beside)}."
-    names = sorted(files.listed(path))[:_MOST_RUNS]
+    names = sorted(directories.names(path))[:_MOST_RUNS]
     runs = {name: held for name in names if (held := checkpoints(path / name))}
     if runs:
         said = [f"{name} (steps {_listed(held)})" for name, held in runs.items()]
@@ -138,9 +179,10 @@ def remove(path: PathLike) -> None:
     workers.finalizing.run(Task(lambda _: where.remove_checkpoint(), Handle[None]()))
 
 
-def is_finalized(path: Path) -> bool:
+def is_finalized(path: AnyPath) -> bool:
     """Whether a directory is a finalized checkpoint, ours or Orbax's."""
-    state = path / STATE
-    if (path / "_CHECKPOINT_METADATA").is_file() and (state / "_METADATA").is_file():
+    if isinstance(path, StorePath):
+        return directories.is_published(path)
+    if (path / "_CHECKPOINT_METADATA").is_file() and (path / STATE / "_METADATA").is_file():
         return True
     return orbax_reader.is_checkpoint(path)

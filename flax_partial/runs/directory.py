@@ -1,58 +1,101 @@
-"""The directory that a run keeps its checkpoints in: what may be one, and what it holds."""
+"""The directory that a run keeps its checkpoints in: what may be one, and what it holds.
+
+It may be one of a file system, or a prefix of an object store.
+"""
 
 from __future__ import annotations
 
-import os
+import re
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flax_partial.loading import catalog
-from flax_partial.storage import object_store, paths
-from flax_partial.storage.store_path import StorePath
+from flax_partial.storage import directories, places
+from flax_partial.storage.store_path import AnyPath, StorePath
 
 if TYPE_CHECKING:
     from flax_partial.storage.paths import PathLike
 
+__all__ = [
+    "AnyPath",
+    "check_is_none",
+    "checked",
+    "checkpoints",
+    "identity",
+    "make",
+    "probably_meant",
+    "step_in_name",
+    "sweep",
+    "unfinished",
+]
+
+checkpoints = catalog.checkpoints
+identity = directories.identity
+make = directories.make
 probably_meant = catalog.probably_meant
 step_in_name = catalog.step_in_name
 
-
-def checkpoints(directory: Any) -> dict[int, Any]:
-    """Returns the finalized checkpoints in a run's directory by step, ascending.
-
-    Their paths are of the directory's own type, `Path` or `StorePath`.
-    """
-    if not isinstance(directory, StorePath):
-        return catalog.checkpoints(directory)
-    store = directory.store
-    steps = sorted(int(name) for name in store.children()[0] if name.isdecimal())
-    mark = "commit_success.txt"
-    return {one: directory / str(one) for one in steps if store.size(f"{one}/{mark}") is not None}
+_SESSION = re.compile(r"(\d+)\.partial_save")
+# What `fp.remove` leaves when it is killed, and what `fp.abort` does.
+_HALF_DELETED = re.compile(r"\.([^.]+_)?\d+(\.partial_save)?\.[0-9a-f]+\.deleted")
 
 
-def uploaded_to(path: PathLike) -> Any:
-    """Makes the path, or URL, of a directory that a run uploads to absolute; see `checked`."""
-    text = os.fspath(path)
-    return StorePath(text) if object_store.is_url(text) else checked(path)
-
-
-def checked(path: PathLike) -> Path:
+def checked(path: PathLike | StorePath) -> AnyPath:
     """Makes the path of a run's directory, which need not exist, absolute.
 
-    From here on it is the same, whatever the working directory.
+    From here on it is the same, whatever the working directory. An object store is asked nothing.
 
     Raises:
+      ImportError: It is a URL, and obstore is not installed.
+      StoreAccessError: It is a URL, and there are no credentials.
       TypeError: It is not a path of text.
-      ValueError: It is empty, a URL, or lies in a checkpoint.
+      ValueError: It is empty, a URL that nothing serves, or lies in a checkpoint.
     """
-    if not os.fspath(path):
+    if not str(path):
         raise ValueError("The path of a run's directory is empty; '.' is the working directory.")
-    found = Path(paths.absolute(path))
-    around = catalog.checkpoint_around(found)
+    found = directories.absolute(path)
+    if isinstance(found, Path):
+        check_is_none(found)
+    return found
+
+
+def check_is_none(directory: AnyPath) -> None:
+    """Raises ValueError if a run's directory is a checkpoint, or lies in one."""
+    around = catalog.checkpoint_around(directory)
     if around is not None:
-        what = "is a checkpoint" if around == found else f"lies in the checkpoint {around}"
+        what = "is a checkpoint" if around == directory else f"lies in the checkpoint {around}"
         raise ValueError(
-            f"{found} {what}: a run's directory is one that holds checkpoints, such as "
+            f"{directory} {what}: a run's directory is one that holds checkpoints, such as "
             f"{around.parent}."
         )
-    return found
+
+
+def unfinished(directory: AnyPath) -> list[tuple[int, AnyPath]]:
+    """Returns the unfinished checkpoints in a run's directory: their steps, and their paths.
+
+    The paths are those that they will have once they are finalized.
+    """
+    if isinstance(directory, Path):
+        names = map(_SESSION.fullmatch, sorted(directories.names(directory)))
+        return [(int(name[1]), directory / name[1]) for name in names if name]
+    finalized = catalog.checkpoints(directory)
+    steps = [step for step in catalog.names_by_step(directory) if step not in finalized]
+    are_sessions = directories.for_each(
+        directory, lambda step: places.resolve(directory / str(step)).is_session(), steps
+    )
+    pairs = zip(steps, are_sessions, strict=True)
+    return [(step, directory / str(step)) for step, is_session in pairs if is_session]
+
+
+def sweep(directory: AnyPath) -> None:
+    """Deletes what is left of checkpoints and sessions whose removal was interrupted.
+
+    Of one in an object store nothing is deleted: what is left is either a session, which is settled
+    as such, or objects that no reader sees.
+    """
+    if isinstance(directory, Path):
+        for name in directories.names(directory):
+            if _HALF_DELETED.fullmatch(name):
+                # Another process may be deleting it, too.
+                shutil.rmtree(directory / name, ignore_errors=True)

@@ -7,7 +7,8 @@ something is written: a session without saves under way can still be finalized o
 A process that recovers what an ended run has left locks the directory itself meanwhile, and so does
 a run that begins: no run begins while another process drops the sessions of an ended one.
 
-Where there are no locks, or only such as hold on one machine, leases take the place of both.
+Where there are no locks, or only such as hold on one machine, and in object stores, leases take the
+place of both.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import logging
 import os
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -29,12 +31,13 @@ from flax_partial.runs.leases import Lease
 from flax_partial.runs.timeline import FOLDER
 from flax_partial.storage import locks
 from flax_partial.storage.directory_store import DirectoryStore
+from flax_partial.storage.store_path import StorePath
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from flax_partial.storage.store import Store
+    from flax_partial.storage.store_path import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +47,12 @@ _INSTANT_SECS = 0.15  # for how long at most a probe holds the lock
 _PATIENCE_SECS = 1.0  # after which a wait is logged
 _LIVES = f"{FOLDER}/running"  # the names of leases, without their numbers
 _RECOVERS = f"{FOLDER}/recovering"
-_READ_ONLY = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
 
 
 class Life:
     """Shows other processes that a run of this one lives in a directory, until either ends."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: AnyPath) -> None:
         self._directory = directory
         self._held: locks.FileLock | Lease | None = None
 
@@ -68,17 +70,18 @@ class Life:
         """
         if self._held is not None:
             return
-        folder = self._directory / FOLDER
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            logger.warning("Others cannot see that a run trains in %s: %s", self._directory, error)
-            return
+        if isinstance(self._directory, Path):
+            try:
+                (self._directory / FOLDER).mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                where = self._directory
+                logger.warning("Others cannot see that a run trains in %s: %s", where, error)
+                return
         store = _store(self._directory)
-        self._held = self._lock(folder / _FILE) if store is None else self._lease(store)
+        self._held = self._lock() if store is None else self._lease(store)
 
-    def _lock(self, path: Path) -> locks.FileLock:
-        lock = locks.make_file(path)
+    def _lock(self) -> locks.FileLock:
+        lock = locks.make_file(Path(self._directory, FOLDER, _FILE))
         if not _wait(lock, _INSTANT_SECS, "for who looks whether a run lives"):
             who = _described(lock)
             lock.close()
@@ -121,7 +124,7 @@ class Life:
             held.close()
 
 
-def living(directory: Path) -> str | None:
+def living(directory: AnyPath) -> str | None:
     """Returns which run lives in a directory, of this process or another; None if there is none.
 
     It waits for nothing, unless there are no locks: then until a run of another machine renews its
@@ -131,7 +134,7 @@ def living(directory: Path) -> str | None:
         store = _store(directory)
         if store is not None:
             return leases.holder(store, _LIVES)
-        lock = locks.open_file(directory / FOLDER / _FILE)
+        lock = locks.open_file(Path(directory, FOLDER, _FILE))
     except OSError:
         return None
     if lock is None:
@@ -142,7 +145,7 @@ def living(directory: Path) -> str | None:
         lock.close()
 
 
-def wait_until_idle(session: Path, timeout_secs: float) -> bool:
+def wait_until_idle(session: AnyPath, timeout_secs: float) -> bool:
     """Waits until no process writes to a session; returns whether that came in time.
 
     Where there are no locks it waits for nothing: a save that comes too late finds that out.
@@ -151,6 +154,8 @@ def wait_until_idle(session: Path, timeout_secs: float) -> bool:
       session: Its directory.
       timeout_secs: For how many seconds to wait.
     """
+    if isinstance(session, StorePath):
+        return True
     try:
         lock = locks.open_directory(session)
     except OSError:  # it is no session
@@ -164,7 +169,7 @@ def wait_until_idle(session: Path, timeout_secs: float) -> bool:
 
 
 @contextmanager
-def recovering(directory: Path, timeout_secs: float) -> Iterator[None]:
+def recovering(directory: AnyPath, timeout_secs: float) -> Iterator[None]:
     """Keeps other processes from recovering a directory, and runs from beginning in it, meanwhile.
 
     Raises:
@@ -182,7 +187,7 @@ def recovering(directory: Path, timeout_secs: float) -> Iterator[None]:
 
 
 @contextmanager
-def _held_for_recovery(directory: Path, timeout_secs: float) -> Iterator[bool]:
+def _held_for_recovery(directory: AnyPath, timeout_secs: float) -> Iterator[bool]:
     """Yields whether the directory is held by this process."""
     store = _store(directory)
     if store is not None:
@@ -190,7 +195,7 @@ def _held_for_recovery(directory: Path, timeout_secs: float) -> Iterator[bool]:
         try:
             is_ours = lease.take(timeout_secs) is None
         except OSError as error:
-            if error.errno not in _READ_ONLY:
+            if not (isinstance(error, PermissionError) or error.errno == errno.EROFS):
                 raise
             is_ours = True  # a process that may not write recovers nothing
         try:
@@ -198,15 +203,17 @@ def _held_for_recovery(directory: Path, timeout_secs: float) -> Iterator[bool]:
         finally:
             lease.release()
         return
-    lock = locks.open_directory(directory, follow=True)
+    lock = locks.open_directory(Path(directory), follow=True)
     if lock is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory))
     with contextlib.closing(lock):
         yield _wait(lock, timeout_secs, f"for another process, which recovers {directory}")
 
 
-def _store(directory: Path) -> Store | None:
+def _store(directory: AnyPath) -> Store | None:
     """Where the leases of a run are; None where it has locks."""
+    if isinstance(directory, StorePath):
+        return directory.store
     return None if locks.are_shared(directory) else DirectoryStore(directory, durable=False)
 
 

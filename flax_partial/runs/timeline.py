@@ -1,9 +1,11 @@
 """What the timeline of a run holds, and how it lies on disk.
 
 Each process appends to a file of its own, `<directory>/timeline/p<process>.jsonl`, one record a
-line; `callbacks/_timeline.py` writes them. A line that is not one, such as the last of a killed
-process, is left out; so is a record that some later version adds. All instants are in seconds since
-the epoch, by the clock of the machine that the process ran on.
+line; `timeline_logs` writes them. An object store appends to nothing: there they are in several
+objects, `<directory>/timeline/p<process>.<run>.<number>.jsonl`, each with a run's line first. A
+line that is not one, such as the last of a killed process, is left out; so is a record that some
+later version adds. All instants are in seconds since the epoch, by the clock of the machine that
+the process ran on.
 
     {"is": "run", "run": "6f0c...", "process": 0, "processes": 4}        what follows is its
     {"is": "steps", "steps": [[47, BEGAN, ENDED], ...]}
@@ -17,14 +19,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_partial.reports import SaveTimes
+from flax_partial.storage import directories
+from flax_partial.storage.store import MOST_REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
+
+    from flax_partial.storage.store_path import AnyPath
 
 FOLDER = "timeline"
 FINALIZED, GIVEN_UP = "finalized", "given up"
@@ -173,7 +180,7 @@ def encode_save(save: Save) -> str:
     )
 
 
-def read(directory: Path) -> list[Run]:
+def read(directory: AnyPath) -> list[Run]:
     """Reads the timelines of a run's directory, oldest first: a run that goes on is a new one.
 
     Args:
@@ -183,11 +190,23 @@ def read(directory: Path) -> list[Run]:
       OSError: A file cannot be read.
     """
     runs: dict[str, Run] = {}
-    folder = directory / FOLDER
-    for path in sorted(folder.glob("p*.jsonl")) if folder.is_dir() else ():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            _decode(lines, runs)
+    for lines in _files(directory / FOLDER):
+        _decode(lines, runs)
     return sorted((run for run in runs.values() if run.began_at), key=lambda run: run.began_at)
+
+
+def _files(folder: AnyPath) -> Iterator[Iterable[str]]:
+    """Yields the lines of each file, in the order of their names."""
+    found = [one for one in directories.names(folder) if re.fullmatch(r"p.*\.jsonl", one)]
+    if isinstance(folder, Path):
+        for name in sorted(found):
+            with (folder / name).open(encoding="utf-8", errors="replace") as lines:
+                yield lines
+        return
+    names = sorted(found)
+    for at in range(0, len(names), MOST_REQUESTS):
+        for data in directories.for_each(folder, folder.store.get, names[at : at + MOST_REQUESTS]):
+            yield (data or b"").decode("utf-8", errors="replace").splitlines()
 
 
 def _decode(lines: Iterable[str], runs: dict[str, Run]) -> None:

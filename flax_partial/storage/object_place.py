@@ -23,7 +23,6 @@ import mmap
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,7 +43,7 @@ from flax_partial.format.tables import decode_contents, decode_part
 from flax_partial.storage.parts import SessionParts, decoded, is_of, oldest_first, own_name
 from flax_partial.storage.paths import CONTENTS, PART_PREFIX, PART_TABLE, STATE
 from flax_partial.storage.place import Files, NewPart, OpenSession
-from flax_partial.storage.store import MOST_REQUESTS, Entry, Store
+from flax_partial.storage.store import MOST_REQUESTS, Entry, Store, at_once
 from flax_partial.storage.store_path import AnyPath, StorePath
 
 T = TypeVar("T")
@@ -422,7 +421,7 @@ class ControlObjects:
         found = SessionParts(decided_ns=decided_ns)
         have = {**self._known.parts, **(known or {})}
         reads = [partial(self._read_part, name) for name in names if name not in have]
-        read = dict(zip([name for name in names if name not in have], _all(reads), strict=True))
+        read = dict(zip([name for name in names if name not in have], at_once(reads), strict=True))
         for name in oldest_first(names):
             part = have.get(name) or read[name]
             if part is None:
@@ -505,7 +504,7 @@ class ControlObjects:
         session = self._ending.id
         named = [(name, list(pieces)) for name, pieces in root_files() if name != MARK]
         named.append((_CONTENTS, [contents]))
-        _all([partial(self.store.put, name, pieces) for name, pieces in named])
+        at_once([partial(self.store.put, name, pieces) for name, pieces in named])
         mark = {"flax_partial": 1, "session": session, "contents": digest(contents)}
         is_mine = self.store.put_new(MARK, _write(mark | {"by": uuid.uuid4().hex}))
         entries = self.store.list(f"{STATE}/")
@@ -768,20 +767,9 @@ def _write(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value).encode()
 
 
-def _all(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """Does tasks side by side; raises the first error, and begins no more then."""
-    if len(tasks) <= 1:
-        return [task() for task in tasks]
-    pool = ThreadPoolExecutor(min(MOST_REQUESTS, len(tasks)), "store-requests")
-    try:
-        return [one.result() for one in [pool.submit(task) for task in tasks]]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _together(one: Callable[[], T], other: Callable[[], Any]) -> tuple[T, Any]:
     """Does two requests side by side."""
-    first, second = _all([one, other])
+    first, second = at_once([one, other])
     return first, second
 
 

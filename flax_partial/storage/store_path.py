@@ -74,6 +74,20 @@ class StorePath:
         """Returns the place beside it of that name."""
         return self.parent / name
 
+    def absolute(self) -> "StorePath":
+        """Returns itself: a URL depends on no working directory."""
+        return self
+
+    def resolve(self) -> "StorePath":
+        """Returns itself: there are no links."""
+        return self
+
+    def samefile(self, other: "str | Path | StorePath") -> bool:
+        """Whether another path is the same place, by its URL without parameters."""
+        if isinstance(other, Path):
+            return False
+        return str(self).partition("?")[0] == str(other).partition("?")[0]
+
     @property
     def store(self) -> Store:
         """The objects below it."""

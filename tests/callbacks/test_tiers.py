@@ -200,7 +200,7 @@ def test_an_older_step_than_the_remote_one_is_refused(remote: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"local": "s3://bucket/run"}, "local is a directory"),
+        ({"local": "memory://bucket/run"}, "local is a directory"),
         ({"local": "run/remote/x"}, "lie apart"),
         ({"local": "run"}, "lie apart"),
         ({"local": "local", "local_keep_last": 0}, "local_keep_last"),

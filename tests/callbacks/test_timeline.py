@@ -21,7 +21,7 @@ from things import QUICK
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, _timeline
 from flax_partial.cli.main import WRONG_USE
-from flax_partial.runs import timeline
+from flax_partial.runs import timeline, timeline_logs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -175,7 +175,7 @@ def test_a_timeline_that_cannot_be_written_fails_no_training(
 
 
 def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_timeline, "_MOST_BYTES", 2000)
+    monkeypatch.setattr(timeline_logs, "_MOST_BYTES", 2000)
     fitted(tmp_path, keep_last=1, epochs=8, streamed=PARAMS)
     files = list((tmp_path / "timeline").glob("*.jsonl"))
     assert sorted(file.name for file in files) == ["p0.before.jsonl", "p0.jsonl"]

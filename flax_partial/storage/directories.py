@@ -1,0 +1,94 @@
+"""A run's directory, on a file system or in an object store, and what is done to it.
+
+These are the few operations in which the two differ; the paths of both have `iterdir`, `is_dir` and
+the like in common.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from flax_partial.storage import files, object_store, paths
+from flax_partial.storage.object_place import MARK
+from flax_partial.storage.paths import PathLike
+from flax_partial.storage.store import at_once
+from flax_partial.storage.store_path import AnyPath, StorePath
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+
+def given(path: PathLike | StorePath) -> AnyPath:
+    """Takes a path, or URL, as a user gives it; one that is relative stays so.
+
+    Raises:
+      ImportError: It is a URL, and obstore is not installed.
+      StoreAccessError: It is a URL, and there are no credentials.
+      TypeError: It is not a path of text.
+      ValueError: It is a URL that nothing serves, or that names nothing.
+    """
+    if isinstance(path, StorePath) or (isinstance(path, str) and object_store.is_url(path)):
+        found = StorePath(path)
+        _ = found.store  # which says what is missing to reach it
+        return found
+    return Path(paths.expanded(path))
+
+
+def absolute(path: PathLike | StorePath) -> AnyPath:
+    """Makes a path that a user gives absolute, as `given` takes it."""
+    found = given(path)
+    return Path(os.path.abspath(found)) if isinstance(found, Path) else found
+
+
+def names(directory: AnyPath) -> list[str]:
+    """Returns the names in a directory, in no order; none where there is no directory."""
+    if isinstance(directory, Path):
+        return files.listed(directory)
+    folders, objects = directory.store.children()
+    return [*folders, *(one.key for one in objects)]
+
+
+def make(directory: AnyPath) -> None:
+    """Makes a directory; of one in an object store, finds out whether it can be reached.
+
+    Raises:
+      FileNotFoundError: There is no such bucket.
+      StoreError: The store cannot be reached, or refuses to list it.
+    """
+    if isinstance(directory, Path):
+        directory.mkdir(parents=True, exist_ok=True)
+    else:
+        directory.store.children()
+
+
+def identity(checkpoint: AnyPath) -> object:
+    """What tells a finalized checkpoint from one that was at the same path before.
+
+    Raises:
+      FileNotFoundError: There is none.
+    """
+    if isinstance(checkpoint, StorePath):
+        return (checkpoint / MARK).read_bytes()
+    status = checkpoint.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def is_published(checkpoint: StorePath) -> bool:
+    """Whether a finalized checkpoint is there, in an object store."""
+    return (checkpoint / MARK).is_file()
+
+
+def bytes_below(directory: AnyPath) -> int:
+    """Returns the size of all that is below a directory."""
+    if isinstance(directory, Path):
+        return files.bytes_below(directory)
+    return sum(one.size for one in directory.store.list())
+
+
+def for_each(directory: AnyPath, do: Callable[[A], T], items: Iterable[A]) -> list[T]:
+    """Does something for each of many items of a directory: side by side in an object store."""
+    if isinstance(directory, Path):
+        return [do(item) for item in items]
+    return at_once([partial(do, item) for item in items])
