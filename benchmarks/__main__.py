@@ -32,6 +32,7 @@ SCENARIOS = (
     "load",
     "reuse",
     "compression",
+    "object_store",
     "distributed",
     "import_time",
 )
