@@ -153,7 +153,7 @@ def discard(directory: Path, step: int, path: Path | None = None) -> None:
     processes call it.
 
     Raises:
-      CheckpointInUseError: Somebody is reading one of them; those that are older stay, too.
+      CheckpointInUseError: One of them is being read; those that are older stay, too.
       OSError: One of them cannot be removed.
     """
     fp.agree(

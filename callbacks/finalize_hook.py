@@ -27,7 +27,7 @@ class FinalizeHook(Copyable):
         Args:
           timeout_secs: For how many seconds a checkpoint waits, in the background, for the other
             processes to save their part of it; then it is given up. For as long they wait for one
-            another where they recover a directory, or for somebody else who does.
+            another where they recover a directory, or for another job that does.
         """
         self.runs = Runs(timeout_secs)  # for its callbacks
 

@@ -3,7 +3,7 @@
     PartialCheckpointError
     ├── CheckpointExistsError   (FileExistsError)    the finalized checkpoint is there already
     ├── NoSessionError          (FileNotFoundError)  nothing here to finalize, look at or load
-    ├── CheckpointInUseError    (BlockingIOError)    somebody is reading what was to be removed
+    ├── CheckpointInUseError    (BlockingIOError)    it is being read, or another run trains there
     ├── KeyConflictError        (ValueError)         two leaves cannot stand in one tree
     ├── UnsupportedLeafError    (TypeError)          a value that no checkpoint can hold
     │   └── EmptyStateError     (ValueError)         a state without a single leaf
@@ -37,7 +37,7 @@ class NoSessionError(PartialCheckpointError, FileNotFoundError):
 
 
 class CheckpointInUseError(PartialCheckpointError, BlockingIOError):
-    """Somebody is reading the checkpoint that was to be removed; nothing was removed."""
+    """The checkpoint is being read, or another run trains in its directory; nothing was changed."""
 
 
 class KeyConflictError(PartialCheckpointError, ValueError):

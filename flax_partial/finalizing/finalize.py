@@ -56,7 +56,7 @@ def finalize(
         where several processes call this, what each of them expects must be.
       processes: Indices of the processes that call this under `jax.distributed`; all of them if
         None. The first of them finalizes when the others have called it, and all return, or raise
-        the same. With `expect` and None it waits for nobody: what it expects says when all is in.
+        the same. With `expect` and None it waits for none: what it expects says when all is in.
       timeout_secs: For how many seconds to wait for what is missing. None: for leaves not at all,
         for other processes 90 s.
 

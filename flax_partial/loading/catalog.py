@@ -114,7 +114,7 @@ def _listed(steps: Iterable[int]) -> str:
 
 
 def remove(path: PathLike) -> None:
-    """Removes a finalized checkpoint, ours or Orbax's, unless somebody is reading it.
+    """Removes a finalized checkpoint, ours or Orbax's, unless it is being read.
 
     It disappears at once, by a rename, and is deleted then. Killed, or cut off from power, at any
     moment, the checkpoint is there whole, or not at all; what may be left of it lies beside it, as

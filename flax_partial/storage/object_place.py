@@ -260,7 +260,7 @@ class StorePlace:
         verdict = self._verdict(session.id)
         if verdict is not None and verdict.kind == _FINALIZE:
             raise CheckpointExistsError(
-                f"{self.final} is being finalized. If nobody is at it any more, call finalize "
+                f"{self.final} is being finalized. If its process has ended, call finalize "
                 "again, which completes it."
             )
 
@@ -314,8 +314,8 @@ class StorePlace:
                 )
             if time.monotonic() > deadline:
                 raise StoreError(
-                    f"{self.final}: a finalize has begun and does not end. If nobody is at it any "
-                    "more, call finalize again, or abort; then save this part again."
+                    f"{self.final}: a finalize has begun and does not end. If its process has "
+                    "ended, call finalize again, or abort; then save this part again."
                 )
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECS)
@@ -500,7 +500,7 @@ class StorePlace:
             self.store.delete([MARK] if is_mine else [])  # removed while this process slept
             raise self.no_session()
         if not is_mine:
-            raise CheckpointExistsError(f"{self.final} was finalized by somebody else meanwhile.")
+            raise CheckpointExistsError(f"{self.final} was finalized by another process meanwhile.")
         self._sweep(session, entries)
 
     def _sweep(self, session: str, entries: Sequence[Entry]) -> None:

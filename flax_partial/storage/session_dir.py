@@ -193,7 +193,7 @@ def require_absent(where: CheckpointPath) -> None:
     """Raises CheckpointExistsError if anything is at the final path."""
     if os.path.lexists(where.final):
         raise CheckpointExistsError(
-            f"{where.final} exists already, finalized or made by somebody else. "
+            f"{where.final} exists already, finalized or made by another program. "
             "Use another path, or remove it first."
         )
 

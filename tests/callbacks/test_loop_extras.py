@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from flax_partial.errors import how_to_install
+
 _ABSENT = """
 import sys
 
@@ -41,8 +43,7 @@ def test_a_missing_package_is_named_with_how_to_install_it(module: str, package:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"ModuleNotFoundError: flax_partial.callbacks.{module} needs the package {package!r}, "
-        f"which is not installed. Install it with: pip install '.[{module}]' in a checkout "
-        "of flax_partial"
+        f"which is not installed. Install it with: {how_to_install(module)}"
     )
 
 
