@@ -94,7 +94,7 @@ class TrainingHooks(Copyable):
         """Joins the callbacks that share its hook, if there is training to come."""
         self.is_idle = stage != "fit" or bool(getattr(trainer, "fast_dev_run", False))
         if not self.is_idle:
-            self._run.join(self._member)
+            self._run.members.join(self._member)
 
     @in_training
     def on_fit_start(self, trainer: Any, module: Any) -> None:
@@ -116,7 +116,7 @@ class TrainingHooks(Copyable):
             self._step_before = step
             self._run.start(self._member, step)
             if self._overwrite:
-                _directory.discard(self._run.directory, step or -1)
+                self._run.discard_later(step or -1)
             self._look(trainer)
             self._is_training = True
 

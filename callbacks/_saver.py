@@ -74,7 +74,9 @@ class StepSaver:
 
     def is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
         """Whether `step` is to be saved: cheap enough to ask at every layer."""
-        return self._run.is_due(self._member, step, trainer.current_epoch, epoch_ends=epoch_ends)
+        return self._run.members.is_due(
+            self._member, step, trainer.current_epoch, epoch_ends=epoch_ends
+        )
 
     def stream(self, trainer: Any, step: int, root: str, name: Name, tree: Any) -> None:
         """Saves one layer of `step`, below `root`."""
@@ -143,7 +145,7 @@ class StepSaver:
             if finished is not None and finished.step not in (0, self._member.last_saved):
                 finished.check_is_there()
                 logger.warning("Training failed: step %d is saved before it ends.", finished.step)
-                self._run.rescued_step = finished.step
+                self._run.members.rescued_step = finished.step
                 self._save(
                     lambda _: finished.tree,
                     finished.step,

@@ -407,8 +407,7 @@ class PartialCheckpointCallback(TrainingHooks):
         state = self._load(path, target, options)
         self._extras.set(extras)
         if discard_later:
-            self._run.check_is_alone()
-            _directory.discard(self.directory, step, path)
+            self._run.discard_later(step, path)
         self._member.last_saved = step
         self._saver.epoch_began = step - progress.steps_of_epoch
         self.restored = progress

@@ -37,7 +37,7 @@ class NoSessionError(PartialCheckpointError, FileNotFoundError):
 
 
 class CheckpointInUseError(PartialCheckpointError, BlockingIOError):
-    """The checkpoint is being read, or another run trains in its directory; nothing was changed."""
+    """It is being read or written, or a run trains in its directory; it was left as it is."""
 
 
 class KeyConflictError(PartialCheckpointError, ValueError):

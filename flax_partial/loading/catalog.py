@@ -81,7 +81,7 @@ def checkpoint_around(path: Path) -> Path | None:
 
 
 def probably_meant(path: Path) -> str:
-    """Says, as a sentence after a space, which checkpoint may have been meant."""
+    """Returns, as a sentence after a space, which checkpoint was probably meant."""
     try:
         return _meant(path)
     except OSError:  # of a directory that this process may not read
@@ -125,7 +125,7 @@ def remove(path: PathLike) -> None:
 
     Raises:
       CheckpointInUseError: `load`, `metadata` or `verify` reads it now, here or in another process;
-        it was left as it is. Orbax's own readers are not known of.
+        it was left as it is. Orbax's own readers are not detected.
       NoSessionError: There is no finalized checkpoint at `path`.
       OSError: It cannot be removed, or only in part: then it is no checkpoint any more.
     """

@@ -1,7 +1,7 @@
 """Reading a finalized checkpoint into arrays.
 
 What is read is planned first: every leaf of the target is compared with the checkpoint, and all
-that does not fit is told in one error, before any array data is read. Then only the boxes that
+that does not fit is reported in one error, before any array data is read. Then only the boxes that
 this process's devices hold are read.
 """
 
@@ -40,7 +40,7 @@ _PARTIAL = "partial=True lets the target lack leaves"
 _KEEP_MISSING = "keep_missing=True lets the checkpoint lack leaves, which stay as they are"
 _CAST = "cast=True converts dtypes"
 _MOST_COMPARED = 2500  # pairs of names, in a fraction of a second
-_PIECE_BYTES = 96 << 20  # of a load that says how far it is, or feeds an accelerator
+_PIECE_BYTES = 96 << 20  # of a load that reports progress, or fills an accelerator
 
 Outcomes = Sequence[np.ndarray | Exception]
 _Read = tuple[Sequence[Region], Outcomes]
@@ -82,7 +82,7 @@ def load(
       renames: From keys that follow one another in the checkpoint's paths, joined with dots, to
         what the target has there: `{"encoder.trunk": "encoder.body"}`; "" is the root. Of several
         the longest that fits counts; the names in `restack` are what they are after that.
-      share_reads: Whether processes that want replicas of an array read a share of it each, and
+      share_reads: Whether processes with replicas of an array read a share of it each, and
         hand it on by a collective: where the storage is slower than the network. Every process
         that holds some of the target's arrays has to call this, with the same target.
       progress: Called in this thread, before the first and after each piece of some 100 MiB, with
@@ -98,7 +98,7 @@ def load(
         not in the target; it lists everything. Or devices that it was saved from are not here.
       ValueError: There is no target, and `restack` or `renames`.
       CorruptCheckpointError: Data on disk is damaged; it names the leaves.
-      OSError: The system refused to read it, which says nothing of the data.
+      OSError: The system refused to read it; the data may be intact.
     """
     if sharding not in ("default", "saved"):
         raise ValueError(f"sharding is 'default' or 'saved', not {sharding!r}")
@@ -143,7 +143,7 @@ def _load(
         return _nested(leaves, _read(checkpoint, readings, progress))
     target = orbax_terms.tree_of(target)
     if leaf_types.are_registered():
-        keypaths.values_of(target)  # which says what JAX cannot flatten
+        keypaths.values_of(target)  # whose message names what JAX cannot flatten
     key_paths, values, structure = keypaths.flatten(leaf_types.unwrapped(target))
     checkpoint = chosen(checkpoint, where, key_paths)
     require_items(checkpoint, key_paths if partial else None)
@@ -295,7 +295,7 @@ def _read(
 ) -> list[Any]:
     """Reads the boxes of all that is wanted, and builds the leaves: some at a time.
 
-    An accelerator is fed some while the next are read.
+    Some are put on an accelerator while the next are read.
     """
     data = _read_boxes(checkpoint, readings, progress)
     values: list[Any] = []
@@ -341,7 +341,7 @@ def _read_boxes(
 def _telling(
     reads: Iterable[_Read], progress: Callable[[int, int], None], total: int
 ) -> Iterator[Outcomes]:
-    """Yields what was read, and tells how much that is by now."""
+    """Yields what was read, and reports how much that is by now."""
     done = 0
     for batch, outcomes in reads:
         done += sum(map(region_bytes, batch))

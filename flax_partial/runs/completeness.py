@@ -1,4 +1,4 @@
-"""What parts say about their checkpoint, by which a later process knows whether all are there.
+"""What parts record of their checkpoint, so that a later process can tell if all are there.
 
 Each part carries, as custom metadata, the step that it belongs to and the group that it holds. The
 last part that a callback saves in a step, which may hold no leaf, lists all its groups. Merged over

@@ -60,6 +60,7 @@ class DirectoryLock:
     """
 
     mark = ""  # what the names of a session's parts have to hold
+    is_new = False  # whether it is known to hold no part
     _descriptor = -1
 
     def __init__(self, descriptor: int) -> None:
@@ -71,6 +72,14 @@ class DirectoryLock:
     def acquire(self, kind: int) -> None:
         """Waits for the `flock`, shared or exclusive; with `LOCK_NB`, raises BlockingIOError."""
         fcntl.flock(self._descriptor, kind)
+
+    def try_exclusive(self) -> bool:
+        """Acquires the exclusive `flock`; returns False where somebody else has one."""
+        try:
+            self.acquire(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def release(self) -> None:
         """Gives the lock back; the directory stays open."""

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -62,6 +63,7 @@ _HOW_TO_GIVE = {
     "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, pass service_account to flax_partial.store_options, "
     "or log in by 'gcloud auth application-default login'.",
 }
+_REFUSED = re.compile(r"\b(401 Unauthorized|403 Forbidden)\b")  # of a listing it is a generic error
 _MOST_OF_ONE = 16  # requests of one upload
 _ATTEMPTS = 3  # at what obstore does not repeat itself
 _PAUSE_SECS = 0.05
@@ -492,11 +494,13 @@ class ObjectStore:
                     errno.ENOENT, "There is no such object, or no such bucket", self._name(key)
                 ) from None
             except BaseError as error:
-                refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
-                kind = StoreAccessError if refused else StoreError
-                failure = kind(f"{self._name(key)}: {_said(error)}")
+                said = _said(error)
+                is_refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
+                if is_refused or _REFUSED.search(said):
+                    raise StoreAccessError(f"{self._name(key)}: {said}") from None
+                failure = StoreError(f"{self._name(key)}: {said}")
                 is_last = attempt + 1 == attempts or time.monotonic() > deadline
-                if is_last or isinstance(failure, StoreAccessError):
+                if is_last:
                     raise failure from None
             time.sleep(_PAUSE_SECS * 2**attempt)
         raise AssertionError

@@ -1,4 +1,4 @@
-"""`rm`: removes a finalized checkpoint, and asks first."""
+"""`rm`: removes a finalized checkpoint, after a question."""
 
 import argparse
 
