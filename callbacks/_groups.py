@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GroupBy = Callable[[KeyPath], str]
-"""Says, by its key path, which group a leaf of the state is saved with."""
+"""Returns, by its key path, the group that a leaf of the state is saved with."""
 
 _PARAMS = "params"
 
@@ -57,17 +57,33 @@ class Grouping:
 
     def streamed(self, root: str, name: Name, tree: Any) -> dict[str, Leaves]:
         """Returns the groups of a streamed layer: it is one, or one for each row of a stack."""
-        keys = keys_of(name)
-        leaves = flatten(subtree((root, *keys), leaf_types.unwrapped(tree)))
+        leaves = flatten(subtree((root, *keys_of(name)), leaf_types.unwrapped(tree)))
         self._streamed.update(leaf_name(path) for path, _ in leaves)
-        leaves = self._spread(leaves)
-        return _stacked.by_row({".".join((root, *map(str, keys))): leaves})
+        return _stacked.by_row({joined_name(root, name): self._spread(leaves)})
+
+    def check(self, tree: Any, streamed: AbstractSet[str]) -> None:
+        """Finds what `rest` would raise, where layers of these names are streamed, and not seen.
+
+        Raises:
+          ValueError: `stacked` names no leaf of what is saved.
+          TypeError: `group_by` returned something else than a name.
+        """
+        leaves = flatten(leaf_types.unwrapped(tree))
+        seen = [
+            stack
+            for stack in self._stacked
+            if not any(stack.startswith(f"{layer}.") for layer in streamed)
+        ]
+        _stacked.check_known(seen, {leaf_name(path) for path, _ in leaves} | streamed)
+        if self._group_by is not None:
+            cut(leaves, self._group_by)
 
     def rest(self, tree: Any, claims: Claims) -> dict[str, Leaves]:
         """Returns the groups of what is in a state, and was not saved yet.
 
         Raises:
           ValueError: `stacked` names no leaf of what is saved.
+          TypeError: `group_by` returned something else than a name.
         """
         leaves = flatten(leaf_types.unwrapped(tree))
         _stacked.check_known(self._stacked, {leaf_name(path) for path, _ in leaves} | claims.names)
@@ -100,11 +116,26 @@ class Grouping:
             logger.warning("%s", message)
 
 
+def joined_name(root: str, name: Name) -> str:
+    """Returns the name that a streamed layer has in the checkpoint."""
+    return ".".join((root, *map(str, keys_of(name))))
+
+
 def cut(leaves: Leaves, group_by: GroupBy) -> dict[str, Leaves]:
-    """Sorts leaves into groups, both in the order in which they come."""
+    """Sorts leaves into groups, both in the order in which they come.
+
+    Raises:
+      TypeError: `group_by` returned something else than a name.
+    """
     groups: dict[str, Leaves] = {}
     for path, leaf in leaves:
-        groups.setdefault(group_by(path), []).append((path, leaf))
+        group = group_by(path)
+        if not isinstance(group, str):
+            raise TypeError(
+                f"group_by returned {group!r} for leaf {leaf_name(path)!r}; it must return the "
+                "name of a group, a string."
+            )
+        groups.setdefault(group, []).append((path, leaf))
     return groups
 
 

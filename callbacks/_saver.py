@@ -5,17 +5,19 @@ If training fails, the last finished step can be saved, too.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
 from flax_partial.callbacks import _state
 from flax_partial.callbacks._finished import Finished
+from flax_partial.callbacks._groups import joined_name
 from flax_partial.callbacks._leaves import flatten
 from flax_partial.callbacks._restored import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from flax_partial.callbacks._checkpoint import Checkpoint
     from flax_partial.callbacks._claims import Claims
@@ -56,6 +58,7 @@ class StepSaver:
         self._extras = extras
         self._state_fn = state_fn
         self._custom_metadata = custom_metadata
+        self._streamed: set[str] = set()  # layers of the first step, if that is not saved
         self._finished: Finished | None = None
 
     def find(self, trainer: Any, module: Any) -> Any:
@@ -73,10 +76,14 @@ class StepSaver:
         return found
 
     def is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
-        """Whether `step` is to be saved: cheap enough to ask at every layer."""
+        """Whether `step` is to be saved: cheap enough to check at every layer."""
         return self._run.members.is_due(
             self._member, step, trainer.current_epoch, epoch_ends=epoch_ends
         )
+
+    def note_streamed(self, root: str, name: Name) -> None:
+        """Notes, for `check`, a layer that is streamed in a step that is not saved."""
+        self._streamed.add(joined_name(root, name))
 
     def stream(self, trainer: Any, step: int, root: str, name: Name, tree: Any) -> None:
         """Saves one layer of `step`, below `root`."""
@@ -105,23 +112,31 @@ class StepSaver:
         Raises:
           CheckpointExistsError: The directory holds this step, or a later one.
           UnsupportedLeafError: No checkpoint can hold some leaf of the state.
-          Exception: What `state_fn` raises; or the directory cannot be made.
+          ValueError: `stacked` names no leaf of it.
+          Exception: What `state_fn` or `group_by` raises; or the directory cannot be made.
         """
-        if not self._grouping.has_streamed and _state.lacks_optimizer(
-            _state.find(trainer, module, self._state_fn)
-        ):
-            logger.warning(
-                "The state that is saved into %s is an NNX model without its optimizer: training "
-                "that goes on from it begins with a new one. Save both, such as "
-                '{"params": model, "opt_state": optimizer}.',
-                self._run.directory,
-            )
-        try:
+        with self._told_early():
+            if not self._grouping.has_streamed and _state.lacks_optimizer(
+                _state.find(trainer, module, self._state_fn)
+            ):
+                logger.warning(
+                    "The state that is saved into %s is an NNX model without its optimizer: "
+                    "training that goes on from it begins with a new one. Save both, such as "
+                    '{"params": model, "opt_state": optimizer}.',
+                    self._run.directory,
+                )
             self._run.check_is_newer(step)
             is_due = self.is_due(trainer, step, epoch_ends=trainer.is_last_batch)
             tree = None if is_due else _state.take(trainer, module, self._state_fn)
             if tree is not None and flatten(tree):  # else it may be streamed, all of it
                 fp.check(tree)
+                self._grouping.check(tree, self._streamed)
+
+    @contextlib.contextmanager
+    def _told_early(self) -> Iterator[None]:
+        """Raises or logs what would fail when the first checkpoint is due."""
+        try:
+            yield
         except Exception as error:
             if self._member.failures.are_raised:
                 error.add_note("No checkpoint is due yet; the first one would fail with this.")

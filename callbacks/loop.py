@@ -48,7 +48,7 @@ class LoopTrainer:
 
     @property
     def state(self) -> Any:
-        """The tree to save, asked for in steps that are saved only."""
+        """The tree to save; called in steps that are saved only."""
         return self._take_state()
 
 
@@ -81,13 +81,13 @@ class Loop:
         self.is_running = False
         self.has_ended = False
         self.is_in_block = False
-        self._has_epochs = False
+        self._has_epochs = self._has_steps = False
 
     def start(self, step: int) -> None:
         """Begins, with so many steps done, and recovers what an ended run left."""
         self.trainer.global_step = step
         self.trainer.callback_metrics = {}
-        self.trainer.is_last_batch = self._has_epochs = False
+        self.trainer.is_last_batch = self._has_epochs = self._has_steps = False
         self.checkpoints.setup(self.trainer, None, "fit")
         self.checkpoints.on_fit_start(self.trainer, None)
         self.is_running, self.has_ended = True, False
@@ -128,6 +128,7 @@ class Loop:
         """Reports that a step has ended, and how many are done now: as before where it raises."""
         self._start_if_new()
         self.trainer.custom_metadata = dict(custom_metadata or {})
+        self._has_steps = True
         before, self.trainer.global_step = self.trainer.global_step, step
         self.trainer.is_last_batch = is_last_batch
         self.trainer.callback_metrics = dict(metrics or {})
@@ -168,7 +169,7 @@ class Loop:
             return
         self.is_running, self.has_ended = False, True
         try:
-            if error is None and not self._has_epochs:
+            if error is None and self._has_steps and not self._has_epochs:
                 self.end_epoch(self.trainer.current_epoch, None)
             if error is None:
                 self.checkpoints.on_train_end(self.trainer, None)
@@ -210,7 +211,7 @@ def resume_options(resume: object) -> RestoreOptions | None:
 
 @contextlib.contextmanager
 def resuming() -> Iterator[None]:
-    """Says in errors how a loop that restores by itself is given the options they name."""
+    """Adds to errors how a loop that restores by itself is given the options they name."""
     try:
         yield
     except (fp.TargetMismatchError, fp.CheckpointExistsError) as error:

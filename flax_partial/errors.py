@@ -73,11 +73,11 @@ class StoreError(PartialCheckpointError, OSError):
 
 
 class StoreAccessError(StoreError, PermissionError):
-    """An object store refused a request, or there are no credentials to ask it with."""
+    """An object store refused a request, or there are no credentials."""
 
 
 def how_to_install(extra: str) -> str:
-    """Says how to install what an extra of this package needs, from where it was installed."""
+    """Returns how to install what an extra of this package needs, from where it was installed."""
     if origin := _installed_from():
         return f"pip install '{origin}[{extra}]'"
     return f"pip install '.[{extra}]' in a checkout of flax_partial"

@@ -327,6 +327,11 @@ def test_a_directory_in_a_checkpoint_is_refused(tmp_path: Path, place: str) -> N
         checkpointing(tmp_path / place)
 
 
+def test_empty_path_is_not_taken_for_the_working_directory() -> None:
+    with pytest.raises(ValueError, match="is empty"):
+        checkpointing("")
+
+
 def test_what_was_probably_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained(tmp_path / "lm", 2)
     trained(tmp_path / "mt", 7)
