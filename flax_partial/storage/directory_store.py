@@ -51,6 +51,11 @@ class DirectoryStore:
         """The directory's path."""
         return str(self.root)
 
+    @property
+    def server(self) -> str:
+        """The file system."""
+        return f"device {os.stat(self.root).st_dev}"
+
     def below(self, prefix: str) -> "Store":
         """Returns the store of a directory below."""
         return DirectoryStore(self.root / prefix, durable=self._durable)

@@ -42,7 +42,7 @@ class LocalPlace(CheckpointPath):
             session_dir.check_is_ours(self)
         return directory
 
-    def enter(self, known: OpenSession | None) -> DirectoryLock:
+    def enter(self, known: OpenSession | None) -> OpenSession:
         """Locks the session's directory, shared."""
         directory = known if isinstance(known, DirectoryLock) else None
         return session_dir.lock_for_saving(self, directory)
@@ -109,11 +109,11 @@ class LocalPlace(CheckpointPath):
         """Raises CheckpointExistsError if anything is at the final path."""
         session_dir.require_absent(self)
 
-    def locked_exclusively(self) -> AbstractContextManager[None]:
+    def locked_exclusively(self, pause: Callable[[], None]) -> AbstractContextManager[None]:
         """Locks the session's directory, exclusively."""
-        return session_dir.locked_exclusively(self)
+        return session_dir.locked_exclusively(self, pause)
 
-    def decide(self, parts: Collection[str], *, committed_ns: int) -> int:  # noqa: ARG002
+    def decide(self, parts: Collection[str], *, committed_ns: int) -> int | None:  # noqa: ARG002
         """Nobody else can decide anything while the session is locked."""
         return committed_ns
 

@@ -1,5 +1,6 @@
 """The data of parts in an object store: written from where the arrays are, and read back."""
 
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -41,8 +42,11 @@ class StorePart:
 
     def copy(self, source: BinaryIO, file: int) -> None:
         """Puts what an open file holds."""
-        source.seek(0)
-        self._store.put(self._key(file), [source.read()])
+        with (
+            mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as view,
+        ):
+            self._store.put(self._key(file), [view])
 
     def new_file(
         self,
@@ -72,7 +76,7 @@ class StoreSink:
         self._size = 0
 
     def __enter__(self) -> Self:
-        """Gives itself."""
+        """Returns itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,7 +110,7 @@ class StoreDataFiles:
     reads_whole = True
 
     def require(self, path: str, size: int) -> None:
-        """Reading says so: to ask for each file's size would cost a request."""
+        """Reading reports it: the size of each file would cost a request."""
 
     def open(self, path: str) -> AbstractContextManager["StoreDataFile"]:
         """Opens nothing."""

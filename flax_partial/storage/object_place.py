@@ -43,7 +43,7 @@ from flax_partial.storage import object_data
 from flax_partial.storage.object_data import StoreDataFiles, StorePart, do_all
 from flax_partial.storage.parts import SessionParts, decoded, is_of, oldest_first, own_name
 from flax_partial.storage.paths import CONTENTS, PART_PREFIX, PART_TABLE, STATE
-from flax_partial.storage.place import Files, OpenSession
+from flax_partial.storage.place import Files, NewPart, OpenSession
 from flax_partial.storage.store import Entry, Store
 from flax_partial.storage.store_path import AnyPath, StorePath
 
@@ -59,7 +59,7 @@ _LONGEST_PAUSE_SECS = 0.5
 _MARK_LENGTH = 12
 
 
-class _Session(NamedTuple):
+class Listed(NamedTuple):
     """A session as it was listed.
 
     Attributes:
@@ -74,10 +74,12 @@ class _Session(NamedTuple):
 
     @property
     def has_verdict(self) -> bool:
+        """Whether it is decided how it ends."""
         return f"{self.id}.verdict" in self.control
 
     @property
     def is_closing(self) -> bool:
+        """Whether somebody is about to end it."""
         return any(name.startswith(f"{self.id}.closing.") for name in self.control)
 
 
@@ -131,28 +133,29 @@ class _Known:
     opened: dict[str, Opened] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
     sources: dict[str, Sequence[Source]] | None = None
-    vacant: _Session | None = None
+    vacant: Listed | None = None
 
 
-class StorePlace:
-    """Where a checkpoint is, or will be, in an object store; see `Place`."""
+class ControlObjects:
+    """A session that is kept by control objects in a store; see the module.
 
-    def __init__(self, final: StorePath) -> None:
-        self.final: AnyPath = final
-        self.session: AnyPath = final
-        self.store: Store = final.store
+    Attributes:
+      final: The finalized checkpoint.
+      session: Where the unfinished one lies.
+      store: The store whose root that is.
+    """
+
+    final: AnyPath
+    session: AnyPath
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
         self._known = _Known()
-        self._ending: _Session | None = None
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StorePlace) and self.final == other.final
-
-    def __hash__(self) -> int:
-        return hash(self.final)
+        self._ending: Listed | None = None
 
     # Who and what.
 
-    def _list_control(self) -> _Session:
+    def _list_control(self) -> Listed:
         """Lists the control objects, and finds the newest session: two requests, or one."""
         for _ in range(_ATTEMPTS):
             found = self._session_among(self._control_names())
@@ -163,25 +166,32 @@ class StorePlace:
     def _control_names(self) -> frozenset[str]:
         return _names_of_control(self.store.list(_CONTROL))
 
-    def _session_among(self, control: frozenset[str]) -> _Session | None:
+    def _session_among(self, control: frozenset[str]) -> Listed | None:
         """Finds the newest session; None where it is being removed."""
         numbers = [int(name.removesuffix(".open")) for name in control if name.endswith(".open")]
         if not numbers:
-            return _Session(-1, "", control)
+            return Listed(-1, "", control)
         opening = self.store.get(f"{_CONTROL}{max(numbers)}.open")
-        return None if opening is None else _Session(max(numbers), _read(opening)["id"], control)
+        return None if opening is None else Listed(max(numbers), _read(opening)["id"], control)
 
     def _is_published(self) -> bool:
         return self.store.size(MARK) is not None
 
+    def _is_open(self, session: Listed) -> bool:
+        """Whether a session that was listed is there, by a newer listing."""
+        return f"{session.number}.open" in session.control
+
+    def _read_verdict(self, session: str) -> bytes | None:
+        return self.store.get(f"{_CONTROL}{session}.verdict")
+
     def _verdict(self, session: str) -> _Verdict | None:
-        data = self.store.get(f"{_CONTROL}{session}.verdict")
+        data = self._read_verdict(session)
         if data is None:
             return None
         read = _read(data)
         return _Verdict(read["kind"], tuple(read.get("parts", ())), read.get("committed_ns", 0))
 
-    def _put_verdict(self, session: _Session, verdict: _Verdict) -> _Verdict:
+    def _put_verdict(self, session: Listed, verdict: _Verdict) -> _Verdict:
         """Puts a verdict if there is none; returns the one that counts.
 
         Raises:
@@ -190,7 +200,7 @@ class StorePlace:
         key = f"{_CONTROL}{session.id}.verdict"
         value = {"kind": verdict.kind, "parts": verdict.parts, "committed_ns": verdict.committed_ns}
         if self.store.put_new(key, _write(value | {"by": uuid.uuid4().hex})):
-            if f"{session.number}.open" not in self._control_names():
+            if not self._is_open(session._replace(control=self._control_names())):
                 self.store.delete([key])
                 raise self.no_session()
             return verdict
@@ -254,12 +264,12 @@ class StorePlace:
                 return self._known.opened.setdefault(mark, Opened(number, mark, is_new=True))
         raise StoreError(f"{self.final}: its sessions change all the time")
 
-    def _list_control_unpublished(self) -> _Session:
+    def _list_control_unpublished(self) -> Listed:
         session = self._list_control()
         self.require_absent()
         return session
 
-    def _require_dropped(self, session: _Session) -> None:
+    def _require_dropped(self, session: Listed) -> None:
         """Raises CheckpointExistsError if the session that ended last was not dropped."""
         verdict = self._verdict(session.id)
         if verdict is not None and verdict.kind == _FINALIZE:
@@ -278,7 +288,7 @@ class StorePlace:
         """Whether it has ended, as far as this process has seen."""
         return session.mark in self._known.ended
 
-    def create_part(self, name: str) -> "StorePart":
+    def create_part(self, name: str) -> NewPart:
         """Begins a part."""
         return StorePart(self.store, name, partial(self.commit_part, name))
 
@@ -299,8 +309,8 @@ class StorePlace:
         deadline = time.monotonic() + _PATIENCE_SECS
         pause = 0.01
         while True:
-            session = _Session(number, mark, self._control_names())
-            is_there = f"{number}.open" in session.control
+            session = Listed(number, mark, self._control_names())
+            is_there = self._is_open(session)
             if is_there and not session.has_verdict and not session.is_closing:
                 return
             verdict = self._verdict(mark)
@@ -449,7 +459,7 @@ class StorePlace:
         )
 
     @contextmanager
-    def locked_exclusively(self) -> Iterator[None]:
+    def locked_exclusively(self, pause: Callable[[], None]) -> Iterator[None]:  # noqa: ARG002
         """Puts a fence: from here on saves wait for how this ends."""
         session = self._list_control()
         if not session.id or self._is_published():
@@ -540,6 +550,20 @@ class StorePlace:
             if (name := _part_of(entry.key)) and _mark_of(name) == session
         ]
         self.store.delete(doomed)
+
+
+class StorePlace(ControlObjects):
+    """Where a checkpoint is, or will be, in an object store; see `Place`."""
+
+    def __init__(self, final: StorePath) -> None:
+        super().__init__(final.store)
+        self.final = self.session = final
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StorePlace) and self.final == other.final
+
+    def __hash__(self) -> int:
+        return hash(self.final)
 
     # The finalized checkpoint.
 

@@ -3,12 +3,15 @@
 import os
 from pathlib import Path
 
-from flax_partial.storage import object_store, paths
+from flax_partial.storage import locks, object_store, paths
 from flax_partial.storage.local_place import LocalPlace
 from flax_partial.storage.object_place import StorePlace
+from flax_partial.storage.parts import part_names
 from flax_partial.storage.paths import SESSION_SUFFIX, PathLike
 from flax_partial.storage.place import Place
+from flax_partial.storage.session_dir import CONTROL
 from flax_partial.storage.store_path import StorePath
+from flax_partial.storage.unlocked_place import UnlockedPlace
 
 
 def resolve(path: PathLike | StorePath) -> Place:
@@ -47,15 +50,24 @@ def _local(path: PathLike) -> LocalPlace:
         raise ValueError(
             f"path {text!r} does not name a checkpoint: give a directory below a parent, in UTF-8"
         )
-    known = _known_paths.get((parent, name))
-    if known is not None and _is_same_directory(parent, known.final.parent):
-        return known
-    final = Path(os.path.realpath(parent), name)
-    if len(_known_paths) >= _MOST_KNOWN_PATHS:
-        _known_paths.clear()
-    found = LocalPlace(final, final.with_name(name + SESSION_SUFFIX))
-    _known_paths[parent, name] = found
-    return found
+    found = _known_paths.get((parent, name))
+    if found is None or not _is_same_directory(parent, found.final.parent):
+        final = Path(os.path.realpath(parent), name)
+        if len(_known_paths) >= _MOST_KNOWN_PATHS:
+            _known_paths.clear()
+        found = LocalPlace(final, final.with_name(name + SESSION_SUFFIX))
+        _known_paths[parent, name] = found
+    return UnlockedPlace(found.final, found.session) if _has_no_locks(found) else found
+
+
+def _has_no_locks(place: LocalPlace) -> bool:
+    """Whether a session is kept by control files. It goes on as it was begun, wherever that was."""
+    if os.path.isdir(place.session / CONTROL):
+        return True
+    directory = place.session.parent
+    while not directory.exists():
+        directory = directory.parent
+    return not locks.are_shared(directory) and not part_names(place.state)
 
 
 # Following links costs 60 us, and a training step resolves its checkpoint's path for each layer.
