@@ -38,6 +38,14 @@ class Claims:
             self.names.update(leaf_name(path) for path, _ in owned)
         return owned
 
+    def already(self, key: str, leaves: Leaves) -> str | None:
+        """Returns the name of a leaf that this callback has claimed before; None if of none."""
+        with self._lock:
+            for path, leaf in leaves:
+                if any(self._owners.get(claim) == key for claim in _claims(path, leaf)):
+                    return leaf_name(path)
+        return None
+
     def covers(self, path: KeyPath, leaf: Any) -> bool:
         """Whether a leaf is claimed; of a stacked one, the row or rows that `leaf` is."""
         name = leaf_name(path)

@@ -101,7 +101,7 @@ def _settle_all(directory: Path, live: Container[Path], *, timeout_secs: float) 
                 logger.warning("Left the unfinished checkpoint %s as it is: %s", path, _IS_WRITTEN)
                 continue
             try:
-                _settle(path, int(session[1]))
+                _settle(path, int(session[1]), timeout_secs)
             except OSError as error:
                 if error.errno not in _READ_ONLY:
                     raise
@@ -124,7 +124,8 @@ def _mixed(directory: Path, newest: int, step: int) -> fp.CheckpointExistsError:
     return fp.CheckpointExistsError(
         f"{directory} holds step {newest} already, and training is only at step {step}: the steps "
         "of two runs would mix. Restore the newest checkpoint; or, to go back to an older one, "
-        "restore with discard_later=True, which removes the later ones; or use another directory."
+        "restore with discard_later=True, which removes the later ones; or start anew with "
+        "overwrite=True, which removes all; or use another directory."
     )
 
 
@@ -145,7 +146,7 @@ def _later(directory: Path, step: int, path: Path | None) -> list[int]:
     return [one for one in held if one > step or (one == step and is_another)]
 
 
-def discard(directory: Path, step: int, path: Path) -> None:
+def discard(directory: Path, step: int, path: Path | None, *, timeout_secs: float) -> None:
     """Removes what `check_none_later` would refuse.
 
     The newest goes first: killed meanwhile, what is left is of one run. Under `jax.distributed` all
@@ -159,14 +160,15 @@ def discard(directory: Path, step: int, path: Path) -> None:
         f"discard {directory}",
         ready=lambda: None,
         act=lambda _: _discard(directory, step, path),
+        timeout_secs=timeout_secs,
     )
 
 
-def _discard(directory: Path, step: int, path: Path) -> None:
+def _discard(directory: Path, step: int, path: Path | None) -> None:
     held = checkpoints(directory)
     for one in reversed(_later(directory, step, path)):
         fp.remove(held[one])
-        logger.warning("Removed %s: training goes on from step %d.", held[one], step)
+        logger.warning("Removed %s: training begins at step %d.", held[one], max(step, 0))
 
 
 def drop_unless_complete(path: Path, step: int, why: str, *, timeout_secs: float) -> None:
@@ -187,7 +189,7 @@ def drop_unless_complete(path: Path, step: int, why: str, *, timeout_secs: float
         return
     try:
         if completeness.missing(fp.status(path), step) is not None:
-            _drop(path, why)
+            _drop(path, why, timeout_secs)
     except fp.NoSessionError:
         return
 
@@ -323,23 +325,40 @@ def _look_into(path: Path, step: int, _inode: int, _mtime_ns: int) -> SavedStep:
     )
 
 
-def _settle(path: Path, step: int) -> None:
+def _settle(path: Path, step: int, timeout_secs: float) -> None:
     lacking = completeness.missing(fp.status(path), step)
     if lacking is not None:
-        _drop(path, f"it was left by an ended run, and {lacking}.")
+        _drop(
+            path,
+            f"{lacking}, and its process has ended.{_said_newest(path.parent)}",
+            timeout_secs,
+        )
         return
     try:
-        fp.finalize(path, processes=[jax.process_index()])
+        fp.finalize(path, processes=[jax.process_index()], timeout_secs=0)
     except fp.PartialCheckpointError as error:  # it would be raised again
-        _drop(path, f"it was left by an ended run, and cannot be finalized: {error}")
+        _drop(path, f"it cannot be finalized: {error}{_said_newest(path.parent)}", timeout_secs)
     else:
-        logger.warning("Finalized %s, which an ended run had saved but not finalized.", path)
+        logger.warning(
+            "Finalized %s: step %d was completely written when its process ended, but not "
+            "finalized.",
+            path,
+            step,
+        )
 
 
-def _drop(path: Path, why: str) -> None:
+def _said_newest(directory: Path) -> str:
+    newest = next(reversed(checkpoints(directory).values()), None)
+    if newest is None:
+        return f" There is no checkpoint in {directory} yet."
+    return f" The newest checkpoint is {newest}."
+
+
+def _drop(path: Path, why: str, timeout_secs: float) -> None:
     try:
-        fp.abort(path)
-    except fp.CheckpointExistsError as error:  # it has files that are not of a session
+        fp.abort(path, timeout_secs=timeout_secs)
+    except (fp.CheckpointExistsError, fp.CheckpointInUseError) as error:
+        # It has files that are not of a session; or somebody has begun to save into it.
         logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
     else:
         logger.warning("Dropped the unfinished checkpoint %s: %s", path, why)

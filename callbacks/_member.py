@@ -62,6 +62,7 @@ class Member:
       retention: Which checkpoints it keeps.
       options: How its parts are written.
       reuse_unchanged: Whether its parts may share files with the checkpoint before.
+      saves_initial: Whether it saves the state that training begins with, as step 0.
       shows_progress: Whether it shows a bar while training waits.
       signals: Those on which it saves and has training stop; none if on no signal.
       skips_when_behind: Whether it leaves out a step that is due while the checkpoint before is
@@ -80,6 +81,7 @@ class Member:
     retention: Retention
     options: fp.SaveOptions | None
     reuse_unchanged: bool
+    saves_initial: bool
     shows_progress: bool
     signals: frozenset[signal.Signals]
     skips_when_behind: bool

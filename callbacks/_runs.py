@@ -20,7 +20,7 @@ class Runs:
       preemption: Whether they are to save for the last time; all decide alike.
     """
 
-    def __init__(self, timeout_secs: float) -> None:
+    def __init__(self, timeout_secs: float | None) -> None:
         self.preemption = Preemption()
         self._timeout_secs = timeout_secs
         self._by_directory: dict[Path, Run] = {}

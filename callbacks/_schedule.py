@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _ALL = -1  # as `save_top_k`
 # Words in the name of a metric that say which is better.
 _LARGER = re.compile(
-    "acc|accuracy|auc|bleu|cosine|dice|f1|fbeta|fmeasure|iou|precision|psnr|r2|recall|reward|rouge|"
-    "score|similarity|ssim"
+    "acc|accuracy|auc|bleu|correlation|cosine|dice|f1|fbeta|fmeasure|iou|precision|psnr|r2|recall|"
+    "reward|rouge|score|sensitivity|similarity|specificity|ssim"
 )
 _SMALLER = re.compile(
     "bce|bpb|bpc|cer|crossentropy|divergence|entropy|error|fid|hinge|kl|logcosh|loss|mae|mape|mse|"
@@ -172,7 +172,8 @@ def direction(monitor: str | None, mode: Literal["min", "max", "auto"]) -> Mode:
         raise ValueError(f"mode is {mode!r}; it must be 'min', 'max' or 'auto'.")
     if mode != "auto":
         return mode
-    words = re.split(r"[^a-z0-9]+", (monitor or "loss").lower())
+    name = (monitor or "loss").lower().replace("io_u", "iou")  # as Keras calls it
+    words = re.split(r"[^a-z0-9]+", name)
     is_larger, is_smaller = (any(map(one.fullmatch, words)) for one in (_LARGER, _SMALLER))
     if is_larger == is_smaller:
         raise ValueError(

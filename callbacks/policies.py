@@ -173,8 +173,12 @@ def ranked(scores: Mapping[int, float], mode: Mode) -> list[int]:
 
 
 def check_count(name: str, value: int | None) -> None:
-    """Raises ValueError if a count is below 1."""
-    if value is not None and value < 1:
+    """Raises TypeError if a count is no whole number, and ValueError if it is below 1."""
+    if value is None:
+        return
+    if not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; it must be a whole number, or None.")
+    if value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1, or None.")
 
 

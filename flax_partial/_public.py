@@ -17,6 +17,7 @@ from flax_partial.errors import (
     UnsupportedLeafError,
 )
 from flax_partial.finalizing.abort import abort
+from flax_partial.finalizing.copy import copy
 from flax_partial.finalizing.finalize import finalize, finalize_async
 from flax_partial.finalizing.status import status
 from flax_partial.format.slices import Slice
@@ -72,6 +73,7 @@ __all__ = [
     "abort",
     "agree",
     "check",
+    "copy",
     "finalize",
     "finalize_async",
     "latest",

@@ -21,6 +21,7 @@ from flax_partial.errors import (
     NoSessionError,
     first_few,
 )
+from flax_partial.finalizing.deadline import Deadline, check_timeout
 from flax_partial.format.derive import derive
 from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.merge import MergePlan, merge
@@ -57,8 +58,9 @@ def finalize(
       processes: Indices of the processes that call this under `jax.distributed`; all of them if
         None. The first of them finalizes when the others have called it, and all return, or raise
         the same. With `expect` and None it waits for nobody: what it expects says when all is in.
-      timeout_secs: For how many seconds to wait for what is missing. None: for leaves not at all,
-        for other processes 90 s.
+      timeout_secs: For how many seconds to wait: for this process's saves in flight, for other
+        processes to call this and to end their saves, and for leaves that are missing. None: for
+        saves as long as they take, for other processes to call it 90 s, for leaves not at all.
 
     Returns:
       What the checkpoint holds.
@@ -66,7 +68,8 @@ def finalize(
     Raises:
       CheckpointExistsError: Something is at `path` already; the session, if any, is kept.
       NoSessionError: There is no session.
-      IncompleteCheckpointError: Leaves, or pieces of leaves, are missing; the session is kept.
+      IncompleteCheckpointError: Leaves, or pieces of leaves, are missing, or some save had not
+        ended when time was up; the session is kept.
       KeyConflictError: The parts do not form one tree; the session is kept.
       CorruptCheckpointError: A part is damaged; the session is kept.
       OSError: Writing failed; the session is kept, and finalize can be called again.
@@ -112,8 +115,7 @@ def _task(
     check_not_forked("finalize")
     where = places.resolve(path)
     expected = _names(expect)
-    if timeout_secs is not None and not timeout_secs >= 0:
-        raise ValueError(f"timeout_secs is a number of seconds, 0 or more, not {timeout_secs!r}")
+    check_timeout(timeout_secs)
     chosen = None if processes is None else tuple(processes)
 
     def work(task: Task[CheckpointMetadata]) -> CheckpointMetadata:
@@ -131,9 +133,10 @@ def _finalize(
 ) -> CheckpointMetadata:
     participants = _participants(processes)
     session = session_of(where)
+    deadline = Deadline(task, timeout_secs, IncompleteCheckpointError)
 
     def finish_saves() -> tuple[str, ...]:
-        session.wait()
+        deadline.wait_for_saves(session)
         session.raise_unseen()
         return expected
 
@@ -141,7 +144,10 @@ def _finalize(
 
     def commit(expected_by: Mapping[int, Sequence[str]]) -> None:
         names = [*dict.fromkeys(name for listed in expected_by.values() for name in listed)]
-        committed.append(_commit_when_whole(session, names, timeout_secs or 0.0, task))
+        where.require_absent()
+        if timeout_secs:
+            _wait_for_leaves(where, names, deadline, task)
+        committed.append(_commit_alone(session, names, deadline, task))
 
     agree(
         f"finalize {where.final}",
@@ -167,16 +173,14 @@ def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _commit_when_whole(
-    session: Session, expected: Sequence[str], timeout_secs: float, task: Task[Any]
+def _commit_alone(
+    session: Session, expected: Sequence[str], deadline: Deadline, task: Task[Any]
 ) -> Contents:
+    """Makes the checkpoint once nobody saves into its session."""
     where = session.where
-    where.require_absent()
-    if timeout_secs:
-        _wait_for_leaves(where, expected, timeout_secs, task)
     try:
         task.check()
-        with where.locked_exclusively(), collector.paused():
+        with deadline.locked(where), collector.paused():
             task.check()
             session.remove_failed()
             with TraceAnnotation("flax_partial.finalize", checkpoint=where.final.name):
@@ -187,10 +191,9 @@ def _commit_when_whole(
 
 
 def _wait_for_leaves(
-    where: Place, expected: Sequence[str], timeout_secs: float, task: Task[Any]
+    where: Place, expected: Sequence[str], deadline: Deadline, task: Task[Any]
 ) -> None:
     """Waits until nothing is missing, or time is up. Holds no lock: saves have to go on."""
-    deadline = time.monotonic() + timeout_secs
     pause = 0.01
     known: dict[str, Part] = {}
     while True:
@@ -198,10 +201,10 @@ def _wait_for_leaves(
         plan = merge(known)
         if known and not plan.missing and not _lacking(expected, plan.leaves):
             return
-        left = deadline - time.monotonic()
-        if left <= 0:
+        left_secs = deadline.left_secs
+        if not left_secs:
             return
-        task.sleep(min(pause, left))
+        task.sleep(min(pause, left_secs))
         pause = min(pause * 1.5, 1.0)
 
 

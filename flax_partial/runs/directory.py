@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,10 @@ def checked(path: PathLike) -> Path:
 
     Raises:
       TypeError: It is not a path of text.
-      ValueError: It is a URL, or lies in a checkpoint.
+      ValueError: It is empty, a URL, or lies in a checkpoint.
     """
+    if not os.fspath(path):
+        raise ValueError("The path of a run's directory is empty; '.' is the working directory.")
     found = Path(paths.absolute(path))
     around = catalog.checkpoint_around(found)
     if around is not None:

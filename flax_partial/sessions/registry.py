@@ -12,14 +12,14 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import wait
+from typing import Any
 
 from flax_partial.distributed import agreement
 from flax_partial.errors import KeyConflictError, NoSessionError
 from flax_partial.format.model import Leaf
 from flax_partial.sessions import workers
 from flax_partial.sessions.claims import Claims
-from flax_partial.sessions.handles import SaveHandle
+from flax_partial.sessions.handles import Handle, SaveHandle
 from flax_partial.storage.place import OpenSession, Place
 from flax_partial.storage.store_path import AnyPath
 
@@ -250,9 +250,9 @@ class Session:
             self.where.remove_part(part)
             self.not_removed -= {part}
 
-    def wait(self) -> None:
-        """Waits for the saves in flight that this process had when it was called."""
-        wait([task.handle for task in workers.saving.tasks_about(self)])
+    def in_flight(self) -> list[Handle[Any]]:
+        """The handles of the saves in flight that this process has now."""
+        return [task.handle for task in workers.saving.tasks_about(self)]
 
     @property
     def is_idle(self) -> bool:

@@ -109,9 +109,9 @@ class LocalPlace(CheckpointPath):
         """Raises CheckpointExistsError if anything is at the final path."""
         session_dir.require_absent(self)
 
-    def locked_exclusively(self) -> AbstractContextManager[None]:
+    def locked_exclusively(self, pause: Callable[[], None]) -> AbstractContextManager[None]:
         """Locks the session's directory, exclusively."""
-        return session_dir.locked_exclusively(self)
+        return session_dir.locked_exclusively(self, pause)
 
     def decide(self, parts: Collection[str], *, committed_ns: int) -> int | None:  # noqa: ARG002
         """Nobody else can decide anything while the session is locked."""

@@ -78,6 +78,14 @@ class DirectoryLock:
         """Waits for the `flock`, shared or exclusive; with `LOCK_NB`, raises BlockingIOError."""
         fcntl.flock(self._descriptor, kind)
 
+    def try_exclusive(self) -> bool:
+        """Acquires the exclusive `flock`; returns False where somebody else has one."""
+        try:
+            self.acquire(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def release(self) -> None:
         """Gives the lock back; the directory stays open."""
         if self._descriptor >= 0:

@@ -19,6 +19,7 @@ Readers lock nothing. Who removes a checkpoint deletes `commit_success.txt` firs
 """
 
 import json
+import mmap
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -460,7 +461,7 @@ class ControlObjects:
         )
 
     @contextmanager
-    def locked_exclusively(self) -> Iterator[None]:
+    def locked_exclusively(self, pause: Callable[[], None]) -> Iterator[None]:  # noqa: ARG002
         """Puts a fence: from here on saves wait for how this ends."""
         session = self._list_control()
         if not session.id or self._is_published():
@@ -643,8 +644,11 @@ class StorePart:
 
     def copy(self, source: BinaryIO, file: int) -> None:
         """Puts what an open file holds."""
-        source.seek(0)
-        self._place.store.put(self._key(file), [source.read()])
+        with (
+            mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as view,
+        ):
+            self._place.store.put(self._key(file), [view])
 
     def new_file(
         self,

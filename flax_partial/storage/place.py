@@ -259,8 +259,11 @@ class Place(Protocol):
         """Raises CheckpointExistsError if anything is where the checkpoint is to be."""
         ...
 
-    def locked_exclusively(self) -> AbstractContextManager[None]:
+    def locked_exclusively(self, pause: Callable[[], None]) -> AbstractContextManager[None]:
         """Keeps saves out of a session, or has them wait for how this ends.
+
+        Args:
+          pause: Called between two tries, while saves are under way; what it raises ends the wait.
 
         Raises:
           NoSessionError: There is no session, or none any more.

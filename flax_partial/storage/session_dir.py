@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path, PurePath
@@ -87,8 +87,12 @@ def lock_for_saving(where: CheckpointPath, known: DirectoryLock | None) -> Direc
 
 
 @contextmanager
-def locked_exclusively(where: CheckpointPath) -> Iterator[None]:
+def locked_exclusively(where: CheckpointPath, pause: Callable[[], None]) -> Iterator[None]:
     """Keeps everybody else out of a session; waits until nobody saves into it.
+
+    Args:
+      where: The session.
+      pause: Called between two tries, while somebody does; what it raises ends the wait.
 
     Raises:
       NoSessionError: There is no session, or none any more.
@@ -98,7 +102,8 @@ def locked_exclusively(where: CheckpointPath) -> Iterator[None]:
     if directory is None:
         raise no_session(where)
     try:
-        directory.acquire(fcntl.LOCK_EX)
+        while not directory.try_exclusive():
+            pause()
         if files.identity(where.session) != directory.identity:
             raise no_session(where)
         check_state(where)  # what is derived would be cleared and written elsewhere

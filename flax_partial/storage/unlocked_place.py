@@ -189,7 +189,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
     # Ending it.
 
     @contextmanager
-    def locked_exclusively(self) -> Iterator[None]:
+    def locked_exclusively(self, pause: Callable[[], None]) -> Iterator[None]:
         """Puts a fence: from here on saves wait for how this ends."""
         with self._one_at_a_time:
             directory = session_dir.open_session(self)
@@ -199,7 +199,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                 self._directory, ending = directory, ""
                 try:
                     session_dir.check_state(self)
-                    with ControlObjects.locked_exclusively(self):
+                    with ControlObjects.locked_exclusively(self, pause):
                         ending = self._ending.id if self._ending else ""
                         yield
                 except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""`abort`: drops an unfinished checkpoint, and asks first."""
+"""`abort`: drops an unfinished checkpoint, after a question."""
 
 import argparse
 import time
