@@ -19,16 +19,13 @@ Readers lock nothing. Who removes a checkpoint deletes `commit_success.txt` firs
 """
 
 import json
-import mmap
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -39,12 +36,15 @@ from flax_partial.errors import (
     StoreError,
 )
 from flax_partial.format.digests import digest
-from flax_partial.format.model import Contents, Part, Region, data_part, data_path
+from flax_partial.format.merge import Source, merge
+from flax_partial.format.model import Contents, Part, Region
 from flax_partial.format.tables import decode_contents, decode_part
+from flax_partial.storage import object_data
+from flax_partial.storage.object_data import StoreDataFiles, StorePart, do_all
 from flax_partial.storage.parts import SessionParts, decoded, is_of, oldest_first, own_name
 from flax_partial.storage.paths import CONTENTS, PART_PREFIX, PART_TABLE, STATE
 from flax_partial.storage.place import Files, NewPart, OpenSession
-from flax_partial.storage.store import MOST_REQUESTS, Entry, Store
+from flax_partial.storage.store import Entry, Store
 from flax_partial.storage.store_path import AnyPath, StorePath
 
 T = TypeVar("T")
@@ -56,7 +56,6 @@ ABORT, _FINALIZE = "abort", "finalize"
 _ATTEMPTS = 50  # at what others may change meanwhile, such as who opens the next session
 _PATIENCE_SECS = 30.0  # of a save, for the verdict of who has begun to end the session
 _LONGEST_PAUSE_SECS = 0.5
-_READ_BYTES = 8 << 20
 _MARK_LENGTH = 12
 
 
@@ -124,6 +123,7 @@ class _Known:
       tabled: Names of parts whose table it has put, or may have.
       opened: The sessions that it saves, or has saved, into, by their marks.
       ended: The marks of those that were finalized or dropped.
+      sources: Of the finalized checkpoint, where the chunks of each leaf lie, by its name.
       vacant: The listing by which there was no session to save into; used once.
     """
 
@@ -132,6 +132,7 @@ class _Known:
     tabled: set[str] = field(default_factory=set)
     opened: dict[str, Opened] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
+    sources: dict[str, Sequence[Source]] | None = None
     vacant: Listed | None = None
 
 
@@ -292,7 +293,7 @@ class ControlObjects:
 
     def create_part(self, name: str) -> NewPart:
         """Begins a part."""
-        return StorePart(self, name)
+        return StorePart(self.store, name, partial(self.commit_part, name))
 
     def commit_part(self, name: str, table: bytes) -> None:
         """Puts a part's table, and waits until it is certain that it counts."""
@@ -425,7 +426,7 @@ class ControlObjects:
         found = SessionParts(decided_ns=decided_ns)
         have = {**self._known.parts, **(known or {})}
         reads = [partial(self._read_part, name) for name in names if name not in have]
-        read = dict(zip([name for name in names if name not in have], _all(reads), strict=True))
+        read = dict(zip([name for name in names if name not in have], do_all(reads), strict=True))
         for name in oldest_first(names):
             part = have.get(name) or read[name]
             if part is None:
@@ -508,7 +509,7 @@ class ControlObjects:
         session = self._ending.id
         named = [(name, list(pieces)) for name, pieces in root_files() if name != MARK]
         named.append((_CONTENTS, [contents]))
-        _all([partial(self.store.put, name, pieces) for name, pieces in named])
+        do_all([partial(self.store.put, name, pieces) for name, pieces in named])
         mark = {"flax_partial": 1, "session": session, "contents": digest(contents)}
         is_mine = self.store.put_new(MARK, _write(mark | {"by": uuid.uuid4().hex}))
         entries = self.store.list(f"{STATE}/")
@@ -612,11 +613,12 @@ class StorePlace(ControlObjects):
         return StoreDataFiles(self.store)
 
     def read_database(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
-        """Not yet."""
-        return [
-            CorruptCheckpointError(f"Leaf {leaf.name!r} is compressed, which is not read here yet.")
-            for leaf, _, _ in regions
-        ]
+        """Reads chunks where the parts' tables say that they lie; asks for no database."""
+        if self._known.sources is None:
+            plan = merge(self.read_own_parts().committed)
+            leaves = zip(plan.leaves, plan.sources, strict=True)
+            self._known.sources = {leaf.name: sources for leaf, sources in leaves}
+        return object_data.read_stored(self.store, self._known.sources, regions)
 
     def remove_checkpoint(self) -> None:
         """Deletes the mark first: from then on nobody takes what is left for a checkpoint."""
@@ -625,113 +627,6 @@ class StorePlace(ControlObjects):
         self.store.delete([MARK])
         keys = [entry.key for entry in self.store.list()]
         self.store.delete(sorted(keys, key=lambda key: not key.startswith(_CONTROL)))
-
-
-class StorePart:
-    """A part that is being written into an object store; see `NewPart`."""
-
-    def __init__(self, place: ControlObjects, name: str) -> None:
-        self._place = place
-        self._name = name
-
-    def most_files(self, *, durable: bool) -> int:  # noqa: ARG002
-        """One upload is sent in many pieces at a time."""
-        return 1
-
-    def link(self, source: Path, file: int, *, size: int, sync: bool) -> bool:  # noqa: ARG002
-        """No object gets a second name."""
-        return False
-
-    def copy(self, source: BinaryIO, file: int) -> None:
-        """Puts what an open file holds."""
-        with (
-            mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as view,
-        ):
-            self._place.store.put(self._key(file), [view])
-
-    def new_file(
-        self,
-        file: int,
-        *,
-        expected_bytes: int,  # noqa: ARG002
-        durable: bool,  # noqa: ARG002
-        check: Callable[[], None],
-    ) -> "StoreSink":
-        """Begins a data file."""
-        return StoreSink(self._place.store, self._key(file), check)
-
-    def commit(self, table: bytes, *, has_data_file: bool, durable: bool) -> None:  # noqa: ARG002
-        """Puts the table, and waits until it is certain that the part counts."""
-        self._place.commit_part(self._name, table)
-
-    def _key(self, file: int) -> str:
-        return f"{STATE}/{data_path(data_part(self._name, file))}"
-
-
-class StoreSink:
-    """A data file of which the pieces are kept, and put when it is finished; copies nothing."""
-
-    def __init__(self, store: Store, key: str, check: Callable[[], None]) -> None:
-        self._store, self._key, self._check = store, key, check
-        self._pieces: list[memoryview] = []
-        self._size = 0
-
-    def __enter__(self) -> Self:
-        """Gives itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Lets go of the pieces."""
-        self._pieces = []
-
-    def append(self, data: np.ndarray) -> int:
-        """Keeps a view of the bytes; returns their offset."""
-        offset = self._size
-        self._pieces.append(data.data)
-        self._size += data.size
-        return offset
-
-    def finish(self) -> None:
-        """Puts all of it."""
-        self._store.put(self._key, self._pieces, check=self._check)
-
-
-@dataclass(frozen=True, slots=True)
-class StoreDataFiles:
-    """The data files of parts in a store; see `DataFiles`.
-
-    Attributes:
-      store: The store of the checkpoint.
-    """
-
-    store: Store
-    most_readers = MOST_REQUESTS
-    most_bytes = _READ_BYTES
-    least_bytes = 0
-    reads_whole = True
-
-    def require(self, path: str, size: int) -> None:
-        """Reading says so: to ask for each file's size would cost a request."""
-
-    def open(self, path: str) -> AbstractContextManager["StoreDataFile"]:
-        """Opens nothing."""
-        return nullcontext(StoreDataFile(self.store, f"{STATE}/{path}"))
-
-
-@dataclass(frozen=True, slots=True)
-class StoreDataFile:
-    """A data file in a store."""
-
-    store: Store
-    key: str
-
-    def read_into(self, offset: int, into: memoryview) -> None:
-        """Reads bytes of the object."""
-        try:
-            self.store.get_into(self.key, offset, into)
-        except FileNotFoundError:
-            raise ValueError("its data file is missing") from None
 
 
 def _names_of_control(entries: Iterable[Entry]) -> frozenset[str]:
@@ -772,20 +667,9 @@ def _write(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value).encode()
 
 
-def _all(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """Does tasks side by side; raises the first error, and begins no more then."""
-    if len(tasks) <= 1:
-        return [task() for task in tasks]
-    pool = ThreadPoolExecutor(min(MOST_REQUESTS, len(tasks)), "store-requests")
-    try:
-        return [one.result() for one in [pool.submit(task) for task in tasks]]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _together(one: Callable[[], T], other: Callable[[], Any]) -> tuple[T, Any]:
     """Does two requests side by side."""
-    first, second = _all([one, other])
+    first, second = do_all([one, other])
     return first, second
 
 
