@@ -52,7 +52,7 @@ T = TypeVar("T")
 MARK = "commit_success.txt"
 _CONTROL = f"{STATE}/session/"
 _CONTENTS = f"{STATE}/{CONTENTS}"
-_ABORT, _FINALIZE = "abort", "finalize"
+ABORT, _FINALIZE = "abort", "finalize"
 _ATTEMPTS = 50  # at what others may change meanwhile, such as who opens the next session
 _PATIENCE_SECS = 30.0  # of a save, for the verdict of who has begun to end the session
 _LONGEST_PAUSE_SECS = 0.5
@@ -105,7 +105,7 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class Verdict:
     """How a session ended."""
 
     kind: str
@@ -152,6 +152,7 @@ class ControlObjects:
         self.store = store
         self._known = _Known()
         self._ending: Listed | None = None
+        self._to_drop: set[str] = set()  # sessions of which this one has put that they are dropped
 
     # Who and what.
 
@@ -184,14 +185,14 @@ class ControlObjects:
     def _read_verdict(self, session: str) -> bytes | None:
         return self.store.get(f"{_CONTROL}{session}.verdict")
 
-    def _verdict(self, session: str) -> _Verdict | None:
+    def _verdict(self, session: str) -> Verdict | None:
         data = self._read_verdict(session)
         if data is None:
             return None
         read = _read(data)
-        return _Verdict(read["kind"], tuple(read.get("parts", ())), read.get("committed_ns", 0))
+        return Verdict(read["kind"], tuple(read.get("parts", ())), read.get("committed_ns", 0))
 
-    def _put_verdict(self, session: Listed, verdict: _Verdict) -> _Verdict:
+    def _put_verdict(self, session: Listed, verdict: Verdict) -> Verdict:
         """Puts a verdict if there is none; returns the one that counts.
 
         Raises:
@@ -203,6 +204,8 @@ class ControlObjects:
             if not self._is_open(session._replace(control=self._control_names())):
                 self.store.delete([key])
                 raise self.no_session()
+            if verdict.kind == ABORT:
+                self._to_drop.add(session.id)
             return verdict
         found = self._verdict(session.id)
         if found is None:
@@ -304,7 +307,7 @@ class ControlObjects:
 
         It has to be the last thing that a save does, after its table is there.
         """
-        mark = _mark_of(name)
+        mark = mark_of(name)
         number = self._known.opened[mark].number
         deadline = time.monotonic() + _PATIENCE_SECS
         pause = 0.01
@@ -337,7 +340,7 @@ class ControlObjects:
     def remove_part(self, name: str) -> None:
         """Withdraws a part; deletes it only where no process can have decided that it counts."""
         if name in self._known.tabled:
-            self.store.put(f"{_CONTROL}{_mark_of(name)}.withdrawn.{own_name(name)}", [b"{}"])
+            self.store.put(f"{_CONTROL}{mark_of(name)}.withdrawn.{own_name(name)}", [b"{}"])
             self._known.tabled.discard(name)
         else:
             entries = self.store.list(f"{STATE}/{name}/")
@@ -392,7 +395,7 @@ class ControlObjects:
         names = [
             name
             for name in _part_names(entries)
-            if _mark_of(name) == session.id and (process is None or is_of(process, name))
+            if mark_of(name) == session.id and (process is None or is_of(process, name))
         ]
         torn = [
             name
@@ -466,7 +469,7 @@ class ControlObjects:
             raise self.no_session()
         if session.has_verdict:
             verdict = self._verdict(session.id)
-            if verdict is None or verdict.kind == _ABORT:
+            if verdict is None or verdict.kind == ABORT:
                 self._drop(session.id)  # which another process has begun
                 raise self.no_session()
         fence = f"{_CONTROL}{session.id}.closing.{uuid.uuid4().hex}"
@@ -487,9 +490,9 @@ class ControlObjects:
     def decide(self, parts: Collection[str], *, committed_ns: int) -> int | None:
         """Puts the verdict."""
         assert self._ending is not None  # noqa: S101
-        wanted = _Verdict(_FINALIZE, tuple(sorted(parts)), committed_ns)
+        wanted = Verdict(_FINALIZE, tuple(sorted(parts)), committed_ns)
         found = self._put_verdict(self._ending, wanted)
-        if found.kind == _ABORT:
+        if found.kind == ABORT:
             self._drop(self._ending.id)
             raise self.no_session()
         return committed_ns if found is wanted else None
@@ -535,7 +538,7 @@ class ControlObjects:
     def remove_session(self) -> None:
         """Puts the verdict that the session is dropped, and deletes its parts."""
         assert self._ending is not None  # noqa: S101
-        found = self._put_verdict(self._ending, _Verdict(_ABORT))
+        found = self._put_verdict(self._ending, Verdict(ABORT))
         if found.kind == _FINALIZE:
             raise CheckpointExistsError(
                 f"{self.final} is finalized, or about to be: call finalize again, and remove it."
@@ -547,7 +550,7 @@ class ControlObjects:
         doomed = [
             entry.key
             for entry in self.store.list(f"{STATE}/")
-            if (name := _part_of(entry.key)) and _mark_of(name) == session
+            if (name := _part_of(entry.key)) and mark_of(name) == session
         ]
         self.store.delete(doomed)
 
@@ -631,9 +634,10 @@ def _names_of_control(entries: Iterable[Entry]) -> frozenset[str]:
     return frozenset(key.removeprefix(_CONTROL) for key in keys)
 
 
-def _mark_of(name: str) -> str:
-    """The session that a part is of, by its name."""
-    return own_name(name).rpartition(".")[2][:_MARK_LENGTH]
+def mark_of(name: str) -> str:
+    """The session that a part is of, by its name; empty where sessions are locked."""
+    unique = own_name(name).rpartition(".")[2]
+    return unique[:_MARK_LENGTH] if len(unique) > _MARK_LENGTH else ""
 
 
 def _part_names(entries: Iterable[Entry]) -> list[str]:

@@ -330,14 +330,14 @@ def test_save_that_comes_too_late_leaves_no_session(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process finalizes, and renames the session, just as this one looks for it."""
-    real = session_dir._create_session  # noqa: SLF001 - no caller can time this
+    real = session_dir.create_session  # no caller can time this
 
     def create(where: CheckpointPath) -> bool:
         is_new = real(where)
         where.final.mkdir()
         return is_new
 
-    monkeypatch.setattr(session_dir, "_create_session", create)
+    monkeypatch.setattr(session_dir, "create_session", create)
     with pytest.raises(fp.CheckpointExistsError):
         fp.save(path, {"a": X})
     assert listing(path.parent) == ["c "]
