@@ -174,9 +174,26 @@ class Place:
     can_copy: bool
 
 
-@functools.lru_cache(maxsize=1024)
+_places: dict[int, tuple[Sharding, Place]] = {}  # by the sharding's id, which lives as it is here
+_MOST_PLACES = 1 << 14
+
+
 def place_of(sharding: Sharding) -> Place:
-    """Where arrays of a sharding with a single device are."""
+    """Where arrays of a sharding with a single device are.
+
+    A training step returns each leaf in a sharding of its own, the same object each time; to hash
+    and compare it takes 0.7 us, and looking at its identity 0.1.
+    """
+    known = _places.get(id(sharding))
+    if known is None:
+        if len(_places) >= _MOST_PLACES:
+            _places.clear()
+        known = _places[id(sharding)] = sharding, _place_of(sharding)
+    return known[1]
+
+
+@functools.lru_cache(maxsize=1024)
+def _place_of(sharding: Sharding) -> Place:
     device: Device
     (device,) = sharding.device_set
     kinds = [memory.kind for memory in device.addressable_memories()]

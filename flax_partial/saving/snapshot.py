@@ -34,13 +34,12 @@ def copying_devices(sources: _Described, *, limit: int | None) -> frozenset[Devi
       sources: The leaves' boxes.
       limit: Bytes that copies may take on a device; None for what training leaves.
     """
-    shardings = {
-        source.sharding
+    devices = {
+        place_of(source.sharding).device
         for boxes in sources
         for source in boxes
         if not isinstance(source, np.ndarray)
     }
-    devices = {place_of(sharding).device for sharding in shardings}
     return frozenset(device for device in devices if may_have_room(device, limit=limit))
 
 
