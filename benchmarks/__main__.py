@@ -31,6 +31,7 @@ SCENARIOS = (
     "memory",
     "load",
     "reuse",
+    "compression",
     "distributed",
     "import_time",
 )

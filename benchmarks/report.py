@@ -27,7 +27,7 @@ _LOG_WIDTH = 120
 
 UNITS = {
     **dict.fromkeys(("memory", "growth", "beside the state", "written"), "MiB"),
-    **dict.fromkeys(("steps/s", "GB/s", "load GB/s", "saved"), ""),
+    **dict.fromkeys(("steps/s", "GB/s", "load GB/s", "saved", "left"), ""),
 }
 """The unit in which a metric is reported, else seconds; MiB are measured in bytes."""
 

@@ -7,11 +7,13 @@ The first error decides: nothing more is saved then, and the checkpoint is never
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import threading
 import time
 from collections import Counter
+from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,7 +24,7 @@ from flax_partial.callbacks import _rows, _stacked
 from flax_partial.callbacks._claims import Claims
 from flax_partial.callbacks._reports import BlockedTime, CheckpointReport
 from flax_partial.callbacks._timeline import devices_of
-from flax_partial.runs import completeness
+from flax_partial.runs import completeness, liveness
 from flax_partial.subtrees import joined
 
 if TYPE_CHECKING:
@@ -51,7 +53,14 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, *, step: int, epoch: int, run_name: str, recorder: Recorder
+        self,
+        path: Path,
+        *,
+        step: int,
+        epoch: int,
+        run_name: str,
+        saves_timeout_secs: float | None,
+        recorder: Recorder,
     ) -> None:
         self.path = path
         self.step = step
@@ -63,6 +72,7 @@ class Checkpoint:
         self.error: BaseException | None = None
         self._epoch = epoch
         self._subject = f"checkpoint {path.absolute()} {run_name}"
+        self._saves_timeout_secs = saves_timeout_secs
         self._recorder = recorder
         self._lock = threading.Lock()  # guards `error`, `_groups` and `_pieces`
         self._groups: dict[str, list[str]] = {}  # by state key, in the order of saving
@@ -119,11 +129,27 @@ class Checkpoint:
         return done, sum(self._sizes[group] for group, _ in saves)
 
     def wait(self) -> None:
-        """Waits until no save is in flight; the first failure is in `error` then."""
-        for member, handle in tuple(self._handles):
-            error = handle.exception()
-            if error is not None:  # waiters may be woken before the handle's own callbacks run
-                self.fail(error, [member])
+        """Waits until no save is in flight; the first failure is in `error` then.
+
+        That may be that none of them has ended for too long.
+        """
+        by_handle: dict[futures.Future[Any], Member] = {
+            handle: member for member, handle in tuple(self._handles)
+        }
+        left = set(by_handle)
+        while left:
+            ended, left = futures.wait(left, self._saves_timeout_secs, futures.FIRST_COMPLETED)
+            if not ended:
+                error = fp.IncompleteCheckpointError(
+                    f"For {self._saves_timeout_secs:g} s no save of this process has ended, of "
+                    f"{len(left)} that are in flight: FinalizeHook(timeout_secs=) waits no longer."
+                )
+                self.fail(error, set(by_handle.values()))
+                return
+            for handle in ended:
+                failure = handle.exception()
+                if failure is not None:  # waiters may be woken before the handle's callbacks run
+                    self.fail(failure, [by_handle[handle]])
 
     def fail(self, error: BaseException, members: Iterable[Member]) -> None:
         """Gives the checkpoint up; its first error is reported to these callbacks."""
@@ -144,19 +170,18 @@ class Checkpoint:
 
         Raises:
           EmptyStateError: No callback saved anything.
-          IncompleteCheckpointError: Some process was not done in time.
+          IncompleteCheckpointError: Some process, or save, was not done in time.
           Exception: A save of some process, or finalize, failed. The session is left as it was.
         """
         began = [0.0]
 
         def save_all() -> list[str]:
-            self.wait()
-            if self.error is not None:
-                raise self.error
+            self._wait_well()
             if metrics:
-                options = next(iter(self.members.values())).options
-                metadata = self._metadata({"metrics": metrics, "ranked_by": self._ranked_by})
-                fp.save(self.path, {}, custom_metadata=metadata, options=options)
+                member = next(iter(self.members.values()))
+                scores = {"metrics": metrics, "ranked_by": self._ranked_by}
+                self._save_group(member, "", [], scores)
+                self._wait_well()
             began[0] = time.perf_counter()
             return sorted(self.claims.names)
 
@@ -177,6 +202,11 @@ class Checkpoint:
             finalize_secs=finalize_secs,
             finalized_at=finalized_at,
         )
+
+    def _wait_well(self) -> None:
+        self.wait()
+        if self.error is not None:
+            raise self.error
 
     def tell_others(self) -> None:
         """Reports to the other processes, if any, that a save of this one has failed, if one has.
@@ -209,8 +239,10 @@ class Checkpoint:
             first = {digests[process]: process for process in sorted(digests, reverse=True)}
             if len(first) > 1:
                 return sorted(first.values())
-            self._commit({jax.process_index(): names})
+            commit({jax.process_index(): names})
             return []
+
+        commit = functools.partial(self._commit, timeout_secs)
 
         asked: list[int] = fp.agree(
             self._subject, ready=digest_of_names, act=commit_or_ask, timeout_secs=timeout_secs
@@ -219,16 +251,23 @@ class Checkpoint:
             fp.agree(
                 f"{self._subject} names",
                 ready=lambda: names if jax.process_index() in asked else [],
-                act=self._commit,
+                act=commit,
                 timeout_secs=timeout_secs,
             )
 
-    def _commit(self, names: Mapping[int, Sequence[str]]) -> None:
+    def _commit(self, timeout_secs: float, names: Mapping[int, Sequence[str]]) -> None:
         """Finalizes what all processes have saved, given the names of their leaves."""
         expected = sorted({name for of_one in names.values() for name in of_one})
         if not expected:
             raise fp.EmptyStateError("No callback had anything to save.")
-        fp.finalize(self.path, expect=expected, processes=[jax.process_index()])
+        session = self.path.with_name(f"{self.path.name}.partial_save")
+        if not liveness.wait_until_idle(session, timeout_secs):
+            raise fp.IncompleteCheckpointError(
+                f"After {timeout_secs:g} s another process still saved into {session}, which is "
+                "left to the next run."
+            )
+        # It waits for no leaf: all are saved that there will be.
+        fp.finalize(self.path, expect=expected, processes=[jax.process_index()], timeout_secs=0)
 
     @property
     def _ranked_by(self) -> dict[str, Mode]:

@@ -15,6 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -27,7 +28,6 @@ from flax_partial.runs.directory import checkpoints, step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Container
-    from pathlib import Path
 
     from flax_partial.callbacks._schedule import Retention
     from flax_partial.runs.liveness import Life
@@ -101,7 +101,7 @@ def _settle_all(directory: Path, live: Container[Path], *, timeout_secs: float) 
                 logger.warning("Left the unfinished checkpoint %s as it is: %s", path, _IS_WRITTEN)
                 continue
             try:
-                _settle(path, int(session[1]))
+                _settle(path, int(session[1]), timeout_secs)
             except OSError as error:
                 if error.errno not in _READ_ONLY:
                     raise
@@ -145,7 +145,7 @@ def _later(directory: Path, step: int, path: Path | None) -> list[int]:
     return [one for one in held if one > step or (one == step and is_another)]
 
 
-def discard(directory: Path, step: int, path: Path) -> None:
+def discard(directory: Path, step: int, path: Path, *, timeout_secs: float) -> None:
     """Removes what `check_none_later` would refuse.
 
     The newest goes first: killed meanwhile, what is left is of one run. Under `jax.distributed` all
@@ -159,6 +159,7 @@ def discard(directory: Path, step: int, path: Path) -> None:
         f"discard {directory}",
         ready=lambda: None,
         act=lambda _: _discard(directory, step, path),
+        timeout_secs=timeout_secs,
     )
 
 
@@ -187,7 +188,7 @@ def drop_unless_complete(path: Path, step: int, why: str, *, timeout_secs: float
         return
     try:
         if completeness.missing(fp.status(path), step) is not None:
-            _drop(path, why)
+            _drop(path, why, timeout_secs)
     except fp.NoSessionError:
         return
 
@@ -285,7 +286,7 @@ def _at_path(path: str | os.PathLike[str]) -> tuple[int, Path]:
         raise ValueError(
             f"which={str(path)!r}: nothing there tells of which step it is. Load it with fp.load."
         )
-    return step, described.path
+    return step, Path(described.path)
 
 
 def best(directory: Path, retention: Retention) -> tuple[int, Path, float] | None:
@@ -323,23 +324,24 @@ def _look_into(path: Path, step: int, _inode: int, _mtime_ns: int) -> SavedStep:
     )
 
 
-def _settle(path: Path, step: int) -> None:
+def _settle(path: Path, step: int, timeout_secs: float) -> None:
     lacking = completeness.missing(fp.status(path), step)
     if lacking is not None:
-        _drop(path, f"it was left by an ended run, and {lacking}.")
+        _drop(path, f"it was left by an ended run, and {lacking}.", timeout_secs)
         return
     try:
-        fp.finalize(path, processes=[jax.process_index()])
+        fp.finalize(path, processes=[jax.process_index()], timeout_secs=0)
     except fp.PartialCheckpointError as error:  # it would be raised again
-        _drop(path, f"it was left by an ended run, and cannot be finalized: {error}")
+        _drop(path, f"it was left by an ended run, and cannot be finalized: {error}", timeout_secs)
     else:
         logger.warning("Finalized %s, which an ended run had saved but not finalized.", path)
 
 
-def _drop(path: Path, why: str) -> None:
+def _drop(path: Path, why: str, timeout_secs: float) -> None:
     try:
-        fp.abort(path)
-    except fp.CheckpointExistsError as error:  # it has files that are not of a session
+        fp.abort(path, timeout_secs=timeout_secs)
+    except (fp.CheckpointExistsError, fp.CheckpointInUseError) as error:
+        # It has files that are not of a session; or somebody has begun to save into it.
         logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
     else:
         logger.warning("Dropped the unfinished checkpoint %s: %s", path, why)

@@ -143,7 +143,7 @@ class Finalizer:
             own = checkpoint.error  # of a save in this process
             checkpoint.fail(error, members)
             is_late = isinstance(error, fp.IncompleteCheckpointError)
-            is_lost = own is not None or (jax.process_count() > 1 and not is_late)
+            is_lost = not is_late and (own is not None or jax.process_count() > 1)
             self._give_up(checkpoint, f"a save failed ({own or error})." if is_lost else None)
             return
         with self._lock:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -19,21 +18,24 @@ from flax_partial.callbacks import _directory
 from flax_partial.callbacks._behind import Behind
 from flax_partial.callbacks._checkpoint import Checkpoint
 from flax_partial.callbacks._finalizer import Finalizer
-from flax_partial.callbacks._metrics import StepMetrics, lacking
-from flax_partial.callbacks._preemption import Preemption
+from flax_partial.callbacks._members import Members
+from flax_partial.callbacks._metrics import lacking
+from flax_partial.callbacks._open_checkpoints import OpenCheckpoints
 from flax_partial.callbacks._reports import BlockedTime
 from flax_partial.callbacks._timeline import Recorder
 from flax_partial.runs import liveness
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
+    from flax_partial.callbacks._preemption import Preemption
 
 logger = logging.getLogger(__name__)
 
+_OTHERS_SECS = 90.0  # for which other processes are waited for: before JAX ends all, at 100 s
 _LAST_HOOKS = ("on_train_end", "teardown")  # after which no thread may come to write the timeline
 
 _runs_lock = threading.Lock()  # guards `_runs`
@@ -52,50 +54,38 @@ class Run:
       preemption: Whether the process is to end.
       recorder: Records the timeline.
       finalizer: Finalizes and removes checkpoints.
-      rescued_step: The step that callbacks save because training failed; None before.
+      members: Its callbacks that train.
+      open_checkpoints: Those that its callbacks still add to.
       has_begun: Whether it trains: from when it has recovered the directory until all has ended.
     """
 
-    def __init__(self, directory: Path, preemption: Preemption, timeout_secs: float) -> None:
+    def __init__(self, directory: Path, preemption: Preemption, timeout_secs: float | None) -> None:
         self.directory = directory
         self.preemption = preemption
         self.recorder = Recorder(directory)
-        self.finalizer = Finalizer(directory, self.recorder, timeout_secs)
-        self.rescued_step: int | None = None
-        self._behind = Behind(lambda: self.finalizer.is_behind, timeout_secs)
+        self._saves_timeout_secs = timeout_secs
+        self._timeout_secs = _OTHERS_SECS if timeout_secs is None else timeout_secs
+        self.finalizer = Finalizer(directory, self.recorder, self._timeout_secs)
         self.has_begun = False
         self._life = liveness.Life(directory)  # of several processes, the first one's
-        self._timeout_secs = timeout_secs
         # Guards all below. Nothing is waited for while it is held, but where a clock or the end of
         # the interpreter has the caller do it.
         self._lock = threading.RLock()
+        behind = Behind(lambda: self.finalizer.is_behind, self._timeout_secs)
+        self.members = Members(
+            directory,
+            preemption,
+            self._lock,
+            skips=lambda step: behind.skips(step, self._subject),
+        )
+        self.open_checkpoints = OpenCheckpoints(self.finalizer, self._lock)
         self._name = ""  # until `recover` gives it one
-        self._members: dict[str, Member] = {}  # callbacks whose groups are waited for, by key
-        self._open: dict[int, Checkpoint] = {}  # by step; those the finalizer does not have yet
-        self._metrics = StepMetrics()
         self._blocked = BlockedTime()  # of the checkpoint that was opened last
         self._is_dismissed = False
-        self._last_closed = 0  # the last step that some callback has saved
         with _runs_lock:
             _runs.add(self)
 
     # Who saves, and when.
-
-    def join(self, member: Member) -> None:
-        """Has checkpoints wait for the groups of a callback that is to save them.
-
-        Raises:
-          ValueError: It and another callback want to keep different checkpoints.
-        """
-        with self._lock:
-            one = member.retention
-            for other in (known.retention for known in self._members.values()):
-                if one.removes and other.removes and one != other:
-                    raise ValueError(
-                        f"Two callbacks want to keep different checkpoints of {self.directory}: "
-                        f"{one} and {other}. Give these options to one of them only."
-                    )
-            self._members[member.key] = member
 
     def start(self, member: Member, step: int) -> None:
         """Joins a callback whose training begins, which ends this process's runs before it there.
@@ -108,9 +98,9 @@ class Run:
           CheckpointInUseError: A run of another process lives there.
           OSError: The directory cannot be made, or written to.
         """
-        self.join(member)
+        self.members.join(member)
         self._is_dismissed = member.has_checked = False
-        self._last_closed = step
+        self.members.last_closed = step
         member.last_skipped = None
         error = self._begin(member)
         if error is not None:
@@ -130,39 +120,14 @@ class Run:
         """Waits for a callback no longer: its training has ended."""
         self.stop_listening(member)
         member.has_finished_step = False
-        with self._lock:
-            self._members.pop(member.key, None)
+        self.members.remove(member)
         self._end_life_if_over()
 
     def dismiss(self) -> None:
         """Ends all callbacks: another run of this process has begun in their directory."""
         self._is_dismissed = True
-        for member in tuple(self._members.values()):
+        for member in self.members:
             self.end(member)
-
-    def is_due(self, member: Member, step: int, epoch: int, *, epoch_ends: bool) -> bool:
-        """Whether a callback is to save `step`, and has saved neither that nor a later one."""
-        schedule = member.schedule
-        is_time = member.clock is not None and member.clock.is_due(step)  # asked about every step
-        is_regular = is_time or schedule.is_step_due(step)
-        is_last = (  # of its epoch, or run: never skipped
-            (epoch_ends and (schedule.is_epoch_due(epoch) or member.last_skipped is not None))
-            or (member.saves_on_preemption and self.preemption.is_due(step))
-            or (member.has_finished_step and step == self.rescued_step)
-        )
-        is_new = step >= self._last_closed and step not in (0, member.last_saved)
-        if not is_new or not (is_regular or is_last):
-            return False
-        if is_last or epoch_ends or not self._is_skipped(step):
-            return True
-        member.skip(step)
-        return False
-
-    def _is_skipped(self, step: int) -> bool:
-        """Whether all callbacks leave out a step that is due: the run is behind."""
-        with self._lock:
-            may_skip = all(member.skips_when_behind for member in self._members.values())
-        return may_skip and self._behind.skips(step, self._subject)
 
     @property
     def _subject(self) -> str:
@@ -191,8 +156,7 @@ class Run:
             else:
                 other.leave()
         self.finalizer.wait()
-        with self._lock:
-            live = {checkpoint.path for checkpoint in self._open.values()}
+        live = {checkpoint.path for checkpoint in self.open_checkpoints}
         self._name = _directory.recover(
             self.directory,
             self._life,
@@ -201,22 +165,27 @@ class Run:
             timeout_secs=self._timeout_secs,
         )
         self.has_begun = self.has_begun or begins
-        self.rescued_step = None
+        self.members.rescued_step = None
         self.recorder.begin(self._name)
         self.finalizer.sweep()
 
     def go_on(self, step: int) -> None:
         """Goes on from the checkpoint of a step, which is kept until a newer one is finalized."""
         self.finalizer.resume(step)
-        self._last_closed = step
+        self.members.last_closed = step
 
-    def check_is_alone(self) -> None:
-        """Raises CheckpointInUseError if another run lives in the directory."""
+    def discard_later(self, step: int, path: Path) -> None:
+        """Removes the checkpoints that are later than that of `step`, which is at `path`.
+
+        Raises:
+          CheckpointInUseError: Another run lives in the directory; or one of them is being read.
+        """
         other = None if self.has_begun else liveness.living(self.directory)
         if other is not None:
             raise fp.CheckpointInUseError(
                 errno.EWOULDBLOCK, f"Another run trains there ({other})", str(self.directory)
             )
+        _directory.discard(self.directory, step, path, timeout_secs=self._timeout_secs)
 
     # While training.
 
@@ -241,8 +210,8 @@ class Run:
 
     def advance(self, step: int) -> None:
         """Drops the checkpoints of steps before `step` that are open; finalizes closed ones."""
-        if self._open:
-            self._settle(before=step)
+        if self.open_checkpoints:
+            self.open_checkpoints.settle(before=step)
 
     def open(self, member: Member, *, step: int, epoch: int) -> Checkpoint:
         """Returns the checkpoint of a step, which is new if no callback has saved into it yet.
@@ -261,7 +230,7 @@ class Run:
             )
         error = None if self.has_begun else self._begin(member)
         with self._lock:
-            known = self._open.get(step)
+            known = self.open_checkpoints.get(step)
             if known is not None:
                 return known
             self.advance(step)
@@ -270,14 +239,16 @@ class Run:
                 step=step,
                 epoch=epoch,
                 run_name=self._name,
+                saves_timeout_secs=self._saves_timeout_secs,
                 recorder=self.recorder,
             )
-            self._open[step] = checkpoint
+            self.open_checkpoints.add(checkpoint)
             self._blocked = checkpoint.blocked
         self.finalizer.wait([checkpoint], show_progress=member.shows_progress)
         try:
             if error is not None:
                 raise error
+            self._life.check()
             checkpoint.before = _directory.check_is_newer(self.directory, step)
         except (fp.CheckpointExistsError, OSError) as failure:
             checkpoint.fail(failure, [member])
@@ -308,49 +279,26 @@ class Run:
         """
         with self._lock:
             if not checkpoint.members:
-                due = {
-                    key: other
-                    for key, other in self._members.items()
-                    if self.is_due(other, checkpoint.step, epoch, epoch_ends=epoch_ends)
-                }
+                due = self.members.due(checkpoint.step, epoch, epoch_ends=epoch_ends)
                 checkpoint.members = due | {member.key: member}
         checkpoint.save(member, groups, closing=closing)
         member.saved(checkpoint.step)
-        self._last_closed = checkpoint.step
+        self.members.last_closed = checkpoint.step
         if member.clock is not None:
             member.clock.saved()
         with self._lock:
             checkpoint.done.add(member.key)
             if not epoch_ends:
-                self.finish_scored()
-
-    def look(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Looks at the trainer's metrics: what was set since the last look is of this step.
-
-        Args:
-          step: The newest finished step.
-          metrics: The trainer's.
-        """
-        with self._lock:
-            self._metrics.look(step, metrics)
-
-    def finish_scored(self) -> None:
-        """Finalizes the closed checkpoints that have all their scores."""
-        with self._lock:
-            for checkpoint in [one for one in self._open.values() if one.is_closed]:
-                if checkpoint.monitors <= self._metrics.of(checkpoint.step).keys():
-                    self._finish(checkpoint)
-
-    def finish_closed(self) -> None:
-        """Finalizes the closed checkpoints: what has no score by now gets none."""
-        with self._lock:
-            for checkpoint in [one for one in self._open.values() if one.is_closed]:
-                self._finish(checkpoint)
+                self.open_checkpoints.finish_scored()
 
     def check_monitor(self, member: Member) -> None:
         """Warns, at the end of the first epoch, of a monitor that is no metric of the trainer's."""
         with self._lock:
-            names = self._metrics.names if member.has_checked else member.retention.modes.keys()
+            names = (
+                self.open_checkpoints.metric_names
+                if member.has_checked
+                else member.retention.modes.keys()
+            )
             for monitor in member.retention.modes.keys() - names:
                 member.warn_once(f"The first epoch had no score: {lacking(monitor, {}, names)}")
 
@@ -360,13 +308,13 @@ class Run:
     def awaits_members(self) -> bool:
         """Whether callbacks that have not ended have yet to add to what others have saved."""
         with self._lock:
-            awaited = [one.members.keys() - one.done for one in self._open.values()]
-            return any(keys and keys <= self._members.keys() for keys in awaited)
+            awaited = [one.members.keys() - one.done for one in self.open_checkpoints]
+            return any(keys and keys <= self.members.keys for keys in awaited)
 
     def say_what_is_finished(self, error: BaseException) -> None:
         """Logs what has to be written before training ends by an error: that may take a while."""
-        with self._lock:
-            steps = [*self.finalizer.steps_under_way, *self._open]
+        open_ = [checkpoint.step for checkpoint in self.open_checkpoints]
+        steps = {*self.finalizer.steps_under_way, *open_}
         if steps:
             logger.warning(
                 "Training ended by %s; what is being saved of %s is finished first.",
@@ -376,7 +324,7 @@ class Run:
 
     def wait(self, *, show_progress: bool = False) -> None:
         """Finalizes what is closed, drops what is open, and waits until nothing is under way."""
-        self._settle()
+        self.open_checkpoints.settle()
         self.finalizer.wait(show_progress=show_progress)
         self.finalizer.finish()
         self.recorder.flush()
@@ -386,10 +334,7 @@ class Run:
 
         Where a save has failed, the other processes learn it, as if its step had ended.
         """
-        with self._lock:
-            left = list(self._open.values())
-            self._open.clear()
-        for checkpoint in left:
+        for checkpoint in self.open_checkpoints.take_all():
             checkpoint.wait()
             logger.warning("Left %s unfinished, for the next run.", checkpoint.path)
             checkpoint.tell_others()
@@ -398,7 +343,7 @@ class Run:
 
     def _end_life_if_over(self) -> None:
         with self._lock:
-            if not (self._members or self._open or self.finalizer.steps_under_way):
+            if not (self.members or self.open_checkpoints or self.finalizer.steps_under_way):
                 self.has_begun = False
                 self._life.end()
 
@@ -418,51 +363,3 @@ class Run:
             others = [run for run in _runs if run is not self]
         here = self.directory.resolve()
         return [run for run in others if run.directory.resolve() == here]
-
-    def _settle(self, *, before: int | None = None) -> None:
-        """Finalizes the closed checkpoints, of steps before `before`, and drops the open ones."""
-        with self._lock:
-            for checkpoint in tuple(self._open.values()):
-                if before is not None and checkpoint.step >= before:
-                    continue
-                if checkpoint.is_closed:
-                    self._finish(checkpoint)
-                else:
-                    del self._open[checkpoint.step]
-                    self.finalizer.drop(checkpoint)
-
-    def _finish(self, checkpoint: Checkpoint) -> None:
-        # It is there no more if another run of this process has begun meanwhile.
-        if self._open.pop(checkpoint.step, None) is not None:
-            metrics = self._metrics.of(checkpoint.step)
-            self.finalizer.finalize(checkpoint, metrics, known=frozenset(self._metrics.names))
-
-
-class Runs:
-    """The runs of the callbacks that share a hook, one for each of their directories.
-
-    Attributes:
-      preemption: Whether they are to save for the last time; all decide alike.
-    """
-
-    def __init__(self, timeout_secs: float) -> None:
-        self.preemption = Preemption()
-        self._timeout_secs = timeout_secs
-        self._by_directory: dict[Path, Run] = {}
-        self._keys: Counter[str] = Counter()
-
-    def __iter__(self) -> Iterator[Run]:
-        return iter(tuple(self._by_directory.values()))
-
-    def of(self, directory: Path) -> Run:
-        """Returns the run of a directory, which is new if this is its first callback."""
-        run = self._by_directory.get(directory)
-        if run is None:
-            run = Run(directory, self.preemption, self._timeout_secs)
-            self._by_directory[directory] = run
-        return run
-
-    def unique_key(self, key: str) -> str:
-        """Makes a state key differ from those of the callbacks made before."""
-        self._keys[key] += 1
-        return key if self._keys[key] == 1 else f"{key}#{self._keys[key]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flax_partial.callbacks._copies import Copyable
-from flax_partial.callbacks._run import Runs
+from flax_partial.callbacks._runs import Runs
 
 if TYPE_CHECKING:
     from flax_partial.callbacks._reports import CheckpointReport
@@ -21,14 +21,19 @@ class FinalizeHook(Copyable):
     have saved their part of it. Where a save fails in one of them, it is given up in all.
     """
 
-    def __init__(self, *, timeout_secs: float = 90.0) -> None:
+    def __init__(self, *, timeout_secs: float | None = None) -> None:
         """Prepares a hook.
 
         Args:
           timeout_secs: For how many seconds a checkpoint waits, in the background, for the other
-            processes to save their part of it; then it is given up. For as long they wait for one
-            another where they recover a directory, or for somebody else who does.
+            processes to save their part of it, and for a save of this process, after the one
+            before it has ended; then it is given up. For as long they wait for one another where
+            they recover a directory, and for others who do so, or write there. None: 90 s for
+            others; for this process's saves, whose arrays may be long in coming, as long as they
+            take.
         """
+        if timeout_secs is not None and not timeout_secs > 0:
+            raise ValueError(f"timeout_secs is a number of seconds above 0, not {timeout_secs!r}")
         self.runs = Runs(timeout_secs)  # for its callbacks
 
     @property

@@ -21,9 +21,10 @@ import numpy as np
 
 import flax_partial as fp
 from flax_partial.callbacks import _extras
+from flax_partial.callbacks._hooks import in_training
 from flax_partial.callbacks._state import LoadOptions, RestoreOptions
 from flax_partial.callbacks.loop import resume_options, resuming
-from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback, in_training
+from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 _extras.need("lightning", extra="lightning")
 

@@ -1,35 +1,26 @@
-"""Saves each layer of a training step the moment it is ready, as one checkpoint.
+"""Saves each layer of a training step the moment it is ready, as one checkpoint: the callback.
 
-The hooks are Lightning's, by name and signature; two calls are added, with which a trainer streams.
-
-Which step a layer belongs to: steps are counted as the trainer's `global_step` is when
-`on_train_batch_end` is called, so step 1 is the first. What is streamed belongs to the batch under
-way: its step is one more than `global_step` was when the batch began, no matter whether the trainer
-counts before or after it streams.
+What a user gives and calls is here; what a trainer calls is in `_hooks.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import signal
-import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import flax_partial as fp
 from flax_partial.callbacks import _directory, _state
 from flax_partial.callbacks._behind import WHEN_BEHIND
 from flax_partial.callbacks._clock import Clock
-from flax_partial.callbacks._copies import Copyable
-from flax_partial.callbacks._finished import Finished
 from flax_partial.callbacks._groups import Grouping
-from flax_partial.callbacks._leaves import flatten
+from flax_partial.callbacks._hooks import TrainingHooks
 from flax_partial.callbacks._member import Failures, Member
-from flax_partial.callbacks._metrics import send
 from flax_partial.callbacks._preemption import check_signals
-from flax_partial.callbacks._restored import Progress, progress_of
+from flax_partial.callbacks._restored import progress_of
+from flax_partial.callbacks._saver import StepSaver
 from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.callbacks._stateful import Extras
 from flax_partial.callbacks.finalize_hook import FinalizeHook
@@ -38,37 +29,22 @@ from flax_partial.runs.directory import checked, probably_meant
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
     from datetime import timedelta
     from pathlib import Path
 
-    from flax_partial.callbacks._claims import Claims
     from flax_partial.callbacks._groups import GroupBy
-    from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._metrics import OnMetrics
     from flax_partial.callbacks._reports import CheckpointReport
     from flax_partial.callbacks._stacked import Stacked
     from flax_partial.callbacks.policies import Policy
-    from flax_partial.subtrees import Name
 
 logger = logging.getLogger(__name__)
 
-_HookT = TypeVar("_HookT", bound="Callable[..., None]")
 _STEP_LEAF = "checkpoint_step"  # that earlier versions added to the tree, for themselves
 
 
-def in_training(hook: _HookT) -> _HookT:
-    """Has a hook do nothing while `setup` has said that nothing is trained in earnest."""
-
-    @functools.wraps(hook)
-    def run(self: PartialCheckpointCallback, *arguments: Any, **named: Any) -> None:
-        if not self.is_idle:
-            hook(self, *arguments, **named)
-
-    return cast("_HookT", run)
-
-
-class PartialCheckpointCallback(Copyable):
+class PartialCheckpointCallback(TrainingHooks):
     """Checkpoints a training loop group by group, into `directory/<step>/`.
 
     A trainer that can stream calls `on_layer_ready` and `on_optimizer_state_ready` in each step,
@@ -208,10 +184,7 @@ class PartialCheckpointCallback(Copyable):
         options = options or fp.SaveOptions()
         if options.share_replicas is None:
             options = replace(options, share_replicas=True)
-        self._grouping = Grouping(
-            group_by, stacked or {}, share_replicas=bool(options.share_replicas)
-        )
-        self._state_fn = state_fn
+        grouping = Grouping(group_by, stacked or {}, share_replicas=bool(options.share_replicas))
         self._extras = Extras(extras or {})
         self._on_metrics = on_metrics
         self._save_on_exception = save_on_exception
@@ -238,186 +211,7 @@ class PartialCheckpointCallback(Copyable):
             skips_when_behind=when_behind == "skip",
             failures=failures,
         )
-        self.restored: Progress | None = None
-        self._finished: Finished | None = None
-        self._step_before: int | None = None
-        self._epoch_began = 0  # steps done then
-        self._is_training = False
-        self.is_idle = False
-
-    # What a trainer that streams calls.
-
-    def will_save(self, trainer: Any) -> bool:
-        """Whether the step under way is saved: cheap enough to ask at every layer."""
-        step = self._step_before_batch(trainer) + 1
-        return self._is_due(trainer, step, epoch_ends=trainer.is_last_batch)
-
-    def on_layer_ready(self, trainer: Any, name: Name, tree: Any) -> None:
-        """Saves a layer's parameters as they are after the step under way, if it is to be saved.
-
-        Returns once the arrays may be donated, deleted or written over; they need not be computed
-        yet. May be called from any thread, in any order, once a step for each name.
-
-        Args:
-          trainer: The trainer.
-          name: Where the layer stands below "params", such as "blocks.3".
-          tree: Its parameters.
-        """
-        if self.will_save(trainer):
-            self._stream(trainer, "params", name, tree)
-
-    def on_optimizer_state_ready(self, trainer: Any, name: Name, tree: Any) -> None:
-        """Saves a layer's optimizer state, as `on_layer_ready` does, below "opt_state"."""
-        if self.will_save(trainer):
-            self._stream(trainer, "opt_state", name, tree)
-
-    # Lightning's hooks.
-
-    def setup(self, trainer: Any, module: Any, stage: str) -> None:
-        """Joins the callbacks that share its hook, if there is training to come."""
-        self.is_idle = stage != "fit" or bool(getattr(trainer, "fast_dev_run", False))
-        if not self.is_idle:
-            self._run.join(self._member)
-
-    @in_training
-    def on_fit_start(self, trainer: Any, module: Any) -> None:
-        """Finalizes or drops what an ended run has left.
-
-        Raises:
-          CheckpointExistsError: Training goes on from a step that was restored, and there are later
-            ones.
-          UnsupportedLeafError: The state of one of `extras` cannot be stored.
-        """
-        with self._blocked("on_fit_start", trainer):
-            step = trainer.global_step
-            self._extras.metadata()  # what is wrong with them is said now
-            if self.restored is not None and self.restored.step == step > 0:
-                _directory.check_none_later(self.directory, step)
-            elif step != self._member.last_saved:
-                self._epoch_began = step
-            self._step_before = step
-            self._run.start(self._member, step)
-            self._look(trainer)
-            self._is_training = True
-
-    @in_training
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Remembers the step that training, restored by now, starts from."""
-        self._step_before = trainer.global_step
-        self._look(trainer)
-
-    @in_training
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        """Remembers the step before the batch; finalizes it if it was waiting for its score."""
-        self._step_before = trainer.global_step
-        self._look(trainer)
-        self._run.finish_closed()
-        self._run.recorder.step_began()
-
-    @in_training
-    def on_train_batch_end(
-        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves what was not streamed of a step that is to be saved."""
-        with self._blocked("on_train_batch_end", trainer):
-            step, member = trainer.global_step, self._member
-            is_new = step not in (self._step_before, member.last_saved)
-            if is_new and self._step_before is not None and not member.has_checked:
-                self._check(trainer, module, step)
-                member.has_checked = True
-            self._run.advance(step)
-            self._look(trainer)
-            self._reach(step, "on_train_batch_end")
-            if self._is_due(trainer, step, epoch_ends=trainer.is_last_batch):
-                self._save(trainer, module, step, epoch_ends=trainer.is_last_batch)
-            if self._save_on_exception:
-                closing = self._closing(trainer, epoch_ends=trainer.is_last_batch)
-                self._finished = Finished.of(trainer, module, self._state_fn, closing)
-                member.has_finished_step = True
-            self._step_before = step
-            self._run.recorder.step_ended(step)
-            self._stop_after_last(trainer, step)
-
-    @in_training
-    def on_validation_end(self, trainer: Any, module: Any) -> None:
-        """Scores the checkpoint of the last finished step, if it was waiting for that."""
-        self._look(trainer)
-        if not trainer.is_last_batch:
-            self._run.finish_scored()
-
-    @in_training
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Finalizes; saves first where no batch was said to be the epoch's last."""
-        with self._blocked("on_train_epoch_end", trainer):
-            step = trainer.global_step
-            self._look(trainer)
-            self._reach(step, "on_train_epoch_end")
-            if self._is_due(trainer, step, epoch_ends=True):
-                self._save(trainer, module, step, epoch_ends=True)
-            self._run.finish_scored()
-            self._run.check_monitor(self._member)
-            self._epoch_began = step
-            self._stop_after_last(trainer, step)
-
-    @in_training
-    def on_train_end(self, trainer: Any, module: Any) -> None:
-        """Waits until every checkpoint is finalized."""
-        with self._blocked("on_train_end", trainer):
-            step = trainer.global_step
-            self._look(trainer)
-            self._reach(step, "on_train_end")
-            member = self._member
-            is_last = member.saves_on_preemption and self._run.preemption.is_due(step)
-            is_last = is_last or member.last_skipped is not None
-            if is_last and step not in (0, member.last_saved):
-                self._save(trainer, module, step, epoch_ends=False)
-            try:
-                self._stop_after_last(trainer, step)
-            finally:
-                self._end()
-
-    @in_training
-    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
-        """Lets saves in flight finish, and leaves what is not finalized to the next run.
-
-        With `save_on_exception` it saves the last finished step before, if that can be had.
-        """
-        self._is_training = False
-        self._run.stop_listening(self._member)
-        self._run.say_what_is_finished(exception)
-        if self._save_on_exception:
-            self._rescue()
-        self._run.end(self._member)
-        self._finished = None
-        if not (self._save_on_exception and self._run.awaits_members):
-            self._run.leave()
-        self._member.failures.log_all()
-        try:
-            self._send_costs(trainer)
-        except Exception:
-            logger.exception("What checkpoints cost could not be reported.")
-
-    @in_training
-    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
-        """Waits until every checkpoint is finalized."""
-        with self._blocked("teardown", trainer):
-            self._end()
-
-    @property
-    def state_key(self) -> str:
-        """Identifies this callback among others, in a trainer and in a checkpoint."""
-        return self._member.key
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what a trainer's own checkpoint has to hold of this callback."""
-        return {"last_saved": self._member.last_saved, "failed_saves": self.failed_saves}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
-        self._member.last_saved = state_dict["last_saved"]
-        self._member.failures.count = state_dict["failed_saves"]
-
-    # What a user calls.
+        self._saver = StepSaver(self._run, self._member, grouping, self._extras, state_fn)
 
     @property
     def failed_saves(self) -> int:
@@ -463,7 +257,7 @@ class PartialCheckpointCallback(Copyable):
     @property
     def epoch_began(self) -> int:
         """Steps done when the epoch under way began."""
-        return self._epoch_began
+        return self._saver.epoch_began
 
     def restore(
         self,
@@ -557,10 +351,9 @@ class PartialCheckpointCallback(Copyable):
         state = self._load(path, target, options)
         self._extras.set(extras)
         if discard_later:
-            self._run.check_is_alone()
-            _directory.discard(self.directory, step, path)
+            self._run.discard_later(step, path)
         self._member.last_saved = step
-        self._epoch_began = step - progress.steps_of_epoch
+        self._saver.epoch_began = step - progress.steps_of_epoch
         self.restored = progress
         logger.info("Restored step %d from %s.", step, path)
         return state, step
@@ -570,151 +363,3 @@ class PartialCheckpointCallback(Copyable):
             return _state.load(path, target, options)
         with contextlib.closing(Bar("Loading a checkpoint")) as bar:
             return _state.load(path, target, options, progress=bar.update)
-
-    # How it saves.
-
-    def _is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
-        if self.is_idle:
-            return False
-        return self._run.is_due(self._member, step, trainer.current_epoch, epoch_ends=epoch_ends)
-
-    @contextlib.contextmanager
-    def _blocked(self, hook: str, trainer: Any = None) -> Iterator[None]:
-        """Counts the time that a hook blocks training; raises in it what has failed meanwhile.
-
-        Then reports, if given a trainer, what has been finalized.
-        """
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._run.add_blocked(time.perf_counter() - begun, hook)
-        self._member.failures.raise_first()
-        if trainer is not None:
-            self._send_costs(trainer)
-
-    def _stream(self, trainer: Any, root: str, name: Name, tree: Any) -> None:
-        with self._blocked("stream"):
-            step = self._step_before_batch(trainer) + 1
-            checkpoint = self._run.open(self._member, step=step, epoch=trainer.current_epoch)
-            try:
-                groups = self._grouping.streamed(root, name, _state.pure(tree))
-            except Exception as error:  # noqa: BLE001 - a tree that JAX cannot flatten
-                checkpoint.fail(error, [self._member])
-            else:
-                checkpoint.save(self._member, groups)
-
-    def _save(self, trainer: Any, module: Any, step: int, *, epoch_ends: bool) -> None:
-        def take(claims: Claims) -> Any:
-            return self._take(trainer, module, claims)
-
-        closing = self._closing(trainer, epoch_ends=epoch_ends)
-        self._save_tree(take, step, trainer.current_epoch, closing, epoch_ends=epoch_ends)
-
-    def _save_tree(
-        self,
-        take: Callable[[Claims], Any],
-        step: int,
-        epoch: int,
-        closing: Mapping[str, Any],
-        *,
-        epoch_ends: bool,
-    ) -> None:
-        member = self._member
-        checkpoint = self._run.open(member, step=step, epoch=epoch)
-        groups: dict[str, Leaves] = {}
-        try:
-            groups = self._grouping.rest(take(checkpoint.claims), checkpoint.claims)
-        except Exception as error:  # noqa: BLE001 - of state_fn, group_by, or a tree they cannot take
-            checkpoint.fail(error, [member])
-        self._run.close(
-            member, checkpoint, groups, epoch=epoch, epoch_ends=epoch_ends, closing=closing
-        )
-
-    def _check(self, trainer: Any, module: Any, step: int) -> None:
-        """Finds what would fail when the first checkpoint is due, and raises or logs it.
-
-        Raises:
-          CheckpointExistsError: The directory holds this step, or a later one.
-          UnsupportedLeafError: No checkpoint can hold some leaf of the state.
-          Exception: What `state_fn` raises; or the directory cannot be made.
-        """
-        try:
-            self._run.check_is_newer(step)
-            is_due = self._is_due(trainer, step, epoch_ends=trainer.is_last_batch)
-            tree = None if is_due else _state.take(trainer, module, self._state_fn)
-            if tree is not None and flatten(tree):  # else it may be streamed, all of it
-                fp.check(tree)
-        except Exception as error:
-            if self._member.failures.are_raised:
-                error.add_note("No checkpoint is due yet; the first one would have failed so.")
-                raise
-            logger.exception("The first checkpoint of %s will fail.", self.directory)
-
-    def _closing(self, trainer: Any, *, epoch_ends: bool) -> Mapping[str, Any]:
-        """Returns what is saved of training after a step, beside the arrays."""
-        step, epoch = trainer.global_step, trainer.current_epoch
-        steps_of_epoch = 0 if epoch_ends else step - self._epoch_began
-        progress = Progress(step, epoch + epoch_ends, steps_of_epoch)
-        return {**progress.metadata, **self._extras.metadata()}
-
-    def _take(self, trainer: Any, module: Any, claims: Claims) -> Any:
-        tree = _state.take(trainer, module, self._state_fn)
-        if tree is None and self._state_fn is None and not claims.names:
-            raise TypeError(
-                f"Found no state to save in {type(trainer).__name__}: its module is no NNX module, "
-                "and its `state` no tree. Pass state_fn=, or stream every layer."
-            )
-        return tree
-
-    def _rescue(self) -> None:
-        """Saves the last finished step, and finalizes what is complete; training has failed."""
-        finished = self._finished
-        try:
-            if finished is not None and finished.step not in (0, self._member.last_saved):
-                finished.check_is_there()
-                logger.warning("Training failed: step %d is saved before it ends.", finished.step)
-                self._run.rescued_step = finished.step
-                self._save_tree(
-                    lambda _: finished.tree,
-                    finished.step,
-                    finished.epoch,
-                    finished.closing,
-                    epoch_ends=False,
-                )
-            self._run.finish_closed()
-        except Exception:
-            logger.exception("The last finished step could not be saved.")
-
-    def _step_before_batch(self, trainer: Any) -> int:
-        if self._step_before is None:
-            self._step_before = int(trainer.global_step)
-        return self._step_before
-
-    def _look(self, trainer: Any) -> None:
-        self._run.look(trainer.global_step, trainer.callback_metrics)
-
-    def _reach(self, step: int, hook: str) -> None:
-        if self._member.saves_on_preemption:
-            self._run.preemption.reach(step, hook)
-
-    def _stop_after_last(self, trainer: Any, step: int) -> None:
-        """Finalizes and stops training once all callbacks have saved the last step."""
-        member, preemption = self._member, self._run.preemption
-        if member.saves_on_preemption and preemption.is_last(member.key, step):
-            for run in self.finalizer.runs:
-                run.finish_closed()
-                run.wait(show_progress=member.shows_progress)
-            preemption.stop(trainer)
-
-    def _end(self) -> None:
-        self._is_training = False
-        self._run.wait(show_progress=self._member.shows_progress)
-        self._run.end(self._member)
-        self._finished = None
-
-    def _send_costs(self, trainer: Any) -> None:
-        """Sends each finalized checkpoint's cost once: to this callback's function, or loggers."""
-        reader = "the trainer" if self._on_metrics is None else self._member.key
-        for report in self._run.finalizer.new_reports(reader):
-            send(report, trainer, self._on_metrics)

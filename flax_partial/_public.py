@@ -11,10 +11,13 @@ from flax_partial.errors import (
     KeyConflictError,
     NoSessionError,
     PartialCheckpointError,
+    StoreAccessError,
+    StoreError,
     TargetMismatchError,
     UnsupportedLeafError,
 )
 from flax_partial.finalizing.abort import abort
+from flax_partial.finalizing.copy import copy
 from flax_partial.finalizing.finalize import finalize, finalize_async
 from flax_partial.finalizing.status import status
 from flax_partial.format.slices import Slice
@@ -36,6 +39,8 @@ from flax_partial.reports import (
 )
 from flax_partial.saving.save import check, save, save_async
 from flax_partial.sessions.handles import FinalizeHandle, SaveHandle
+from flax_partial.storage.object_store import store_options
+from flax_partial.storage.store_path import StorePath
 from flax_partial.subtrees import subtree
 
 __all__ = [
@@ -59,12 +64,16 @@ __all__ = [
     "SessionStatus",
     "Slice",
     "Stack",
+    "StoreAccessError",
+    "StoreError",
+    "StorePath",
     "TargetMismatchError",
     "UnsupportedLeafError",
     "VerifyReport",
     "abort",
     "agree",
     "check",
+    "copy",
     "finalize",
     "finalize_async",
     "latest",
@@ -76,6 +85,7 @@ __all__ = [
     "save_async",
     "status",
     "steps",
+    "store_options",
     "subtree",
     "verify",
 ]

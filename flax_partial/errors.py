@@ -10,10 +10,12 @@
     ├── IncompleteCheckpointError (RuntimeError)     leaves, or parts of leaves, are missing
     ├── CorruptCheckpointError  (ValueError)         bytes on disk are not those that were written
     ├── TargetMismatchError     (ValueError)         the checkpoint does not fit the target
-    └── ForkedProcessError      (RuntimeError)       a forked child of a process that used JAX
+    ├── ForkedProcessError      (RuntimeError)       a forked child of a process that used JAX
+    └── StoreError              (OSError)            a request to an object store failed for good
+        └── StoreAccessError    (PermissionError)    it refused, or there are no credentials
 
 Each is also the built-in kind that a caller would catch without knowing this package. Failures of
-the storage itself (a full disk, a lost mount) stay the `OSError` they are.
+a file system (a full disk, a lost mount) stay the `OSError` they are.
 """
 
 import traceback
@@ -34,7 +36,7 @@ class NoSessionError(PartialCheckpointError, FileNotFoundError):
 
 
 class CheckpointInUseError(PartialCheckpointError, BlockingIOError):
-    """Somebody is reading the checkpoint that was to be removed; nothing was removed."""
+    """Somebody reads, or writes, what was to be removed, or a run trains there; it is left."""
 
 
 class KeyConflictError(PartialCheckpointError, ValueError):
@@ -63,6 +65,14 @@ class TargetMismatchError(PartialCheckpointError, ValueError):
 
 class ForkedProcessError(PartialCheckpointError, RuntimeError):
     """A call that writes, in a forked child of a process that had used JAX; nothing was written."""
+
+
+class StoreError(PartialCheckpointError, OSError):
+    """A request to an object store failed for good; the message names the object."""
+
+
+class StoreAccessError(StoreError, PermissionError):
+    """An object store refused a request, or there are no credentials to ask it with."""
 
 
 def how_to_install(extra: str) -> str:

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from flax_partial.storage.store_path import AnyPath
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class SaveReport:
       device_bytes: The share of `bytes` that was copied on its device, and saved from there.
     """
 
-    path: Path
+    path: AnyPath
     part: str
     leaves: int
     bytes: int
@@ -107,7 +108,7 @@ class SessionStatus:
       custom_metadata: That of all parts, merged as finalize would merge it.
     """
 
-    path: Path
+    path: AnyPath
     parts: tuple[PartStatus, ...]
     torn: tuple[str, ...]
     damaged: tuple[str, ...]
@@ -154,7 +155,7 @@ class CheckpointMetadata:
       left_out: Items of a checkpoint of Orbax's that are not read: name -> why not.
     """
 
-    path: Path
+    path: AnyPath
     leaves: Mapping[str, LeafMetadata]
     custom_metadata: dict[str, Any]
     bytes: int
@@ -175,7 +176,7 @@ class VerifyReport:
       bad: Name of each leaf, or file, that is not what was written, to what is wrong with it.
     """
 
-    path: Path
+    path: AnyPath
     leaves: int
     bytes: int
     bad: Mapping[str, str]

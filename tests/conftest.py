@@ -19,6 +19,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # JAX reads these once, when it is first imported. Processes that tests start inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# No test asks a cloud for anything: without keys a client asks the machine's own metadata server.
+os.environ.update(
+    AWS_ACCESS_KEY_ID="testkey",
+    AWS_SECRET_ACCESS_KEY="testsecret",  # noqa: S106 - it opens nothing
+    AWS_METADATA_ENDPOINT="http://127.0.0.1:9",
+    AWS_EC2_METADATA_DISABLED="true",
+    GCE_METADATA_HOST="127.0.0.1:9",
+    NO_GCE_CHECK="true",
+)
 
 import jax
 import pytest

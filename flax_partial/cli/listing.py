@@ -14,8 +14,9 @@ from flax_partial.cli.output import Output
 from flax_partial.loading import catalog
 from flax_partial.loading.catalog import is_finalized
 from flax_partial.storage import files, session_dir
+from flax_partial.storage.local_place import LocalPlace
 from flax_partial.storage.parts import part_names
-from flax_partial.storage.paths import CONTENTS, SESSION_SUFFIX, STATE, CheckpointPath
+from flax_partial.storage.paths import CONTENTS, SESSION_SUFFIX, STATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def one_checkpoint(path: str, out: Output, state: str = places.FINALIZED) -> str
     return newest
 
 
-def no_run(path: str, state: str) -> CheckpointPath:
+def no_run(path: str, state: str) -> LocalPlace:
     """Takes the path of a checkpoint that is to be changed, which a run does not stand for.
 
     Args:

@@ -14,9 +14,10 @@ from flax_partial.format.model import Contents, Part
 from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
 from flax_partial.reports import CheckpointMetadata, SessionStatus
 from flax_partial.runs import completeness, liveness
-from flax_partial.storage import checkpoint_dir, files, paths, session_dir
+from flax_partial.storage import checkpoint_dir, files, paths, places, session_dir
+from flax_partial.storage.local_place import LocalPlace
 from flax_partial.storage.parts import read_parts
-from flax_partial.storage.paths import DELETED_SUFFIX, SESSION_SUFFIX, STATE, CheckpointPath
+from flax_partial.storage.paths import DELETED_SUFFIX, SESSION_SUFFIX, STATE
 
 FINALIZED, UNFINISHED, DAMAGED, DROPPED = "finalized", "unfinished", "damaged", "dropped"
 OURS, ORBAX = "flax_partial", "orbax"
@@ -34,16 +35,18 @@ def local(path: str) -> Path:
         raise WrongUseError(str(error)) from error
 
 
-def resolve(path: str) -> CheckpointPath:
+def resolve(path: str) -> LocalPlace:
     """Takes the path of a checkpoint, or of its session, as it stands on a command line.
 
     Raises:
       WrongUseError: It cannot name a checkpoint.
     """
     try:
-        where = paths.resolve(path)
+        where = places.resolve(path)
     except ValueError as error:
         raise WrongUseError(str(error)) from error
+    if not isinstance(where, LocalPlace):
+        raise WrongUseError(f"{path} is a URL of an object store, where this command does not go")
     if is_removed(where.final.name):
         raise WrongUseError(
             f"{path} is what is left of a checkpoint that was removed; nothing needs it"
@@ -56,12 +59,12 @@ def is_removed(name: str) -> bool:
     return name.startswith(".") and name.endswith(DELETED_SUFFIX)
 
 
-def is_session_meant(path: str, where: CheckpointPath) -> bool:
+def is_session_meant(path: str, where: LocalPlace) -> bool:
     """Whether a path is that of a session, not of a checkpoint that may lie beside it."""
     return path.rstrip("/").endswith(SESSION_SUFFIX) and session_dir.is_session(where)
 
 
-def finalized(path: str) -> CheckpointPath:
+def finalized(path: str) -> LocalPlace:
     """Takes the path of a checkpoint that has to be finalized.
 
     Raises:
@@ -103,7 +106,7 @@ class Session:
       plan: What finalize would make of them.
     """
 
-    where: CheckpointPath
+    where: LocalPlace
     parts: dict[str, Part]
     status: SessionStatus
     plan: MergePlan
@@ -128,7 +131,7 @@ def users_metadata(custom_metadata: Mapping[str, Any]) -> dict[str, Any]:
     return dict(custom_metadata)
 
 
-def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) -> Session:
+def read_session(where: LocalPlace, known: dict[str, Part] | None = None) -> Session:
     """Looks at an unfinished checkpoint, without waiting for saves that are under way.
 
     Args:
@@ -147,10 +150,10 @@ def read_session(where: CheckpointPath, known: dict[str, Part] | None = None) ->
         )
     found = read_parts(where.state, known=known)
     parts = found.committed
-    return Session(where, parts, status_of(where, found), merge(parts))
+    return Session(where, parts, status_of(where.final, found), merge(parts))
 
 
-def require_ended(where: CheckpointPath) -> None:
+def require_ended(where: LocalPlace) -> None:
     """Raises CheckpointInUseError if a run that lives saves into a session's directory."""
     run = liveness.living(where.final.parent)
     if run is not None:
@@ -160,7 +163,7 @@ def require_ended(where: CheckpointPath) -> None:
         )
 
 
-def is_foreign(where: CheckpointPath) -> bool:
+def is_foreign(where: LocalPlace) -> bool:
     """Whether a session's directory holds something, but nothing of ours."""
     names = files.listed(where.session)
     return bool(names) and STATE not in names

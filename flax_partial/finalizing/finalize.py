@@ -5,7 +5,6 @@ the session. Killed anywhere before the rename it has changed nothing that count
 from the parts.
 """
 
-import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -22,6 +21,7 @@ from flax_partial.errors import (
     NoSessionError,
     first_few,
 )
+from flax_partial.finalizing.deadline import Deadline, check_timeout
 from flax_partial.format.derive import derive
 from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.merge import MergePlan, merge
@@ -33,9 +33,9 @@ from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import FinalizeHandle
 from flax_partial.sessions.registry import Session, failed_parts, forget, session_of
 from flax_partial.sessions.workers import Task
-from flax_partial.storage import files, paths, session_dir
-from flax_partial.storage.parts import read_parts
-from flax_partial.storage.paths import CheckpointPath, PathLike
+from flax_partial.storage import places
+from flax_partial.storage.paths import PathLike
+from flax_partial.storage.place import Place
 
 _MOST_NAMED = 20  # leaves that an error lists
 
@@ -58,8 +58,9 @@ def finalize(
       processes: Indices of the processes that call this under `jax.distributed`; all of them if
         None. The first of them finalizes when the others have called it, and all return, or raise
         the same. With `expect` and None it waits for nobody: what it expects says when all is in.
-      timeout_secs: For how many seconds to wait for what is missing. None: for leaves not at all,
-        for other processes 90 s.
+      timeout_secs: For how many seconds to wait: for this process's saves in flight, for other
+        processes to call this and to end their saves, and for leaves that are missing. None: for
+        saves as long as they take, for other processes to call it 90 s, for leaves not at all.
 
     Returns:
       What the checkpoint holds.
@@ -67,7 +68,8 @@ def finalize(
     Raises:
       CheckpointExistsError: Something is at `path` already; the session, if any, is kept.
       NoSessionError: There is no session.
-      IncompleteCheckpointError: Leaves, or pieces of leaves, are missing; the session is kept.
+      IncompleteCheckpointError: Leaves, or pieces of leaves, are missing, or some save had not
+        ended when time was up; the session is kept.
       KeyConflictError: The parts do not form one tree; the session is kept.
       CorruptCheckpointError: A part is damaged; the session is kept.
       OSError: Writing failed; the session is kept, and finalize can be called again.
@@ -111,10 +113,9 @@ def _task(
 ) -> Task[CheckpointMetadata]:
     """Checks what a caller can get wrong; returns what a worker has to do."""
     check_not_forked("finalize")
-    where = paths.resolve(path)
+    where = places.resolve(path)
     expected = _names(expect)
-    if timeout_secs is not None and not timeout_secs >= 0:
-        raise ValueError(f"timeout_secs is a number of seconds, 0 or more, not {timeout_secs!r}")
+    check_timeout(timeout_secs)
     chosen = None if processes is None else tuple(processes)
 
     def work(task: Task[CheckpointMetadata]) -> CheckpointMetadata:
@@ -124,7 +125,7 @@ def _task(
 
 
 def _finalize(
-    where: CheckpointPath,
+    where: Place,
     expected: tuple[str, ...],
     processes: tuple[int, ...] | None,
     timeout_secs: float | None,
@@ -132,9 +133,10 @@ def _finalize(
 ) -> CheckpointMetadata:
     participants = _participants(processes)
     session = session_of(where)
+    deadline = Deadline(task, timeout_secs, IncompleteCheckpointError)
 
     def finish_saves() -> tuple[str, ...]:
-        session.wait()
+        deadline.wait_for_saves(session)
         session.raise_unseen()
         return expected
 
@@ -142,7 +144,10 @@ def _finalize(
 
     def commit(expected_by: Mapping[int, Sequence[str]]) -> None:
         names = [*dict.fromkeys(name for listed in expected_by.values() for name in listed)]
-        committed.append(_commit_when_whole(session, names, timeout_secs or 0.0, task))
+        where.require_absent()
+        if timeout_secs:
+            _wait_for_leaves(where, names, deadline, task)
+        committed.append(_commit_alone(session, names, deadline, task))
 
     agree(
         f"finalize {where.final}",
@@ -168,74 +173,62 @@ def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _commit_when_whole(
-    session: Session, expected: Sequence[str], timeout_secs: float, task: Task[Any]
+def _commit_alone(
+    session: Session, expected: Sequence[str], deadline: Deadline, task: Task[Any]
 ) -> Contents:
+    """Makes the checkpoint once nobody saves into its session."""
     where = session.where
-    session_dir.require_absent(where)
-    if timeout_secs:
-        _wait_for_leaves(where, expected, timeout_secs, task)
     try:
         task.check()
-        with session_dir.locked_exclusively(where), collector.paused():
+        with deadline.locked(where), collector.paused():
             task.check()
             session.remove_failed()
             with TraceAnnotation("flax_partial.finalize", checkpoint=where.final.name):
                 return _commit(session, expected)
     except NoSessionError:
-        session_dir.require_absent(where)  # somebody else has finalized it while this one waited
+        where.require_absent()  # somebody else has finalized it while this one waited
         raise
 
 
 def _wait_for_leaves(
-    where: CheckpointPath, expected: Sequence[str], timeout_secs: float, task: Task[Any]
+    where: Place, expected: Sequence[str], deadline: Deadline, task: Task[Any]
 ) -> None:
     """Waits until nothing is missing, or time is up. Holds no lock: saves have to go on."""
-    deadline = time.monotonic() + timeout_secs
     pause = 0.01
     known: dict[str, Part] = {}
     while True:
-        known = read_parts(where.state, known=known, failed=failed_parts(where)).committed
+        known = where.read_parts(known=known, failed=failed_parts(where)).committed
         plan = merge(known)
         if known and not plan.missing and not _lacking(expected, plan.leaves):
             return
-        left = deadline - time.monotonic()
-        if left <= 0:
+        left_secs = deadline.left_secs
+        if not left_secs:
             return
-        task.sleep(min(pause, left))
+        task.sleep(min(pause, left_secs))
         pause = min(pause * 1.5, 1.0)
 
 
 def _commit(session: Session, expected: Sequence[str]) -> Contents:
     """Makes the checkpoint of a locked session."""
     where = session.where
-    session_dir.require_absent(where)
-    found = read_parts(where.state, failed=session.not_removed)
-    _require_undamaged(where, found.damaged)
-    plan = merge(found.committed)
-    _require_whole(where, plan, expected)
-    derived = derive(plan, committed_ns=time.time_ns())
-    for name in found.torn:  # nobody saves while the session is locked: these are dead
-        session_dir.remove_part(where, name)
-    session_dir.clear_root(where)
-
-    def needed_bytes() -> int:
-        sizes = (len(piece) for _, pieces in derived.root_files() for piece in pieces)
-        return sum(sizes) + len(derived.contents_bytes)
-
-    with files.full_disk_explained(where, needed_bytes):
-        try:
-            session_dir.commit_checkpoint(
-                where, root_files=derived.root_files(), contents=derived.contents_bytes
-            )
-        except BaseException:
-            with contextlib.suppress(OSError):  # it takes room, and is made anew in any case
-                session_dir.clear_root(where)
-            raise
+    where.require_absent()
+    committed_ns: int | None = None
+    while committed_ns is None:
+        found = where.read_parts(failed=session.not_removed)
+        _require_undamaged(where, found.damaged)
+        plan = merge(found.committed)
+        committed_ns = found.decided_ns  # by a finalize that ended before it was done
+        if committed_ns is None:
+            _require_whole(where, plan, expected)
+            committed_ns = where.decide(found.committed, committed_ns=time.time_ns())
+    derived = derive(plan, committed_ns=committed_ns)
+    where.commit_checkpoint(
+        root_files=derived.root_files, contents=derived.contents_bytes, torn=found.torn
+    )
     return derived.contents
 
 
-def _require_undamaged(where: CheckpointPath, damaged: Mapping[str, str]) -> None:
+def _require_undamaged(where: Place, damaged: Mapping[str, str]) -> None:
     """What a damaged part held is not known: to go on without it might bring back older values."""
     if damaged:
         raise CorruptCheckpointError(
@@ -245,7 +238,7 @@ def _require_undamaged(where: CheckpointPath, damaged: Mapping[str, str]) -> Non
         )
 
 
-def _require_whole(where: CheckpointPath, plan: MergePlan, expected: Sequence[str]) -> None:
+def _require_whole(where: Place, plan: MergePlan, expected: Sequence[str]) -> None:
     if plan.conflicts:
         raise KeyConflictError(
             f"{where.session} does not form one checkpoint:\n" + _listed(plan.conflicts)
@@ -266,15 +259,15 @@ def _require_whole(where: CheckpointPath, plan: MergePlan, expected: Sequence[st
         raise IncompleteCheckpointError(f"{where.session} holds no leaf: save something.")
 
 
-def _lost(where: CheckpointPath, plan: MergePlan) -> list[str]:
+def _lost(where: Place, plan: MergePlan) -> list[str]:
     """Says of which leaves data is not in its part any more: a file is missing, or cut short."""
     sizes: dict[str, int] = {}
     lost = []
     for leaf, sources in zip(plan.leaves, plan.sources, strict=True):
-        for part, places in sources:
-            end = max((sum(place) for place in places if not isinstance(place, bytes)), default=0)
+        for part, placed in sources:
+            end = max((sum(place) for place in placed if not isinstance(place, bytes)), default=0)
             if end and part not in sizes:
-                sizes[part] = session_dir.size_of_data(where, data_path(part))
+                sizes[part] = where.size_of_data(data_path(part))
             if end and end > sizes[part]:
                 lost.append(f"{leaf.name}, in {part}")
                 break

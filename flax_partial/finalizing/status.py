@@ -4,9 +4,10 @@ from flax_partial.format.metadata import merge_metadata
 from flax_partial.format.model import Part
 from flax_partial.reports import PartStatus, SessionStatus
 from flax_partial.sessions.registry import failed_parts
-from flax_partial.storage import paths, session_dir
-from flax_partial.storage.parts import SessionParts, read_parts
-from flax_partial.storage.paths import CheckpointPath, PathLike
+from flax_partial.storage import places
+from flax_partial.storage.parts import SessionParts
+from flax_partial.storage.paths import PathLike
+from flax_partial.storage.store_path import AnyPath
 
 
 def status(path: PathLike) -> SessionStatus:
@@ -18,18 +19,18 @@ def status(path: PathLike) -> SessionStatus:
     Raises:
       NoSessionError: There is no session.
     """
-    where = paths.resolve(path)
-    if not session_dir.is_session(where):
-        raise session_dir.no_session(where)
-    return status_of(where, read_parts(where.state, failed=failed_parts(where)))
+    where = places.resolve(path)
+    if not where.is_session():
+        raise where.no_session()
+    return status_of(where.final, where.read_parts(failed=failed_parts(where)))
 
 
-def status_of(where: CheckpointPath, found: SessionParts) -> SessionStatus:
+def status_of(final: AnyPath, found: SessionParts) -> SessionStatus:
     """Returns the public description of a session's parts."""
     parts = found.committed
     ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
     return SessionStatus(
-        path=where.final,
+        path=final,
         parts=tuple(_part_status(name, part) for name, part in ordered),
         torn=tuple(found.torn),
         damaged=tuple(found.damaged),

@@ -14,7 +14,7 @@ from flax_partial.sessions import workers
 from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import Handle
 from flax_partial.sessions.workers import Task
-from flax_partial.storage import checkpoint_dir, files, paths
+from flax_partial.storage import files, paths, places
 from flax_partial.storage.paths import CONTENTS, SESSION_SUFFIX, STATE, PathLike
 
 _MARKS = (
@@ -130,12 +130,12 @@ def remove(path: PathLike) -> None:
       OSError: It cannot be removed, or only in part: then it is no checkpoint any more.
     """
     check_not_forked("remove")
-    where = paths.resolve(path)
-    if paths.names_session(path):  # it was meant for what is unfinished, as it was a moment ago
+    where = places.resolve(path)
+    if places.names_session(path):  # it was meant for what is unfinished, as it was a moment ago
         raise NoSessionError(f"There is no finalized checkpoint at {where.session}: abort it.")
-    if not is_finalized(where.final):
+    if isinstance(where.final, Path) and not is_finalized(where.final):
         raise NoSessionError(f"There is no finalized checkpoint at {where.final}.")
-    workers.finalizing.run(Task(lambda _: checkpoint_dir.remove_checkpoint(where), Handle[None]()))
+    workers.finalizing.run(Task(lambda _: where.remove_checkpoint(), Handle[None]()))
 
 
 def is_finalized(path: Path) -> bool:

@@ -12,16 +12,14 @@ from flax_partial.format import model as kinds
 from flax_partial.format.assembly import read_inline
 from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.model import Contents, Leaf, Region
-from flax_partial.format.tables import decode_contents
 from flax_partial.loading import catalog, orbax_reader
 from flax_partial.loading import data_reader as data_files
 from flax_partial.loading import target as placing
 from flax_partial.loading.orbax_reader import ONE_TREE, Composition
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
-from flax_partial.storage import checkpoint_dir, files, paths, session_dir
-from flax_partial.storage import tensorstore_io as arrays
-from flax_partial.storage.parts import part_names
-from flax_partial.storage.paths import CONTENTS, STATE, CheckpointPath, PathLike
+from flax_partial.storage import places
+from flax_partial.storage.paths import STATE, PathLike
+from flax_partial.storage.place import Place
 
 _UNSUSPICIOUS_BYTES = 256 << 20  # reading this much takes longer than asking for the files' sizes
 _MOST_PACKED = 1 << 15  # bytes that one stands for in zstd: its shortest block is 4, for 128 KiB
@@ -53,9 +51,9 @@ class OwnCheckpoint:
 
     composition = ONE_TREE
 
-    def __init__(self, path: Path, contents: Contents) -> None:
+    def __init__(self, where: Place, contents: Contents) -> None:
         self.contents = contents
-        self._state = path / STATE
+        self._where = where
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
         """Reads regions, as `Checkpoint.read` says."""
@@ -79,8 +77,8 @@ class OwnCheckpoint:
         if lie:
             return [CorruptCheckpointError(f"Leaf {leaf.name!r}: {lie}") for leaf, _, _ in regions]
         if not has_runs:
-            return arrays.read_regions(self._state, regions)
-        found = data_files.read(self._state, self.contents.data_parts, regions)
+            return self._where.read_database(regions)
+        found = data_files.read(self._where.data_files(), self.contents.data_parts, regions)
         return [
             _damaged(leaf, outcome) if isinstance(outcome, ValueError) else outcome
             for outcome, (leaf, _, _) in zip(found, regions, strict=True)
@@ -96,10 +94,12 @@ class OwnCheckpoint:
         total = sum(size for size, _ in sizes)
         if total <= _UNSUSPICIOUS_BYTES:
             return None
-        held = files.bytes_below(self._state)
+        held = self._where.bytes_held()
         if sum(size // most for size, most in sizes) <= held:
             return None
-        return f"what is read would be of {total} bytes, and {self._state} holds {held}"
+        return (
+            f"what is read would be of {total} bytes, and {self._where.final / STATE} holds {held}"
+        )
 
 
 def _read_inline(region: Region) -> np.ndarray | Exception:
@@ -123,8 +123,8 @@ def metadata(path: PathLike) -> CheckpointMetadata:
       NoSessionError: There is no finalized checkpoint at `path`.
       CorruptCheckpointError: Its table of contents is damaged.
     """
-    where = paths.resolve(path)
-    with checkpoint_dir.reading(where.final):
+    where = places.resolve(path)
+    with where.reading():
         checkpoint = open_checkpoint(where)
         composition = checkpoint.composition
         left_out = {name: str(why) for name, why in composition.broken.items()}
@@ -132,37 +132,23 @@ def metadata(path: PathLike) -> CheckpointMetadata:
         return replace(described(where, checkpoint.contents), left_out=left_out)
 
 
-def open_checkpoint(where: CheckpointPath) -> Checkpoint:
+def open_checkpoint(where: Place) -> Checkpoint:
     """Reads the table of contents of a finalized checkpoint.
 
     Raises:
       NoSessionError: There is none.
       CorruptCheckpointError: It is damaged.
     """
-    path = where.final / STATE / CONTENTS
-    data = files.read(path)
-    names = part_names(where.final / STATE)
-    if data is None and names:  # unless it was finalized between these two looks
-        data = files.read(path)
-    if data is not None:
-        contents = decode_contents(data, where=str(path))
-        if contents.first_part not in names:
-            raise CorruptCheckpointError(
-                f"{path} is of another checkpoint, or {contents.first_part} beside it is lost."
-            )
-        return OwnCheckpoint(where.final, contents)
-    if names:
-        raise CorruptCheckpointError(
-            f"{path} is missing, and {where.final} holds parts: it is damaged, or was renamed "
-            f"before it was finalized. Rename it to {where.session} and finalize it."
-        )
-    foreign = orbax_reader.find(where.final)
+    contents = where.read_contents()
+    if contents is not None:
+        return OwnCheckpoint(where, contents)
+    foreign = orbax_reader.find(where.final) if isinstance(where.final, Path) else None
     if foreign is None:
         raise _nothing_to_load(where)
     return foreign
 
 
-def chosen(checkpoint: Checkpoint, where: CheckpointPath, wanted: Sequence[KeyPath]) -> Checkpoint:
+def chosen(checkpoint: Checkpoint, where: Place, wanted: Sequence[KeyPath]) -> Checkpoint:
     """Returns the checkpoint that a target means: of several items the only tree, or all of them.
 
     It is the tree where the target, by the paths of its leaves, asks for no item by its name: a
@@ -174,7 +160,7 @@ def chosen(checkpoint: Checkpoint, where: CheckpointPath, wanted: Sequence[KeyPa
     names.update(leaf.texts[0] for leaf in checkpoint.contents.leaves)
     if any(path.texts[:1] and path.texts[0] in names for path in wanted):
         return checkpoint
-    return open_checkpoint(paths.resolve(where.final / only))
+    return open_checkpoint(places.resolve(where.final / only))
 
 
 def require_items(checkpoint: Checkpoint, wanted: Sequence[KeyPath] | None) -> None:
@@ -187,16 +173,16 @@ def require_items(checkpoint: Checkpoint, wanted: Sequence[KeyPath] | None) -> N
             ) from error
 
 
-def _nothing_to_load(where: CheckpointPath) -> NoSessionError:
-    if session_dir.is_session(where):
+def _nothing_to_load(where: Place) -> NoSessionError:
+    if where.is_session():
         return NoSessionError(
             f"{where.final} is not finalized: its parts are in {where.session}. Finalize it first."
         )
-    meant = catalog.probably_meant(where.final)
+    meant = catalog.probably_meant(where.final) if isinstance(where.final, Path) else ""
     return NoSessionError(f"There is no checkpoint at {where.final}.{meant}")
 
 
-def described(where: CheckpointPath, contents: Contents) -> CheckpointMetadata:
+def described(where: Place, contents: Contents) -> CheckpointMetadata:
     """Returns the public description of a table of contents."""
     leaves = {leaf.name: leaf for leaf in map(_describe_leaf, contents.leaves)}
     return CheckpointMetadata(

@@ -7,14 +7,11 @@ the array over as it is, which is why it begins where devices want it.
 
 import math
 import mmap
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from io import FileIO
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
@@ -29,41 +26,39 @@ from flax_partial.format.chunks import (
 )
 from flax_partial.format.digests import bytes_of, digest
 from flax_partial.format.model import Leaf, Region, data_path
-from flax_partial.storage import system
+from flax_partial.storage.place import DataFile, DataFiles
 
 _ALIGNED_BYTES = 64  # what JAX's CPU devices ask of memory to take it over
 _MAPPED_BYTES = 4 << 20  # from here on NumPy asks for huge pages
-_AT_ONCE_BYTES = 16 << 20
-_THREADS = min(16, max(4, os.cpu_count() or 1))  # while one waits for a disk, another can copy
 
 
 def read(
-    state: Path, parts: Sequence[str], regions: Iterable[Region]
+    files: DataFiles, parts: Sequence[str], regions: Iterable[Region]
 ) -> list[np.ndarray | Exception]:
     """Reads boxes of leaves that have runs.
 
     Args:
-      state: Directory of the parts.
-      parts: Their data files, as the leaves' runs number them.
+      files: The data files of the parts.
+      parts: What they are called, as the leaves' runs number them.
       regions: Each a leaf, the box's start and its shape.
 
     Returns:
       For each region its data, C-contiguous and the caller's own; a `ValueError` where it is
       damaged, an `OSError` where the system refused to read it.
     """
-    readings = [_Reading(state, parts, *region) for region in regions]
+    readings = [_Reading(files, parts, *region) for region in regions]
     tasks = [task for reading in readings for task in reading.begin()]
-    if len(tasks) <= 1 or sum(reading.bytes for reading in readings) < _AT_ONCE_BYTES:
+    if len(tasks) <= 1 or sum(reading.bytes for reading in readings) < files.least_bytes:
         for task in tasks:
             task()
     else:
-        _do_all(tasks)
+        _do_all(tasks, most=files.most_readers)
     return [reading.outcome() for reading in readings]
 
 
-def _do_all(tasks: Sequence[Callable[[], None]]) -> None:
+def _do_all(tasks: Sequence[Callable[[], None]], *, most: int) -> None:
     """Does tasks on several threads; where it is interrupted, only those that have begun."""
-    with ThreadPoolExecutor(min(_THREADS, len(tasks)), "flax_partial-read") as pool:
+    with ThreadPoolExecutor(min(most, len(tasks)), "flax_partial-read") as pool:
         try:
             for one in [pool.submit(task) for task in tasks]:
                 one.result()
@@ -94,13 +89,13 @@ class _Segment:
     """Chunks of a box that follow one another in a data file, and in the box.
 
     Attributes:
-      path: The file.
+      path: The file, below `state/`.
       offset: Where the first of them begins, in bytes.
       first: Its position among the chunks of the box.
       chunks: How many they are.
     """
 
-    path: Path
+    path: str
     offset: int
     first: int
     chunks: int
@@ -110,13 +105,13 @@ class _Reading:
     """One box on its way into memory; the first error of its tasks is its outcome."""
 
     def __init__(
-        self, state: Path, parts: Sequence[str], leaf: Leaf, start: Shape, shape: Shape
+        self, files: DataFiles, parts: Sequence[str], leaf: Leaf, start: Shape, shape: Shape
     ) -> None:
-        self._leaf = leaf
+        self._files, self._leaf = files, leaf
         self._start, self._shape = start, shape
         self._low, self._size = covering_box(start, shape, leaf.chunk, leaf.shape)
         self._numbers = list(chunk_numbers(self._low, self._size, leaf.chunk, leaf.shape))
-        self._segments = list(_segments(leaf, self._numbers, state, parts))
+        self._segments = list(_segments(leaf, self._numbers, parts, most_bytes=files.most_bytes))
         self._array = np.empty(0, leaf.numpy_dtype)
         self._error: Exception | None = None
         self.bytes = math.prod(self._size) * leaf.numpy_dtype.itemsize
@@ -125,7 +120,8 @@ class _Reading:
         """Takes memory, and returns what has to be done, in any order and on any thread."""
         try:
             for segment in self._segments:
-                _require_there(segment, self._leaf.chunk_bytes)
+                end = segment.offset + segment.chunks * self._leaf.chunk_bytes
+                self._files.require(segment.path, end)
         except (ValueError, OSError) as error:
             self._error = error
             return []
@@ -145,32 +141,38 @@ class _Reading:
         cut[...] = self._array[slices(offset, self._shape)]
         return cut
 
-    def _attempt(self, read_segment: Callable[[_Segment, FileIO], None], segment: _Segment) -> None:
+    def _attempt(
+        self, read_segment: Callable[[_Segment, DataFile], None], segment: _Segment
+    ) -> None:
         if self._error is not None:
             return
         try:
-            with segment.path.open("rb", buffering=0) as file:
+            with self._files.open(segment.path) as file:
                 read_segment(segment, file)
         except (ValueError, OSError) as error:
             self._error = error
 
-    def _read_in_order(self, segment: _Segment, file: FileIO) -> None:
+    def _read_in_order(self, segment: _Segment, file: DataFile) -> None:
         """Reads chunks of which the box's memory is made: each to where it lies in it."""
         whole, size = bytes_of(self._array), self._leaf.chunk_bytes
-        for i in range(segment.chunks):
+        step = segment.chunks if self._files.reads_whole else 1
+        for i in range(0, segment.chunks, step):
             begin = (segment.first + i) * size
-            piece = whole[begin : begin + size]  # the last one may be without its padding
-            _read_whole(file, piece, segment.offset + i * size)
-            self._check(segment.first + i, piece)
+            piece = whole[begin : begin + step * size]  # the last one may be without its padding
+            file.read_into(segment.offset + i * size, piece.data)
+            for j in range(step):
+                self._check(segment.first + i + j, piece[j * size : (j + 1) * size])
 
-    def _read_apart(self, segment: _Segment, file: FileIO) -> None:
+    def _read_apart(self, segment: _Segment, file: DataFile) -> None:
         """Reads chunks whose rows lie apart in the box's memory."""
         leaf, end = self._leaf, segment.first + segment.chunks
         places = islice(chunk_regions(self._size, leaf.chunk), segment.first, end)
+        step = segment.chunks if self._files.reads_whole else 1
+        chunks = np.empty((step, *leaf.chunk), leaf.numpy_dtype)
         for i, place in enumerate(places):
-            chunk = np.empty(leaf.chunk, leaf.numpy_dtype)
-            _read_whole(file, bytes_of(chunk), segment.offset + i * leaf.chunk_bytes)
-            piece = chunk[tuple(slice(cut.stop - cut.start) for cut in place)]
+            if i % step == 0:
+                file.read_into(segment.offset + i * leaf.chunk_bytes, bytes_of(chunks).data)
+            piece = chunks[i % step][tuple(slice(cut.stop - cut.start) for cut in place)]
             self._check(segment.first + i, bytes_of(piece))
             self._array[place] = piece
 
@@ -182,10 +184,10 @@ class _Reading:
 
 
 def _segments(
-    leaf: Leaf, numbers: Sequence[int], state: Path, parts: Sequence[str]
+    leaf: Leaf, numbers: Sequence[int], parts: Sequence[str], *, most_bytes: int
 ) -> Iterator[_Segment]:
     """Finds where the chunks of a box lie, ascending `numbers`, in pieces fit for a task."""
-    most = max(_AT_ONCE_BYTES // leaf.chunk_bytes, 1)
+    most = max(most_bytes // leaf.chunk_bytes, 1)
     position = begin = 0
     for part, offset, chunks in leaf.runs:
         end = begin + chunks
@@ -199,26 +201,5 @@ def _segments(
             ):
                 position += 1
             at = offset + (numbers[first] - begin) * leaf.chunk_bytes
-            yield _Segment(state / data_path(parts[part]), at, first, position - first)
+            yield _Segment(data_path(parts[part]), at, first, position - first)
         begin = end
-
-
-def _require_there(segment: _Segment, chunk_bytes: int) -> None:
-    """Compares with the file's size, before memory is taken for what a damaged table claims."""
-    try:
-        size = segment.path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        size = 0
-    end = segment.offset + segment.chunks * chunk_bytes
-    if end > size:
-        raise ValueError(f"{segment.path} is of {size} bytes, and the data in it goes to {end}")
-
-
-def _read_whole(file: FileIO, into: np.ndarray, offset: int) -> None:
-    view = into.data
-    file.seek(offset)
-    while view:
-        count = file.readinto(view[: system.MOST_BYTES])
-        if not count:
-            raise ValueError("its data file was cut short")
-        view = view[count:]

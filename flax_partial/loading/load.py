@@ -29,8 +29,9 @@ from flax_partial.loading.checkpoint import Checkpoint, chosen, open_checkpoint,
 from flax_partial.loading.restacked import Reading, Source, as_placed
 from flax_partial.loading.saved_sharding import sharding_of
 from flax_partial.loading.target import Placement
-from flax_partial.storage import checkpoint_dir, paths
-from flax_partial.storage.paths import CheckpointPath, PathLike
+from flax_partial.storage import places
+from flax_partial.storage.paths import PathLike
+from flax_partial.storage.place import Place
 
 _LOG = logging.getLogger("flax_partial")
 _NNX_VALUE = "value"
@@ -99,10 +100,10 @@ def load(
     """
     if sharding not in ("default", "saved"):
         raise ValueError(f"sharding is 'default' or 'saved', not {sharding!r}")
-    where = paths.resolve(path)
+    where = places.resolve(path)
     if target is None and (restack or renames):
         raise ValueError("restack and renames say where the target has something: pass a target.")
-    with collector.paused(), checkpoint_dir.reading(where.final):
+    with collector.paused(), where.reading():
         return _load(
             where,
             target,
@@ -118,7 +119,7 @@ def load(
 
 
 def _load(
-    where: CheckpointPath,
+    where: Place,
     target: Any,
     *,
     partial: bool,

@@ -12,9 +12,9 @@ from flax_partial.format.model import Contents
 from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.checkpoint import open_checkpoint
 from flax_partial.reports import VerifyReport
-from flax_partial.storage import checkpoint_dir, files, paths
-from flax_partial.storage.parts import read_parts
-from flax_partial.storage.paths import CONTENTS, STATE, CheckpointPath, PathLike
+from flax_partial.storage import places
+from flax_partial.storage.paths import CONTENTS, STATE, PathLike
+from flax_partial.storage.place import Place
 
 _VERIFIED_AT_ONCE_BYTES = 256 << 20
 
@@ -36,12 +36,12 @@ def verify(path: PathLike) -> VerifyReport:
 
 def verify_with(path: PathLike, *, progress: Callable[[int, int], None]) -> VerifyReport:
     """Does what `verify` does, and tells after each batch how many bytes of how many are read."""
-    where = paths.resolve(path)
-    with collector.paused(), checkpoint_dir.reading(where.final):
+    where = places.resolve(path)
+    with collector.paused(), where.reading():
         return _verify(where, progress)
 
 
-def _verify(where: CheckpointPath, progress: Callable[[int, int], None]) -> VerifyReport:
+def _verify(where: Place, progress: Callable[[int, int], None]) -> VerifyReport:
     try:
         checkpoint = open_checkpoint(where)
     except CorruptCheckpointError as error:
@@ -74,15 +74,14 @@ def _derive_again(
     )
 
 
-def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tuple[str, str]]:
+def _derived_problems(where: Place, contents: Contents) -> Iterator[tuple[str, str]]:
     """Derives the root files from the parts once more; yields those that differ, and why."""
-    state = where.final / STATE
-    found = read_parts(state)
+    found = where.read_own_parts()
     yield from ((f"{STATE}/{name}", why) for name, why in found.damaged.items())
     yield from ((f"{STATE}/{name}", "it has no table of contents") for name in found.torn)
     derived = None
     if not found.torn and not found.damaged:
-        derived = _derive_again(merge(found.committed), contents, files.read(state / CONTENTS))
+        derived = _derive_again(merge(found.committed), contents, where.contents_bytes())
         if derived is None or derived.contents != contents:
             yield f"{STATE}/{CONTENTS}", "it is not what the parts add up to"
         else:
@@ -90,5 +89,5 @@ def _derived_problems(where: CheckpointPath, contents: Contents) -> Iterator[tup
     derived_files = orbax_format.root_files(contents) if derived is None else derived.root_files()
     del found, derived
     for name, pieces in derived_files:
-        if not files.holds(where.final / name, pieces):
+        if not where.holds(name, pieces):
             yield name, "it is missing, or not what the parts add up to"

@@ -7,7 +7,7 @@ something is written: a session that nobody writes to can still be finalized or 
 Who recovers what an ended run has left locks the directory itself meanwhile, and so does a run that
 begins: none can begin while another process drops what it takes for left behind.
 
-Where the file system knows no locks, every run is taken for ended.
+Where there are no locks, or only such as hold on one machine, leases take the place of both.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ import fcntl
 import json
 import logging
 import os
-import socket
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from flax_partial.errors import CheckpointInUseError
+from flax_partial.runs import leases
+from flax_partial.runs.leases import Lease
 from flax_partial.runs.timeline import FOLDER
 from flax_partial.storage import locks
+from flax_partial.storage.directory_store import DirectoryStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from flax_partial.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +42,9 @@ _FILE = "running.json"
 _PAUSE_SECS = 0.05
 _INSTANT_SECS = 0.15  # for as long at most who probes a lock holds it
 _PATIENCE_SECS = 1.0  # after which a wait is logged
-# What a file system says that knows no `flock`, or none of a file that is open for reading only.
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+_LIVES = f"{FOLDER}/running"  # the names of leases, without their numbers
+_RECOVERS = f"{FOLDER}/recovering"
+_READ_ONLY = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
 
 
 class Life:
@@ -47,12 +52,12 @@ class Life:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._lock: locks.FileLock | None = None
+        self._held: locks.FileLock | Lease | None = None
 
     @property
     def has_begun(self) -> bool:
         """Whether it has begun, and not ended."""
-        return self._lock is not None
+        return self._held is not None
 
     def begin(self) -> None:
         """Begins it, if it has not begun.
@@ -61,7 +66,7 @@ class Life:
           CheckpointInUseError: Another run lives there.
           OSError: The directory cannot be made, or written to.
         """
-        if self._lock is not None:
+        if self._held is not None:
             return
         folder = self._directory / FOLDER
         try:
@@ -69,36 +74,63 @@ class Life:
         except FileExistsError as error:
             logger.warning("Others cannot see that a run trains in %s: %s", self._directory, error)
             return
-        lock = locks.make_file(folder / _FILE)
+        store = _store(self._directory)
+        self._held = self._lock(folder / _FILE) if store is None else self._lease(store)
+
+    def _lock(self, path: Path) -> locks.FileLock:
+        lock = locks.make_file(path)
         if not _wait(lock, _INSTANT_SECS, "for who looks whether a run lives"):
             who = _described(lock)
             lock.close()
-            raise CheckpointInUseError(
-                errno.EWOULDBLOCK,
-                f"Another run trains in this directory ({who}), which the steps of two would mix "
-                "in. Callbacks of one process that save into one directory share a FinalizeHook "
-                "(finalizer=); another job takes a directory of its own, or waits for that one to "
-                "end",
-                str(self._directory),
-            )
-        about = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
-        lock.write(json.dumps(about))
-        self._lock = lock
-        _held.add(lock)
+            raise self._taken(who)
+        lock.write(json.dumps(leases.about_this_process()))
+        _locked.add(lock)
+        return lock
+
+    def _lease(self, store: Store) -> Lease:
+        lease = Lease(store, _LIVES)
+        who = lease.take()
+        if who is not None:
+            raise self._taken(who)
+        return lease
+
+    def _taken(self, who: str) -> CheckpointInUseError:
+        return CheckpointInUseError(
+            errno.EWOULDBLOCK,
+            f"Another run trains in this directory ({who}), which the steps of two would mix "
+            "in. Callbacks of one process that save into one directory share a FinalizeHook "
+            "(finalizer=); another job takes a directory of its own, or waits for that one to "
+            "end",
+            str(self._directory),
+        )
+
+    def check(self) -> None:
+        """Raises CheckpointInUseError if another run has taken the directory meanwhile.
+
+        That can happen where there are no locks, to a process that was stopped for long.
+        """
+        if isinstance(self._held, Lease) and self._held.lost_to is not None:
+            raise self._taken(self._held.lost_to)
 
     def end(self) -> None:
         """Ends it; a second call does nothing."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            lock.close()
+        held, self._held = self._held, None
+        if isinstance(held, Lease):
+            held.release()
+        elif held is not None:
+            held.close()
 
 
 def living(directory: Path) -> str | None:
     """Returns which run lives in a directory, of this process or another; None if none is known to.
 
-    It waits for nothing. What cannot be read, or locked, is not known.
+    It waits for nothing, unless there are no locks: then until a run of another machine renews its
+    lease, or for the grace. What cannot be read is not known.
     """
     try:
+        store = _store(directory)
+        if store is not None:
+            return leases.holder(store, _LIVES)
         lock = locks.open_file(directory / FOLDER / _FILE)
     except OSError:
         return None
@@ -113,6 +145,8 @@ def living(directory: Path) -> str | None:
 def wait_until_idle(session: Path, timeout_secs: float) -> bool:
     """Waits until no process writes to a session; returns whether that came in time.
 
+    Where there are no locks it waits for nothing: a save that comes too late finds that out.
+
     Args:
       session: Its directory.
       timeout_secs: For how many seconds to wait.
@@ -124,30 +158,56 @@ def wait_until_idle(session: Path, timeout_secs: float) -> bool:
     if lock is None:
         return True
     with contextlib.closing(lock):
-        return _wait(lock, timeout_secs, f"for another process, which saves into {session}")
+        return not locks.are_shared(session) or _wait(
+            lock, timeout_secs, f"for another process, which saves into {session}"
+        )
 
 
 @contextmanager
 def recovering(directory: Path, timeout_secs: float) -> Iterator[None]:
     """Keeps other processes from recovering a directory, and runs from beginning in it, meanwhile.
 
-    Where it cannot be locked (by who may not list it, or without locks), nothing is.
-
     Raises:
       CheckpointInUseError: Another process has held it for all that time.
       OSError: It is no directory, or not there.
     """
-    lock = locks.open_directory(directory, follow=True)
-    if lock is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory))
-    with contextlib.closing(lock):
-        if not _wait(lock, timeout_secs, f"for another process, which recovers {directory}"):
+    with _held_for_recovery(directory, timeout_secs) as is_ours:
+        if not is_ours:
             raise CheckpointInUseError(
                 errno.EWOULDBLOCK,
                 f"Another process has recovered it for more than {timeout_secs:g} s",
                 str(directory),
             )
         yield
+
+
+@contextmanager
+def _held_for_recovery(directory: Path, timeout_secs: float) -> Iterator[bool]:
+    """Yields whether the directory is held by this process."""
+    store = _store(directory)
+    if store is not None:
+        lease = Lease(store, _RECOVERS)
+        try:
+            is_ours = lease.take(timeout_secs) is None
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            is_ours = True  # who may not write recovers nothing
+        try:
+            yield is_ours
+        finally:
+            lease.release()
+        return
+    lock = locks.open_directory(directory, follow=True)
+    if lock is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory))
+    with contextlib.closing(lock):
+        yield _wait(lock, timeout_secs, f"for another process, which recovers {directory}")
+
+
+def _store(directory: Path) -> Store | None:
+    """Where the leases of a run are; None where it has locks."""
+    return None if locks.are_shared(directory) else DirectoryStore(directory, durable=False)
 
 
 def _wait(lock: locks.DirectoryLock, timeout_secs: float, what: str) -> bool:
@@ -170,30 +230,24 @@ def _try(lock: locks.DirectoryLock, kind: int) -> bool:
         lock.acquire(kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        logger.debug("No lock to be had, so nobody else is seen: %s", error)
     return True
 
 
 def _described(lock: locks.FileLock) -> str:
     try:
-        about = json.loads(lock.read())
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(about["since"]))
-        return f"process {about['process']} on {about['host']}, since {since}"
-    except (OSError, TypeError, ValueError, KeyError):  # it was locked a moment ago
-        return "which has just begun"
+        return leases.described(json.loads(lock.read()))
+    except (OSError, ValueError):  # it was locked a moment ago
+        return leases.described({})
 
 
-_held: WeakSet[locks.FileLock] = WeakSet()
+_locked: WeakSet[locks.FileLock] = WeakSet()
 
 
 def _forget() -> None:
     """A forked child has the file open, too, and would keep it locked when its parent has died."""
-    for lock in tuple(_held):
+    for lock in tuple(_locked):
         lock.close()
-    _held.clear()
+    _locked.clear()
 
 
 os.register_at_fork(after_in_child=_forget)

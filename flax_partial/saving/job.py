@@ -34,9 +34,9 @@ from flax_partial.saving.write import link_held, write_part
 from flax_partial.sessions import registry, workers
 from flax_partial.sessions.handles import Handle, SaveHandle
 from flax_partial.sessions.workers import Task
-from flax_partial.storage import files, session_dir
+from flax_partial.storage.local_place import LocalPlace
 from flax_partial.storage.parts import prefix_of_name
-from flax_partial.storage.paths import CheckpointPath
+from flax_partial.storage.place import Place
 
 _budget = MemoryBudget()
 _room = DeviceRoom()
@@ -47,12 +47,12 @@ class SaveJob:
 
     def __init__(
         self,
-        where: CheckpointPath,
+        where: Place,
         described: Described,
         *,
         custom_metadata: dict[str, Any],
         options: SaveOptions,
-        reuse: CheckpointPath | None,
+        reuse: LocalPlace | None,
         started: float,
     ) -> None:
         self.session = registry.begin_save(where, self)
@@ -205,13 +205,12 @@ class SaveJob:
     def _commit(self, task: Task[SaveReport]) -> SaveReport:
         """Writes and commits the part; what it has written is removed where it fails."""
         began = self._reach("begun_at")
-        own_name = prefix_of_name(self._part) + uuid.uuid4().hex[:12]
-        self._name = part_path(own_name, process=self._part.process, processes=agreement.count())
         session = self.session
-        with files.full_disk_explained(session.where, lambda: self._needed_bytes):
+        with session.where.full_disk_explained(lambda: self._needed_bytes):
             session.require_not_aborted()
             task.check()
-            with session.entered(durable=self._options.durable):
+            with session.entered(durable=self._options.durable) as opened:
+                self._name = self._new_name(opened.mark)
                 try:
                     first = self._leaves[0].name if self._leaves else ""
                     with TraceAnnotation("flax_partial.save", first=first):
@@ -238,16 +237,20 @@ class SaveJob:
             device_bytes=self._device_bytes,
         )
 
+    def _new_name(self, mark: str) -> str:
+        own_name = prefix_of_name(self._part) + mark + uuid.uuid4().hex[:12]
+        return part_path(own_name, process=self._part.process, processes=agreement.count())
+
     def _write(self, task: Task[SaveReport]) -> None:
-        directory = session_dir.create_part(self.session.where, self._name)
+        new = self.session.where.create_part(self._name)
         durable = self._options.durable
-        linked = link_held(directory, self._held)
+        linked = link_held(new, self._held)
         left = [at for at in range(len(self._leaves)) if at not in linked]
         data = self._host_data(left)
         task.check()
         with TraceAnnotation("flax_partial.write"):
             written = write_part(
-                directory,
+                new,
                 data,
                 first_file=1 + len(self._held),
                 earlier=sharing.find_earlier(self.session, self._reuse),
@@ -266,7 +269,7 @@ class SaveJob:
         has_data_file = bool(written.bytes or written.reused or linked)
         task.check()  # the last chance: from here on the save happens
         with TraceAnnotation("flax_partial.commit"):
-            session_dir.commit_part(directory, table, has_data_file=has_data_file, durable=durable)
+            new.commit(table, has_data_file=has_data_file, durable=durable)
         self._reach("committed_at")
         if self._options.checksum:
             sharing.remember(self.session.where, self._name, part, self._arrays)

@@ -20,7 +20,8 @@ from flax_partial.sessions import workers
 from flax_partial.sessions.claims import Claims
 from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import SaveHandle
-from flax_partial.storage import paths
+from flax_partial.storage import places
+from flax_partial.storage.local_place import LocalPlace
 from flax_partial.storage.paths import PathLike
 
 _DEFAULTS = SaveOptions()
@@ -144,8 +145,10 @@ def _prepare(
     """Checks everything that a caller can get wrong by itself."""
     started = time.perf_counter()
     check_not_forked("save")
-    where = paths.resolve(path)
-    earlier = None if reuse is None else paths.resolve(reuse)
+    where = places.resolve(path)
+    earlier = None if reuse is None else places.resolve(reuse)
+    if not (isinstance(where, LocalPlace) and isinstance(earlier, LocalPlace)):
+        earlier = None  # an object store gives no object a second name
     options = _DEFAULTS if options is None else options
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")

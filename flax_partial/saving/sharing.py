@@ -17,9 +17,10 @@ from flax_partial.format.model import Leaf, Part, data_file_bytes, data_part, da
 from flax_partial.saving.reuse import DataFile, Earlier, Shared
 from flax_partial.saving.saved_arrays import SavedArrays
 from flax_partial.sessions.registry import Session
-from flax_partial.storage import checkpoint_dir, files, session_dir
-from flax_partial.storage.parts import read_parts
-from flax_partial.storage.paths import CheckpointPath
+from flax_partial.storage import files
+from flax_partial.storage.local_place import LocalPlace
+from flax_partial.storage.paths import STATE
+from flax_partial.storage.place import Place
 
 Arrays = Sequence["weakref.ref[Any] | None"]
 """Of each leaf of a save, the array that may be remembered, if it is one."""
@@ -29,14 +30,14 @@ Held = list[tuple[Shared, BinaryIO]]
 
 _LOG = logging.getLogger("flax_partial")
 _saved_arrays = SavedArrays()
-_earlier: "weakref.WeakKeyDictionary[Session, dict[CheckpointPath, Earlier | None]]" = (
+_earlier: "weakref.WeakKeyDictionary[Session, dict[LocalPlace, Earlier | None]]" = (
     weakref.WeakKeyDictionary()
 )
 _reading = threading.Lock()  # one worker reads an earlier checkpoint, for all saves of a session
 
 
 def hold_files(
-    earlier: CheckpointPath, arrays: Arrays, leaves: Sequence[Leaf], *, durable: bool
+    earlier: LocalPlace, arrays: Arrays, leaves: Sequence[Leaf], *, durable: bool
 ) -> Held:
     """Opens the files that hold arrays that still live: once the caller goes on they may not.
 
@@ -49,15 +50,15 @@ def hold_files(
       durable: Whether only files count that are on the disk for certain.
     """
     shared = _saved_arrays.shared_with(earlier.final, arrays, leaves, durable=durable)
-    if not shared or not checkpoint_dir.has_contents(earlier.finalized):
+    if not shared or not earlier.has_contents():
         return []
     opened = [(one, files.hold(one.file.path, size=one.file.bytes)) for one in shared]
     return [(one, file) for one, file in opened if file is not None]
 
 
-def remember(where: CheckpointPath, name: str, part: Part, arrays: Arrays) -> None:
+def remember(where: Place, name: str, part: Part, arrays: Arrays) -> None:
     """Has the next save know those of a committed part's arrays that live on."""
-    if not any(arrays):
+    if not any(arrays) or not isinstance(where, LocalPlace):
         return
     try:
         data_files = _data_files(where, {name: part})
@@ -69,7 +70,7 @@ def remember(where: CheckpointPath, name: str, part: Part, arrays: Arrays) -> No
             _saved_arrays.remember(array, checkpoint=where.final, file=file, leaf=leaf)
 
 
-def find_earlier(session: Session, checkpoint: CheckpointPath | None) -> Earlier | None:
+def find_earlier(session: Session, checkpoint: LocalPlace | None) -> Earlier | None:
     """What this process's parts of a finalized checkpoint hold, read once; None if it is gone."""
     if checkpoint is None:
         return None
@@ -80,27 +81,28 @@ def find_earlier(session: Session, checkpoint: CheckpointPath | None) -> Earlier
         return known[checkpoint]
 
 
-def _read_earlier(checkpoint: CheckpointPath) -> Earlier | None:
+def _read_earlier(checkpoint: LocalPlace) -> Earlier | None:
     """Nothing that is wrong with an earlier checkpoint keeps a save from being written."""
-    finalized = checkpoint.finalized
     try:
-        if checkpoint_dir.has_contents(finalized):
+        if checkpoint.has_contents():
             with collector.paused():
-                parts = read_parts(finalized.state, process=agreement.index()).committed
-                return Earlier(parts, _data_files(finalized, parts))
+                parts = checkpoint.read_own_parts(process=agreement.index()).committed
+                return Earlier(
+                    parts, _data_files(LocalPlace(checkpoint.final, checkpoint.final), parts)
+                )
     except (OSError, CorruptCheckpointError) as error:
         _LOG.warning("flax_partial: cannot reuse data of %s: %s", checkpoint.final, error)
     return None
 
 
-def _data_files(where: CheckpointPath, parts: Mapping[str, Part]) -> dict[str, DataFile]:
+def _data_files(where: LocalPlace, parts: Mapping[str, Part]) -> dict[str, DataFile]:
     """The data files of some parts, as they are once finalized, each called as by `data_part`."""
     found = {}
     for name, part in parts.items():
         for number in data_file_bytes(part.leaves):
             file = data_part(name, number)
-            size = session_dir.size_of_data(where, data_path(file))
-            place = where.finalized.state / data_path(file)
+            size = where.size_of_data(data_path(file))
+            place = where.final / STATE / data_path(file)
             found[file] = DataFile(place, size, part.durable)
     return found
 

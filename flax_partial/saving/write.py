@@ -11,16 +11,16 @@ What an earlier checkpoint holds already is not written: that one's data file ge
 the part, `data.1` and so on. Either checkpoint may go, and the other one still has it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice, repeat
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from flax_partial.format.chunks import Shape, chunk_regions, count_leading
+from flax_partial.format.chunks import Shape, chunk_counts, chunk_regions, count_leading
 from flax_partial.format.digests import bytes_of, digest, digests_of
 from flax_partial.format.model import (
     INLINE_BYTES,
@@ -28,13 +28,10 @@ from flax_partial.format.model import (
     Leaf,
     Place,
     data_file_bytes,
-    data_part,
-    data_path,
 )
 from flax_partial.saving.reuse import Earlier, Plan, Shared
 from flax_partial.sessions import workers
-from flax_partial.storage import files, medium
-from flax_partial.storage.direct_io import NewFile
+from flax_partial.storage.place import NewPart, Sink
 from flax_partial.storage.tensorstore_io import encoded_chunks
 
 # From here on digests are taken while the disk writes: 1 GiB takes 0.1 s to digest, 0.6 to write.
@@ -42,7 +39,6 @@ _BESIDE_BYTES = 4 << 20
 
 _TOO_FEW_WRITERS = 2  # to cut a save among them
 _LEAST_FILE_BYTES = 64 << 20
-_MOST_ON_DISK = 4
 
 HostBoxes = Sequence[tuple[Leaf, Sequence[np.ndarray]]]
 Digests = tuple[str, ...]
@@ -64,7 +60,7 @@ class Written:
 
 
 def write_part(
-    directory: Path,
+    part: NewPart,
     boxes: HostBoxes,
     *,
     first_file: int,
@@ -73,10 +69,10 @@ def write_part(
     durable: bool,
     check: Callable[[], None],
 ) -> Written:
-    """Fills a part's directory, in which there may be linked files.
+    """Writes a part's data files, beside which there may be linked ones.
 
     Args:
-      directory: The part's directory.
+      part: The part.
       boxes: Each leaf with the data of each of its boxes, in the order of `leaf.boxes`, C order.
       first_file: Number of the first file that is not there yet, from 1.
       earlier: What may be shared; it may also be gone by now.
@@ -85,21 +81,21 @@ def write_part(
       check: Called between pieces of at most 64 MiB; what it raises ends the writing.
 
     Raises:
-      OSError: Writing failed; the directory may hold part of the data, and no table of contents.
+      OSError: Writing failed; the part may hold some of the data, and no table of contents.
     """
     plan = Plan()
     if earlier is not None and checksum:
         plan = earlier.plan([leaf for leaf, _ in boxes], [data for _, data in boxes])
-    done = _link_files(directory, plan.shared, first_file=first_file, durable=durable)
+    done = _link_files(part, plan.shared, first_file=first_file, durable=durable)
     reused = frozenset(done)
     new = [at for at in range(len(boxes)) if at not in reused and at not in plan.apart]
     numbers = chain([0] if new else [], count(first_file + len(plan.shared)))
-    most = _most_files(directory, durable=durable)
+    most = _most_files(part, durable=durable)
     groups = [group for one in (new, sorted(plan.apart)) for group in _cut(one, boxes, most)]
     works = [
         partial(
             _write_file,
-            directory.parent / data_path(data_part(directory.name, file)),
+            part,
             [boxes[at] for at in group],
             file=file,
             checksum=checksum,
@@ -119,12 +115,12 @@ def write_part(
     )
 
 
-def _most_files(directory: Path, *, durable: bool) -> int:
-    """Into how many files a save may be cut: a disk takes no more from more threads."""
-    most = workers.threads_per_save()
+def _most_files(part: NewPart, *, durable: bool) -> int:
+    """Into how many files a save may be cut."""
     if workers.MOST_WRITERS == _TOO_FEW_WRITERS:  # the second one takes digests
         return 1
-    return min(most, _MOST_ON_DISK) if durable and not medium.is_memory(directory) else most
+    threads, most = workers.threads_per_save(), part.most_files(durable=durable)
+    return threads if most is None else min(threads, most)
 
 
 def _cut(positions: Sequence[int], boxes: HostBoxes, most: int) -> list[list[int]]:
@@ -142,12 +138,12 @@ def _cut(positions: Sequence[int], boxes: HostBoxes, most: int) -> list[list[int
 
 
 def _link_files(
-    directory: Path, shared: Sequence[Shared], *, first_file: int, durable: bool
+    part: NewPart, shared: Sequence[Shared], *, first_file: int, durable: bool
 ) -> dict[int, Leaf]:
-    """Gives files a second name in a part's directory.
+    """Gives files a second name in a part.
 
     Args:
-      directory: The part's directory.
+      part: The part.
       shared: The files.
       first_file: Number of the first of them in the part, from 1.
       durable: Whether their data is to be on the disk at the return; their names may not be yet.
@@ -157,30 +153,28 @@ def _link_files(
     """
     done: dict[int, Leaf] = {}
     for file, one in enumerate(shared, start=first_file):
-        target = directory.parent / data_path(data_part(directory.name, file))
         sync = durable and not one.file.durable
-        if files.share(one.file.path, target, size=one.file.bytes, sync=sync):
+        if part.link(one.file.path, file, size=one.file.bytes, sync=sync):
             done |= {at: leaf.with_boxes(leaf.boxes, file=file) for at, leaf in one.leaves.items()}
     return done
 
 
-def link_held(directory: Path, held: Sequence[tuple[Shared, BinaryIO]]) -> dict[int, Leaf]:
-    """Gives open files a second name in a part's directory, as `data.1` and so on, or copies them.
+def link_held(part: NewPart, held: Sequence[tuple[Shared, BinaryIO]]) -> dict[int, Leaf]:
+    """Gives open files a second name in a part, as `data.1` and so on, or copies them.
 
     Returns:
       Position of each leaf that they hold -> the leaf, in its file.
     """
     done: dict[int, Leaf] = {}
     for number, (one, file) in enumerate(held, start=1):
-        target = directory.parent / data_path(data_part(directory.name, number))
-        if not files.share(one.file.path, target, size=one.file.bytes, sync=False):
-            files.copy_held(file, target)
+        if not part.link(one.file.path, number, size=one.file.bytes, sync=False):
+            part.copy(file, number)
         done |= {at: leaf.with_boxes(leaf.boxes, file=number) for at, leaf in one.leaves.items()}
     return done
 
 
 def _write_file(
-    path: Path,
+    part: NewPart,
     boxes: HostBoxes,
     *,
     file: int,
@@ -197,12 +191,13 @@ def _write_file(
     size = sum(array.nbytes for _, data in large for array in data)
     if not size:
         return tuple([_inline(leaf, data, checksum=checksum) for leaf, data in boxes])
+    new = part.new_file(file, expected_bytes=size, durable=durable, check=check)
     if checksum and size >= _BESIDE_BYTES and is_alone and _has_free_writers():
         with workers.beside(lambda: _digests(large)) as digests:
-            places = _write_data(path, large, size=size, durable=durable, check=check)
+            places = _write_data(new, large)
             found = digests.result()
     else:
-        places = _write_data(path, large, size=size, durable=durable, check=check)
+        places = _write_data(new, large)
         found = _digests(large) if checksum else [[() for _ in data] for _, data in large]
     done = map(_with_chunks, [leaf for leaf, _ in large], found, places, repeat(file))
     return tuple(
@@ -217,12 +212,15 @@ def _has_free_writers() -> bool:
     return workers.MOST_WRITERS == _TOO_FEW_WRITERS or workers.threads_per_save() > 1
 
 
-def _write_data(
-    path: Path, boxes: HostBoxes, *, size: int, durable: bool, check: Callable[[], None]
-) -> list[list[tuple[Place, ...]]]:
+def _write_data(new: Sink, boxes: HostBoxes) -> list[list[tuple[Place, ...]]]:
     """Writes chunks into a data file; returns where they are."""
-    with NewFile(path, expected_bytes=size, durable=durable, check=check) as new:
-        places = [[tuple(_places(leaf, array, new)) for array in data] for leaf, data in boxes]
+    with new:
+        encoded = encoded_chunks(
+            [(leaf, array) for leaf, data in boxes for array in data if leaf.compression]
+        )
+        places = [
+            [tuple(_places(leaf, array, new, encoded)) for array in data] for leaf, data in boxes
+        ]
         new.finish()
     return places
 
@@ -263,11 +261,11 @@ def _with_chunks(
     )
 
 
-def _places(leaf: Leaf, array: np.ndarray, file: NewFile) -> Iterator[Place]:
-    """Puts the chunks of a box where they belong; yields where that is."""
+def _places(leaf: Leaf, array: np.ndarray, file: Sink, encoded: Iterator[bytes]) -> Iterator[Place]:
+    """Puts the chunks of a box where they belong, of `encoded` if so; yields where that is."""
     if leaf.compression is not None:
-        for encoded in encoded_chunks(leaf, array):
-            yield file.append(np.frombuffer(encoded, np.uint8)), len(encoded)
+        for packed in islice(encoded, math.prod(chunk_counts(array.shape, leaf.chunk))):
+            yield file.append(np.frombuffer(packed, np.uint8)), len(packed)
         return
     size = leaf.chunk_bytes
     leading = count_leading(array.shape, leaf.chunk)

@@ -12,18 +12,16 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import wait
-from pathlib import Path
+from typing import Any
 
 from flax_partial.distributed import agreement
 from flax_partial.errors import KeyConflictError, NoSessionError
 from flax_partial.format.model import Leaf
 from flax_partial.sessions import workers
 from flax_partial.sessions.claims import Claims
-from flax_partial.sessions.handles import SaveHandle
-from flax_partial.storage import files, locks, session_dir
-from flax_partial.storage.parts import read_parts
-from flax_partial.storage.paths import CheckpointPath
+from flax_partial.sessions.handles import Handle, SaveHandle
+from flax_partial.storage.place import OpenSession, Place
+from flax_partial.storage.store_path import AnyPath
 
 _LOG = logging.getLogger("flax_partial")
 
@@ -37,7 +35,7 @@ class Session:
       not_removed: Parts that failed saves have written and could not remove: they do not count.
     """
 
-    def __init__(self, where: CheckpointPath) -> None:
+    def __init__(self, where: Place) -> None:
         self.where = where
         self.is_aborted = False
         self.not_removed: frozenset[str] = frozenset()
@@ -46,14 +44,14 @@ class Session:
         self._are_claims_torn = False  # where an interrupt came while leaves were claimed
         self._begun = weakref.WeakSet[object]()  # saves under way
         self._pending: dict[object, Sequence[Leaf]] = {}  # what those have claimed
-        self._directory: locks.DirectoryLock | None = None  # what the claims are about
+        self._directory: OpenSession | None = None  # what the claims are about
         self._failed: list[SaveHandle] = []
         self._last_time_ns = 0
         self._entering = threading.Lock()  # guards what follows; workers only, who may wait long
         self._writers = 0
-        self._locked: locks.DirectoryLock | None = None
-        self._prepared: locks.DirectoryLock | None = None  # what holds all that it has to
-        self._synced: locks.DirectoryLock | None = None  # what this process has made durable
+        self._locked: OpenSession | None = None
+        self._prepared: OpenSession | None = None  # what holds all that it has to
+        self._synced: OpenSession | None = None  # what this process has made durable
 
     # What a caller does.
 
@@ -81,7 +79,6 @@ class Session:
           NoSessionError: The session is being aborted.
         """
         self.require_not_aborted()
-        session_dir.require_absent(self.where)
         with self._lock:
             self._look()
             self._are_claims_torn = True
@@ -131,20 +128,16 @@ class Session:
         """
         if self._are_claims_torn:
             self._take_over(self._directory)
-        known = None if self._directory is None else self._directory.identity
-        if self._pending or files.identity(self.where.session) == known:
-            return
-        directory = session_dir.open_session(self.where)
-        if directory is not None:
-            session_dir.check_is_ours(self.where)
-        self._take_over(directory)
+        found = self.where.look(self._directory, is_busy=bool(self._pending))
+        if found is not self._directory:
+            self._take_over(found)
 
-    def _take_over(self, directory: locks.DirectoryLock | None) -> None:
+    def _take_over(self, directory: OpenSession | None) -> None:
         """Makes the claims those of a directory, and of the saves that are pending."""
         claims = Claims()
-        if directory is not None:
+        if directory is not None and not directory.is_new:
             failed = self.not_removed
-            mine = read_parts(self.where.state, process=agreement.index(), failed=failed)
+            mine = self.where.read_parts(process=agreement.index(), failed=failed)
             for part in mine.committed.values():
                 claims.load(part)
         for leaves in self._pending.values():
@@ -157,7 +150,7 @@ class Session:
     def _newest_generation(self, names: frozenset[str]) -> dict[str, int]:
         """Largest generation of each of these leaves in the parts on disk, where there is one."""
         found: dict[str, int] = {}
-        for part in read_parts(self.where.state, failed=self.not_removed).committed.values():
+        for part in self.where.read_parts(failed=self.not_removed).committed.values():
             for leaf in part.leaves:
                 if leaf.name in names:
                     found[leaf.name] = max(found.get(leaf.name, 0), leaf.generation)
@@ -166,32 +159,35 @@ class Session:
     # What a worker does.
 
     @contextlib.contextmanager
-    def entered(self, *, durable: bool) -> Iterator[None]:
+    def entered(self, *, durable: bool) -> Iterator[OpenSession]:
         """Keeps finalize and abort out while a worker writes.
 
         The directory is made if there is none. The lock is given back once no save is under way
         or about to be.
+
+        Yields:
+          The session.
 
         Raises:
           CheckpointExistsError: The finalized checkpoint is there by now.
           OSError: The directory cannot be made, or what a failed save left cannot be removed.
         """
         with self._entering:
-            self._enter(durable=durable)
+            opened = self._enter(durable=durable)
             self._writers += 1
         try:
-            yield
+            yield opened
         finally:
             with self._entering:
                 self._writers -= 1
                 self._unlock_if_idle()
 
-    def _enter(self, *, durable: bool) -> None:
+    def _enter(self, *, durable: bool) -> OpenSession:
         if self._locked is None or self._locked is not self._directory:
-            directory = session_dir.lock_for_saving(self.where, self._directory)
+            directory = self.where.enter(self._directory)
             try:
                 if directory is not self._prepared:
-                    session_dir.prepare_session(self.where)
+                    self.where.prepare()
                     self._prepared = directory
                 if directory is not self._directory:
                     with self._lock:
@@ -203,11 +199,12 @@ class Session:
         try:
             self.remove_failed()
             if durable and self._synced is not self._locked:
-                session_dir.sync_session(self.where)
+                self.where.sync()
                 self._synced = self._locked
         except BaseException:
             self._unlock_if_idle()
             raise
+        return self._locked
 
     def skip(self) -> None:
         """Gives the lock back if it was held for a save that was withdrawn."""
@@ -239,8 +236,8 @@ class Session:
         with self._entering:
             self.not_removed |= {part}
             with contextlib.suppress(OSError):
-                session_dir.remove_part(self.where, part)
-            if not session_dir.may_have_table(self.where, part):  # it counts for nothing
+                self.where.remove_part(part)
+            if not self.where.may_have_table(part):  # it counts for nothing
                 self.not_removed -= {part}
 
     def remove_failed(self) -> None:
@@ -250,12 +247,12 @@ class Session:
           OSError: It cannot be removed.
         """
         for part in sorted(self.not_removed):
-            session_dir.remove_part(self.where, part)
+            self.where.remove_part(part)
             self.not_removed -= {part}
 
-    def wait(self) -> None:
-        """Waits for the saves in flight that this process had when it was called."""
-        wait([task.handle for task in workers.saving.tasks_about(self)])
+    def in_flight(self) -> list[Handle[Any]]:
+        """The handles of the saves in flight that this process has now."""
+        return [task.handle for task in workers.saving.tasks_about(self)]
 
     @property
     def is_idle(self) -> bool:
@@ -267,11 +264,7 @@ class Session:
         """Whether the directory that this is about is gone."""
         if not self.is_idle:
             return False
-        try:
-            current = files.identity(self.where.session)
-        except OSError:  # such as a name that is too long: there never was a session
-            return True
-        return self._directory is None or current != self._directory.identity
+        return self._directory is None or self.where.is_gone(self._directory)
 
     def close(self) -> None:
         """Forgets the claims, unless saves are pending: those find out that it is gone."""
@@ -281,17 +274,17 @@ class Session:
                 self._take_over(None)
 
 
-_sessions: dict[Path, Session] = {}
+_sessions: dict[AnyPath, Session] = {}
 _sessions_lock = threading.Lock()
 
 
-def session_of(where: CheckpointPath) -> Session:
+def session_of(where: Place) -> Session:
     """Returns what this process knows of a session; drops what it knows of sessions now gone."""
     with _sessions_lock:
         return _session_of(where)
 
 
-def begin_save(where: CheckpointPath, save: object) -> Session:
+def begin_save(where: Place, save: object) -> Session:
     """Returns the session that a save goes into, which stays known until the save has ended."""
     with _sessions_lock:
         session = _session_of(where)
@@ -299,7 +292,11 @@ def begin_save(where: CheckpointPath, save: object) -> Session:
         return session
 
 
-def _session_of(where: CheckpointPath) -> Session:
+def _session_of(where: Place) -> Session:
+    known = _sessions.get(where.final)
+    if known is not None and type(known.where) is not type(where) and known.is_idle:
+        known.close()  # the one that is there now is kept by other rules
+        del _sessions[where.final]
     if where.final not in _sessions:
         for final, other in list(_sessions.items()):
             if other.is_stale:
@@ -318,7 +315,7 @@ def forget(session: Session, *, for_good: bool = False) -> None:
             del _sessions[session.where.final]
 
 
-def failed_parts(where: CheckpointPath) -> frozenset[str]:
+def failed_parts(where: Place) -> frozenset[str]:
     """Names of the parts that failed saves of this process could not remove: they do not count."""
     session = _sessions.get(where.final)
     return frozenset() if session is None else session.not_removed

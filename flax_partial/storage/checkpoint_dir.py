@@ -15,20 +15,9 @@ from flax_partial.errors import (
     CheckpointInUseError,
     NoSessionError,
 )
-from flax_partial.storage import files
+from flax_partial.storage import files, locks
 from flax_partial.storage.locks import DirectoryLock, open_directory
-from flax_partial.storage.paths import CONTENTS, CheckpointPath
-
-
-def has_contents(where: CheckpointPath) -> bool:
-    """Whether a table of contents is there: finalize writes it, whatever a directory's name is.
-
-    What the system does not let anybody see is not there.
-    """
-    try:
-        return (where.state / CONTENTS).is_file()
-    except OSError:
-        return False
+from flax_partial.storage.paths import CheckpointPath
 
 
 @contextmanager
@@ -72,7 +61,11 @@ def remove_checkpoint(where: CheckpointPath) -> None:
     if directory is None:
         raise _no_checkpoint(where)
     try:
-        directory.acquire(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            directory.acquire(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in locks.MISSING:  # else readers are told that it was removed
+                raise
         if files.identity(where.final) != directory.identity:
             raise _no_checkpoint(where)
         doomed = files.rename_away(where.final)

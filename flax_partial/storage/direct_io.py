@@ -32,7 +32,7 @@ _BUFFER_BYTES = 1 << 20
 _AT_ONCE_BYTES = 64 << 20
 _AT_ONCE_RUNS = 1000  # the kernel takes 1,024
 # What writes answer where the file system, or the memory, does not do this after all.
-_NOT_DIRECT = frozenset((errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP))
+_NOT_DIRECT = frozenset((errno.EINVAL, errno.EFAULT, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
 
 Bytes = np.ndarray
 """One axis of uint8, contiguous."""

@@ -21,7 +21,7 @@ from flax_partial.storage.paths import DELETED_SUFFIX, CheckpointPath
 _NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT))
 _WRITE_BYTES = 1 << 20
 _NAME_BYTES = 255  # the longest name that file systems take
-_NOT_EXCLUSIVE = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP))
+NOT_EXCLUSIVE = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
 
 
 def identity(directory: Path) -> tuple[int, int] | None:
@@ -130,7 +130,7 @@ def copy_held(file: BinaryIO, target: Path) -> None:
         system.sync(copy.fileno())
 
 
-def write(path: Path, pieces: Iterable[bytes], *, durable: bool) -> None:
+def write(path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool) -> None:
     """Writes a file anew, piece by piece."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
@@ -144,9 +144,10 @@ def write(path: Path, pieces: Iterable[bytes], *, durable: bool) -> None:
         os.close(descriptor)
 
 
-def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
     """Joins small pieces to some that are worth a call of the system each."""
-    batch, size = [], 0
+    batch: list[bytes | memoryview] = []
+    size = 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece)
@@ -218,7 +219,7 @@ def _fsync(path: Path, flags: int) -> None:
 def rename_to_new(source: Path, target: Path) -> None:
     """Renames without replacing anything: plain rename(2) would replace an empty directory."""
     code = system.rename_exclusively(source, target)
-    if code in _NOT_EXCLUSIVE:
+    if code in NOT_EXCLUSIVE:
         if not os.path.lexists(target):
             os.rename(source, target)
             return

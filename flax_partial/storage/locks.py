@@ -1,16 +1,53 @@
-"""Open directories, and files, that can be locked by `flock`.
+"""Open directories, and files, that can be locked by `flock`; and where such locks hold.
 
 The kernel drops the lock of a process that dies. Sessions and checkpoints are locked by their own
 directories: there is no lock file. That a run lives is told by a file, which says whose lock it is.
+
+On a cluster's file systems these locks are missing, or local to a machine. Linux's clients of NFS,
+SMB and FUSE, and Lustre's, pass the `flock` of a file on to their server, if they are mounted so,
+but have none for directories, whose locks the kernel then keeps by itself. One machine cannot see
+that by trying: the type of the file system decides.
 """
 
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from flax_partial.storage import medium
+
+VARIABLE = "FLAX_PARTIAL_LOCKS"
+"""The environment variable that chooses: "flock", "files", or "auto", the default."""
+
+# Types of file systems, as proc_pid_mountinfo(5) has them in lower case, on which the lock of a
+# directory does not keep out another machine. It does on Ceph's (not by FUSE), GFS2 and OCFS2.
+_LOCAL_LOCKS = frozenset(
+    (
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs"),
+        *("lustre", "gpfs", "beegfs", "panfs", "pvfs2", "wekafs"),
+        *("fuse.ceph-fuse", "fuse.daos", "fuse.glusterfs", "fuse.juicefs", "fuse.lizardfs"),
+        *(
+            "fuse.mfs",
+            "fuse.moosefs",
+            "fuse.quobyte",
+            "fuse.saunafs",
+            "fuse.seaweedfs",
+            "fuse.sshfs",
+        ),
+    )
+)
+# What a file system says that knows no `flock`, or none of what is open for reading only.
+MISSING = frozenset(
+    (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+)
+_NO_LOCKS = (
+    f"%s has no locks that hold between machines: control files, and leases that are renewed, take "
+    f"their place. ({VARIABLE}=flock uses locks where a single machine writes.)"
+)
 
 _MOST_BYTES = 4096  # of what the text of a lock may be
 
@@ -22,6 +59,8 @@ class DirectoryLock:
       identity: Device and inode of the directory.
     """
 
+    mark = ""  # what the names of a session's parts have to hold
+    is_new = False  # whether it is known to hold no part
     _descriptor = -1
 
     def __init__(self, descriptor: int) -> None:
@@ -33,6 +72,14 @@ class DirectoryLock:
     def acquire(self, kind: int) -> None:
         """Waits for the `flock`, shared or exclusive; with `LOCK_NB`, raises BlockingIOError."""
         fcntl.flock(self._descriptor, kind)
+
+    def try_exclusive(self) -> bool:
+        """Acquires the exclusive `flock`; returns False where somebody else has one."""
+        try:
+            self.acquire(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def release(self) -> None:
         """Gives the lock back; the directory stays open."""
@@ -104,3 +151,48 @@ def make_file(path: Path) -> FileLock:
       OSError: It cannot be made, or opened.
     """
     return FileLock(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+
+
+def are_shared(directory: Path) -> bool:
+    """Whether a `flock` on a directory keeps all others out, on whatever machine.
+
+    Where it does not, that is logged once.
+
+    Args:
+      directory: A directory that is there. What may not be opened is taken for one with locks.
+
+    Raises:
+      ValueError: The environment asks for something else.
+      OSError: It asks for locks, and there are none.
+    """
+    chosen = os.environ.get(VARIABLE) or "auto"
+    if chosen not in {"auto", "flock", "files"}:
+        raise ValueError(f"{VARIABLE} is 'auto', 'flock' or 'files', not {chosen!r}")
+    if chosen == "auto":
+        mount = medium.mount_of(directory)
+        is_local = mount is not None and mount.kind.lower() in _LOCAL_LOCKS
+        shared = not is_local and _are_there(directory)
+    else:
+        shared = chosen == "flock"
+        if shared and not _are_there(directory):
+            raise OSError(errno.ENOLCK, f"{VARIABLE}=flock, and it has no locks", str(directory))
+    if not shared:
+        medium.say_once(directory, logging.INFO, _NO_LOCKS)
+    return shared
+
+
+def _are_there(directory: Path) -> bool:
+    """Whether a directory can be locked at all."""
+    try:
+        lock = open_directory(directory, follow=True)
+    except OSError:
+        return True
+    if lock is not None:
+        with contextlib.closing(lock):
+            try:
+                lock.acquire(fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            except OSError as error:
+                return error.errno not in MISSING
+    return True

@@ -1,6 +1,6 @@
 """The parts of a session, or of a finalized checkpoint, as they are on disk."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +19,14 @@ class SessionParts:
       committed: Name of each committed part -> its table of contents, oldest first.
       torn: Names of the directories that were never committed.
       damaged: Names of the parts that were committed and whose table is damaged -> why.
+      decided_ns: When it was decided that the checkpoint is made of these parts, in nanoseconds
+        since the epoch; None where saves can still be added.
     """
 
     committed: dict[str, Part] = field(default_factory=dict)
     torn: list[str] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
+    decided_ns: int | None = None
 
 
 def read_parts(
@@ -46,7 +49,7 @@ def read_parts(
     """
     found = SessionParts()
     for name in part_names(state):
-        if process is not None and f".p{process}." not in name:
+        if process is not None and not is_of(process, name):
             continue
         try:
             part = None if name in failed else (known or {}).get(name) or _read_part(state, name)
@@ -68,12 +71,22 @@ def part_names(state: Path) -> list[str]:
     names = files.listed(state)
     for folder in filter(PART_FOLDER.fullmatch, names[:]):
         names += [f"{folder}/{name}" for name in files.listed(state / folder)]
-    found = [name for name in names if _own_name(name).startswith(PART_PREFIX)]
-    return sorted(found, key=lambda name: (_own_name(name), name))
+    return oldest_first(name for name in names if own_name(name).startswith(PART_PREFIX))
 
 
-def _own_name(name: str) -> str:
+def oldest_first(names: Iterable[str]) -> list[str]:
+    """Sorts names of parts by when their saves began."""
+    return sorted(names, key=lambda name: (own_name(name), name))
+
+
+def own_name(name: str) -> str:
+    """What the directory of a part is called, without the folder that it may lie in."""
     return name.rpartition("/")[2]
+
+
+def is_of(process: int, name: str) -> bool:
+    """Whether a part was written by a process, by its name."""
+    return f".p{process}." in name
 
 
 def prefix_of_name(part: Part) -> str:
@@ -87,7 +100,16 @@ def _read_part(state: Path, name: str) -> Part | None:
     data = files.read(path)
     if data is None:
         return None
-    part = decode_part(data, where=str(path))
-    if not _own_name(name).startswith(prefix_of_name(part)):
-        raise CorruptCheckpointError(f"{path}: it is the table of another part")
+    return decoded(data, name, where=str(path))
+
+
+def decoded(data: bytes, name: str, *, where: str) -> Part:
+    """Returns the part of that name, given its table.
+
+    Raises:
+      CorruptCheckpointError: The table is damaged, or is that of another part.
+    """
+    part = decode_part(data, where=where)
+    if not own_name(name).startswith(prefix_of_name(part)):
+        raise CorruptCheckpointError(f"{where}: it is the table of another part")
     return part

@@ -34,11 +34,6 @@ class CheckpointPath:
         """The session's directory of parts."""
         return self.session / STATE
 
-    @property
-    def finalized(self) -> "CheckpointPath":
-        """The same checkpoint once it is finalized: its parts are at its final place."""
-        return CheckpointPath(self.final, self.final)
-
 
 def expanded(path: PathLike) -> str:
     """Takes a path as a user gives it, and puts the home directory for `~`.
@@ -52,8 +47,9 @@ def expanded(path: PathLike) -> str:
         raise TypeError(f"path must be a str or an os.PathLike of str, not {type(text).__name__}")
     if _URL.match(text):
         raise ValueError(
-            f"path {text!r} is a URL, and only local and shared file systems are supported. (A "
-            "directory that is called so can be given by its absolute path.)"
+            f"path {text!r} is a URL that is not served here. What is: paths of a file system, and "
+            "for checkpoints s3://, gs://, az:// and memory://. (A directory that is called so can "
+            "be given by its absolute path.)"
         )
     found = os.path.expanduser(text)
     if found.split("/", 1)[0] == "~":
@@ -64,57 +60,3 @@ def expanded(path: PathLike) -> str:
 def absolute(path: PathLike) -> str:
     """Makes a path that a user gives absolute, as `expanded` takes it."""
     return os.path.abspath(expanded(path))
-
-
-def resolve(path: PathLike) -> CheckpointPath:
-    """Takes the path of a checkpoint, or of its session, as a user gives it.
-
-    Raises:
-      TypeError: It is not a path of text.
-      ValueError: It has no last component that could name a checkpoint, or is a URL.
-    """
-    parent, name = os.path.split(absolute(path))
-    text = os.fspath(path)
-    name = name.removesuffix(SESSION_SUFFIX)
-    if not text or not name or "\0" in text or not _is_utf8(text):
-        raise ValueError(
-            f"path {text!r} does not name a checkpoint: give a directory below a parent, in UTF-8"
-        )
-    known = _known_paths.get((parent, name))
-    if known is not None and _is_same_directory(parent, known.final.parent):
-        return known
-    final = Path(os.path.realpath(parent), name)
-    if len(_known_paths) >= _MOST_KNOWN_PATHS:
-        _known_paths.clear()
-    found = CheckpointPath(final, final.with_name(name + SESSION_SUFFIX))
-    _known_paths[parent, name] = found
-    return found
-
-
-def names_session(path: PathLike) -> bool:
-    """Whether a path is that of a session, not of the checkpoint that it becomes."""
-    return os.path.abspath(path).endswith(SESSION_SUFFIX)
-
-
-# Following links costs 60 us, and a training step resolves its checkpoint's path for each layer.
-_known_paths: dict[tuple[str, str], CheckpointPath] = {}
-
-
-_MOST_KNOWN_PATHS = 256
-
-
-def _is_same_directory(one: str, other: Path) -> bool:
-    """Whether a path still leads to where it once led, and that is still there."""
-    try:
-        return os.path.samestat(os.stat(one), os.stat(other))
-    except OSError:
-        return False
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether tensorstore can be told of this path: it knows no surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

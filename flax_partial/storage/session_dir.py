@@ -9,7 +9,7 @@ been renamed away meanwhile.
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,8 @@ _ROOT_FILES = frozenset(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_suc
 _ROOT_DIRECTORIES = frozenset(("metrics",))
 _STATE_FILES = frozenset(("_METADATA", "_sharding", "_strings.json", CONTENTS, "manifest.ocdbt"))
 _STATE_DIRECTORIES = frozenset(("array_metadatas", "d"))
+CONTROL = f"{STATE}/session"
+"""Where control files are, where they take the place of locks (`unlocked_place`)."""
 
 
 def open_session(where: CheckpointPath) -> DirectoryLock | None:
@@ -74,7 +76,7 @@ def lock_for_saving(where: CheckpointPath, known: DirectoryLock | None) -> Direc
         if directory is None:
             directory = open_session(where)
         if directory is None:
-            is_ours = _create_session(where)
+            is_ours = create_session(where)
             continue
         directory.acquire(fcntl.LOCK_SH)
         if files.identity(where.session) == directory.identity and not os.path.lexists(where.final):
@@ -84,8 +86,12 @@ def lock_for_saving(where: CheckpointPath, known: DirectoryLock | None) -> Direc
 
 
 @contextmanager
-def locked_exclusively(where: CheckpointPath) -> Iterator[None]:
+def locked_exclusively(where: CheckpointPath, pause: Callable[[], None]) -> Iterator[None]:
     """Keeps everybody else out of a session; waits until nobody saves into it.
+
+    Args:
+      where: The session.
+      pause: Called between two tries, while somebody does; what it raises ends the wait.
 
     Raises:
       NoSessionError: There is no session, or none any more.
@@ -95,17 +101,17 @@ def locked_exclusively(where: CheckpointPath) -> Iterator[None]:
     if directory is None:
         raise no_session(where)
     try:
-        directory.acquire(fcntl.LOCK_EX)
+        while not directory.try_exclusive():
+            pause()
         if files.identity(where.session) != directory.identity:
             raise no_session(where)
-        if where.state.is_symlink():  # what is derived would be cleared and written elsewhere
-            raise _not_a_session(where, f"its {STATE!r} is a symbolic link")
+        check_state(where)  # what is derived would be cleared and written elsewhere
         yield
     finally:
         directory.close()
 
 
-def _create_session(where: CheckpointPath) -> bool:
+def create_session(where: CheckpointPath) -> bool:
     """Makes the directory; returns whether nobody else had done so."""
     files.make_directories(where.session.parent)
     try:
@@ -132,6 +138,11 @@ def check_is_ours(where: CheckpointPath) -> None:
     foreign = _foreign_entries(where)
     if foreign:
         raise _not_a_session(where, f"it holds {foreign[0]!r}")
+    check_state(where)
+
+
+def check_state(where: CheckpointPath) -> None:
+    """Raises CheckpointExistsError if the parts of a session would be elsewhere."""
     if where.state.is_symlink():
         raise _not_a_session(where, f"its {STATE!r} is a symbolic link")
 
@@ -147,7 +158,7 @@ def sync_session(where: CheckpointPath) -> None:
 
 
 def _foreign_entries(where: CheckpointPath) -> list[str]:
-    known = _STATE_FILES | _STATE_DIRECTORIES
+    known = _STATE_FILES | _STATE_DIRECTORIES | {os.path.basename(CONTROL)}
 
     def is_of_parts(name: str) -> bool:
         return name.startswith(PART_PREFIX) or PART_FOLDER.fullmatch(name) is not None
@@ -250,15 +261,54 @@ def commit_checkpoint(
     Raises:
       CheckpointExistsError: Something appeared at the final path; the session is left as it was.
     """
+    write_root(where, chain(root_files, [(f"{STATE}/{CONTENTS}", (contents,))]))
+    publish(where)
+
+
+def write_root(
+    where: CheckpointPath,
+    root_files: Iterable[tuple[str, Iterable[bytes]]],
+    *,
+    scratch: Path | None = None,
+) -> None:
+    """Writes files into a session, durably.
+
+    Args:
+      where: The session.
+      root_files: Path and content of each.
+      scratch: A directory to be made, in which each is written before it is renamed: where others
+        may be writing the same files.
+    """
     directories = {where.session, where.state}
-    for name, pieces in chain(root_files, [(f"{STATE}/{CONTENTS}", (contents,))]):
+    if scratch is not None:
+        os.mkdir(scratch)
+    for number, (name, pieces) in enumerate(root_files):
         path = where.session / name
         if path.parent not in directories:
-            os.makedirs(path.parent, exist_ok=True)
+            _make_below(where.session, path.parent)
             directories.add(path.parent)
-        files.write(path, pieces, durable=True)
+        written = path if scratch is None else scratch / str(number)
+        files.write(written, pieces, durable=True)
+        if scratch is not None:
+            os.replace(written, path)
     for directory in sorted(directories, reverse=True):  # the inner ones first
         files.fsync_directory(directory)
+
+
+def _make_below(session: Path, directory: Path) -> None:
+    """Makes a directory in a session, which itself may be gone: then it is not made again."""
+    if directory != session:
+        _make_below(session, directory.parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory)
+
+
+def publish(where: CheckpointPath) -> None:
+    """Renames the session, durably.
+
+    Raises:
+      CheckpointExistsError: Something appeared at the final path; the session is left as it was.
+    """
     files.rename_to_new(where.session, where.final)
     try:
         files.fsync_directory(where.final.parent)

@@ -7,9 +7,13 @@ without it, though not always as fast.
 import ctypes
 import errno
 import fcntl
+import logging
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
+
+from flax_partial.storage import medium
 
 MOST_BYTES = 1 << 30
 """What one read or write is asked for: macOS refuses 2 GiB and more, Linux cuts it short."""
@@ -21,10 +25,19 @@ _RENAME_EXCL = 4  # of renamex_np, macOS
 _NO_FULL_SYNC = frozenset(
     (errno.EINVAL, errno.ENODEV, errno.ENOTSUP, errno.ENOTTY, errno.EOPNOTSUPP)
 )
+# What fsync raises where a file system does not have it, mostly for directories: SMB, some FUSE.
+_NO_SYNC = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY))
+_NO_SYNC_OF_DIRECTORIES = _NO_SYNC | {errno.EBADF, errno.EISDIR}
+_NOT_DURABLE = (
+    "%s has no fsync for {}: what is saved there outlives the process, and may not outlive a power "
+    "cut"
+)
 
 
 def sync(descriptor: int) -> None:
-    """Puts a file, or the names in a directory, on the disk.
+    """Puts a file, or the names in a directory, on the disk, as far as its file system can do that.
+
+    Where it cannot, that is logged once.
 
     On macOS fsync leaves them in the disk's own cache, which a power cut empties; fsync(2) there
     names F_FULLFSYNC for what has to outlive one.
@@ -41,7 +54,14 @@ def sync(descriptor: int) -> None:
                 raise
         else:
             return
-    os.fsync(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        if error.errno not in (_NO_SYNC_OF_DIRECTORIES if is_directory else _NO_SYNC):
+            raise
+        what = "directories" if is_directory else "files"
+        medium.say_once(descriptor, logging.WARNING, _NOT_DURABLE.format(what))
 
 
 def write(descriptor: int, views: Sequence[memoryview]) -> int:

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,29 +21,65 @@ from msgspec.structs import replace
 
 from flax_partial.errors import CorruptCheckpointError
 from flax_partial.format.assembly import assemble, checked_cut, whole_chunks
-from flax_partial.format.chunks import Shape, slices
+from flax_partial.format.chunks import Shape, chunk_keys, chunk_regions, slices
 from flax_partial.format.keypaths import prefix_of
 from flax_partial.format.model import Box, Leaf, Region
 from flax_partial.format.orbax import zarr_metadata
 
 _RAW_CHUNK_BYTES = 128 * 1024  # above this a raw read's extra copy costs more than a zarr open
+_ENCODING_BYTES = 64 << 20
 
 
-def encoded_chunks(leaf: Leaf, array: np.ndarray) -> Iterator[bytes]:
-    """Yields the chunks of a box as the codecs of its leaf store them, in C order."""
+def encoded_chunks(boxes: Iterable[tuple[Leaf, np.ndarray]]) -> Iterator[bytes]:
+    """Yields the chunks of boxes as the codecs of their leaves store them.
+
+    As many are encoded at a time as there are cores, of one box or of several, and about 64 MiB at
+    most are held beside the boxes.
+
+    Args:
+      boxes: Each a leaf, and the data of a box of it.
+
+    Yields:
+      The chunks of one box after another, those of a box in C order.
+    """
     context = _context()
     memory = ts.KvStore.open("memory://", context=context).result()
-    alone = replace(leaf, shape=array.shape, boxes=())
+    encoding: deque[tuple[ts.WriteFutures, str, int]] = deque()
+    held_bytes = 0
+
+    def take() -> bytes:
+        nonlocal held_bytes
+        writing, key, size = encoding.popleft()
+        writing.result()
+        encoded: bytes = memory.read(key).result().value
+        memory.write(key, None).result()
+        held_bytes -= size
+        return encoded
+
+    for number, (leaf, array) in enumerate(boxes):
+        prefix = f"{number}/"
+        store = _memory_store(leaf, array.shape, prefix, context)
+        keys = chunk_keys(prefix, (0,) * array.ndim, array.shape, leaf.chunk)
+        for key, region in zip(keys, chunk_regions(array.shape, leaf.chunk), strict=True):
+            while encoding and held_bytes + leaf.chunk_bytes > _ENCODING_BYTES:
+                yield take()
+            chunk = array[region]
+            writing = store[region].write(chunk, can_reference_source_data_indefinitely=True)
+            encoding.append((writing, key, leaf.chunk_bytes))
+            held_bytes += leaf.chunk_bytes
+    while encoding:
+        yield take()
+
+
+def _memory_store(leaf: Leaf, shape: Shape, prefix: str, context: ts.Context) -> "Store":
+    """Opens an array in memory with the codecs of a leaf; its keys begin with `prefix`."""
     spec = {
         "driver": "zarr3",
-        "metadata": json.loads(zarr_metadata(alone)),
-        "kvstore": {"driver": "memory", "path": leaf.prefix},
+        "metadata": json.loads(zarr_metadata(replace(leaf, shape=shape, boxes=()))),
+        "kvstore": {"driver": "memory", "path": prefix},
         "store_data_equal_to_fill_value": True,
     }
-    store = ts.open(spec, open=True, assume_metadata=True, context=context).result()
-    store.write(array).result()
-    for key in alone.keys_of(Box((0,) * array.ndim, array.shape)):
-        yield memory.read(key).result().value
+    return ts.open(spec, open=True, assume_metadata=True, context=context).result()
 
 
 def _context() -> ts.Context:
@@ -134,8 +171,10 @@ class _Reader:
 
         Bytes 4 to 8 of a blosc buffer are its size when decoded (c-blosc, README_CHUNK_FORMAT).
         """
-        for key in leaf.keys_of(box):
-            size = int.from_bytes(_value(key, self._database.read(key).result())[4:8], "little")
+        sizes = slice(4, 8)
+        reads = [(key, self._database.read(key, byte_range=sizes)) for key in leaf.keys_of(box)]
+        for key, read in reads:
+            size = int.from_bytes(_value(key, read.result()), "little")
             if size != leaf.chunk_bytes:
                 raise ValueError(f"chunk {key!r} decodes to {size} bytes, not {leaf.chunk_bytes}")
 

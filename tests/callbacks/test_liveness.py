@@ -181,7 +181,7 @@ def test_session_that_another_process_writes_to_is_waited_for_no_longer_than_the
     assert names_in(tmp_path) == []
 
 
-def test_run_that_cannot_be_locked_is_taken_for_ended(
+def test_run_that_cannot_be_locked_is_recognised_by_its_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(*_: Any) -> None:
@@ -191,10 +191,10 @@ def test_run_that_cannot_be_locked_is_taken_for_ended(
     monkeypatch.setattr(fcntl, "flock", flock)
     life = liveness.Life(tmp_path)
     life.begin()
+    assert f"process {os.getpid()} on " in str(liveness.living(tmp_path))
+    callback.recover()
+    life.end()
     assert liveness.living(tmp_path) is None
-    with liveness.recovering(tmp_path, 0):
-        life.end()
-    del callback
 
 
 def test_two_callbacks_with_one_hook_share_a_run(tmp_path: Path) -> None:

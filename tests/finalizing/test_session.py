@@ -232,7 +232,7 @@ def test_missing_rows_are_told_and_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("secs", [-1, math.nan])
 def test_timeout_below_zero_or_of_no_length_is_refused(tmp_path: Path, secs: float) -> None:
     fp.save(tmp_path / "c", {"w": fp.Slice(X, 0, 6)}, options=QUICK)
-    for call in (fp.finalize, fp.finalize_async):
+    for call in (fp.finalize, fp.finalize_async, fp.abort):
         with pytest.raises(ValueError, match="timeout_secs"):
             call(tmp_path / "c", timeout_secs=secs)
 

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import io
 import os
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,41 @@ def links_loop(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(os, "open", opening)
 
 
+def fsync_refused(
+    patch: pytest.MonkeyPatch, code: int = errno.EINVAL, *, of_files: bool = False
+) -> None:
+    """The file system has no fsync for directories, as SMB; or for nothing at all."""
+    real = os.fsync
+
+    def refusing(descriptor: int) -> None:
+        if of_files or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    patch.setattr(os, "fsync", refusing)
+
+
+def no_links(patch: pytest.MonkeyPatch) -> None:
+    """The file system has no hard links, as FAT, SMB and much of FUSE."""
+
+    def refusing(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    patch.setattr(os, "link", refusing)
+
+
+def o_direct_refused_late(patch: pytest.MonkeyPatch) -> None:
+    """A file is opened with O_DIRECT, and cannot be written so."""
+    real = os.writev
+
+    def refusing(descriptor: int, views: Any) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(descriptor, views)
+
+    patch.setattr(os, "writev", refusing)
+
+
 MASKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "none": lambda _: None,
     "no O_DIRECT": no_o_direct,
@@ -168,11 +204,17 @@ MASKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no readv, writev": no_vectors,
     "small transfers": small_transfers,
     "ELOOP for links": links_loop,
+    "no fsync of directories": fsync_refused,
+    "no hard links": no_links,
+    "O_DIRECT refused late": o_direct_refused_late,
 }
 # `small_transfers` imports the package, so it comes last.
 TOGETHER = {
     "macOS": (no_o_direct, full_sync, renamex_np, links_loop, small_transfers),
-    "macOS on a network": (no_o_direct, full_sync_refused, renamex_np_refused, links_loop),
+    "macOS on a network": (
+        *(no_o_direct, full_sync_refused, fsync_refused),
+        *(renamex_np_refused, no_links, links_loop),
+    ),
     "old and poor": (no_o_direct, plain_c_library, no_vectors, links_loop, small_transfers),
 }
 

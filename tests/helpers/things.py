@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import time
@@ -45,6 +46,17 @@ def until(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def locked(session: Path, kind: int) -> Iterator[None]:
+    """Holds the `flock` of a session, as others do: shared by who saves, exclusive by who ends."""
+    descriptor = os.open(session, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def listing(directory: Path) -> list[str]:

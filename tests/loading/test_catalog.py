@@ -37,8 +37,8 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "checkpointing": checkpointing,
 }
 URLS: dict[str, Any] = {
-    "s3": "s3://bucket/run",
-    "gs": "gs://bucket/run/1",
+    "hdfs": "hdfs://name/run",
+    "S3": "S3://bucket/run/1",
     "file": "file:///tmp/run",
     "a path": Path("gs://bucket/run"),  # of which one slash is left
 }
@@ -46,7 +46,7 @@ URLS: dict[str, Any] = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("url", URLS)
-def test_a_url_is_refused_and_nothing_is_made(
+def test_a_url_that_nothing_serves_is_refused_and_nothing_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, url: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ from things import MOST_SECS, stored
 
 import flax_partial as fp
 from flax_partial.loading import data_reader
+from flax_partial.storage.local_place import LocalDataFiles
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,8 +36,9 @@ def test_interrupted_load_begins_to_read_nothing_more(
         shutdown(pool, wait)
 
     stored(tmp_path / "c", {"a": np.ones(32 << 17)})
-    monkeypatch.setattr(data_reader, "_AT_ONCE_BYTES", 1 << 20)  # of a task
-    monkeypatch.setattr(data_reader, "_THREADS", 2)
+    monkeypatch.setattr(LocalDataFiles, "most_bytes", 1 << 20)  # of a task
+    monkeypatch.setattr(LocalDataFiles, "least_bytes", 1 << 20)
+    monkeypatch.setattr(LocalDataFiles, "most_readers", 2)
     monkeypatch.setattr(data_reader._Reading, "_read_in_order", read)  # noqa: SLF001
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", end)
     with pytest.raises(KeyboardInterrupt):

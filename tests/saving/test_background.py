@@ -21,7 +21,7 @@ from things import MOST_SECS, QUICK, X, listing, stored, unchanged, until
 import flax_partial as fp
 from flax_partial.saving import job
 from flax_partial.sessions import registry
-from flax_partial.storage import locks, paths, session_dir
+from flax_partial.storage import locks, parts, places, session_dir
 from flax_partial.storage.paths import CheckpointPath
 
 
@@ -282,7 +282,7 @@ def test_error_is_told_though_others_save_just_as_it_is_raised(
     def release_and_save_another(session: registry.Session, save: object) -> None:
         release(session, save)
         if session.where.final == path:
-            registry.session_of(paths.resolve(path.with_name("another")))
+            registry.session_of(places.resolve(path.with_name("another")))
 
     path = broken.with_name("new")
     monkeypatch.setattr(session_dir, "prepare_session", no_space_left)
@@ -318,7 +318,7 @@ def test_error_of_a_save_keeps_nothing_of_what_was_to_be_written(
 
 def test_error_of_a_save_keeps_no_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does it where what is in the session cannot be read."""
-    monkeypatch.setattr(registry, "read_parts", no_space_left)
+    monkeypatch.setattr(parts, "read_parts", no_space_left)
     error = fp.save_async(path, {"a": X}).exception()
     monkeypatch.undo()
     assert isinstance(error, OSError)
@@ -517,7 +517,7 @@ def test_abort_holds_no_lock_for_a_queued_save_that_it_refused(
     assert all(at_gate.acquire(timeout=MOST_SECS) for _ in gates)
     queued = fp.save_async(path, {"b": X})
     about_to_claim = threading.Event()  # in the place of a save
-    session = registry.begin_save(paths.resolve(path), about_to_claim)
+    session = registry.begin_save(places.resolve(path), about_to_claim)
     with ThreadPoolExecutor(1) as pool:
         aborted = pool.submit(fp.abort, path)
         until(lambda: session.is_aborted)

@@ -17,7 +17,7 @@ from things import MOST_SECS, QUICK, stored
 import flax_partial as fp
 from flax_partial.saving import write
 from flax_partial.sessions import workers
-from flax_partial.storage import medium
+from flax_partial.storage import local_place, medium
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,14 +81,14 @@ def test_a_save_is_one_file_where_cutting_it_gains_nothing(
 def test_one_writer_that_fails_fails_the_save_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create = write.NewFile
+    create = local_place.NewFile
 
     def fail_one(path: Path, **options: Any) -> Any:
         if path.name == "data.3":
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return create(path, **options)
 
-    monkeypatch.setattr(write, "NewFile", fail_one)
+    monkeypatch.setattr(local_place, "NewFile", fail_one)
     with pytest.raises(OSError, match=r"data\.3"):
         fp.save(tmp_path / "c", STATE, options=QUICK)
     monkeypatch.undo()

@@ -15,7 +15,7 @@ import flax_partial as fp
 INTERRUPTED = """
     from flax_partial.sessions import registry
     from flax_partial.sessions.workers import Task
-    from flax_partial.storage import direct_io, paths
+    from flax_partial.storage import direct_io, places
 
     interrupts = 0
 
@@ -57,7 +57,7 @@ INTERRUPTED = """
         sys.exit("it was not interrupted")
     os.writev, Task.stop = writev, stop
     if TWICE:  # it has returned at once, and its worker is undoing it
-        registry.session_of(paths.resolve(path)).wait()
+        registry.session_of(places.resolve(path)).wait()
     assert len(pieces) == 1, pieces
     assert pieces[0] <= direct_io._AT_ONCE_BYTES, pieces
     assert fp.status(path).leaves == ("first",)

@@ -7,7 +7,8 @@ from flax_partial.cli import listing, places, text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import BAD, Output
 from flax_partial.loading.catalog import is_finalized
-from flax_partial.storage import files, paths
+from flax_partial.storage import files
+from flax_partial.storage.places import names_session
 
 EXAMPLES = (
     "rm runs/lm/100",
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     """Removes a checkpoint; returns whether the answer was no."""
     listing.no_run(options.path, places.FINALIZED)
     final = places.finalized(options.path).final
-    if paths.names_session(options.path) or not is_finalized(final):
+    if names_session(options.path) or not is_finalized(final):
         raise WrongUseError(f"there is no finalized checkpoint at {options.path}")
     size = files.bytes_below(final)
     is_wanted = options.yes or out.is_agreed(f"{final}: {text.size(size)}", "remove it")

@@ -24,7 +24,7 @@ from flax_partial.saving.describe import Described
 from flax_partial.saving.job import SaveJob
 from flax_partial.saving.known_trees import KnownTree
 from flax_partial.sessions import workers
-from flax_partial.storage.paths import CheckpointPath
+from flax_partial.storage.local_place import LocalPlace
 
 _AT_ONCE_BYTES = 64 << 20  # writing takes about as much again
 _SAFETENSORS = "safetensors"
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     return False
 
 
-def _target(path: str) -> CheckpointPath:
+def _target(path: str) -> LocalPlace:
     where = places.resolve(path)
     for there in (where.final, where.session):
         if os.path.lexists(there):
@@ -132,7 +132,7 @@ def _opened(paths: Sequence[str], out: Output) -> Iterator[_Source]:
 
 
 @contextmanager
-def _removed_on_failure(where: CheckpointPath) -> Iterator[None]:
+def _removed_on_failure(where: LocalPlace) -> Iterator[None]:
     """Drops the session of an import that fails, or is interrupted."""
     try:
         yield
@@ -145,7 +145,7 @@ def _removed_on_failure(where: CheckpointPath) -> Iterator[None]:
 def _copy(
     source: _Source,
     leaves: Sequence[Leaf],
-    where: CheckpointPath,
+    where: LocalPlace,
     metadata: dict[str, Any],
     progress: Callable[[int, int], None],
 ) -> None:
@@ -197,7 +197,7 @@ def _target_leaf(leaf: Leaf) -> Leaf:
 
 
 def _save(
-    where: CheckpointPath,
+    where: LocalPlace,
     leaves: list[Leaf],
     sources: Sequence[Sequence[np.ndarray]],
     metadata: dict[str, Any],

@@ -1,0 +1,112 @@
+"""The callbacks that train in a directory, and which steps each of them is to save."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Iterator
+    from collections.abc import Set as AbstractSet
+    from pathlib import Path
+
+    from flax_partial.callbacks._member import Member
+    from flax_partial.callbacks._preemption import Preemption
+
+
+class Members:
+    """The callbacks whose groups the checkpoints of a run wait for.
+
+    Attributes:
+      rescued_step: The step that they save because training failed; None before.
+      last_closed: The last step that some of them has saved; at first, the one training began at.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        preemption: Preemption,
+        lock: threading.RLock,
+        *,
+        skips: Callable[[int], bool],
+    ) -> None:
+        """Prepares it.
+
+        Args:
+          directory: The run's.
+          preemption: Whether the process is to end.
+          lock: The run's, which may hold it when it calls.
+          skips: Whether all leave out a step that is due, if all of them may.
+        """
+        self.rescued_step: int | None = None
+        self.last_closed = 0
+        self._directory = directory
+        self._preemption = preemption
+        self._skips = skips
+        self._lock = lock  # guards what follows
+        self._by_key: dict[str, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        with self._lock:
+            return iter(tuple(self._by_key.values()))
+
+    def __bool__(self) -> bool:
+        return bool(self._by_key)
+
+    @property
+    def keys(self) -> AbstractSet[str]:
+        """The state keys of all."""
+        return self._by_key.keys()
+
+    def join(self, member: Member) -> None:
+        """Has checkpoints wait for the groups of a callback that is to save them.
+
+        Raises:
+          ValueError: It and another callback want to keep different checkpoints.
+        """
+        with self._lock:
+            one = member.retention
+            for other in (known.retention for known in self):
+                if one.removes and other.removes and one != other:
+                    raise ValueError(
+                        f"Two callbacks want to keep different checkpoints of {self._directory}: "
+                        f"{one} and {other}. Give these options to one of them only."
+                    )
+            self._by_key[member.key] = member
+
+    def remove(self, member: Member) -> None:
+        """Has them wait for a callback no longer."""
+        with self._lock:
+            self._by_key.pop(member.key, None)
+
+    def due(self, step: int, epoch: int, *, epoch_ends: bool) -> dict[str, Member]:
+        """Returns those that are to save `step`, by key."""
+        with self._lock:
+            return {
+                member.key: member
+                for member in self
+                if self.is_due(member, step, epoch, epoch_ends=epoch_ends)
+            }
+
+    def is_due(self, member: Member, step: int, epoch: int, *, epoch_ends: bool) -> bool:
+        """Whether a callback is to save `step`, and has saved neither that nor a later one."""
+        schedule = member.schedule
+        is_time = member.clock is not None and member.clock.is_due(step)  # asked about every step
+        is_regular = is_time or schedule.is_step_due(step)
+        is_last = (  # of its epoch, or run: never skipped
+            (epoch_ends and (schedule.is_epoch_due(epoch) or member.last_skipped is not None))
+            or (member.saves_on_preemption and self._preemption.is_due(step))
+            or (member.has_finished_step and step == self.rescued_step)
+        )
+        is_new = step >= self.last_closed and step not in (0, member.last_saved)
+        if not is_new or not (is_regular or is_last):
+            return False
+        if is_last or epoch_ends or not self._is_skipped(step):
+            return True
+        member.skip(step)
+        return False
+
+    def _is_skipped(self, step: int) -> bool:
+        """Whether all callbacks leave out a step that is due: the run is behind."""
+        may_skip = all(member.skips_when_behind for member in self)
+        return may_skip and self._skips(step)

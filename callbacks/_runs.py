@@ -1,0 +1,43 @@
+"""The runs of the callbacks that share a hook."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from flax_partial.callbacks._preemption import Preemption
+from flax_partial.callbacks._run import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class Runs:
+    """The runs of the callbacks that share a hook, one for each of their directories.
+
+    Attributes:
+      preemption: Whether they are to save for the last time; all decide alike.
+    """
+
+    def __init__(self, timeout_secs: float | None) -> None:
+        self.preemption = Preemption()
+        self._timeout_secs = timeout_secs
+        self._by_directory: dict[Path, Run] = {}
+        self._keys: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(tuple(self._by_directory.values()))
+
+    def of(self, directory: Path) -> Run:
+        """Returns the run of a directory, which is new if this is its first callback."""
+        run = self._by_directory.get(directory)
+        if run is None:
+            run = Run(directory, self.preemption, self._timeout_secs)
+            self._by_directory[directory] = run
+        return run
+
+    def unique_key(self, key: str) -> str:
+        """Makes a state key differ from those of the callbacks made before."""
+        self._keys[key] += 1
+        return key if self._keys[key] == 1 else f"{key}#{self._keys[key]}"

@@ -1,0 +1,286 @@
+"""A run in two tiers: checkpoints are saved on a local disk, and uploaded from there.
+
+A checkpoint counts as soon as it is finalized locally. Then it is copied to the run's directory,
+one after the other, in the order of their steps, where it appears whole or not at all. Killed
+anywhere, the next run on the machine goes on with the copies; one on another machine goes on from
+what the directory holds. Of several processes the first one uploads, and the tier has to be a
+directory that all of them see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+import jax
+
+import flax_partial as fp
+from flax_partial.callbacks import _directory
+from flax_partial.callbacks._background import Worker
+from flax_partial.callbacks.policies import ranked
+from flax_partial.runs import completeness, takeover
+from flax_partial.runs.directory import checkpoints
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from flax_partial.callbacks._schedule import Retention
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS = 1.0, 60.0
+_LAST_ATTEMPTS = 3  # at an upload that fails once training has ended
+
+
+class _TakenOverError(Exception):
+    """A run with another tier has begun in the directory."""
+
+
+class Tiers:
+    """The local tier of a run, and the uploads from it.
+
+    Attributes:
+      local: The directory of the local tier.
+      remote: The run's directory.
+    """
+
+    def __init__(self, local: Path, remote: Path, *, keep_last: int, most_behind: int) -> None:
+        """Prepares it; nothing is written.
+
+        Args:
+          local: The directory of the local tier.
+          remote: The run's directory.
+          keep_last: How many of the newest checkpoints stay in the local tier once they are
+            uploaded.
+          most_behind: How many checkpoints may wait for their uploads, or be uploaded, before
+            another one is saved.
+        """
+        self.local = local
+        self.remote = remote
+        self._keep_last = keep_last
+        self._most_behind = most_behind
+        self._uploads = takeover.Uploads(remote)
+        self._worker = Worker("flax_partial_upload")
+        self._changed = threading.Condition()  # guards all below
+        self._number = 0  # by which `_uploads` knows this run; 0 until it has begun
+        self._waiting: list[int] = []  # steps that are to be uploaded, the first one is under way
+        self._is_taken_over = False
+        self._is_ending = False
+
+    # Before training.
+
+    def reconcile(self, *, begins: bool) -> None:
+        """Tells which checkpoints belong together; of several processes, in the first one.
+
+        Where another tier has taken the run over since this one uploaded last, what is only in this
+        one is of a run that was given up: it is set aside. Where training begins, this tier takes
+        the run over, ends what others were uploading, and goes on with its own uploads.
+
+        Raises:
+          CheckpointExistsError: The local tier is that of another run's directory.
+          OSError: The storage failed.
+        """
+        if not begins and not self.local.is_dir():
+            return
+        self.local.mkdir(parents=True, exist_ok=True)
+        mine, last = takeover.identify(self.local, self.remote), self._uploads.tier()
+        if last not in ("", mine):
+            self._set_aside(mine)
+            mine = takeover.renew(self.local, self.remote)
+        if begins:
+            self._begin(mine)
+
+    def _set_aside(self, mine: str) -> None:
+        held = checkpoints(self.local)
+        if held:
+            aside = self.local / f"taken_over.{mine[:8]}"
+            aside.mkdir(exist_ok=True)
+            for path in held.values():
+                path.rename(aside / path.name)
+            logger.warning(
+                "%s was taken over by a run with another local tier: steps %s of this one, %s, are "
+                "set aside in %s.",
+                self.remote,
+                ", ".join(map(str, held)),
+                self.local,
+                aside,
+            )
+
+    def _begin(self, tier: str) -> None:
+        self._worker.finish()  # with what a run of this process may have left
+        with self._changed:
+            self._number = self._uploads.take_over(tier)
+            self._waiting.clear()
+            self._is_taken_over = self._is_ending = False
+        published = checkpoints(self.remote)
+        newest = max(published, default=-1)
+        left = [step for step in checkpoints(self.local) if step > newest]
+        for step in _unfinished(self.remote):
+            if step not in left:
+                _settle(self.remote / str(step), step)
+        for step in left:
+            logger.info("Goes on with the upload of %s.", self.local / str(step))
+            self.add(step, ())
+
+    def choose(
+        self, retention: Retention, which: str | int | os.PathLike[str]
+    ) -> tuple[int, Path] | None:
+        """Returns the step and the path of a checkpoint of either tier, as `_directory.choose`.
+
+        Of a step that both hold it is the local one.
+        """
+        places = [place for place in (self.local, self.remote) if checkpoints(place)]
+        if isinstance(which, int) and not isinstance(which, bool):
+            places = [place for place in places if which in checkpoints(place)] or places
+        if which == "best" and retention.monitor is not None:
+            bests = [best for place in places if (best := _directory.best(place, retention))]
+            scores = {step: score for step, _, score in bests}
+            for first in ranked(scores, retention.mode):
+                return next((step, path) for step, path, _ in bests if step == first)
+        found: list[tuple[int, Path]] = [
+            one
+            for place in places or [self.remote]
+            if (one := _directory.choose(place, retention, which)) is not None
+        ]
+        return max(found, key=lambda one: one[0], default=None)
+
+    # While training.
+
+    def add(self, step: int, retentions: Iterable[Retention]) -> None:
+        """Uploads the checkpoint of a step after those before it.
+
+        Args:
+          step: The step; its checkpoint is finalized in the local tier.
+          retentions: What is then to be kept of those that are uploaded.
+        """
+        if jax.process_index():
+            return
+        with self._changed:
+            self._waiting.append(step)
+        self._worker.submit(functools.partial(self._upload, step, tuple(retentions)))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many checkpoints as may wait for their uploads do."""
+        return len(self._waiting) >= self._most_behind and not self._is_taken_over
+
+    def wait_for_room(self) -> None:
+        """Waits until another checkpoint may be saved.
+
+        Raises:
+          CheckpointInUseError: Another tier has taken over the run.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self.is_full)
+        if self._is_taken_over:
+            raise fp.CheckpointInUseError(
+                f"A run with another local tier has taken over {self.remote}: what is saved here "
+                "would mix with what that one saves."
+            )
+
+    def wait(self) -> None:
+        """Waits until all is uploaded; an upload that fails now is tried three times."""
+        with self._changed:
+            self._is_ending = True
+            self._changed.notify_all()
+        self._worker.finish()
+
+    def _upload(self, step: int, retentions: Iterable[Retention]) -> None:
+        try:
+            if self._upload_in_time(step):
+                for retention in retentions:
+                    _directory.prune(self.remote, retention)
+                self._prune()
+        finally:
+            with self._changed:
+                self._waiting.remove(step)
+                self._changed.notify_all()
+
+    def _upload_in_time(self, step: int) -> bool:
+        """Uploads a checkpoint, as often as it takes; returns whether it is up."""
+        attempts, pause = 0, _FIRST_PAUSE_SECS
+        while not self._is_taken_over:
+            try:
+                self._copy(step)
+            except _TakenOverError:
+                self._is_taken_over = True
+                logger.error(  # noqa: TRY400 - the message says it all
+                    "A run with another local tier has taken over %s: steps from %d on stay in %s.",
+                    self.remote,
+                    step,
+                    self.local,
+                )
+            except (OSError, fp.CorruptCheckpointError) as error:
+                attempts += 1
+                if not _may_pass(error) or (self._is_ending and attempts >= _LAST_ATTEMPTS):
+                    logger.exception(
+                        "Could not upload %s to %s.", self.local / str(step), self.remote
+                    )
+                    return False
+                logger.warning("Could not upload step %d, and tries again: %s", step, error)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._is_ending, timeout=pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECS)
+            else:
+                return True
+        return False
+
+    def _copy(self, step: int) -> None:
+        source, target = self.local / str(step), self.remote / str(step)
+        try:
+            fp.copy(source, target, entered=self._require_held)
+        except fp.CheckpointExistsError:
+            self._require_held()
+            fp.abort(target)  # it was left by whom this run has taken over; else this raises
+            fp.copy(source, target, entered=self._require_held)
+        logger.info("Uploaded %s to %s.", source, target)
+
+    def _require_held(self) -> None:
+        if not self._uploads.is_newest(self._number):
+            raise _TakenOverError
+
+    def _prune(self) -> None:
+        """Removes from the local tier what is uploaded, but for the newest."""
+        held = checkpoints(self.local)
+        with self._changed:
+            waiting = set(self._waiting[1:])
+        for step in list(held)[: -self._keep_last]:
+            if step not in waiting:
+                with contextlib.suppress(fp.CheckpointInUseError, fp.NoSessionError):
+                    fp.remove(held[step])
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether what failed may succeed later."""
+    lasting = (fp.CheckpointExistsError, fp.StoreAccessError, fp.CorruptCheckpointError)
+    return not isinstance(error, lasting)
+
+
+def _unfinished(directory: Path) -> list[int]:
+    """Steps of which there is a session in a run's directory."""
+    found = []
+    for entry in directory.iterdir():
+        name = entry.name.removesuffix(".partial_save")
+        if name.isdecimal():
+            with contextlib.suppress(fp.NoSessionError):
+                fp.status(entry)
+                found.append(int(name))
+    return found
+
+
+def _settle(path: Path, step: int) -> None:
+    """Publishes an upload that is whole; drops one that is not."""
+    try:
+        if completeness.missing(fp.status(path), step) is None:
+            fp.finalize(path, processes=[jax.process_index()])
+            logger.info("Published %s, which another run had uploaded.", path)
+        else:
+            fp.abort(path)
+            logger.info("Dropped %s, which another run was uploading.", path)
+    except (fp.NoSessionError, fp.CheckpointExistsError):
+        return  # that run has just published it

@@ -1,0 +1,94 @@
+"""What a path leads to: the place of one checkpoint, whose rules are chosen by where it is."""
+
+import os
+from pathlib import Path
+
+from flax_partial.storage import locks, object_store, paths
+from flax_partial.storage.local_place import LocalPlace
+from flax_partial.storage.object_place import StorePlace
+from flax_partial.storage.parts import part_names
+from flax_partial.storage.paths import SESSION_SUFFIX, PathLike
+from flax_partial.storage.place import Place
+from flax_partial.storage.session_dir import CONTROL
+from flax_partial.storage.store_path import StorePath
+from flax_partial.storage.unlocked_place import UnlockedPlace
+
+
+def resolve(path: PathLike | StorePath) -> Place:
+    """Takes the path, or URL, of a checkpoint or of its session, as a user gives it.
+
+    Raises:
+      ImportError: It is a URL, and obstore is not installed.
+      TypeError: It is not a path of text.
+      ValueError: It has no last component that could name a checkpoint, or is a URL that nothing
+        serves.
+    """
+    if isinstance(path, StorePath) or (isinstance(path, str) and object_store.is_url(path)):
+        return _in_store(StorePath(path))
+    return _local(path)
+
+
+def names_session(path: PathLike | StorePath) -> bool:
+    """Whether a path is that of a session, not of the checkpoint that it becomes."""
+    if isinstance(path, StorePath) or (isinstance(path, str) and object_store.is_url(path)):
+        return StorePath(path).name.endswith(SESSION_SUFFIX)
+    return os.path.abspath(path).endswith(SESSION_SUFFIX)
+
+
+def _in_store(path: StorePath) -> StorePlace:
+    name = path.name.removesuffix(SESSION_SUFFIX)
+    if not name:
+        raise ValueError(f"URL '{path}' does not name a checkpoint: give a key below a bucket")
+    return StorePlace(path.with_name(name))
+
+
+def _local(path: PathLike) -> LocalPlace:
+    parent, name = os.path.split(paths.absolute(path))
+    text = os.fspath(path)
+    name = name.removesuffix(SESSION_SUFFIX)
+    if not text or not name or "\0" in text or not _is_utf8(text):
+        raise ValueError(
+            f"path {text!r} does not name a checkpoint: give a directory below a parent, in UTF-8"
+        )
+    found = _known_paths.get((parent, name))
+    if found is None or not _is_same_directory(parent, found.final.parent):
+        final = Path(os.path.realpath(parent), name)
+        if len(_known_paths) >= _MOST_KNOWN_PATHS:
+            _known_paths.clear()
+        found = LocalPlace(final, final.with_name(name + SESSION_SUFFIX))
+        _known_paths[parent, name] = found
+    return UnlockedPlace(found.final, found.session) if _has_no_locks(found) else found
+
+
+def _has_no_locks(place: LocalPlace) -> bool:
+    """Whether a session is kept by control files. It goes on as it was begun, wherever that was."""
+    if os.path.isdir(place.session / CONTROL):
+        return True
+    directory = place.session.parent
+    while not directory.exists():
+        directory = directory.parent
+    return not locks.are_shared(directory) and not part_names(place.state)
+
+
+# Following links costs 60 us, and a training step resolves its checkpoint's path for each layer.
+_known_paths: dict[tuple[str, str], LocalPlace] = {}
+
+
+_MOST_KNOWN_PATHS = 256
+
+
+def _is_same_directory(one: str, other: Path) -> bool:
+    """Whether a path still leads to where it once led, and that is still there."""
+    try:
+        return os.path.samestat(os.stat(one), os.stat(other))
+    except OSError:
+        return False
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether tensorstore can be told of this path: it knows no surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,334 @@
+"""A checkpoint on a file system whose locks do not hold between machines, or that has none.
+
+A session is a directory, as everywhere, and is published by a rename. Who may save into it, and
+what the checkpoint is made of, is told by control files in it, `state/session/`, as in an object
+store (`object_place`). Each is made under another name and linked to its own: of two processes that
+make one, one does.
+
+A session's directory is never used for another one. A process that was stopped, and goes on when
+its session is gone, finds nothing at the paths that it knows, or a session of another name.
+"""
+
+import contextlib
+import errno
+import os
+import threading
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flax_partial.errors import CheckpointExistsError, CorruptCheckpointError, NoSessionError
+from flax_partial.format.model import Part
+from flax_partial.storage import files, parts, session_dir
+from flax_partial.storage.direct_io import NewFile
+from flax_partial.storage.directory_store import DirectoryStore
+from flax_partial.storage.local_place import LocalPart, LocalPlace
+from flax_partial.storage.object_place import ControlObjects, Listed
+from flax_partial.storage.parts import SessionParts, is_of
+from flax_partial.storage.paths import CONTENTS, STATE
+from flax_partial.storage.place import Files, OpenSession
+from flax_partial.storage.session_dir import CONTROL
+
+if TYPE_CHECKING:
+    from flax_partial.storage.locks import DirectoryLock
+
+_ATTEMPTS = 50  # at what others may change meanwhile
+
+
+class UnlockedPlace(ControlObjects, LocalPlace):
+    """Where a checkpoint is, or will be, on a file system without locks; see `Place`."""
+
+    final: Path
+    session: Path
+    __setattr__ = object.__setattr__  # its base is frozen
+
+    def __init__(self, final: Path, session: Path) -> None:
+        LocalPlace.__init__(self, final, session)
+        ControlObjects.__init__(self, DirectoryStore(session))
+        self._one_at_a_time = threading.RLock()  # of this process ends a session
+        self._directory: DirectoryLock | None = None  # of the session that it ends
+
+    # Who and what.
+
+    def _is_published(self) -> bool:
+        return os.path.lexists(self.final)
+
+    def _is_open(self, session: Listed) -> bool:
+        """Whether a session is there. Another directory numbers its sessions from 0, too."""
+        newest = self._session_among(session.control)
+        return newest is not None and newest.id == session.id
+
+    def _read_verdict(self, session: str) -> bytes | None:
+        """Reads a verdict, which a rename may have taken along."""
+        name = f"{CONTROL}/{session}.verdict"
+        return files.read(self.session / name) or files.read(self.final / name)
+
+    def no_session(self) -> NoSessionError:
+        """The error for a session that is not there."""
+        return LocalPlace.no_session(self)
+
+    def require_absent(self) -> None:
+        """Raises CheckpointExistsError if anything is at the final path."""
+        LocalPlace.require_absent(self)
+
+    def full_disk_explained(self, needed: Callable[[], int]) -> AbstractContextManager[None]:
+        """Has the error of a full disk say what is needed, in bytes, and what is free."""
+        return LocalPlace.full_disk_explained(self, needed)
+
+    # Saving.
+
+    def look(self, known: OpenSession | None, *, is_busy: bool) -> OpenSession | None:
+        """Looks for the session, also for a known one: another process may have ended it."""
+        self.require_absent()
+        if is_busy:
+            return known
+        self._require_ours()
+        session = self._list_control()
+        if session.id and not session.has_verdict:
+            return self._opened(session.number, session.id)
+        if session.id:
+            self._require_dropped(session)
+        return None
+
+    def _require_ours(self) -> None:
+        directory = session_dir.open_session(self)
+        if directory is not None:
+            directory.close()
+            session_dir.check_is_ours(self)
+
+    def enter(self, known: OpenSession | None) -> OpenSession:  # noqa: ARG002
+        """Makes the session's directory if there is none, and opens a session in it."""
+        for _ in range(_ATTEMPTS):
+            is_ours = session_dir.create_session(self)
+            try:
+                self.require_absent()
+            except CheckpointExistsError:
+                if is_ours:  # made for nothing: somebody else has finalized meanwhile
+                    with contextlib.suppress(OSError):
+                        os.rmdir(self.session)
+                raise
+            self._require_ours()
+            try:
+                return ControlObjects.enter(self, None)
+            except FileNotFoundError as error:  # it was renamed away
+                if isinstance(error, NoSessionError):
+                    raise
+        raise OSError(errno.EBUSY, "Its sessions change all the time", str(self.session))
+
+    def sync(self) -> None:
+        """Makes a session's directories durable."""
+        session_dir.sync_session(self)
+
+    def is_gone(self, session: OpenSession) -> bool:
+        """Whether it has ended, as far as this process has seen, or its directory is gone."""
+        return ControlObjects.is_gone(self, session) or not session_dir.is_session(self)
+
+    def create_part(self, name: str) -> "UnlockedPart":
+        """Makes the directory of a part."""
+        with self.gone_explained(name):
+            return UnlockedPart(session_dir.create_part(self, name), self, name)
+
+    @contextmanager
+    def gone_explained(self, name: str) -> Iterator[None]:
+        """Has the error of a directory that is not there say how the session of a part ended."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if isinstance(error, NoSessionError):
+                raise
+            self._settle(name)
+            raise
+
+    def commit_by(self, name: str, put: Callable[[], None]) -> None:
+        """Commits a part, and waits until it is certain that it counts."""
+        self._known.tabled.add(name)
+        with self.gone_explained(name):
+            put()
+        self._settle(name)
+
+    def remove_part(self, name: str) -> None:
+        """Withdraws a part; removes it only where nobody can have decided that it counts."""
+        if name not in self._known.tabled:
+            session_dir.remove_part(self, name)
+            return
+        try:
+            ControlObjects.remove_part(self, name)
+        except FileNotFoundError:  # the session has ended: what was decided counts
+            self._known.tabled.discard(name)
+
+    # What there is of a session.
+
+    def is_session(self) -> bool:
+        """Whether there is an unfinished checkpoint."""
+        return session_dir.is_session(self) and ControlObjects.is_session(self)
+
+    def read_parts(
+        self,
+        *,
+        process: int | None = None,
+        known: Mapping[str, Part] | None = None,
+        failed: Collection[str] = (),
+    ) -> SessionParts:
+        """Reads the tables of all parts of the session, or of those that a verdict names."""
+        ending = self._ending
+        found = ControlObjects.read_parts(self, process=process, known=known, failed=failed)
+        if ending is not None and self._list_control().id != ending.id:
+            raise self.no_session()  # somebody else has ended it
+        if found.decided_ns is None:  # a part of which there is only the directory is torn, too
+            seen = {*found.committed, *found.torn, *found.damaged}
+            names = parts.part_names(self.state)
+            own = names if process is None else [one for one in names if is_of(process, one)]
+            found.torn.extend(name for name in own if name not in seen)
+        return found
+
+    # Ending it.
+
+    @contextmanager
+    def locked_exclusively(self) -> Iterator[None]:
+        """Puts a fence: from here on saves wait for how this ends."""
+        with self._one_at_a_time:
+            directory = session_dir.open_session(self)
+            if directory is None:
+                raise self.no_session()
+            with contextlib.closing(directory):
+                self._directory = directory
+                try:
+                    session_dir.check_state(self)
+                    with ControlObjects.locked_exclusively(self):
+                        yield
+                except FileNotFoundError as error:
+                    if isinstance(error, NoSessionError) or self._is_current():
+                        raise
+                    raise self.no_session() from error
+                finally:
+                    self._directory = None
+
+    def _is_current(self) -> bool:
+        """Whether the session that is being ended is the one at its path."""
+        directory = self._directory
+        return directory is not None and files.identity(self.session) == directory.identity
+
+    def commit_checkpoint(
+        self,
+        *,
+        root_files: Callable[[], Files],
+        contents: bytes,
+        torn: Sequence[str],  # noqa: ARG002
+    ) -> None:
+        """Writes the root files, which others may be writing, too, and renames the session."""
+        assert self._ending is not None  # noqa: S101
+        self._remove_others(self.state)
+        names = [(name, list(pieces)) for name, pieces in root_files()]
+        names.append((f"{STATE}/{CONTENTS}", [contents]))
+        scratch = Path(CONTROL, f"root.{uuid.uuid4().hex}")
+        needed = sum(len(piece) for _, pieces in names for piece in pieces)
+        try:
+            with self.full_disk_explained(lambda: needed):
+                session_dir.write_root(self, names, scratch=self.session / scratch)
+            if not self._is_current():
+                raise self.no_session()
+            session_dir.publish(self)
+        except FileNotFoundError:
+            if self._is_published():
+                raise CheckpointExistsError(
+                    f"{self.final} was finalized by somebody else meanwhile."
+                ) from None
+            raise
+        finally:
+            for base in (self.session, self.final):
+                with contextlib.suppress(OSError):
+                    files.remove_tree(base / scratch)
+        # From here on no save finds the path of its part any more.
+        self._remove_others(self.final / STATE)
+
+    def _remove_others(self, state: Path) -> None:
+        """Removes the parts that do not count, and control files that nobody needs any more."""
+        assert self._ending is not None  # noqa: S101
+        verdict = self._verdict(self._ending.id)
+        kept = frozenset(verdict.parts if verdict else ())
+        doomed = [state / name for name in parts.part_names(state) if name not in kept]
+        if state.parent == self.final:
+            control = self.final / CONTROL
+            names = files.listed(control)
+            doomed += [control / one for one in names if not one.endswith((".open", ".verdict"))]
+        for one in doomed:
+            with contextlib.suppress(OSError):  # its save may just be writing, and fails
+                files.remove_tree(one) if one.is_dir() else one.unlink()
+
+    def remove_session(self) -> None:
+        """Puts the verdict that the session is dropped, and removes its directory."""
+        session_dir.check_is_ours(self)
+        ControlObjects.remove_session(self)
+
+    def _drop(self, session: str) -> None:
+        """Removes the directory of a dropped session."""
+        if self._list_control().id == session:
+            with contextlib.suppress(FileNotFoundError):
+                files.remove_directory(self.session)
+
+    # The finalized checkpoint.
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Says of what cannot be read if it was removed meanwhile."""
+        before = _identity(self.final)
+        try:
+            with LocalPlace.reading(self):
+                yield
+        except (CorruptCheckpointError, FileNotFoundError) as error:
+            if isinstance(error, NoSessionError) or _identity(self.final) == before:
+                raise
+            raise NoSessionError(f"{self.final} was removed while it was read.") from error
+
+    def read_own_parts(self, *, process: int | None = None) -> SessionParts:
+        """Reads the tables of the parts of the finalized checkpoint."""
+        found = LocalPlace.read_own_parts(self, process=process)
+        names = files.listed(self.final / CONTROL)
+        ended = [self._verdict(name.removesuffix(".verdict")) for name in names]
+        kept = {name for verdict in ended if verdict for name in verdict.parts}
+        return SessionParts(
+            {name: part for name, part in found.committed.items() if name in kept},
+            [name for name in found.torn if name in kept],
+            {name: why for name, why in found.damaged.items() if name in kept},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UnlockedPart(LocalPart):
+    """A part that is being written into its directory, in a session that others may end.
+
+    Attributes:
+      place: Of the session.
+      name: The part's.
+    """
+
+    place: UnlockedPlace
+    name: str
+
+    def new_file(
+        self, file: int, *, expected_bytes: int, durable: bool, check: Callable[[], None]
+    ) -> NewFile:
+        """Creates a data file."""
+        how: Any = {"expected_bytes": expected_bytes, "durable": durable, "check": check}
+        with self.place.gone_explained(self.name):
+            return LocalPart.new_file(self, file, **how)
+
+    def commit(self, table: bytes, *, has_data_file: bool, durable: bool) -> None:
+        """Renames the table to its name, and waits until it is certain that the part counts."""
+        commit = partial(session_dir.commit_part, self.directory, table)
+        self.place.commit_by(
+            self.name, partial(commit, has_data_file=has_data_file, durable=durable)
+        )
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Device and inode of a directory, through links; None where there is none."""
+    try:
+        status = os.stat(directory)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
