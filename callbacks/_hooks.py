@@ -17,7 +17,6 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from flax_partial.callbacks import _directory
 from flax_partial.callbacks._copies import Copyable
 from flax_partial.callbacks._metrics import send
 
@@ -109,7 +108,7 @@ class TrainingHooks(Copyable):
             self._extras.metadata()  # what is wrong with them is raised now
             if self.restored is not None and self.restored.step == step > 0:
                 if not self._overwrite:
-                    _directory.check_none_later(self._run.directory, step)
+                    self._run.check_none_later(step)
             elif step != self._member.last_saved:
                 self._saver.epoch_began = step
             self._step_before = step
