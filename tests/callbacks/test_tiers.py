@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,6 +237,25 @@ def test_of_several_that_take_over_at_once_each_gets_its_own_number(remote: Any)
         True,
     ]
     assert uploads[0].tier() == "tier2"
+
+
+def test_nothing_is_published_by_who_was_taken_over(remote: Any, tmp_path: Path) -> None:
+    """One tier uploads while another takes over, at any moment: that one has seen all there is."""
+    for trial in range(8):
+        run = remote / f"run{trial}"
+        tiers = [
+            _tiers.Tiers(tmp_path / f"{name}{trial}", run, keep_last=1, most_behind=1)
+            for name in ("one", "two")
+        ]
+        tiers[0].reconcile(begins=True)
+        fp.save(tmp_path / f"one{trial}" / "1", {"w": jnp.ones(3)})
+        fp.finalize(tmp_path / f"one{trial}" / "1")
+        tiers[0].add(1, ())
+        time.sleep(0.002 * trial)
+        tiers[1].reconcile(begins=True)
+        seen = steps_in(run)
+        tiers[0].wait()
+        assert steps_in(run) == seen
 
 
 # --- killed
