@@ -182,12 +182,13 @@ class Tiers:
             self._number = self._uploads.take_over(tier)
             self._waiting.clear()
             self._is_taken_over = self._is_ending = False
-        published = checkpoints(self.remote)
-        self._published = max(published, default=-1)
-        left = [step for step in checkpoints(self.local) if step > self._published]
+        held = checkpoints(self.local)
+        newest = max(checkpoints(self.remote), default=-1)
         for step, path in unfinished(self.remote):
-            if step not in left:
+            if step <= newest or step not in held:
                 _settle(path, step)
+        self._published = max(checkpoints(self.remote), default=-1)
+        left = [step for step in held if step > self._published]
         for step in left:
             logger.info("Goes on with the upload of %s.", self.local / str(step))
             self.add(step, ())
@@ -326,13 +327,15 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _settle(path: AnyPath, step: int) -> None:
-    """Publishes an upload that is whole; drops one that is not."""
-    try:
-        if completeness.missing(fp.status(path), step) is None:
-            fp.finalize(path, processes=[jax.process_index()])
-            logger.info("Published %s, which another run had uploaded.", path)
-        else:
-            fp.abort(path)
-            logger.info("Dropped %s, which another run was uploading.", path)
-    except (fp.NoSessionError, fp.CheckpointExistsError):
-        return  # that run has just published it
+    """Publishes an upload that is whole, or that is being published; drops one that is not."""
+    with contextlib.suppress(fp.NoSessionError, fp.CheckpointExistsError):  # it is published now
+        if completeness.missing(fp.status(path), step) is not None:
+            try:
+                fp.abort(path)
+            except fp.CheckpointExistsError:
+                logger.debug("%s is just being published: that is completed.", path)
+            else:
+                logger.info("Dropped %s, which another run was uploading.", path)
+                return
+        fp.finalize(path, processes=[jax.process_index()])
+        logger.info("Published %s, which another run had uploaded.", path)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,9 +240,15 @@ def test_of_several_that_take_over_at_once_each_gets_its_own_number(remote: Any)
     assert uploads[0].tier() == "tier2"
 
 
+def _begin(tiers: _tiers.Tiers, *, after_secs: float) -> list[int]:
+    time.sleep(after_secs)
+    tiers.reconcile(begins=True)
+    return steps_in(tiers.remote)
+
+
 def test_nothing_is_published_by_who_was_taken_over(remote: Any, tmp_path: Path) -> None:
     """One tier uploads while another takes over, at any moment: that one has seen all there is."""
-    for trial in range(8):
+    for trial in range(12):
         run = remote / f"run{trial}"
         tiers = [
             _tiers.Tiers(tmp_path / f"{name}{trial}", run, keep_last=1, most_behind=1)
@@ -250,10 +257,11 @@ def test_nothing_is_published_by_who_was_taken_over(remote: Any, tmp_path: Path)
         tiers[0].reconcile(begins=True)
         fp.save(tmp_path / f"one{trial}" / "1", {"w": jnp.ones(3)})
         fp.finalize(tmp_path / f"one{trial}" / "1")
-        tiers[0].add(1, ())
-        time.sleep(0.002 * trial)
-        tiers[1].reconcile(begins=True)
-        seen = steps_in(run)
+        with ThreadPoolExecutor(1) as pool:
+            taking = pool.submit(_begin, tiers[1], after_secs=0.004 * (trial % 4))
+            time.sleep(0.01 * (trial // 4))
+            tiers[0].add(1, ())
+            seen = taking.result()
         tiers[0].wait()
         assert steps_in(run) == seen
 
