@@ -159,7 +159,7 @@ def discard(directory: AnyPath, step: int, path: AnyPath | None, *, timeout_secs
     processes call it.
 
     Raises:
-      CheckpointInUseError: Somebody is reading one of them; those that are older stay, too.
+      CheckpointInUseError: One of them is being read; those that are older stay, too.
       OSError: One of them cannot be removed.
     """
     fp.agree(
@@ -360,7 +360,7 @@ def _drop(path: AnyPath, why: str, timeout_secs: float) -> None:
     try:
         fp.abort(path, timeout_secs=timeout_secs)
     except (fp.CheckpointExistsError, fp.CheckpointInUseError) as error:
-        # It has files that are not of a session; or somebody has begun to save into it.
+        # It has files that are not of a session; or a save into it has begun.
         logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
     else:
         logger.warning("Dropped the unfinished checkpoint %s: %s", path, why)

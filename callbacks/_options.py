@@ -1,4 +1,4 @@
-"""What the adapters take beside their own arguments, and how they say so.
+"""Options that adapters take beside their own arguments, and their documentation.
 
 An adapter hands all options but its own on to `PartialCheckpointCallback`. Type checkers and
 editors read them from the typed dicts here. `explicit` adds what is known at run time only: the
@@ -73,7 +73,7 @@ def explicit(
 
     Args:
       options: The typed dict of them.
-      like: What takes them in the end; its docstring says what each of them is.
+      like: What takes them in the end; its docstring describes each of them.
       **defaults: Those of the method that differ.
     """
     named = cast("Any", options).__optional_keys__

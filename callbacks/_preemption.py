@@ -6,8 +6,8 @@ training is stopped. Then the handler that was there before, if any, is called.
 
 Under `jax.distributed` JAX has a handler of its own, set by `jax.distributed.initialize`, and its
 coordination service agrees on the step after which all processes save, whichever of them got the
-signal (`jax.experimental.multihost_utils.reached_preemption_sync_point`). It is asked once a step.
-It knows SIGTERM only: any other signal that is listened to is passed on as that.
+signal (`jax.experimental.multihost_utils.reached_preemption_sync_point`). It is called once a step.
+It reacts to SIGTERM only: any other signal that is listened to is passed on as that.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class _Handler:
     """This process's handler of a signal, there while some hook listens.
 
     Attributes:
-      listeners: Of all hooks; weakly, as a loop that failed may never have said so.
+      listeners: Of all hooks; weakly, as a loop that failed may never have ended.
       before: The handler that was there before.
     """
 

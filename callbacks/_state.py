@@ -175,5 +175,5 @@ def _is_train_state(node: Any) -> bool:
 
 
 def _is_tree(state: Any) -> bool:
-    """Whether JAX knows its structure: an opaque object is a leaf."""
+    """Whether it is a pytree to JAX: an opaque object is a leaf."""
     return state is not None and not jax.tree_util.all_leaves([state])

@@ -52,7 +52,7 @@ class Recorder:
         self._lines: list[str] = []
 
     def begin(self, run: str) -> None:
-        """Has what follows belong to another run, with what led up to it."""
+        """Begins another run, with what led up to it."""
         if self._steps or self._lines:
             self.flush()
         with self._file_lock:
@@ -64,7 +64,7 @@ class Recorder:
             self._step_began = time.time()
 
     def step_ended(self, number: int) -> None:
-        """Records that it ends; where several callbacks say so, the last one counts."""
+        """Records that it ends; where several callbacks do so, the last one counts."""
         now = time.time()
         with self._lock:
             began, self._step_began = self._step_began, None
@@ -126,7 +126,7 @@ class Recorder:
 
 
 def devices_of(leaves: Iterable[tuple[Any, Any]]) -> str:
-    """Says on which devices some leaves are: "cpu:0", "gpu:4-7"; "" if in the host's memory."""
+    """Returns on which devices some leaves are: "cpu:0", "gpu:4-7"; "" if in the host's memory."""
     shardings = dict.fromkeys(
         value.sharding
         for _, leaf in leaves
