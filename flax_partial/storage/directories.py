@@ -4,8 +4,11 @@ These are the few operations in which the two differ; the paths of both have `it
 the like in common.
 """
 
+import mmap
 import os
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -85,6 +88,29 @@ def bytes_below(directory: AnyPath) -> int:
     if isinstance(directory, Path):
         return files.bytes_below(directory)
     return sum(one.size for one in directory.store.list())
+
+
+@contextmanager
+def new_file(path: AnyPath) -> Iterator[int]:
+    """Makes a file, or an object of that name, that appears whole or not at all.
+
+    For an object it is written to a temporary file of this machine first, as large as it gets.
+
+    Yields:
+      A descriptor to write to.
+
+    Raises:
+      FileExistsError: A file is at `path` by the end; it is kept, and what was written is not. An
+        object that appears meanwhile is replaced.
+    """
+    if isinstance(path, Path):
+        with files.new_file(path) as descriptor:
+            yield descriptor
+        return
+    with tempfile.TemporaryFile() as file:
+        yield file.fileno()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        path.parent.store.put(path.name, [memoryview(mapped)])
 
 
 def for_each(directory: AnyPath, do: Callable[[A], T], items: Iterable[A]) -> list[T]:
