@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from flax_partial.storage import files, object_store, paths
+from flax_partial.storage.object_data import do_all
 from flax_partial.storage.object_place import MARK
 from flax_partial.storage.paths import PathLike
-from flax_partial.storage.store import at_once
 from flax_partial.storage.store_path import AnyPath, StorePath
 
 A = TypeVar("A")
@@ -117,4 +117,4 @@ def for_each(directory: AnyPath, do: Callable[[A], T], items: Iterable[A]) -> li
     """Does something for each of many items of a directory: side by side in an object store."""
     if isinstance(directory, Path):
         return [do(item) for item in items]
-    return at_once([partial(do, item) for item in items])
+    return do_all([partial(do, item) for item in items])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from safetensors.numpy import load as load_safetensors
-from shell import Shell, shell  # noqa: F401 - a fixture
+from shell import Shell
 from stores import memory
 
 import flax_partial as fp
@@ -83,7 +83,7 @@ def test_export_and_import_go_both_ways(run: fp.StorePath, shell: Shell, tmp_pat
     ("command", "message"),
     [
         ("ls {run}s", "{run}s does not exist; there is {run}"),
-        ("show {run}/3", "there is no checkpoint at {run}/3; {run} has 2, 5, 4"),
+        ("show {run}/3", "there is no checkpoint at {run}/3; {run} has 5, 4, 2"),
         ("rm {run} --yes", "{run} is a run: its newest finalized checkpoint is {run}/4"),
         ("finalize {run}/4", "No unfinished checkpoint: {run}/4 is finalized already."),
         ("ls {run}/4", "{run}/4 is a checkpoint, not a directory of them: use show or status"),
