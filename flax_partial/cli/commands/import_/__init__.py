@@ -93,9 +93,9 @@ def run(options: argparse.Namespace, out: Output) -> bool:
 
 def _target(path: str) -> Place:
     where = places.resolve(path)
-    for there, is_there in ((where.final, places.is_there), (where.session, Place.is_session)):
-        if is_there(where):
-            raise WrongUseError(f"{there} exists already: remove it, or import to another path")
+    if places.is_there(where) or where.is_session():
+        there = where.final if places.is_there(where) else where.session
+        raise WrongUseError(f"{there} exists already: remove it, or import to another path")
     if isinstance(where.final, Path) and not where.final.parent.is_dir():
         raise WrongUseError(f"{where.final.parent} is not a directory")
     return where
