@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from s3_server import Fault, S3Server, serving
-from stores import memory
+from stores import Death, Killed, another_process, memory, requests_through
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback, checkpointing
@@ -277,3 +277,22 @@ def test_what_a_timeline_could_not_put_is_put_later(server: S3Server) -> None:
     log.append(lines[1:])
     (run,) = timeline.read(directory)
     assert [step.number for step in run.processes[0].steps] == [1, 2]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_removal_that_is_killed_anywhere_is_no_hindrance_to_the_next_run(*, after: bool) -> None:
+    for at in range(1, 20):
+        url = memory("/run")
+        train(url, 2)
+        death = Death(at, after=after)
+        try:
+            with requests_through(death):
+                fp.remove(f"{url}/2")
+        except Killed:
+            another_process()
+        PartialCheckpointCallback(url).recover()
+        assert all(fp.verify(f"{url}/{step}").ok for step in fp.steps(url))
+        PartialCheckpointCallback(url).recover()
+        if not death.is_dead:
+            return
+    pytest.fail("a removal makes more requests than were tried")
