@@ -57,8 +57,7 @@ def make(directory: AnyPath) -> None:
     """Makes a directory; of one in an object store, finds out whether it can be reached.
 
     Raises:
-      FileNotFoundError: There is no such bucket.
-      StoreError: The store cannot be reached, or refuses to list it.
+      StoreError: There is no such bucket, it cannot be reached, or it refuses to be listed.
     """
     if isinstance(directory, Path):
         directory.mkdir(parents=True, exist_ok=True)
