@@ -19,6 +19,7 @@ from stores import Death, Killed, another_process, memory, requests_through
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback, checkpointing
+from flax_partial.cli.main import main
 from flax_partial.runs import liveness, timeline, timeline_logs
 
 if TYPE_CHECKING:
@@ -242,6 +243,15 @@ def test_steps_lists_one_level_and_looks_at_each_mark(server: S3Server) -> None:
     url = fill(server, 300)
     assert requests_of(server, lambda: fp.steps(url)) == {"LIST": 1, "HEAD": 300}
     assert server.most <= 32
+
+
+def test_the_command_latest_reads_no_checkpoint(
+    server: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = fill(server, 300)
+    counts = requests_of(server, lambda: main(["latest", url]))
+    assert capsys.readouterr().out == f"{fp.StorePath(url) / '299'}\n"
+    assert sum(counts.values()) <= 5, counts
 
 
 # The timeline.
