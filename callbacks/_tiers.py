@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax

@@ -1,6 +1,5 @@
 """What lies in a run's directory: its checkpoints and unfinished sessions."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +12,12 @@ from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.loading import catalog
 from flax_partial.loading.catalog import is_finalized
-from flax_partial.storage import files, session_dir
-from flax_partial.storage.local_place import LocalPlace
+from flax_partial.runs.directory import unfinished
+from flax_partial.storage import directories
 from flax_partial.storage.parts import part_names
 from flax_partial.storage.paths import CONTENTS, SESSION_SUFFIX, STATE
+from flax_partial.storage.place import Place
+from flax_partial.storage.store_path import AnyPath
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +47,13 @@ class Entry:
     problem: str | None = None
 
 
-def directory(path: str) -> Path:
+def directory(path: str) -> AnyPath:
     """Takes the path of a run's directory.
 
     Raises:
       WrongUseError: There is none.
     """
-    found = places.local(path)
+    found = places.given(path)
     if not found.is_dir():
         raise WrongUseError(f"{path} is not a directory" if found.exists() else absent(found))
     if found.resolve().name.endswith(SESSION_SUFFIX) or is_finalized(found):
@@ -66,17 +67,28 @@ def of_run(path: str) -> list[Entry] | None:
     Raises:
       WrongUseError: It cannot name a checkpoint.
     """
-    found, where = places.local(path), places.resolve(path)
-    is_checkpoint = (found / STATE).exists() or session_dir.is_session(where)
-    if is_checkpoint or not found.is_dir() or is_finalized(found):
-        return None
-    return entries(found)
+    return entries(places.given(path)) if is_run(path) else None
 
 
-def entries(directory: Path) -> list[Entry]:
+def is_run(path: str) -> bool:
+    """Whether a path is that of a directory that is no checkpoint, finalized or not.
+
+    Raises:
+      WrongUseError: It cannot name a checkpoint.
+    """
+    found = places.given(path)
+    if not isinstance(found, Path):
+        is_session = bool(found.name) and places.resolve(path).is_session()
+        return not is_session and not is_finalized(found) and found.is_dir()
+    is_checkpoint = (found / STATE).exists() or places.resolve(path).is_session()
+    return not is_checkpoint and found.is_dir() and not is_finalized(found)
+
+
+def entries(directory: AnyPath) -> list[Entry]:
     """Reads what is in a directory: by step, then by name."""
-    paths = (directory / name for name in files.listed(directory) if not places.is_removed(name))
-    found = [entry for path in paths if path.is_dir() and (entry := _entry(path))]
+    names = [name for name in directories.names(directory) if not places.is_removed(name)]
+    looked = directories.for_each(directory, _entry, [directory / name for name in names])
+    found = [entry for entry in looked if entry is not None]
     return sorted(found, key=lambda one: (one.step is None, one.step or 0, one.name))
 
 
@@ -91,16 +103,15 @@ def one_checkpoint(path: str, out: Output, state: str = places.FINALIZED) -> str
     Raises:
       WrongUseError: It cannot name a checkpoint, or is a run that has none in this state.
     """
-    held = of_run(path)
-    if held is None:
+    if not is_run(path):
         require_something(path)
         return path
-    newest = _newest(path, held, state)
-    out.note(f"{path} is a run: its newest {state} checkpoint is {newest}")
-    return newest
+    found = _newest_of(path, state)
+    out.note(f"{path} is a run: its newest {state} checkpoint is {found}")
+    return found
 
 
-def no_run(path: str, state: str) -> LocalPlace:
+def no_run(path: str, state: str) -> Place:
     """Takes the path of a checkpoint that is to be changed, which a run does not stand for.
 
     Args:
@@ -110,49 +121,61 @@ def no_run(path: str, state: str) -> LocalPlace:
     Raises:
       WrongUseError: It cannot name a checkpoint, there is none, or it is that of a run.
     """
-    held = of_run(path)
-    if held is not None:
-        newest = _newest(path, held, state)
-        raise WrongUseError(f"{path} is a run: its newest {state} checkpoint is {newest}")
+    if is_run(path):
+        found = _newest_of(path, state)
+        raise WrongUseError(f"{path} is a run: its newest {state} checkpoint is {found}")
     require_something(path)
     return places.resolve(path)
 
 
-def _newest(path: str, held: Sequence[Entry], state: str) -> str:
-    if not held:
+def _newest_of(path: str, state: str) -> str:
+    directory = places.given(path)
+    name = newest(directory, state)
+    if name is None and not entries(directory):
         raise WrongUseError(f"{path} holds no checkpoint")
-    name = latest(held, state)
     if name is None:
         raise WrongUseError(f"{path} is a run that has no {state} checkpoint of a step")
-    return str(places.local(path) / name)
+    return str(directory / name)
+
+
+def newest(directory: AnyPath, state: str = places.FINALIZED) -> str | None:
+    """Returns the checkpoint of the last step; in an object store by its name, without reading."""
+    if isinstance(directory, Path):
+        return latest(entries(directory), state)
+    is_wanted_finalized = state == places.FINALIZED
+    found = fp.latest(directory) if is_wanted_finalized else newest_session(directory)
+    return None if found is None else found.name
 
 
 def require_something(path: str) -> None:
     """Raises WrongUseError, with what there is instead, where there is nothing at a path."""
     where = places.resolve(path)
-    if os.path.lexists(where.final) or session_dir.is_session(where):
+    if places.is_there(where) or where.is_session():
         return
-    parent = places.local(path).parent
+    parent = places.given(path).parent
     if not parent.is_dir():
         raise WrongUseError(absent(parent))
     names = [entry.name for entry in reversed(entries(parent))]
     if not names:
-        raise WrongUseError(absent(places.local(path)))
-    has = text.choices(places.local(path).name, names)
+        raise WrongUseError(absent(places.given(path)))
+    has = text.choices(places.given(path).name, names)
     raise WrongUseError(f"there is no checkpoint at {path}; {parent} has {has}")
 
 
-def absent(path: Path) -> str:
+def absent(path: AnyPath) -> str:
     """Returns a sentence: nothing is at the path; with names beside it that are like its own."""
-    close = text.close(path.name, files.listed(path.parent))
+    close = text.close(path.name, directories.names(path.parent))
     return f"{path} does not exist" + (f"; there is {path.parent / close[0]}" if close else "")
 
 
-def newest_session(directory: Path) -> Path | None:
+def newest_session(directory: AnyPath) -> AnyPath | None:
     """Returns the unfinished checkpoint of ours that is called by the last step; reads none."""
+    if not isinstance(directory, Path):
+        steps = dict(unfinished(directory))
+        return steps[max(steps)] if steps else None
     found = [
         (step, name)
-        for name in files.listed(directory)
+        for name in directories.names(directory)
         if name.endswith(SESSION_SUFFIX)
         and (step := step_in_name(name)) is not None
         and not places.is_foreign(places.resolve(str(directory / name)))
@@ -187,13 +210,16 @@ def best(entries: Sequence[Entry], monitor: str | None, mode: str) -> str | None
     return min(scored, key=lambda one: (sign * one.metrics[monitor], -(one.step or 0))).name
 
 
-def _entry(path: Path) -> Entry | None:
+def _entry(path: AnyPath) -> Entry | None:
     """Returns None for what is neither a checkpoint nor a session."""
-    state = path / STATE
     try:
+        if not isinstance(path, Path):
+            return _finalized(path) if is_finalized(path) else _unfinished(path)
+        if not path.is_dir():
+            return None
         if path.name.endswith(SESSION_SUFFIX):
             return _unfinished(path)
-        is_ours = (state / CONTENTS).exists() or part_names(state)
+        is_ours = (path / STATE / CONTENTS).exists() or part_names(path / STATE)
         if is_ours or is_finalized(path):
             return _finalized(path)
     except (fp.PartialCheckpointError, WrongUseError, OSError) as error:
@@ -201,7 +227,7 @@ def _entry(path: Path) -> Entry | None:
     return None
 
 
-def _finalized(path: Path) -> Entry:
+def _finalized(path: AnyPath) -> Entry:
     found = fp.metadata(places.resolve(str(path)).final)
     metadata = found.custom_metadata
     is_whole = is_finalized(path)
@@ -218,9 +244,9 @@ def _finalized(path: Path) -> Entry:
     )
 
 
-def _unfinished(path: Path) -> Entry | None:
+def _unfinished(path: AnyPath) -> Entry | None:
     where = places.resolve(str(path))
-    if places.is_foreign(where):
+    if isinstance(path, Path) and places.is_foreign(where):
         return Entry(path.name, places.UNFINISHED, places.ORBAX, _step(where.final, {}))
     try:
         status = fp.status(where.final)
@@ -237,7 +263,7 @@ def _unfinished(path: Path) -> Entry | None:
     )
 
 
-def _step(path: Path, metadata: dict[str, Any]) -> int | None:
+def _step(path: AnyPath, metadata: dict[str, Any]) -> int | None:
     step = metadata.get("step")
     if isinstance(step, int) and not isinstance(step, bool):
         return step

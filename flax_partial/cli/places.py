@@ -1,5 +1,6 @@
 """What a command's path leads to: a finalized checkpoint, or an unfinished one."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from flax_partial.errors import CheckpointInUseError, NoSessionError
 from flax_partial.finalizing.status import status_of
 from flax_partial.format.merge import MergePlan, merge
 from flax_partial.format.model import Contents, Part
+from flax_partial.loading.catalog import is_finalized
 from flax_partial.loading.checkpoint import (
     Checkpoint,
     describe_checkpoint,
@@ -19,28 +21,40 @@ from flax_partial.loading.checkpoint import (
 )
 from flax_partial.reports import CheckpointMetadata, SessionStatus
 from flax_partial.runs import completeness, liveness
-from flax_partial.storage import checkpoint_dir, files, paths, places, session_dir
-from flax_partial.storage.local_place import LocalPlace
-from flax_partial.storage.parts import read_parts
+from flax_partial.storage import directories, places
 from flax_partial.storage.paths import DELETED_SUFFIX, SESSION_SUFFIX, STATE
+from flax_partial.storage.place import Place
+from flax_partial.storage.store_path import AnyPath
 
 FINALIZED, UNFINISHED, DAMAGED, DROPPED = "finalized", "unfinished", "damaged", "dropped"
 OURS, ORBAX = "flax_partial", "orbax"
 
 
+def given(path: str) -> AnyPath:
+    """Takes a path, or URL, as it stands on a command line, and leaves it relative where it is.
+
+    Raises:
+      WrongUseError: It is a URL that nothing serves, or what serves it is not installed.
+    """
+    try:
+        return directories.given(path)
+    except (ImportError, ValueError) as error:
+        raise WrongUseError(str(error)) from error
+
+
 def local(path: str) -> Path:
-    """Takes a path as it stands on a command line, and leaves it relative where it is.
+    """Takes the path of a file as it stands on a command line, as `given` does.
 
     Raises:
       WrongUseError: It is a URL.
     """
-    try:
-        return Path(paths.expanded(path))
-    except ValueError as error:
-        raise WrongUseError(str(error)) from error
+    found = given(path)
+    if not isinstance(found, Path):
+        raise WrongUseError(f"{path} is a URL, and has to be the path of a local file")
+    return found
 
 
-def resolve(path: str) -> LocalPlace:
+def resolve(path: str) -> Place:
     """Takes the path of a checkpoint, or of its session, as it stands on a command line.
 
     Raises:
@@ -48,10 +62,8 @@ def resolve(path: str) -> LocalPlace:
     """
     try:
         where = places.resolve(path)
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise WrongUseError(str(error)) from error
-    if not isinstance(where, LocalPlace):
-        raise WrongUseError(f"{path} is a URL of an object store, where this command does not go")
     if is_removed(where.final.name):
         raise WrongUseError(
             f"{path} is what is left of a checkpoint that was removed; nothing needs it"
@@ -64,12 +76,18 @@ def is_removed(name: str) -> bool:
     return name.startswith(".") and name.endswith(DELETED_SUFFIX)
 
 
-def is_session_meant(path: str, where: LocalPlace) -> bool:
+def is_there(where: Place) -> bool:
+    """Whether anything is where a finalized checkpoint would be."""
+    final = where.final
+    return os.path.lexists(final) if isinstance(final, Path) else is_finalized(final)
+
+
+def is_session_meant(path: str, where: Place) -> bool:
     """Whether a path is that of a session, not of a checkpoint that may lie beside it."""
-    return path.rstrip("/").endswith(SESSION_SUFFIX) and session_dir.is_session(where)
+    return path.rstrip("/").endswith(SESSION_SUFFIX) and where.is_session()
 
 
-def finalized(path: str) -> LocalPlace:
+def finalized(path: str) -> Place:
     """Takes the path of a checkpoint that has to be finalized.
 
     Raises:
@@ -91,7 +109,7 @@ def open_finalized(path: str) -> Iterator[Checkpoint]:
       CorruptCheckpointError: Its table of contents is damaged.
     """
     where = finalized(path)
-    with checkpoint_dir.reading(where.final):
+    with where.reading():
         yield open_checkpoint(where)
 
 
@@ -111,7 +129,7 @@ class Session:
       plan: What finalize would make of them.
     """
 
-    where: LocalPlace
+    where: Place
     parts: dict[str, Part]
     status: SessionStatus
     plan: MergePlan
@@ -136,7 +154,7 @@ def users_metadata(custom_metadata: Mapping[str, Any]) -> dict[str, Any]:
     return dict(custom_metadata)
 
 
-def read_session(where: LocalPlace, known: dict[str, Part] | None = None) -> Session:
+def read_session(where: Place, known: dict[str, Part] | None = None) -> Session:
     """Looks at an unfinished checkpoint, without waiting for saves that are under way.
 
     Args:
@@ -146,19 +164,19 @@ def read_session(where: LocalPlace, known: dict[str, Part] | None = None) -> Ses
     Raises:
       NoSessionError: There is none.
     """
-    if not session_dir.is_session(where):
-        raise session_dir.no_session(where)
+    if not where.is_session():
+        raise where.no_session()
     if is_foreign(where):
         raise NoSessionError(
             f"{where.session} is not an unfinished checkpoint of flax_partial: only the program "
             "that began it can finish it, perhaps Orbax."
         )
-    found = read_parts(where.state, known=known)
+    found = where.read_parts(known=known)
     parts = found.committed
     return Session(where, parts, status_of(where.final, found), merge(parts))
 
 
-def require_ended(where: LocalPlace) -> None:
+def require_ended(where: Place) -> None:
     """Raises CheckpointInUseError if a run that lives saves into a session's directory."""
     run = liveness.living(where.final.parent)
     if run is not None:
@@ -168,9 +186,9 @@ def require_ended(where: LocalPlace) -> None:
         )
 
 
-def is_foreign(where: LocalPlace) -> bool:
+def is_foreign(where: Place) -> bool:
     """Whether a session's directory holds something, but nothing of ours."""
-    names = files.listed(where.session)
+    names = directories.names(where.session)
     return bool(names) and STATE not in names
 
 
@@ -185,8 +203,7 @@ def read_contents(path: str) -> tuple[Contents, CheckpointMetadata, str]:
       CorruptCheckpointError: It is damaged.
     """
     where = resolve(path)
-    is_there = where.final.exists() and not is_session_meant(path, where)
-    if is_there or not session_dir.is_session(where):
+    if not where.is_session() or (is_there(where) and not is_session_meant(path, where)):
         checkpoint = open_checkpoint(where)
         return checkpoint.contents, describe_checkpoint(where, checkpoint), FINALIZED
     session = read_session(where)

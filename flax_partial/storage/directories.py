@@ -4,16 +4,19 @@ These are the few operations in which the two differ; the paths of both have `it
 the like in common.
 """
 
+import mmap
 import os
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from flax_partial.storage import files, object_store, paths
+from flax_partial.storage.object_data import do_all
 from flax_partial.storage.object_place import MARK
 from flax_partial.storage.paths import PathLike
-from flax_partial.storage.store import at_once
 from flax_partial.storage.store_path import AnyPath, StorePath
 
 A = TypeVar("A")
@@ -54,8 +57,7 @@ def make(directory: AnyPath) -> None:
     """Makes a directory; of one in an object store, finds out whether it can be reached.
 
     Raises:
-      FileNotFoundError: There is no such bucket.
-      StoreError: The store cannot be reached, or refuses to list it.
+      StoreError: There is no such bucket, it cannot be reached, or it refuses to be listed.
     """
     if isinstance(directory, Path):
         directory.mkdir(parents=True, exist_ok=True)
@@ -87,8 +89,31 @@ def bytes_below(directory: AnyPath) -> int:
     return sum(one.size for one in directory.store.list())
 
 
+@contextmanager
+def new_file(path: AnyPath) -> Iterator[int]:
+    """Makes a file, or an object of that name, that appears whole or not at all.
+
+    For an object it is written to a temporary file of this machine first, as large as it gets.
+
+    Yields:
+      A descriptor to write to.
+
+    Raises:
+      FileExistsError: A file is at `path` by the end; it is kept, and what was written is not. An
+        object that appears meanwhile is replaced.
+    """
+    if isinstance(path, Path):
+        with files.new_file(path) as descriptor:
+            yield descriptor
+        return
+    with tempfile.TemporaryFile() as file:
+        yield file.fileno()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        path.parent.store.put(path.name, [memoryview(mapped)])
+
+
 def for_each(directory: AnyPath, do: Callable[[A], T], items: Iterable[A]) -> list[T]:
     """Does something for each of many items of a directory: side by side in an object store."""
     if isinstance(directory, Path):
         return [do(item) for item in items]
-    return at_once([partial(do, item) for item in items])
+    return do_all([partial(do, item) for item in items])

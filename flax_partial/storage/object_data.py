@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from flax_partial.format.merge import Source
 from flax_partial.format.model import Place, Region, data_part, data_path
 from flax_partial.storage import tensorstore_io
 from flax_partial.storage.paths import STATE
-from flax_partial.storage.store import MOST_REQUESTS, Store, at_once
+from flax_partial.storage.store import MOST_REQUESTS, Store
 
 T = TypeVar("T")
 
@@ -176,7 +177,7 @@ def _read_group(
         for part, places in wanted.items()
         for run in _runs(sorted(set(places)))
     ]
-    for read in at_once(reads):
+    for read in do_all(reads):
         chunks |= read
     return tensorstore_io.read_chunks(chunks, regions)
 
@@ -216,3 +217,14 @@ def _read_run(store: Store, key: str, run: Sequence[tuple[int, int, str]]) -> di
     except (FileNotFoundError, ValueError):
         return {}
     return {name: bytes(data[at - first : at - first + size]) for at, size, name in run}
+
+
+def do_all(tasks: Sequence[Callable[[], T]]) -> list[T]:
+    """Does tasks side by side; raises the first error, and begins no more then."""
+    if len(tasks) <= 1:
+        return [task() for task in tasks]
+    pool = ThreadPoolExecutor(min(MOST_REQUESTS, len(tasks)), "store-requests")
+    try:
+        return [one.result() for one in [pool.submit(task) for task in tasks]]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -40,11 +40,11 @@ from flax_partial.format.merge import Source, merge
 from flax_partial.format.model import Contents, Part, Region
 from flax_partial.format.tables import decode_contents, decode_part
 from flax_partial.storage import object_data
-from flax_partial.storage.object_data import StoreDataFiles, StorePart
+from flax_partial.storage.object_data import StoreDataFiles, StorePart, do_all
 from flax_partial.storage.parts import SessionParts, decoded, is_of, oldest_first, own_name
 from flax_partial.storage.paths import CONTENTS, PART_PREFIX, PART_TABLE, STATE
 from flax_partial.storage.place import Files, NewPart, OpenSession
-from flax_partial.storage.store import Entry, Store, at_once
+from flax_partial.storage.store import Entry, Store
 from flax_partial.storage.store_path import AnyPath, StorePath
 
 T = TypeVar("T")
@@ -426,7 +426,7 @@ class ControlObjects:
         found = SessionParts(decided_ns=decided_ns)
         have = {**self._known.parts, **(known or {})}
         reads = [partial(self._read_part, name) for name in names if name not in have]
-        read = dict(zip([name for name in names if name not in have], at_once(reads), strict=True))
+        read = dict(zip([name for name in names if name not in have], do_all(reads), strict=True))
         for name in oldest_first(names):
             part = have.get(name) or read[name]
             if part is None:
@@ -509,7 +509,7 @@ class ControlObjects:
         session = self._ending.id
         named = [(name, list(pieces)) for name, pieces in root_files() if name != MARK]
         named.append((_CONTENTS, [contents]))
-        at_once([partial(self.store.put, name, pieces) for name, pieces in named])
+        do_all([partial(self.store.put, name, pieces) for name, pieces in named])
         mark = {"flax_partial": 1, "session": session, "contents": digest(contents)}
         is_mine = self.store.put_new(MARK, _write(mark | {"by": uuid.uuid4().hex}))
         entries = self.store.list(f"{STATE}/")
@@ -669,7 +669,7 @@ def _write(value: Mapping[str, Any]) -> bytes:
 
 def _together(one: Callable[[], T], other: Callable[[], Any]) -> tuple[T, Any]:
     """Does two requests side by side."""
-    first, second = at_once([one, other])
+    first, second = do_all([one, other])
     return first, second
 
 

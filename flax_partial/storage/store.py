@@ -6,10 +6,7 @@ race with.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, TypeVar
-
-T = TypeVar("T")
+from typing import NamedTuple, Protocol
 
 PIECE_BYTES = 16 << 20
 MOST_REQUESTS = 32  # in flight, in this process
@@ -121,14 +118,3 @@ def cut(pieces: Iterable[bytes | memoryview], size: int) -> Iterable[memoryview]
             head, view = view[:room], view[room:]
             room = room - len(head) or size
             yield head
-
-
-def at_once(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """Does tasks side by side; raises the first error, and begins no more then."""
-    if len(tasks) <= 1:
-        return [task() for task in tasks]
-    pool = ThreadPoolExecutor(min(MOST_REQUESTS, len(tasks)), "store-requests")
-    try:
-        return [one.result() for one in [pool.submit(task) for task in tasks]]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

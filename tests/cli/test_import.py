@@ -191,8 +191,8 @@ def test_tensors_that_no_checkpoint_can_hold_are_named() -> None:
     ("arguments", "why"),
     [
         ("absent c", "absent does not exist"),
-        ("s3://b/file c", "is a URL"),
-        ("file s3://b/c", "is a URL"),
+        ("hdfs://b/file c", "is a URL"),
+        ("file hdfs://b/c", "is a URL"),
         ("fil c", "fil does not exist; there is file"),
         ("ours c", "ours is a checkpoint of flax_partial already"),
         ("file ours", "ours exists already"),

@@ -15,7 +15,8 @@ from flax_partial.cli.safetensors import Layout
 from flax_partial.errors import UnsupportedLeafError, first_few
 from flax_partial.format.model import Leaf
 from flax_partial.loading.checkpoint import Checkpoint
-from flax_partial.storage import files, system
+from flax_partial.storage import directories, system
+from flax_partial.storage.store_path import AnyPath
 
 _MOST_NAMED = 10
 
@@ -29,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.description = (
         "Write a checkpoint's arrays into one safetensors file, whatever their size in little "
-        "memory. The file appears whole, or not at all."
+        "memory. The file, or the object in a bucket, appears whole, or not at all."
     )
     selection.add_checkpoints(parser, "path")
     parser.add_argument("out", metavar="OUT", help="the file to be written, which replaces none")
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
         arrays = safetensors.ordered(leaves)
         metadata = places.users_metadata(checkpoint.contents.custom_metadata)
         layout = _lay_out(arrays, leaves, metadata)
-        with files.new_file(target) as descriptor, out.bar("Exporting") as progress:
+        with directories.new_file(target) as descriptor, out.bar("Exporting") as progress:
             _write(descriptor, layout.header, 0)
             _write_tensors(descriptor, layout, arrays, checkpoint, progress)
     widened = {leaf.name: leaf.dtype for leaf in arrays if leaf.dtype in safetensors.WIDER}
@@ -69,11 +70,11 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     return False
 
 
-def _target(path: str) -> Path:
-    target = places.local(path)
-    if os.path.lexists(target):
+def _target(path: str) -> AnyPath:
+    target = places.given(path)
+    if os.path.lexists(target) if isinstance(target, Path) else target.exists():
         raise WrongUseError(f"{path} exists already: remove it, or write to another path")
-    if not target.parent.is_dir():
+    if isinstance(target, Path) and not target.parent.is_dir():
         raise WrongUseError(f"{target.parent} is not a directory")
     return target
 

@@ -22,7 +22,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
       IncompleteCheckpointError: There is none.
     """
     directory = listing.directory(options.dir)
-    name = listing.latest(listing.entries(directory))
+    name = listing.newest(directory)
     if name is None:
         raise fp.IncompleteCheckpointError(f"{directory} has no finalized checkpoint of a step")
     path = str(directory.absolute() / name)

@@ -7,7 +7,7 @@ from flax_partial.cli import listing, places, text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import BAD, Output
 from flax_partial.loading.catalog import is_finalized
-from flax_partial.storage import files
+from flax_partial.storage.directories import bytes_below
 from flax_partial.storage.places import names_session
 
 EXAMPLES = (
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     final = places.finalized(options.path).final
     if names_session(options.path) or not is_finalized(final):
         raise WrongUseError(f"there is no finalized checkpoint at {options.path}")
-    size = files.bytes_below(final)
+    size = bytes_below(final)
     is_wanted = options.yes or out.is_agreed(f"{final}: {text.size(size)}", "remove it")
     if is_wanted:
         fp.remove(final)

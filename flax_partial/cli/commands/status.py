@@ -5,7 +5,6 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, NoReturn
 
 from flax_partial.cli import listing, places, text
@@ -14,7 +13,7 @@ from flax_partial.cli.places import Session
 from flax_partial.errors import NoSessionError, first_few
 from flax_partial.loading.catalog import is_finalized
 from flax_partial.reports import SessionStatus
-from flax_partial.storage import session_dir
+from flax_partial.storage.store_path import AnyPath
 
 _COLUMNS = (
     Column("SAVED", is_number=True),
@@ -50,8 +49,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Looks at a session; returns whether its parts conflict, or are damaged."""
-    if options.watch and listing.of_run(options.path) is not None:
-        _watch_run(places.local(options.path), out)
+    if options.watch and listing.is_run(options.path):
+        _watch_run(places.given(options.path), out)
     path = listing.one_checkpoint(options.path, out, places.UNFINISHED)
     session = places.read_session(places.resolve(path))
     if options.watch:
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     return bool(session.plan.conflicts or session.status.damaged)
 
 
-def _watch_run(directory: Path, out: Output) -> NoReturn:
+def _watch_run(directory: AnyPath, out: Output) -> NoReturn:
     """Follows each session of a run, one after the other, and waits in between.
 
     Raises:
@@ -87,7 +86,7 @@ def _watch_run(directory: Path, out: Output) -> NoReturn:
     raise NoSessionError(f"{directory} is gone")
 
 
-def _watch(session: Session, out: Output, *, of_run: Path | None = None) -> None:
+def _watch(session: Session, out: Output, *, of_run: AnyPath | None = None) -> None:
     """Shows each state of a session until it has ended, or a newer one of its run has begun."""
     states = _states(session)
     if of_run is not None:
@@ -99,7 +98,7 @@ def _watch(session: Session, out: Output, *, of_run: Path | None = None) -> None
         with out.redrawn(_COLUMNS) as draw:
             for state in states:
                 draw(_lines(state, time.time()), _rows(state, time.time()))
-    if session_dir.is_session(session.where):
+    if session.where.is_session():
         return
     final = session.where.final
     outcome = places.FINALIZED if is_finalized(final) else places.DROPPED

@@ -3,7 +3,6 @@
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from flax_partial.cli import listing, places, text
@@ -14,6 +13,7 @@ from flax_partial.errors import NoSessionError
 from flax_partial.loading.verify import verify_with
 from flax_partial.reports import VerifyReport
 from flax_partial.storage.paths import SESSION_SUFFIX
+from flax_partial.storage.store_path import AnyPath
 
 _COLUMNS = (Column("DAMAGED"), Column("WHAT IS WRONG"))
 _RUN_COLUMNS = (
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     """Verifies a checkpoint; returns whether it is damaged."""
     held = listing.of_run(options.path)
     if held is not None:
-        return _verify_run(places.local(options.path), held, out)
+        return _verify_run(places.given(options.path), held, out)
     listing.require_something(options.path)
     began = time.perf_counter()
     with out.bar("Verifying") as progress:
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     return not report.ok
 
 
-def _verify_run(directory: Path, held: Sequence[Entry], out: Output) -> bool:
+def _verify_run(directory: AnyPath, held: Sequence[Entry], out: Output) -> bool:
     """Verifies each checkpoint of a run; one that is removed meanwhile is left out.
 
     Raises:
@@ -84,7 +84,7 @@ def _verify_run(directory: Path, held: Sequence[Entry], out: Output) -> bool:
     return bool(damaged)
 
 
-def _of_run(directory: Path, entry: Entry, out: Output) -> VerifyReport | None:
+def _of_run(directory: AnyPath, entry: Entry, out: Output) -> VerifyReport | None:
     """Verifies a checkpoint of a run; None for a session, and where it is gone."""
     path = directory.absolute() / entry.name
     if entry.name.endswith(SESSION_SUFFIX):

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from flax_partial.saving.describe import Described
 from flax_partial.saving.job import SaveJob
 from flax_partial.saving.known_trees import KnownTree
 from flax_partial.sessions import workers
-from flax_partial.storage.local_place import LocalPlace
+from flax_partial.storage.place import Place
 
 _SAFETENSORS = "safetensors"
 
@@ -90,12 +91,12 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     return False
 
 
-def _target(path: str) -> LocalPlace:
+def _target(path: str) -> Place:
     where = places.resolve(path)
-    for there in (where.final, where.session):
-        if os.path.lexists(there):
-            raise WrongUseError(f"{there} exists already: remove it, or import to another path")
-    if not where.final.parent.is_dir():
+    if places.is_there(where) or where.is_session():
+        there = where.final if places.is_there(where) else where.session
+        raise WrongUseError(f"{there} exists already: remove it, or import to another path")
+    if isinstance(where.final, Path) and not where.final.parent.is_dir():
         raise WrongUseError(f"{where.final.parent} is not a directory")
     return where
 
@@ -123,14 +124,14 @@ def _opened(paths: Sequence[str], out: Output) -> Iterator[_Source]:
         if checkpoint.contents.parts:
             raise WrongUseError(f"{path} is a checkpoint of flax_partial already: copy it by cp -r")
         contents = checkpoint.contents
-        step = listing.step_in_name(places.local(path).name)
+        step = listing.step_in_name(places.given(path).name)
         named = {} if step is None else {"step": step}
         metadata = named | contents.custom_metadata
         yield _Source(places.ORBAX, contents.leaves, checkpoint.read, metadata)
 
 
 @contextmanager
-def _removed_on_failure(where: LocalPlace) -> Iterator[None]:
+def _removed_on_failure(where: Place) -> Iterator[None]:
     """Drops the session of an import that fails, or is interrupted."""
     try:
         yield
@@ -143,7 +144,7 @@ def _removed_on_failure(where: LocalPlace) -> Iterator[None]:
 def _copy(
     source: _Source,
     leaves: Sequence[Leaf],
-    where: LocalPlace,
+    where: Place,
     metadata: dict[str, Any],
     progress: Callable[[int, int], None],
 ) -> None:
@@ -192,7 +193,7 @@ def _target_leaf(leaf: Leaf) -> Leaf:
 
 
 def _save(
-    where: LocalPlace,
+    where: Place,
     leaves: list[Leaf],
     sources: Sequence[Sequence[np.ndarray]],
     metadata: dict[str, Any],

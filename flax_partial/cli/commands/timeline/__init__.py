@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from flax_partial.cli.commands.timeline.layout import Chart
     from flax_partial.runs.timeline import ProcessTimeline, Run
+    from flax_partial.storage.store_path import AnyPath
 
 _PICTURES, _TRACE = (".png", ".svg"), ".json"
 _DEFAULT_OUT = "timeline.png"
@@ -112,13 +113,13 @@ def _default_targets(out: Output) -> list[Path]:
     return [] if missing else [_target(_DEFAULT_OUT)]
 
 
-def _directory(path: str) -> tuple[Path, int | None]:
+def _directory(path: str) -> tuple[AnyPath, int | None]:
     """Returns a run's directory, and the step, if the path has one.
 
     Raises:
       WrongUseError: There is no timeline at `path`.
     """
-    directory = places.local(path)
+    directory = places.given(path)
     if (directory / timeline.FOLDER).is_dir():
         return directory, None
     final = places.resolve(path).final
@@ -126,10 +127,10 @@ def _directory(path: str) -> tuple[Path, int | None]:
     if not is_step or not (final.parent / timeline.FOLDER).is_dir():
         raise WrongUseError(_why_none(path))
     # As it was given: a title should be short.
-    return places.local(path.rstrip("/")).parent, int(final.name)
+    return places.given(path.rstrip("/")).parent, int(final.name)
 
 
-def _chosen(directory: Path, asked: int | None) -> tuple[list[Run], int]:
+def _chosen(directory: AnyPath, asked: int | None) -> tuple[list[Run], int]:
     """Returns the runs that are recorded, up to the one to draw, and the step to draw.
 
     Raises:
@@ -146,14 +147,15 @@ def _chosen(directory: Path, asked: int | None) -> tuple[list[Run], int]:
 
 
 def _why_none(path: str) -> str:
-    if not os.path.lexists(path):
-        return listing.absent(places.local(path))
-    if _is_orbax(places.local(path)):
+    found = places.given(path)
+    if not (os.path.lexists(found) if isinstance(found, Path) else found.is_dir()):
+        return listing.absent(found)
+    if _is_orbax(found):
         return f"{path} has no timeline: Orbax wrote it, and records none"
     return f"{path} has no timeline: only runs of PartialCheckpointCallback record one"
 
 
-def _is_orbax(path: Path) -> bool:
+def _is_orbax(path: AnyPath) -> bool:
     newest = path if is_finalized(path) else fp.latest(path)
     try:
         return newest is not None and places.written_by(fp.metadata(newest)) == places.ORBAX
@@ -174,7 +176,7 @@ def _write(target: Path, runs: Sequence[Run], chart: Chart, *, title: str) -> No
         beside.unlink(missing_ok=True)
 
 
-def _title(chart: Chart, directory: Path) -> str:
+def _title(chart: Chart, directory: AnyPath) -> str:
     saves = [save for track in chart.tracks for save in track.saves]
     amount = f"{text.counted(len(saves), 'group')}, {text.size(sum(s.bytes for s in saves))}"
     where = f" of {len(chart.tracks)} processes" if len(chart.tracks) > 1 else ""

@@ -1,0 +1,5 @@
+"""Gives the tests of commands on object stores a shell."""
+
+from shell import shell
+
+__all__ = ["shell"]
