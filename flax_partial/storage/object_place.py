@@ -4,13 +4,13 @@ A session lies where the checkpoint will be. Below `state/session/` are its cont
 which is put once, and whose names are never used again until the checkpoint is removed:
 
     <n>.open               {"id": SESSION}: a session begins; the one with the largest n counts
-    SESSION.closing.TOKEN  somebody is about to end it: a save that sees one waits for the verdict
+    SESSION.closing.TOKEN  a process is about to end it: a save that sees one waits for the verdict
     SESSION.withdrawn.PART the save of that part has failed: it does not count
     SESSION.verdict        the parts that the checkpoint is made of, or that the session is dropped
 
 Each step puts something and then looks for what others have put, so that of two at least one sees
-the other. A save puts its data, its table `part.json`, and then lists the control objects: nobody
-is ending the session, or it waits for the verdict and returns what that says. Finalize puts
+the other. A save puts its data, its table `part.json`, and then lists the control objects: no
+process is ending the session, or it waits for the verdict and returns that. Finalize puts
 `closing`, then lists the parts, checks them, puts the verdict if there is none, derives the root
 files from the verdict's parts alone, and puts `commit_success.txt`, if there is none, last. Any
 number may finalize at once: they write the same bytes. One that died is completed by the next.
@@ -52,7 +52,7 @@ T = TypeVar("T")
 MARK = "commit_success.txt"
 _CONTROL = f"{STATE}/session/"
 _CONTENTS = f"{STATE}/{CONTENTS}"
-_ABORT, _FINALIZE = "abort", "finalize"
+ABORT, _FINALIZE = "abort", "finalize"
 _ATTEMPTS = 50  # at what others may change meanwhile, such as who opens the next session
 _PATIENCE_SECS = 30.0  # of a save, for the verdict of who has begun to end the session
 _LONGEST_PAUSE_SECS = 0.5
@@ -79,7 +79,7 @@ class Listed(NamedTuple):
 
     @property
     def is_closing(self) -> bool:
-        """Whether somebody is about to end it."""
+        """Whether a process is about to end it."""
         return any(name.startswith(f"{self.id}.closing.") for name in self.control)
 
 
@@ -105,7 +105,7 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class Verdict:
     """How a session ended."""
 
     kind: str
@@ -115,7 +115,7 @@ class _Verdict:
 
 @dataclass(slots=True)
 class _Known:
-    """What this process knows of the objects at a place; never wrong, since none is changed.
+    """What this process has read of the objects at a place; never wrong, since none is changed.
 
     Attributes:
       parts: Tables of the parts that it has written or read, by name.
@@ -152,6 +152,7 @@ class ControlObjects:
         self.store = store
         self._known = _Known()
         self._ending: Listed | None = None
+        self._to_drop: set[str] = set()  # sessions of which this one has put that they are dropped
 
     # Who and what.
 
@@ -184,14 +185,14 @@ class ControlObjects:
     def _read_verdict(self, session: str) -> bytes | None:
         return self.store.get(f"{_CONTROL}{session}.verdict")
 
-    def _verdict(self, session: str) -> _Verdict | None:
+    def _verdict(self, session: str) -> Verdict | None:
         data = self._read_verdict(session)
         if data is None:
             return None
         read = _read(data)
-        return _Verdict(read["kind"], tuple(read.get("parts", ())), read.get("committed_ns", 0))
+        return Verdict(read["kind"], tuple(read.get("parts", ())), read.get("committed_ns", 0))
 
-    def _put_verdict(self, session: Listed, verdict: _Verdict) -> _Verdict:
+    def _put_verdict(self, session: Listed, verdict: Verdict) -> Verdict:
         """Puts a verdict if there is none; returns the one that counts.
 
         Raises:
@@ -203,6 +204,8 @@ class ControlObjects:
             if not self._is_open(session._replace(control=self._control_names())):
                 self.store.delete([key])
                 raise self.no_session()
+            if verdict.kind == ABORT:
+                self._to_drop.add(session.id)
             return verdict
         found = self._verdict(session.id)
         if found is None:
@@ -229,7 +232,7 @@ class ControlObjects:
     # Saving.
 
     def look(self, known: OpenSession | None, *, is_busy: bool) -> OpenSession | None:
-        """Looks for the session; asks nothing of the store where one is known."""
+        """Looks for the session; sends no request where one is known."""
         if is_busy or (known is not None and known.mark not in self._known.ended):
             return known
         session, is_published = _together(self._list_control, self._is_published)
@@ -274,7 +277,7 @@ class ControlObjects:
         verdict = self._verdict(session.id)
         if verdict is not None and verdict.kind == _FINALIZE:
             raise CheckpointExistsError(
-                f"{self.final} is being finalized. If nobody is at it any more, call finalize "
+                f"{self.final} is being finalized. If its process has ended, call finalize "
                 "again, which completes it."
             )
 
@@ -300,11 +303,11 @@ class ControlObjects:
         self._known.parts[name] = decode_part(table, where=name)
 
     def _settle(self, name: str) -> None:
-        """Returns once a part counts: nobody is ending the session, or its verdict has the part.
+        """Returns once a part counts: the session is not being ended, or its verdict has the part.
 
         It has to be the last thing that a save does, after its table is there.
         """
-        mark = _mark_of(name)
+        mark = mark_of(name)
         number = self._known.opened[mark].number
         deadline = time.monotonic() + _PATIENCE_SECS
         pause = 0.01
@@ -328,16 +331,16 @@ class ControlObjects:
                 )
             if time.monotonic() > deadline:
                 raise StoreError(
-                    f"{self.final}: a finalize has begun and does not end. If nobody is at it any "
-                    "more, call finalize again, or abort; then save this part again."
+                    f"{self.final}: a finalize has begun and does not end. If its process has "
+                    "ended, call finalize again, or abort; then save this part again."
                 )
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECS)
 
     def remove_part(self, name: str) -> None:
-        """Withdraws a part; deletes it only where nobody can have decided that it counts."""
+        """Withdraws a part; deletes it only where no process can have decided that it counts."""
         if name in self._known.tabled:
-            self.store.put(f"{_CONTROL}{_mark_of(name)}.withdrawn.{own_name(name)}", [b"{}"])
+            self.store.put(f"{_CONTROL}{mark_of(name)}.withdrawn.{own_name(name)}", [b"{}"])
             self._known.tabled.discard(name)
         else:
             entries = self.store.list(f"{STATE}/{name}/")
@@ -392,7 +395,7 @@ class ControlObjects:
         names = [
             name
             for name in _part_names(entries)
-            if _mark_of(name) == session.id and (process is None or is_of(process, name))
+            if mark_of(name) == session.id and (process is None or is_of(process, name))
         ]
         torn = [
             name
@@ -466,8 +469,8 @@ class ControlObjects:
             raise self.no_session()
         if session.has_verdict:
             verdict = self._verdict(session.id)
-            if verdict is None or verdict.kind == _ABORT:
-                self._drop(session.id)  # which somebody else has begun
+            if verdict is None or verdict.kind == ABORT:
+                self._drop(session.id)  # which another process has begun
                 raise self.no_session()
         fence = f"{_CONTROL}{session.id}.closing.{uuid.uuid4().hex}"
         if not session.has_verdict:
@@ -487,9 +490,9 @@ class ControlObjects:
     def decide(self, parts: Collection[str], *, committed_ns: int) -> int | None:
         """Puts the verdict."""
         assert self._ending is not None  # noqa: S101
-        wanted = _Verdict(_FINALIZE, tuple(sorted(parts)), committed_ns)
+        wanted = Verdict(_FINALIZE, tuple(sorted(parts)), committed_ns)
         found = self._put_verdict(self._ending, wanted)
-        if found.kind == _ABORT:
+        if found.kind == ABORT:
             self._drop(self._ending.id)
             raise self.no_session()
         return committed_ns if found is wanted else None
@@ -501,7 +504,7 @@ class ControlObjects:
         contents: bytes,
         torn: Sequence[str],  # noqa: ARG002
     ) -> None:
-        """Puts what is derived, and then the one object by which readers know the checkpoint."""
+        """Puts what is derived, and then the one object by which readers find the checkpoint."""
         assert self._ending is not None  # noqa: S101
         session = self._ending.id
         named = [(name, list(pieces)) for name, pieces in root_files() if name != MARK]
@@ -514,7 +517,7 @@ class ControlObjects:
             self.store.delete([MARK] if is_mine else [])  # removed while this process slept
             raise self.no_session()
         if not is_mine:
-            raise CheckpointExistsError(f"{self.final} was finalized by somebody else meanwhile.")
+            raise CheckpointExistsError(f"{self.final} was finalized by another process meanwhile.")
         self._sweep(session, entries)
 
     def _sweep(self, session: str, entries: Sequence[Entry]) -> None:
@@ -535,7 +538,7 @@ class ControlObjects:
     def remove_session(self) -> None:
         """Puts the verdict that the session is dropped, and deletes its parts."""
         assert self._ending is not None  # noqa: S101
-        found = self._put_verdict(self._ending, _Verdict(_ABORT))
+        found = self._put_verdict(self._ending, Verdict(ABORT))
         if found.kind == _FINALIZE:
             raise CheckpointExistsError(
                 f"{self.final} is finalized, or about to be: call finalize again, and remove it."
@@ -547,7 +550,7 @@ class ControlObjects:
         doomed = [
             entry.key
             for entry in self.store.list(f"{STATE}/")
-            if (name := _part_of(entry.key)) and _mark_of(name) == session
+            if (name := _part_of(entry.key)) and mark_of(name) == session
         ]
         self.store.delete(doomed)
 
@@ -569,7 +572,7 @@ class StorePlace(ControlObjects):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Says of what cannot be read if it was removed meanwhile."""
+        """Raises NoSessionError where reading fails because it was removed meanwhile."""
         try:
             yield
         except (CorruptCheckpointError, FileNotFoundError) as error:
@@ -618,7 +621,7 @@ class StorePlace(ControlObjects):
         return object_data.read_stored(self.store, self._known.sources, regions)
 
     def remove_checkpoint(self) -> None:
-        """Deletes the mark first: from then on nobody takes what is left for a checkpoint."""
+        """Deletes the mark first: from then on no reader takes what is left for a checkpoint."""
         if not self._is_published():
             raise NoSessionError(f"There is no checkpoint at {self.final}.")
         self.store.delete([MARK])
@@ -631,9 +634,10 @@ def _names_of_control(entries: Iterable[Entry]) -> frozenset[str]:
     return frozenset(key.removeprefix(_CONTROL) for key in keys)
 
 
-def _mark_of(name: str) -> str:
-    """The session that a part is of, by its name."""
-    return own_name(name).rpartition(".")[2][:_MARK_LENGTH]
+def mark_of(name: str) -> str:
+    """The session that a part is of, by its name; empty where sessions are locked."""
+    unique = own_name(name).rpartition(".")[2]
+    return unique[:_MARK_LENGTH] if len(unique) > _MARK_LENGTH else ""
 
 
 def _part_names(entries: Iterable[Entry]) -> list[str]:
