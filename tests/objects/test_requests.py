@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from s3_server import S3Server, serving
-from stores import another_process
+from stores import another_process, requests_through
 
 import flax_partial as fp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from stores import Request
 
 MIB = 1 << 20
 
@@ -79,3 +81,18 @@ def test_large_leaves_go_and_come_in_large_pieces_and_not_too_many_at_once(
     assert loading <= 6 + 80 // 8
     assert server.most <= 32
     assert (got["w"] == data).all()
+
+
+def test_data_are_sent_from_where_the_arrays_are(server: S3Server) -> None:
+    data = np.arange(1 << 20, dtype=np.float32)
+    sent: list[Any] = []
+
+    def hook(name: str, arguments: tuple[Any, ...], request: Request) -> Any:
+        if name == "put" and arguments[1].endswith("/data"):
+            sent.extend(np.frombuffer(piece, np.uint8) for piece in arguments[2])
+        return request()
+
+    with requests_through(hook):
+        fp.save(server.url(), {"w": data})
+    assert sum(piece.nbytes for piece in sent) == data.nbytes
+    assert all(np.shares_memory(piece, data) for piece in sent)
