@@ -73,6 +73,6 @@ def _claims(path: KeyPath, leaf: Any) -> list[_Claim]:
         return whole
     try:
         axes, rows = _rows.rows_of(leaf)
-    except (TypeError, AttributeError, IndexError, ValueError):  # the save will say what is wrong
+    except (TypeError, AttributeError, IndexError, ValueError):  # the save will raise what is wrong
         return whole
     return [(name, axes, row) for row in rows] or whole

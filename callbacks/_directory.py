@@ -142,8 +142,12 @@ def check_none_later(directory: Path, step: int, path: Path | None = None) -> No
 
 def _later(directory: Path, step: int, path: Path | None) -> list[int]:
     held = checkpoints(directory)
-    is_another = path is not None and step in held and not held[step].samefile(path)
+    is_another = path is not None and step in held and not _is_same(held[step], path)
     return [one for one in held if one > step or (one == step and is_another)]
+
+
+def _is_same(one: Path | fp.StorePath, other: Path) -> bool:
+    return one == other or (isinstance(one, Path) and one.samefile(other))
 
 
 def discard(directory: Path, step: int, path: Path | None, *, timeout_secs: float) -> None:
@@ -153,7 +157,7 @@ def discard(directory: Path, step: int, path: Path | None, *, timeout_secs: floa
     processes call it.
 
     Raises:
-      CheckpointInUseError: Somebody is reading one of them; those that are older stay, too.
+      CheckpointInUseError: One of them is being read; those that are older stay, too.
       OSError: One of them cannot be removed.
     """
     fp.agree(
@@ -301,18 +305,21 @@ def best(directory: Path, retention: Retention) -> tuple[int, Path, float] | Non
     return next(((one, held[one], scores[one]) for one in ranked(scores, retention.mode)), None)
 
 
-def _looked_into(held: Mapping[int, Path]) -> dict[int, SavedStep]:
+def _looked_into(held: Mapping[int, Path | fp.StorePath]) -> dict[int, SavedStep]:
     found = {}
     for step, path in held.items():
         # Another process may have removed it; and what is damaged has no score.
         with contextlib.suppress(FileNotFoundError, fp.CorruptCheckpointError):
+            if isinstance(path, fp.StorePath):
+                found[step] = _look_into.__wrapped__(path, step, 0, 0)
+                continue
             status = path.stat()
             found[step] = _look_into(path, step, status.st_ino, status.st_mtime_ns)
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _look_into(path: Path, step: int, _inode: int, _mtime_ns: int) -> SavedStep:
+def _look_into(path: Path | fp.StorePath, step: int, _inode: int, _mtime_ns: int) -> SavedStep:
     """Reads it once: the table of contents of a large model takes a while."""
     metadata = fp.metadata(path)
     custom = metadata.custom_metadata
@@ -358,7 +365,7 @@ def _drop(path: Path, why: str, timeout_secs: float) -> None:
     try:
         fp.abort(path, timeout_secs=timeout_secs)
     except (fp.CheckpointExistsError, fp.CheckpointInUseError) as error:
-        # It has files that are not of a session; or somebody has begun to save into it.
+        # It has files that are not of a session; or a save into it has begun.
         logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
     else:
         logger.warning("Dropped the unfinished checkpoint %s: %s", path, why)

@@ -17,7 +17,7 @@ def need(package: str, *, extra: str) -> None:
       extra: The extra of flax-partial that installs it.
 
     Raises:
-      ModuleNotFoundError: It, or what it imports itself, is not installed; says how to.
+      ModuleNotFoundError: It, or what it imports itself, is not installed; the error says how to.
     """
     try:
         importlib.import_module(package)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GroupBy = Callable[[KeyPath], str]
-"""Says, by its key path, which group a leaf of the state is saved with."""
+"""Returns, by its key path, the group that a leaf of the state is saved with."""
 
 _PARAMS = "params"
 

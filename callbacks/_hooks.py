@@ -17,7 +17,6 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from flax_partial.callbacks import _directory
 from flax_partial.callbacks._copies import Copyable
 from flax_partial.callbacks._metrics import send
 
@@ -39,7 +38,7 @@ _HookT = TypeVar("_HookT", bound="Callable[..., None]")
 
 
 def in_training(hook: _HookT) -> _HookT:
-    """Has a hook do nothing while `setup` has said that nothing is trained in earnest."""
+    """Makes a hook do nothing while, after `setup`, there is no training."""
 
     @functools.wraps(hook)
     def run(self: TrainingHooks, *arguments: Any, **named: Any) -> None:
@@ -67,7 +66,7 @@ class TrainingHooks(Copyable):
     _has_ended_epoch = False  # of which no metric can come any more once something else begins
 
     def will_save(self, trainer: Any) -> bool:
-        """Whether the step under way is saved: cheap enough to ask at every layer."""
+        """Whether the step under way is saved: cheap enough to check at every layer."""
         step = self._step_before_batch(trainer) + 1
         epoch_ends = trainer.is_last_batch
         return not self.is_idle and self._saver.is_due(trainer, step, epoch_ends=epoch_ends)
@@ -106,10 +105,10 @@ class TrainingHooks(Copyable):
         """
         with self._blocked("on_fit_start", trainer):
             step = trainer.global_step
-            self._extras.metadata()  # what is wrong with them is said now
+            self._extras.metadata()  # what is wrong with them is raised now
             if self.restored is not None and self.restored.step == step > 0:
                 if not self._overwrite:
-                    _directory.check_none_later(self._run.directory, step)
+                    self._run.check_none_later(step)
             elif step != self._member.last_saved:
                 self._saver.epoch_began = step
             self._step_before = step
@@ -176,7 +175,7 @@ class TrainingHooks(Copyable):
 
     @in_training
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Finalizes; saves first where no batch was said to be the epoch's last."""
+        """Finalizes; saves first where no batch was marked as the epoch's last."""
         with self._blocked("on_train_epoch_end", trainer):
             step = trainer.global_step
             self._look(trainer)
@@ -225,7 +224,7 @@ class TrainingHooks(Copyable):
         try:
             self._send_costs(trainer)
         except Exception:
-            logger.exception("What checkpoints cost could not be reported.")
+            logger.exception("The metrics of finalized checkpoints could not be reported.")
 
     @in_training
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:

@@ -62,7 +62,7 @@ class Members:
         """Has checkpoints wait for the groups of a callback that is to save them.
 
         Raises:
-          ValueError: It and another callback want to keep different checkpoints.
+          ValueError: It and another callback keep different checkpoints.
         """
         with self._lock:
             one = member.retention
@@ -93,7 +93,7 @@ class Members:
         if step == 0:
             return member.saves_initial and member.last_saved is None
         schedule = member.schedule
-        is_time = member.clock is not None and member.clock.is_due(step)  # asked about every step
+        is_time = member.clock is not None and member.clock.is_due(step)  # checked at every step
         is_regular = is_time or schedule.is_step_due(step)
         is_last = (  # of its epoch, or run: never skipped
             (epoch_ends and (schedule.is_epoch_due(epoch) or member.last_skipped is not None))

@@ -41,7 +41,7 @@ def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 class StepMetrics:
-    """The metrics of the newest step, told from those of earlier ones.
+    """The metrics of the newest step, without those of earlier ones.
 
     A value is of an earlier step if it is the object that was there before. Python's numbers and
     texts may be one object by chance (all zeros are): in a mapping that is new they are new.
@@ -98,7 +98,7 @@ def is_misspelt(monitor: str, name: str) -> bool:
 
 
 def lacking(monitor: str, metrics: Mapping[str, Any], known: Iterable[str]) -> str:
-    """Says why a step has no score, as a sentence after a colon, and which metrics there are.
+    """Returns why a step has no score, as a sentence after a colon, and which metrics there are.
 
     Args:
       monitor: The metric that should score it.

@@ -1,4 +1,4 @@
-"""What the adapters take beside their own arguments, and how they say so.
+"""Options that adapters take beside their own arguments, and their documentation.
 
 An adapter hands all options but its own on to `PartialCheckpointCallback`. Type checkers and
 editors read them from the typed dicts here. `explicit` adds what is known at run time only: the
@@ -14,6 +14,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypedDict, TypeVar, cast
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from datetime import timedelta
 
@@ -55,6 +56,9 @@ class UnscheduledOptions(TypedDict, total=False):
     when_behind: Literal["wait", "skip"]
     on_metrics: OnMetrics | None
     progress: bool
+    local: str | os.PathLike[str] | None
+    local_keep_last: int
+    most_uploads: int
 
 
 class LoopOptions(UnscheduledOptions, total=False):
@@ -73,7 +77,7 @@ def explicit(
 
     Args:
       options: The typed dict of them.
-      like: What takes them in the end; its docstring says what each of them is.
+      like: What takes them in the end; its docstring describes each of them.
       **defaults: Those of the method that differ.
     """
     named = cast("Any", options).__optional_keys__

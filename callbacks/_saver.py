@@ -76,7 +76,7 @@ class StepSaver:
         return found
 
     def is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
-        """Whether `step` is to be saved: cheap enough to ask at every layer."""
+        """Whether `step` is to be saved: cheap enough to check at every layer."""
         return self._run.members.is_due(
             self._member, step, trainer.current_epoch, epoch_ends=epoch_ends
         )
@@ -139,7 +139,7 @@ class StepSaver:
             yield
         except Exception as error:
             if self._member.failures.are_raised:
-                error.add_note("No checkpoint is due yet; the first one would have failed so.")
+                error.add_note("No checkpoint is due yet; the first one would fail with this.")
                 raise
             logger.exception("The first checkpoint of %s will fail.", self._run.directory)
 

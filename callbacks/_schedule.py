@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flax_partial.callbacks.policies import Mode, SavedStep
 
 _ALL = -1  # as `save_top_k`
-# Words in the name of a metric that say which is better.
+# Words in the name of a metric that show which is better.
 _LARGER = re.compile(
     "acc|accuracy|auc|bleu|correlation|cosine|dice|f1|fbeta|fmeasure|iou|precision|psnr|r2|recall|"
     "reward|rouge|score|sensitivity|similarity|specificity|ssim"
@@ -148,7 +148,7 @@ class Retention:
 
     @property
     def about_unranked(self) -> str:
-        """Says what becomes of checkpoints without a score; "" if the score decides nothing."""
+        """Returns what becomes of checkpoints without a score; "" if the score decides nothing."""
         numbers = [policy.max_unranked for policy in self.policies if isinstance(policy, BestN)]
         if not numbers:
             return ""
@@ -163,10 +163,10 @@ class Retention:
 
 
 def direction(monitor: str | None, mode: Literal["min", "max", "auto"]) -> Mode:
-    """Returns whether the best score is the smallest or the largest; "auto" asks its name.
+    """Returns whether the best score is the smallest or the largest; "auto" goes by its name.
 
     Raises:
-      ValueError: `mode` is none of these, or the name does not say it.
+      ValueError: `mode` is none of these, or the name does not show it.
     """
     if mode not in ("min", "max", "auto"):
         raise ValueError(f"mode is {mode!r}; it must be 'min', 'max' or 'auto'.")

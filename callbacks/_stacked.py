@@ -125,7 +125,7 @@ def _axes(
 
 
 def not_cut(leaves: _leaves.Leaves, stacked: Mapping[str, Axes]) -> list[str]:
-    """Says what is saved whole, and was meant to be cut, as far as one can tell."""
+    """Returns, in words, what is saved whole and was probably meant to be cut."""
     if not stacked:
         return []
     values, named, followed = _matched(leaves, stacked)

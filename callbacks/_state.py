@@ -94,8 +94,10 @@ def lacks_optimizer(tree: Any) -> bool:
     if nnx is None:
         return False
     nodes = jax.tree.leaves(tree, is_leaf=_is_nnx)
-    return bool(nodes) and all(
-        isinstance(node, nnx.Module) and not isinstance(node, nnx.Optimizer) for node in nodes
+    return (
+        bool(nodes)
+        and all(isinstance(node, nnx.Module) for node in nodes)
+        and not any(isinstance(inner, nnx.Optimizer) for _, inner in nnx.iter_graph(nodes))
     )
 
 
@@ -172,5 +174,5 @@ def _is_train_state(node: Any) -> bool:
 
 
 def _is_tree(state: Any) -> bool:
-    """Whether JAX knows its structure: an opaque object is a leaf."""
+    """Whether it is a pytree to JAX: an opaque object is a leaf."""
     return state is not None and not jax.tree_util.all_leaves([state])

@@ -17,7 +17,7 @@ _SHOWN = 5
 
 
 def unrestored(names: Iterable[str], target: Leaves) -> str:
-    """Says which subtrees of a checkpoint a target has nothing of, and how many leaves each has.
+    """Returns which subtrees a target has nothing of, and how many leaves each has.
 
     Args:
       names: The names of the checkpoint's leaves.

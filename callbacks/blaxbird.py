@@ -1,6 +1,6 @@
 """blaxbird: a hook for `train_fn`, which calls it after each step.
 
-blaxbird asks nothing of a hook but to be called, so nothing of blaxbird is imported here.
+blaxbird needs nothing of a hook but to be callable, so nothing of blaxbird is imported here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class BlaxbirdCheckpoint(LoopCheckpoint):
         """Restores the optimizer, and the model in it, from the newest checkpoint, in place.
 
         Args:
-          optimizer: An NNX optimizer that knows its model.
+          optimizer: An NNX optimizer that holds its model.
           options: What `PartialCheckpointCallback.restore` takes beside the target.
 
         Returns:
@@ -87,7 +87,7 @@ class BlaxbirdCheckpoint(LoopCheckpoint):
 
 
 def _state_of(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Model and optimizer, each once: an optimizer that knows its model would bring it again."""
+    """Model and optimizer, each once: an optimizer that holds its model would bring it again."""
     return {
         "params": model,
         "opt_state": {"step": optimizer.step, "opt_state": optimizer.opt_state},

@@ -1,6 +1,6 @@
 """CLU: a periodic action that checkpoints, for loops that call `action(step)` after each step.
 
-CLU's module of them imports TensorFlow, which CLU does not ask for: the extra `clu` does.
+CLU's module of them imports TensorFlow, which CLU does not declare: the extra `clu` does.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class CluCheckpoint(LoopCheckpoint, PeriodicAction):
         Args:
           step: Steps done.
           t: The time, in seconds; by default, now.
-          state: What to save, unless `take_state` says it.
+          state: What to save, unless `take_state` returns it.
           metrics: What `monitor` may rank by; the numbers of it are stored with the checkpoint.
         """
         self._state, self._metrics = state, metrics

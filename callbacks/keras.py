@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_METRICS = "metrics_variables"  # sums that Keras starts anew with each epoch, of its own accord
+_METRICS = "metrics_variables"  # sums that Keras starts anew with each epoch
 _EPOCHS = "epochs_done"
 
 
@@ -150,7 +150,7 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
 
 @contextlib.contextmanager
 def _hinted() -> Iterator[None]:
-    """Says in an error what Keras does to the names of a model that is built again."""
+    """Adds to an error what Keras does to the names of a model that is built again."""
     try:
         yield
     except fp.TargetMismatchError as error:

@@ -112,7 +112,7 @@ class LightningCheckpoint(PartialCheckpointCallback, Callback):
 
     @in_training
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Finalizes; says so where an epoch has gone by without any step that counts."""
+        """Finalizes; warns where an epoch has gone by without any step that counts."""
         if trainer.global_step == 0:
             logger.warning(
                 "Lightning has counted no step in epoch %d, so nothing is saved: %s has optimizers "

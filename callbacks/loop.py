@@ -48,7 +48,7 @@ class LoopTrainer:
 
     @property
     def state(self) -> Any:
-        """The tree to save, asked for in steps that are saved only."""
+        """The tree to save; called in steps that are saved only."""
         return self._take_state()
 
 
@@ -211,7 +211,7 @@ def resume_options(resume: object) -> RestoreOptions | None:
 
 @contextlib.contextmanager
 def resuming() -> Iterator[None]:
-    """Says in errors how a loop that restores by itself is given the options they name."""
+    """Adds to errors how a loop that restores by itself is given the options they name."""
     try:
         yield
     except (fp.TargetMismatchError, fp.CheckpointExistsError) as error:

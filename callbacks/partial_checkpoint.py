@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import flax_partial as fp
-from flax_partial.callbacks import _directory, _state
+from flax_partial.callbacks import _state
 from flax_partial.callbacks._behind import WHEN_BEHIND
 from flax_partial.callbacks._clock import Clock
 from flax_partial.callbacks._groups import Grouping
@@ -26,10 +26,11 @@ from flax_partial.callbacks._restored import progress_of
 from flax_partial.callbacks._saver import StepSaver
 from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.callbacks._stateful import Extras
+from flax_partial.callbacks._tiers import best, choose, tiers_of
 from flax_partial.callbacks._unrestored import unrestored
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.progress import Bar
-from flax_partial.runs.directory import checked, probably_meant
+from flax_partial.runs.directory import checked, probably_meant, uploaded_to
 
 if TYPE_CHECKING:
     import os
@@ -111,6 +112,9 @@ class PartialCheckpointCallback(TrainingHooks):
         when_behind: Literal["wait", "skip"] = "wait",
         on_metrics: OnMetrics | None = None,
         progress: bool = False,
+        local: str | os.PathLike[str] | None = None,
+        local_keep_last: int = 1,
+        most_uploads: int = 2,
     ) -> None:
         """Prepares a callback; nothing is written before training begins.
 
@@ -149,8 +153,8 @@ class PartialCheckpointCallback(TrainingHooks):
             was set in a checkpoint's own step, or by a validation after it, is its score: a
             checkpoint that lacks it waits for that until the next step begins. By default, that of
             the first `BestN` of `keep`.
-          mode: Whether the best score is the smallest or the largest; "auto" tells by the words of
-            its name ("loss", "accuracy"), and refuses one that it does not know.
+          mode: Whether the best score is the smallest or the largest; "auto" goes by the words of
+            its name ("loss", "accuracy"), and refuses any other.
           save_top_k: Keep so many of the best checkpoints, and the newest 5 whose score is not
             known (`BestN` of `keep` takes another number). -1: all are kept, whatever else is said.
           keep_every_n_steps: Keep the first checkpoint at or after each n-th step.
@@ -184,10 +188,17 @@ class PartialCheckpointCallback(TrainingHooks):
             raises is raised by that hook, and harms no checkpoint.
           progress: Show a bar of bytes while training waits for checkpoints, or for one to be
             loaded, for longer than a second; none while a display of rich is running.
+          local: A directory on a fast disk, the local tier: checkpoints are saved there, and
+            uploaded to `directory` in the background. What is to be kept is said of `directory`. Of
+            several processes, all have to see it.
+          local_keep_last: How many of the newest checkpoints stay in the local tier once they are
+            uploaded.
+          most_uploads: How many checkpoints may wait to be uploaded, or be under way. Past it the
+            run is behind, and `when_behind` says what becomes of the next.
 
         Raises:
           ValueError: An option has a value that makes no sense, alone or with another; or
-            `directory` is a URL, or lies in a checkpoint.
+            `directory` is a URL without `local`, or lies in a checkpoint.
           TypeError: `stacked` maps something else than names to numbers, or tuples of them; one of
             `extras` has no state that can be got and set; or what is to be called cannot be.
         """
@@ -199,9 +210,11 @@ class PartialCheckpointCallback(TrainingHooks):
         failures = Failures(on_save_error)
         if when_behind not in WHEN_BEHIND:
             raise ValueError(f"when_behind is {when_behind!r}; it must be 'wait' or 'skip'.")
-        self.directory = checked(directory)
+        self.directory = checked(directory) if local is None else uploaded_to(directory)
         self.finalizer = finalizer or FinalizeHook()
-        self._run = self.finalizer.runs.of(self.directory)
+        self._run = self.finalizer.runs.of(
+            *tiers_of(self.directory, local, keep_last=local_keep_last, most_behind=most_uploads)
+        )
         options = options or fp.SaveOptions()
         if options.share_replicas is None:
             options = replace(options, share_replicas=True)
@@ -261,7 +274,8 @@ class PartialCheckpointCallback(TrainingHooks):
     @property
     def last_model_path(self) -> str:
         """The newest finalized checkpoint of the directory; "" while there is none."""
-        return str(fp.latest(self.directory) or "")
+        found = choose(self._run.places, self._member.retention, "latest")
+        return str(found[1]) if found else ""
 
     @property
     def best_model_path(self) -> str:
@@ -271,14 +285,14 @@ class PartialCheckpointCallback(TrainingHooks):
         """
         if self._member.retention.monitor is None:
             return self.last_model_path
-        best = _directory.best(self.directory, self._member.retention)
-        return str(best[1]) if best else ""
+        found = best(self._run.places, self._member.retention)
+        return str(found[1]) if found else ""
 
     @property
     def best_model_score(self) -> float | None:
         """The score that `best_model_path` was stored with; None without a score or a `monitor`."""
-        best = _directory.best(self.directory, self._member.retention)
-        return best[2] if best else None
+        found = best(self._run.places, self._member.retention)
+        return found[2] if found else None
 
     def save_now(self, trainer: Any, module: Any = None) -> Path:
         """Saves the newest finished step, due or not, and waits until it is finalized.
@@ -371,7 +385,7 @@ class PartialCheckpointCallback(TrainingHooks):
         )
         tree = self._saver.find(target, module) if _state.is_trainer(target) else target
         self.recover()
-        while found := _directory.choose(self.directory, self._member.retention, which):
+        while found := choose(self._run.places, self._member.retention, which):
             try:
                 state, step = self._restore(*found, tree, options, discard_later=discard_later)
             except fp.NoSessionError:
@@ -400,7 +414,7 @@ class PartialCheckpointCallback(TrainingHooks):
         discard_later: bool,
     ) -> tuple[Any, int]:
         if self._is_training and not discard_later:
-            _directory.check_none_later(self.directory, step, path)
+            self._run.check_none_later(step, path)
         described = fp.metadata(path)
         progress = progress_of(described.custom_metadata, step)
         extras = self._extras.find(
@@ -426,7 +440,7 @@ class PartialCheckpointCallback(TrainingHooks):
     def _tell_of_the_rest(
         self, described: fp.CheckpointMetadata, target: Any, options: _state.LoadOptions
     ) -> None:
-        """Says what of a checkpoint was not restored; with other names that is not looked for."""
+        """Logs what of a checkpoint was not restored; with other names that is not looked for."""
         if options["partial"] and not (options["renames"] or options["restack"]):
             names = (name for name in described.leaves if name != _STEP_LEAF)
             if rest := unrestored(names, flatten(_state.pure(_state.rooted(target)))):
@@ -441,7 +455,7 @@ class PartialCheckpointCallback(TrainingHooks):
 
 
 def _checked(custom_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns a copy of a run's metadata; of each value, a save says whether it can be stored."""
+    """Returns a copy of a run's metadata; whether a value can be stored is checked by the save."""
     metadata = dict(custom_metadata or {})
     if own := sorted(metadata.keys() & set(_OWN)):
         raise ValueError(

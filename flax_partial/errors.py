@@ -3,7 +3,7 @@
     PartialCheckpointError
     ├── CheckpointExistsError   (FileExistsError)    the finalized checkpoint is there already
     ├── NoSessionError          (FileNotFoundError)  nothing here to finalize, look at or load
-    ├── CheckpointInUseError    (BlockingIOError)    somebody is reading what was to be removed
+    ├── CheckpointInUseError    (BlockingIOError)    it is being read, or another run trains there
     ├── KeyConflictError        (ValueError)         two leaves cannot stand in one tree
     ├── UnsupportedLeafError    (TypeError)          a value that no checkpoint can hold
     │   └── EmptyStateError     (ValueError)         a state without a single leaf
@@ -37,7 +37,7 @@ class NoSessionError(PartialCheckpointError, FileNotFoundError):
 
 
 class CheckpointInUseError(PartialCheckpointError, BlockingIOError):
-    """Somebody reads, or writes, what was to be removed, or a run trains there; it is left."""
+    """It is being read or written, or a run trains in its directory; it was left as it is."""
 
 
 class KeyConflictError(PartialCheckpointError, ValueError):
@@ -73,11 +73,11 @@ class StoreError(PartialCheckpointError, OSError):
 
 
 class StoreAccessError(StoreError, PermissionError):
-    """An object store refused a request, or there are no credentials to ask it with."""
+    """An object store refused a request, or there are no credentials."""
 
 
 def how_to_install(extra: str) -> str:
-    """Says how to install what an extra of this package needs, from where it was installed."""
+    """Returns how to install what an extra of this package needs, from where it was installed."""
     if origin := _installed_from():
         return f"pip install '{origin}[{extra}]'"
     return f"pip install '.[{extra}]' in a checkout of flax_partial"

@@ -205,7 +205,7 @@ def new_file(path: Path) -> Iterator[int]:
 def make_directories(directory: Path) -> None:
     """Makes a directory and those above it that are missing, each durable before the next.
 
-    Also for a save that need not be durable: later nobody knows which of them were made.
+    Also for a save that need not be durable: later it is not known which of them were made.
     """
     missing = []
     while not directory.exists():
@@ -279,11 +279,11 @@ def remove_tree(directory: Path) -> None:
 
 @contextmanager
 def full_disk_explained(where: CheckpointPath, needed: Callable[[], int]) -> Iterator[None]:
-    """Has the error of a full disk, or a used-up quota, say what is needed and what is free.
+    """Adds to the error of a full disk, or a used-up quota, what is needed and what is free.
 
     Args:
       where: What is written.
-      needed: Says how many bytes, as far as that is known by then.
+      needed: Returns how many bytes, as far as that is known by then.
     """
     try:
         yield

@@ -4,13 +4,13 @@ A session lies where the checkpoint will be. Below `state/session/` are its cont
 which is put once, and whose names are never used again until the checkpoint is removed:
 
     <n>.open               {"id": SESSION}: a session begins; the one with the largest n counts
-    SESSION.closing.TOKEN  somebody is about to end it: a save that sees one waits for the verdict
+    SESSION.closing.TOKEN  a process is about to end it: a save that sees one waits for the verdict
     SESSION.withdrawn.PART the save of that part has failed: it does not count
     SESSION.verdict        the parts that the checkpoint is made of, or that the session is dropped
 
 Each step puts something and then looks for what others have put, so that of two at least one sees
-the other. A save puts its data, its table `part.json`, and then lists the control objects: nobody
-is ending the session, or it waits for the verdict and returns what that says. Finalize puts
+the other. A save puts its data, its table `part.json`, and then lists the control objects: no
+process is ending the session, or it waits for the verdict and returns that. Finalize puts
 `closing`, then lists the parts, checks them, puts the verdict if there is none, derives the root
 files from the verdict's parts alone, and puts `commit_success.txt`, if there is none, last. Any
 number may finalize at once: they write the same bytes. One that died is completed by the next.
@@ -79,7 +79,7 @@ class Listed(NamedTuple):
 
     @property
     def is_closing(self) -> bool:
-        """Whether somebody is about to end it."""
+        """Whether a process is about to end it."""
         return any(name.startswith(f"{self.id}.closing.") for name in self.control)
 
 
@@ -115,7 +115,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class _Known:
-    """What this process knows of the objects at a place; never wrong, since none is changed.
+    """What this process has read of the objects at a place; never wrong, since none is changed.
 
     Attributes:
       parts: Tables of the parts that it has written or read, by name.
@@ -232,7 +232,7 @@ class ControlObjects:
     # Saving.
 
     def look(self, known: OpenSession | None, *, is_busy: bool) -> OpenSession | None:
-        """Looks for the session; asks nothing of the store where one is known."""
+        """Looks for the session; sends no request where one is known."""
         if is_busy or (known is not None and known.mark not in self._known.ended):
             return known
         session, is_published = _together(self._list_control, self._is_published)
@@ -277,7 +277,7 @@ class ControlObjects:
         verdict = self._verdict(session.id)
         if verdict is not None and verdict.kind == _FINALIZE:
             raise CheckpointExistsError(
-                f"{self.final} is being finalized. If nobody is at it any more, call finalize "
+                f"{self.final} is being finalized. If its process has ended, call finalize "
                 "again, which completes it."
             )
 
@@ -303,7 +303,7 @@ class ControlObjects:
         self._known.parts[name] = decode_part(table, where=name)
 
     def _settle(self, name: str) -> None:
-        """Returns once a part counts: nobody is ending the session, or its verdict has the part.
+        """Returns once a part counts: the session is not being ended, or its verdict has the part.
 
         It has to be the last thing that a save does, after its table is there.
         """
@@ -331,14 +331,14 @@ class ControlObjects:
                 )
             if time.monotonic() > deadline:
                 raise StoreError(
-                    f"{self.final}: a finalize has begun and does not end. If nobody is at it any "
-                    "more, call finalize again, or abort; then save this part again."
+                    f"{self.final}: a finalize has begun and does not end. If its process has "
+                    "ended, call finalize again, or abort; then save this part again."
                 )
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECS)
 
     def remove_part(self, name: str) -> None:
-        """Withdraws a part; deletes it only where nobody can have decided that it counts."""
+        """Withdraws a part; deletes it only where no process can have decided that it counts."""
         if name in self._known.tabled:
             self.store.put(f"{_CONTROL}{mark_of(name)}.withdrawn.{own_name(name)}", [b"{}"])
             self._known.tabled.discard(name)
@@ -470,7 +470,7 @@ class ControlObjects:
         if session.has_verdict:
             verdict = self._verdict(session.id)
             if verdict is None or verdict.kind == ABORT:
-                self._drop(session.id)  # which somebody else has begun
+                self._drop(session.id)  # which another process has begun
                 raise self.no_session()
         fence = f"{_CONTROL}{session.id}.closing.{uuid.uuid4().hex}"
         if not session.has_verdict:
@@ -504,7 +504,7 @@ class ControlObjects:
         contents: bytes,
         torn: Sequence[str],  # noqa: ARG002
     ) -> None:
-        """Puts what is derived, and then the one object by which readers know the checkpoint."""
+        """Puts what is derived, and then the one object by which readers find the checkpoint."""
         assert self._ending is not None  # noqa: S101
         session = self._ending.id
         named = [(name, list(pieces)) for name, pieces in root_files() if name != MARK]
@@ -517,7 +517,7 @@ class ControlObjects:
             self.store.delete([MARK] if is_mine else [])  # removed while this process slept
             raise self.no_session()
         if not is_mine:
-            raise CheckpointExistsError(f"{self.final} was finalized by somebody else meanwhile.")
+            raise CheckpointExistsError(f"{self.final} was finalized by another process meanwhile.")
         self._sweep(session, entries)
 
     def _sweep(self, session: str, entries: Sequence[Entry]) -> None:
@@ -572,7 +572,7 @@ class StorePlace(ControlObjects):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Says of what cannot be read if it was removed meanwhile."""
+        """Raises NoSessionError where reading fails because it was removed meanwhile."""
         try:
             yield
         except (CorruptCheckpointError, FileNotFoundError) as error:
@@ -621,7 +621,7 @@ class StorePlace(ControlObjects):
         return object_data.read_stored(self.store, self._known.sources, regions)
 
     def remove_checkpoint(self) -> None:
-        """Deletes the mark first: from then on nobody takes what is left for a checkpoint."""
+        """Deletes the mark first: from then on no reader takes what is left for a checkpoint."""
         if not self._is_published():
             raise NoSessionError(f"There is no checkpoint at {self.final}.")
         self.store.delete([MARK])

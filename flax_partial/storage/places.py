@@ -86,7 +86,7 @@ def _is_same_directory(one: str, other: Path) -> bool:
 
 
 def _is_utf8(text: str) -> bool:
-    """Whether tensorstore can be told of this path: it knows no surrogates."""
+    """Whether tensorstore takes this path: it refuses surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

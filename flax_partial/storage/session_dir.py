@@ -70,7 +70,7 @@ def lock_for_saving(where: CheckpointPath, known: DirectoryLock | None) -> Direc
         try:
             require_absent(where)
         except CheckpointExistsError:
-            if is_ours:  # made for nothing: somebody else has finalized meanwhile
+            if is_ours:  # made for nothing: another process has finalized meanwhile
                 with contextlib.suppress(OSError):
                     os.rmdir(where.session)
             raise
@@ -88,11 +88,11 @@ def lock_for_saving(where: CheckpointPath, known: DirectoryLock | None) -> Direc
 
 @contextmanager
 def locked_exclusively(where: CheckpointPath, pause: Callable[[], None]) -> Iterator[None]:
-    """Keeps everybody else out of a session; waits until nobody saves into it.
+    """Locks all others out of a session; waits until no save into it is under way.
 
     Args:
       where: The session.
-      pause: Called between two tries, while somebody does; what it raises ends the wait.
+      pause: Called between two tries, while one is; what it raises ends the wait.
 
     Raises:
       NoSessionError: There is no session, or none any more.
@@ -113,7 +113,7 @@ def locked_exclusively(where: CheckpointPath, pause: Callable[[], None]) -> Iter
 
 
 def create_session(where: CheckpointPath) -> bool:
-    """Makes the directory; returns whether nobody else had done so."""
+    """Makes the directory; returns whether no other process had done so."""
     files.make_directories(where.session.parent)
     try:
         os.mkdir(where.session)
@@ -205,7 +205,7 @@ def require_absent(where: CheckpointPath) -> None:
     """Raises CheckpointExistsError if anything is at the final path."""
     if os.path.lexists(where.final):
         raise CheckpointExistsError(
-            f"{where.final} exists already, finalized or made by somebody else. "
+            f"{where.final} exists already, finalized or made by another program. "
             "Use another path, or remove it first."
         )
 
@@ -357,7 +357,7 @@ def remove_part(where: CheckpointPath, name: str) -> None:
 
 
 def may_have_table(where: CheckpointPath, name: str) -> bool:
-    """Whether a part's table of contents is there, or nobody can say."""
+    """Whether a part's table of contents is there, or may be."""
     try:
         os.lstat(where.state / name / PART_TABLE)
     except (FileNotFoundError, NotADirectoryError):

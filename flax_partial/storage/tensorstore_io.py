@@ -104,7 +104,7 @@ def read_regions(state: Path, regions: Sequence[Region]) -> list[np.ndarray | Ex
 
     Returns:
       For each region its data, C-contiguous and the caller's own, or a `CorruptCheckpointError`
-      that names the leaf; an `OSError` where the system refused to read, which says nothing of
+      that names the leaf; an `OSError` where the system refused to read, which does not tell of
       the data.
     """
     return _read(_Reader(_database(state), _context()), regions, state)
@@ -231,7 +231,7 @@ def open_stores(
       fill_missing: Whether a chunk that is not there means zeros; an error when reading otherwise.
 
     Returns:
-      For each name the open array, or what tensorstore says.
+      For each name the open array, or tensorstore's error.
     """
     context = _context()
     base: dict[str, Any] = _database(directory) if in_database else {"driver": "file"}
@@ -262,7 +262,7 @@ def read_stores(regions: Sequence[tuple[Store, Shape, Shape]]) -> list[np.ndarra
     """Reads boxes of open arrays, all at once: each an array, the box's start and its shape.
 
     Returns:
-      For each box its data, C-contiguous and the caller's own, or what tensorstore says.
+      For each box its data, C-contiguous and the caller's own, or tensorstore's error.
     """
     started = [
         _too_large(store, shape) or store[slices(start, shape)].read()
@@ -276,7 +276,7 @@ def read_stores(regions: Sequence[tuple[Store, Shape, Shape]]) -> list[np.ndarra
 
 
 def _too_large(store: Store, shape: Shape) -> Exception | None:
-    """Says why there is no memory for a box, or for one chunk of its array.
+    """Returns why there is no memory for a box, or for one chunk of its array.
 
     A damaged shape can be of any size, and tensorstore ends the process where NumPy raises.
     """
@@ -296,7 +296,7 @@ def _result(future: ts.Future[Any]) -> Any:
 
 
 def _refusal(error: ValueError, directory: Path) -> OSError | None:
-    """Returns what the operating system said, if it refused to read: the data may be as it was."""
+    """Returns the operating system's error, if it refused to read: the data may be as it was."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     if found is None:
         return None

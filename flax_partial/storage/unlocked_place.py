@@ -1,12 +1,12 @@
 """A checkpoint on a file system whose locks do not hold between machines, or that has none.
 
 A session is a directory, as everywhere, and is published by a rename. Who may save into it, and
-what the checkpoint is made of, is told by control files in it, `state/session/`, as in an object
+what the checkpoint is made of, is shown by control files in it, `state/session/`, as in an object
 store (`object_place`). Each is made under another name and linked to its own: of two processes that
 make one, one does.
 
 A session's directory is never used for another one. A process that was stopped, and goes on when
-its session is gone, finds nothing at the paths that it knows, or a session of another name.
+its session is gone, finds nothing at the paths that it has, or a session of another name.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         LocalPlace.require_absent(self)
 
     def full_disk_explained(self, needed: Callable[[], int]) -> AbstractContextManager[None]:
-        """Has the error of a full disk say what is needed, in bytes, and what is free."""
+        """Adds to the error of a full disk what is needed, in bytes, and what is free."""
         return LocalPlace.full_disk_explained(self, needed)
 
     # Saving.
@@ -108,7 +108,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
             try:
                 self.require_absent()
             except CheckpointExistsError:
-                if is_ours:  # made for nothing: somebody else has finalized meanwhile
+                if is_ours:  # made for nothing: another process has finalized meanwhile
                     with contextlib.suppress(OSError):
                         os.rmdir(self.session)
                 raise
@@ -135,7 +135,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
 
     @contextmanager
     def gone_explained(self, name: str) -> Iterator[None]:
-        """Has the error of a directory that is not there say how the session of a part ended."""
+        """Adds to the error of a missing directory how the session of a part ended."""
         try:
             yield
         except FileNotFoundError as error:
@@ -152,7 +152,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         self._settle(name)
 
     def remove_part(self, name: str) -> None:
-        """Withdraws a part; removes it only where nobody can have decided that it counts."""
+        """Withdraws a part; removes it only where no process can have decided that it counts."""
         if name not in self._known.tabled:
             session_dir.remove_part(self, name)
             return
@@ -178,7 +178,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         ending = self._ending
         found = ControlObjects.read_parts(self, process=process, known=known, failed=failed)
         if ending is not None and self._list_control().id != ending.id:
-            raise self.no_session()  # somebody else has ended it
+            raise self.no_session()  # another process has ended it
         if found.decided_ns is None:  # a part of which there is only the directory is torn, too
             seen = {*found.committed, *found.torn, *found.damaged}
             names = parts.part_names(self.state)
@@ -262,7 +262,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
             raise self.no_session()
 
     def _remove_others(self, state: Path) -> None:
-        """Removes the parts that do not count, and control files that nobody needs any more."""
+        """Removes the parts that do not count, and control files that are not needed any more."""
         assert self._ending is not None  # noqa: S101
         verdict = self._verdict(self._ending.id)
         kept = frozenset(verdict.parts if verdict else ())
@@ -309,7 +309,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Says of what cannot be read if it was removed meanwhile."""
+        """Raises NoSessionError where reading fails because it was removed meanwhile."""
         before = _identity(self.final)
         try:
             with LocalPlace.reading(self):

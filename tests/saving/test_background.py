@@ -502,7 +502,7 @@ def test_of_finalizes_at_once_in_threads_one_commits(tmp_path: Path) -> None:
 def test_abort_holds_no_lock_for_a_queued_save_that_it_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While another caller is about to claim: nobody else would give the lock back."""
+    """While another caller is about to claim: no other call would give the lock back."""
     gates = {"c": threading.Event(), "busy": threading.Event()}
     at_gate, commit = threading.Semaphore(0), session_dir.commit_part
 
