@@ -94,7 +94,7 @@ def state_of(key: str, number: int) -> dict[str, Any]:
 # --- in the processes -----------------------------------------------------------------------------
 
 
-def work(  # noqa: PLR0913 - passed on as they are
+def work(  # noqa: PLR0917 - passed on as they are
     directory: Path, seed: int, threads: int, secs: float, current: Synchronized[int], locks: str
 ) -> None:
     """Does as much as it can in some seconds, and leaves its notes."""
