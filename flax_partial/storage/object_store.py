@@ -56,6 +56,8 @@ _GOOGLE_VARIABLES = (
     "GOOGLE_SERVICE_ACCOUNT_PATH",
     "GOOGLE_SKIP_SIGNATURE",
 )
+# Writes are signed whatever `skip_signature` says, unless an account's file says not to.
+_NOBODY = {"disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
 _HOW_TO_GIVE = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass access_key_id and "
     "secret_access_key to flax_partial.store_options; those in ~/.aws are found where boto3 is "
@@ -224,8 +226,11 @@ def _connect(url: Url, options: _Options) -> Any:
             return _s3(url, config, common)
         if url.scheme == "gs":
             if "endpoint" in config:
-                config["base_url"] = config.pop("endpoint")
-                config.setdefault("skip_signature", "true")
+                endpoint = config.pop("endpoint")
+                if _has_google_credentials(config):
+                    config["base_url"] = endpoint
+                else:
+                    config["service_account_key"] = json.dumps(_NOBODY | {"gcs_base_url": endpoint})
             elif not _has_google_credentials(config):
                 place = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
                 _require_metadata_server(url, place)

@@ -1,9 +1,10 @@
 """Several processes, each a thread here, that save into, finalize and abort one checkpoint at once.
 
-    python tests/helpers/store_races.py SECONDS [URL]
+    python tests/long_runs store_races 60
+    python tests/long_runs store_races 60 's3://bucket/r{trial}?endpoint=http://...&region=r{me}'
 
 Each is told from the others by a parameter of its URL, by which the package takes it for another
-checkpoint; the objects are the same.
+checkpoint; the objects are the same. Without a URL they race in memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import random
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,9 +114,13 @@ def main(seconds: float, url: str = "") -> None:
     end, seed, outcomes = time.monotonic() + seconds, 0, Counter[tuple[str, str]]()
     while time.monotonic() < end:
         another_process()
-        place = f"{url}{seed}" if url else memory()
-        calls = race(lambda me, place=place: f"{place}?p={me}", seed)  # type: ignore[misc]
-        check(place, calls)
+        template = url.replace("{trial}", f"{uuid.uuid4().hex}") or memory() + "?p={me}"
+
+        def url_of(me: int, template: str = template) -> str:
+            return template.replace("{me}", str(me))
+
+        calls = race(url_of, seed)
+        check(url_of(99), calls)
         outcomes.update((call.kind, call.outcome) for call in calls)
         seed += 1
     sys.stdout.write(f"{seed} trials held: {dict(outcomes)}\n")
