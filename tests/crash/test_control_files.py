@@ -1,4 +1,4 @@
-"""Killed anywhere while control files take the place of locks, finalize completes what was saved."""
+"""Killed anywhere where control files are, not locks: finalize completes what was saved."""
 
 from __future__ import annotations
 
