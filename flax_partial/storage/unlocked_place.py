@@ -165,7 +165,10 @@ class UnlockedPlace(ControlObjects, LocalPlace):
 
     def is_session(self) -> bool:
         """Whether there is an unfinished checkpoint."""
-        return session_dir.is_session(self) and ControlObjects.is_session(self)
+        if not session_dir.is_session(self):
+            return False
+        # A process may have died before it opened one in the directory that it had made.
+        return not self._control_names() or ControlObjects.is_session(self)
 
     def read_parts(
         self,
@@ -199,6 +202,8 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                 self._directory, ending = directory, ""
                 try:
                     session_dir.check_state(self)
+                    if not self._control_names() and self._is_current():
+                        self.enter(None)  # its directory was made by a process that then died
                     with ControlObjects.locked_exclusively(self, pause):
                         ending = self._ending.id if self._ending else ""
                         yield

@@ -193,6 +193,21 @@ def o_direct_refused_late(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(os, "writev", refusing)
 
 
+def no_flock(patch: pytest.MonkeyPatch, code: int = errno.ENOSYS) -> None:
+    """The file system has no locks, as Lustre's where it is mounted without them."""
+
+    def refusing(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    patch.setattr(fcntl, "flock", refusing)
+
+
+def poor_cluster(patch: pytest.MonkeyPatch) -> None:
+    """No locks, no hard links, no fsync of directories, and O_DIRECT fails late."""
+    for mask in (no_flock, no_links, fsync_refused, o_direct_refused_late):
+        mask(patch)
+
+
 MASKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "none": lambda _: None,
     "no O_DIRECT": no_o_direct,
@@ -207,6 +222,10 @@ MASKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no fsync of directories": fsync_refused,
     "no hard links": no_links,
     "O_DIRECT refused late": o_direct_refused_late,
+    "no flock (ENOSYS)": no_flock,
+    "no flock (ENOTSUP)": lambda patch: no_flock(patch, errno.ENOTSUP),
+    "no flock (ENOLCK)": lambda patch: no_flock(patch, errno.ENOLCK),
+    "a poor cluster": poor_cluster,
 }
 # `small_transfers` imports the package, so it comes last.
 TOGETHER = {

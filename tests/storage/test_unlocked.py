@@ -1,0 +1,168 @@
+"""Where locks are missing, or hold on one machine only, control files take their place."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import other_systems
+import pytest
+import stress
+from things import QUICK, X
+
+import flax_partial as fp
+from flax_partial.storage import locks, medium, object_place, places
+from flax_partial.storage.medium import Mount
+
+KINDS = {
+    **dict.fromkeys(
+        ("ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "fuse.fuse-overlayfs"), True
+    ),
+    **dict.fromkeys(("ceph", "gfs2", "ocfs2", "fuse.rclone", "fuse.s3fs", "fuse"), True),
+    **dict.fromkeys(("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "wekafs"), False),
+    **dict.fromkeys(("fuse.sshfs", "fuse.glusterfs", "fuse.juicefs", "fuse.JuiceFS"), False),
+}
+
+
+def mounted(patch: pytest.MonkeyPatch, kind: str) -> None:
+    """Has everything lie on a file system of that type."""
+    mount = Mount(kind, "server:/export", "/scratch", frozenset(("rw",)))
+    patch.setattr(medium, "mount_of", lambda _: mount)
+    patch.setattr(medium, "_said", set())
+
+
+@pytest.fixture
+def unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(locks.VARIABLE, "files")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_type_of_the_file_system_decides(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(locks.VARIABLE, raising=False)
+    mounted(monkeypatch, kind)
+    caplog.set_level(logging.INFO)
+    for name in ("1", "2"):
+        fp.save(tmp_path / name, {"a": X}, options=QUICK)
+        assert (tmp_path / f"{name}.partial_save" / "state" / "session").is_dir() != KINDS[kind]
+        fp.finalize(tmp_path / name)
+    texts = [one.getMessage() for one in caplog.records if "control files" in one.getMessage()]
+    assert len(texts) == (0 if KINDS[kind] else 1)
+    assert all(f"/scratch ({kind}) has no locks that hold between" in text for text in texts)
+    assert {one.levelno for one in caplog.records if one.getMessage() in texts} <= {logging.INFO}
+
+
+def test_the_environment_decides_before_the_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted(monkeypatch, "lustre")
+    for chosen, shared in (("flock", True), ("files", False), ("auto", False), ("", False)):
+        monkeypatch.setenv(locks.VARIABLE, chosen)
+        assert locks.are_shared(tmp_path) == shared
+    monkeypatch.setenv(locks.VARIABLE, "fcntl")
+    with pytest.raises(ValueError, match="FLAX_PARTIAL_LOCKS is 'auto', 'flock' or 'files'"):
+        fp.save(tmp_path / "1", {"a": X})
+    monkeypatch.setenv(locks.VARIABLE, "flock")
+    other_systems.no_flock(monkeypatch)
+    with pytest.raises(OSError, match="FLAX_PARTIAL_LOCKS=flock, and it has no locks"):
+        fp.save(tmp_path / "1", {"a": X})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_names_cannot_be_put_if_absent_either_an_error_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_systems.no_flock(monkeypatch)
+    other_systems.no_links(monkeypatch)
+    other_systems.plain_c_library(monkeypatch)
+    with pytest.raises(OSError, match=r"neither hard links nor exclusive renames.*LOCKS=flock"):
+        fp.save(tmp_path / "1", {"a": X})
+
+
+def test_session_goes_on_by_the_rules_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for began, goes_on in (("files", "flock"), ("flock", "files")):
+        path = tmp_path / began
+        for chosen, name in ((began, "a"), (goes_on, "b")):
+            monkeypatch.setenv(locks.VARIABLE, chosen)
+            fp.save(path, {name: X}, options=QUICK)
+        fp.finalize(path)
+        assert sorted(fp.load(path)) == ["a", "b"]
+        assert (path / "state" / "session").is_dir() == (began == "files")
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_what_is_left_of_a_finalize_is_completed_and_of_an_abort_not(tmp_path: Path) -> None:
+    fp.save(tmp_path / "1", {"a": X}, options=QUICK)
+    place = places.resolve(tmp_path / "1")
+    with place.locked_exclusively(lambda: None):  # and dies: its fence and its verdict stay
+        found = place.read_parts()
+        place.decide(found.committed, committed_ns=7)
+    with pytest.raises(fp.CheckpointExistsError, match="is being finalized"):
+        fp.save(tmp_path / "1", {"b": X})
+    assert fp.finalize(tmp_path / "1").committed_at == 7e-9
+    left = [one.name for one in (tmp_path / "1" / "state" / "session").iterdir()]
+    assert sorted(name.partition(".")[2] for name in left) == ["open", "verdict"]
+    fp.save(tmp_path / "2", {"a": X}, options=QUICK)
+    fp.abort(tmp_path / "2")
+    with pytest.raises(fp.NoSessionError):
+        fp.abort(tmp_path / "2")
+    assert [one.name for one in tmp_path.iterdir()] == ["1"]
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_save_that_meets_a_fence_waits_for_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.05)
+    fp.save(tmp_path / "1", {"a": X}, options=QUICK)
+    place = places.resolve(tmp_path / "1")
+    with place.locked_exclusively(lambda: None):
+        with pytest.raises(fp.StoreError, match="a finalize has begun and does not end"):
+            fp.save(tmp_path / "1", {"late": X}, options=QUICK)
+        assert len(place.read_parts().committed) == 1  # it was withdrawn
+        place.decide(place.read_parts().committed, committed_ns=7)
+    fp.finalize(tmp_path / "1")
+    assert sorted(fp.load(tmp_path / "1")) == ["a"]
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_stranger_with_the_same_number_is_not_taken_for_ones_own_session(tmp_path: Path) -> None:
+    """A session that was dropped, and another one in its place: a save does not count as saved."""
+    fp.save(tmp_path / "1", {"a": X}, options=QUICK)
+    control = tmp_path / "1.partial_save" / "state" / "session" / "0.open"
+    real = places.resolve(tmp_path / "1")
+    opened = real.enter(None)
+    new = real.create_part(f"part.{0:019d}.p0.{opened.mark}{opened.mark}")
+    control.write_text(json.dumps({"id": "another12345"}))
+    with pytest.raises(fp.NoSessionError, match="aborted before this part was written"):
+        new.commit(b"{}", has_data_file=False, durable=False)
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_reader_is_told_that_what_it_reads_was_removed(tmp_path: Path) -> None:
+    fp.save(tmp_path / "1", {"a": X}, options=QUICK)
+    fp.finalize(tmp_path / "1")
+    place = places.resolve(tmp_path / "1")
+
+    def read() -> None:
+        with place.reading():
+            (tmp_path / "1").rename(tmp_path / "away")
+            (tmp_path / "1" / "state" / "contents.json").read_bytes()
+
+    with pytest.raises(fp.NoSessionError, match="was removed while it was read"):
+        read()
+
+
+def test_all_at_once_is_as_if_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seconds of `stress.py --locks files`, which says what holds; a script for longer."""
+    monkeypatch.setenv(locks.VARIABLE, "files")
+    how = {"processes": 4, "threads": 4, "seed": 11}
+    count, faults = stress.run(tmp_path, **how, secs=2.0, locks="files")
+    assert not faults, "\n".join(faults[:20])
+    assert count > 100
