@@ -63,6 +63,6 @@ class Behind:
                 timeout_secs=self._timeout_secs,
             )
         except Exception as error:  # noqa: BLE001 - of the service; the save, too, will report it
-            logger.debug("There was no agreement about whether to skip a step: %s", error)
+            logger.debug("The processes could not agree on whether to skip a step: %s", error)
             return False
         return skips

@@ -112,7 +112,7 @@ class Clock:
                     return
                 self._agree_on_step(name)
             except Exception as error:  # noqa: BLE001 - of the service, or another process
-                logger.debug("There was no agreement about when to save: %s", error)
+                logger.debug("The processes could not agree on when to save: %s", error)
                 time.sleep(min(1.0, self._interval_secs))
 
     def _wait_until_time(self) -> bool:

@@ -38,7 +38,7 @@ _HookT = TypeVar("_HookT", bound="Callable[..., None]")
 
 
 def in_training(hook: _HookT) -> _HookT:
-    """Makes a hook do nothing while, after `setup`, nothing is trained in earnest."""
+    """Makes a hook do nothing while, after `setup`, there is no training."""
 
     @functools.wraps(hook)
     def run(self: TrainingHooks, *arguments: Any, **named: Any) -> None:
@@ -224,7 +224,7 @@ class TrainingHooks(Copyable):
         try:
             self._send_costs(trainer)
         except Exception:
-            logger.exception("What checkpoints cost could not be reported.")
+            logger.exception("The metrics of finalized checkpoints could not be reported.")
 
     @in_training
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:

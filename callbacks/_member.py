@@ -48,7 +48,7 @@ class Failures:
     def log_all(self) -> None:
         """Logs the errors that can no longer be raised, because another one is under way."""
         while self._waiting:
-            logger.error("A checkpoint had failed, too.", exc_info=self._waiting.popleft())
+            logger.error("Another checkpoint has failed, too.", exc_info=self._waiting.popleft())
 
 
 @dataclass(eq=False, kw_only=True)

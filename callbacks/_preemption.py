@@ -152,7 +152,9 @@ class _Handler:
         if before in (None, signal.SIG_IGN):  # set by other than Python, or to be ignored
             return
         if threading.current_thread() is not threading.main_thread():
-            logger.debug("Training runs in a thread that cannot listen to signals.")
+            logger.debug(
+                "Training does not run in the main thread, so that it cannot listen to signals."
+            )
             return
         signal.signal(self._number, self._record)
         self.before, self._is_set = before, True
@@ -170,7 +172,7 @@ class _Handler:
         for listener in listeners:
             listener.requested_by = number
         if listeners and _is_distributed():
-            signal.raise_signal(signal.SIGTERM)  # which JAX's own handler hears
+            signal.raise_signal(signal.SIGTERM)  # which JAX's own handler receives
         if not listeners:  # all were garbage before their training ended
             self._bring_back()
             signal.raise_signal(number)

@@ -139,7 +139,7 @@ class StepSaver:
             yield
         except Exception as error:
             if self._member.failures.are_raised:
-                error.add_note("No checkpoint is due yet; the first one would have failed so.")
+                error.add_note("No checkpoint is due yet; the first one would fail with this.")
                 raise
             logger.exception("The first checkpoint of %s will fail.", self._run.directory)
 

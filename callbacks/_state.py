@@ -94,8 +94,10 @@ def lacks_optimizer(tree: Any) -> bool:
     if nnx is None:
         return False
     nodes = jax.tree.leaves(tree, is_leaf=_is_nnx)
-    return bool(nodes) and all(
-        isinstance(node, nnx.Module) and not isinstance(node, nnx.Optimizer) for node in nodes
+    return (
+        bool(nodes)
+        and all(isinstance(node, nnx.Module) for node in nodes)
+        and not any(isinstance(inner, nnx.Optimizer) for _, inner in nnx.iter_graph(nodes))
     )
 
 

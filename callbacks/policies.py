@@ -189,4 +189,4 @@ def check_interval(name: str, value: timedelta | None) -> None:
     if not isinstance(value, timedelta):
         raise TypeError(f"{name} is {value!r}; it must be a datetime.timedelta, or None.")
     if value <= timedelta(0):
-        raise ValueError(f"{name} is {value}; it must be longer than nothing, or None.")
+        raise ValueError(f"{name} is {value}; it must be positive, or None.")

@@ -3,7 +3,7 @@
     PartialCheckpointError
     ├── CheckpointExistsError   (FileExistsError)    the finalized checkpoint is there already
     ├── NoSessionError          (FileNotFoundError)  nothing here to finalize, look at or load
-    ├── CheckpointInUseError    (BlockingIOError)    what was to be removed is being read
+    ├── CheckpointInUseError    (BlockingIOError)    it is being read, or another run trains there
     ├── KeyConflictError        (ValueError)         two leaves cannot stand in one tree
     ├── UnsupportedLeafError    (TypeError)          a value that no checkpoint can hold
     │   └── EmptyStateError     (ValueError)         a state without a single leaf
@@ -37,7 +37,7 @@ class NoSessionError(PartialCheckpointError, FileNotFoundError):
 
 
 class CheckpointInUseError(PartialCheckpointError, BlockingIOError):
-    """What was to be removed is read or written, or a run trains there; it is left."""
+    """It is being read or written, or a run trains in its directory; it was left as it is."""
 
 
 class KeyConflictError(PartialCheckpointError, ValueError):

@@ -179,7 +179,7 @@ class Output:
           WrongUseError: Standard input is no terminal.
         """
         if not sys.stdin.isatty():
-            raise WrongUseError(f"nobody can be asked here: pass --yes to {do}")
+            raise WrongUseError(f"there is no terminal to ask on: pass --yes to {do}")
         self.note(about)
         print(f"{do.capitalize()}? [y/N] ", end="", file=sys.stderr, flush=True)  # noqa: T201
         return sys.stdin.readline().strip().lower() in ("y", "yes")

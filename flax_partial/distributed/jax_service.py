@@ -131,7 +131,7 @@ def _silence(secs: float) -> IncompleteCheckpointError:
 
 def _lost(what: str) -> IncompleteCheckpointError:
     return IncompleteCheckpointError(
-        f"Process 0 may have died: JAX's coordination service, which lives there unless it was "
+        f"Process 0 may have died: JAX's coordination service, which runs there unless it was "
         f"started apart, {what} Nothing was lost: look whether the checkpoint is there, or start "
         "all processes anew."
     )

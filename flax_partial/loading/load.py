@@ -244,7 +244,7 @@ def _meant(lacking: Sequence[str], leaves: Sequence[Leaf], found: Container[str]
     ends = [name for name in others if name.endswith(f".{lacking[0]}")]
     for root in sorted((name.removesuffix(f".{lacking[0]}") for name in ends), key=len):
         if all(f"{root}.{name}" in others for name in lacking):
-            return [f"The checkpoint has the like below {root!r}: pass {{{root!r}: target}}."]
+            return [f"The checkpoint has such leaves below {root!r}: pass {{{root!r}: target}}."]
     close = {name: difflib.get_close_matches(name, others, n=1) for name in lacking}
     likely = [f"{names[0]!r} for {name!r}" for name, names in close.items() if names]
     return [f"The checkpoint has {', '.join(likely)}."] if likely else []

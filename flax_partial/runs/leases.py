@@ -72,7 +72,7 @@ class Sign(enum.Enum):
 
     FREE = "none is held, or its holder is dead"
     LIVE = "its holder lives"
-    UNKNOWN = "nobody can say yet"
+    UNKNOWN = "it is not known yet"
 
 
 @dataclass
@@ -250,7 +250,7 @@ class Lease:
                 data = self._store.get(_key(self._name, newest))
                 self.lost_to = described(_parsed(data or b""))
                 logger.error(
-                    "%s/%s was taken by another process (%s): this one had given no sign of life "
+                    "%s/%s was taken by another process (%s): this one had not renewed its lease "
                     "for %g s.",
                     *(self._store.url, self._name, self.lost_to, self._pace.grace_secs),
                 )

@@ -72,7 +72,11 @@ class Life:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
-            logger.warning("Others cannot see that a run trains in %s: %s", self._directory, error)
+            logger.warning(
+                "Other processes cannot be shown that a run trains in %s: %s",
+                self._directory,
+                error,
+            )
             return
         store = _store(self._directory)
         self._held = self._lock(folder / _FILE) if store is None else self._lease(store)
@@ -97,8 +101,8 @@ class Life:
     def _taken(self, who: str) -> CheckpointInUseError:
         return CheckpointInUseError(
             errno.EWOULDBLOCK,
-            f"Another run trains in this directory ({who}), which the steps of two would mix "
-            "in. Callbacks of one process that save into one directory share a FinalizeHook "
+            f"Another run trains in this directory ({who}), and the steps of two runs would mix. "
+            "Callbacks of one process that save into one directory share a FinalizeHook "
             "(finalizer=); another job takes a directory of its own, or waits for that one to "
             "end",
             str(self._directory),
@@ -175,7 +179,7 @@ def recovering(directory: Path, timeout_secs: float) -> Iterator[None]:
         if not is_ours:
             raise CheckpointInUseError(
                 errno.EWOULDBLOCK,
-                f"Another process has recovered it for more than {timeout_secs:g} s",
+                f"Another process has been recovering it for more than {timeout_secs:g} s",
                 str(directory),
             )
         yield
