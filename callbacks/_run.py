@@ -366,7 +366,7 @@ class Run:
         names = frozenset(self.open_checkpoints.metric_names)
         for monitor in member.retention.modes.keys() - names:
             if any(is_misspelt(monitor, name) for name in names):
-                logger.warning("After the first step %s", lacking(monitor, {}, names))
+                logger.warning("After the first step the monitor %s", lacking(monitor, {}, names))
 
     def check_monitor(self, member: Member) -> None:
         """Warns, at the end of the first epoch, of a monitor that is no metric of the trainer's."""

@@ -66,7 +66,8 @@ class LightningCheckpoint(PartialCheckpointCallback, Callback):
           resume: Whether `fit` restores `module.state`: from the newest checkpoint; given a
             `ckpt_path`, from that of its step. With a trainer that has trained already it goes on
             as it is. Or from which, and how: a dict of what `PartialCheckpointCallback.restore`
-            takes beside the target, such as `{"which": 60, "discard_later": True}`.
+            takes beside the target, such as `{"which": 60, "discard_later": True}`. A script that
+            says `which` goes back at each start.
           options: What else `PartialCheckpointCallback` takes, but for `state_fn`.
 
         Raises:

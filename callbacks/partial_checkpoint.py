@@ -361,7 +361,8 @@ class PartialCheckpointCallback(TrainingHooks):
           keep_missing: Whether the checkpoint may lack leaves of `target`, or `extras`; those stay
             as they are.
           cast: Whether a dtype that differs is converted; an error otherwise.
-          discard_later: Whether later checkpoints are removed, once this one is loaded.
+          discard_later: Whether later checkpoints are removed, once this one is loaded: each time
+            that this is called.
           restack: How the checkpoint stacks layers, to how the target does; as for `fp.load`.
           renames: Names in the checkpoint, to those in the target; as for `fp.load`.
 

@@ -47,7 +47,8 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
           resume: Whether `train` goes on from the newest checkpoint. A trainer that has trained
             already, or that tunix has restored, goes on by itself. Or from which, and how: a dict
             of what `PartialCheckpointCallback.restore` takes beside the target, such as
-            `{"which": 60, "discard_later": True}`.
+            `{"which": 60, "discard_later": True}`. A script that says `which` goes back at each
+            start.
           options: What else `PartialCheckpointCallback` takes, but for `state_fn`.
 
         Raises:
