@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import plots, report
+from benchmarks import pages, plots, report
 from benchmarks.harness import run_scenario
 
 if TYPE_CHECKING:
@@ -49,7 +49,11 @@ def main() -> None:
         console.print("[yellow]Small work, to see that all runs; no target stands for it.[/yellow]")
     names = arguments.scenarios or SCENARIOS
     builds = [importlib.import_module(f"benchmarks.{name}").build for name in names]
-    report.print_summary(run_all(builds, arguments, console, machine), console)
+    results = run_all(builds, arguments, console, machine)
+    report.print_summary(results, console)
+    if arguments.write_pages:
+        written = pages.write([{"machine": machine, "scenarios": results}])
+        console.print(f"Written: {', '.join(map(str, written))}")
 
 
 def run_all(
@@ -102,7 +106,11 @@ def _parse() -> argparse.Namespace:
     parser = make_parser("benchmarks", main.__doc__, "benchmarks/results/latest.json")
     known = f"any of {', '.join(SCENARIOS)}; default all"
     parser.add_argument("scenarios", nargs="*", metavar="scenario", help=known)
+    there = "put the figures into README and docs, too; see `python -m benchmarks.pages --help`"
+    parser.add_argument("--write-pages", action="store_true", help=there)
     arguments = parser.parse_args()
+    if arguments.write_pages and arguments.small:
+        parser.error("--write-pages: small work shows that all runs; its figures belong on no page")
     if unknown := sorted(set(arguments.scenarios) - set(SCENARIOS)):
         parser.error(f"no such scenario: {', '.join(unknown)}")
     if arguments.rounds < 1:

@@ -1,7 +1,7 @@
 """The ways of saving that scenarios compare: ours, Orbax's two, safetensors, a plain write.
 
 Each takes the same groups, trees of arrays that are saved one after the other, and a path. It
-measures seconds: `save` for all groups, `finalize` where there is such a thing, `total` for both.
+measures seconds: `save` for all groups, `finalize` where there is one, `total` for both.
 Peers are used by their public calls only.
 """
 
@@ -111,7 +111,7 @@ def timed_async(save: Callable[[], Any], finalize: Callable[[], object] | None =
     """Measures saves in the background, whose handles `save` returns, and `finalize` after them.
 
     Returns:
-      `blocked`: for how long `save` holds its caller, `finalize` where there is such a thing, and
+      `blocked`: for how long `save` holds its caller, `finalize` where there is one, and
       `total`, in seconds.
     """
     start = time.perf_counter()

@@ -58,7 +58,7 @@ def _run(processes: int, groups: int, size: int, way: str, path: Path) -> Metric
     """Starts the processes; the slowest counts.
 
     Returns:
-      `blocked`: for how long the saves held their callers, `finalize` where there is such a thing,
+      `blocked`: for how long the saves held their callers, `finalize` where there is one,
       and `total`, in seconds. `memory`: as the process that took most of it, in bytes.
     """
     port = _free_port()

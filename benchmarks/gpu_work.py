@@ -280,7 +280,7 @@ def _write_file(path: Path, data: memoryview, size: int, *, direct: bool) -> Non
 
 
 def forget_pages(path: Path) -> None:
-    """Drops the files below `path` from the page cache, where the system does so when asked."""
+    """Drops the files below `path` from the page cache, where the system supports it."""
     os.sync()
     for file in path.rglob("*"):
         if file.is_file():

@@ -111,7 +111,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Scenario:
-    """The work, who does it, and the targets.
+    """The work, its contenders, and the targets.
 
     Attributes:
       name: Stable, one of `__main__.SCENARIOS`.

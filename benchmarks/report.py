@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Figure
+from flax_partial import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from benchmarks.harness import Outcome
 
-_PACKAGES = ("jax", "tensorstore", "orbax-checkpoint", "safetensors", "numpy", "flax-partial")
+_PACKAGES = ("jax", "tensorstore", "orbax-checkpoint", "safetensors", "numpy")
 Result = dict[str, Any]
 
 _MIB = 1 << 20
@@ -41,15 +44,28 @@ def make_console() -> Console:
 
 
 def describe_machine(directory: Path) -> dict[str, Any]:
-    """Returns what figures depend on: cores, memory, the directory's file system, versions."""
+    """Returns what figures depend on: cores, memory, file system, versions, commit; and the day."""
     return {
+        "day": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+        "commit": _commit(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "file_system": _file_system(directory),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {
+            **{name: _version(name) for name in _PACKAGES},
+            "flax-partial": __version__,  # of an editable install the metadata may be older
+        },
     }
+
+
+def _commit() -> str:
+    """Returns the commit of this checkout, with "-dirty" where files differ from it."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=8"]
+    here = Path(__file__).parent
+    done = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)  # noqa: S603
+    return done.stdout.strip() or "unknown"
 
 
 def _version(package: str) -> str:

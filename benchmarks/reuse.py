@@ -1,4 +1,4 @@
-"""`reuse`: fine-tuning, of which most is frozen: a checkpoint after another, which holds the same.
+"""`reuse`: fine-tuning with most layers frozen: a checkpoint and then another, almost the same.
 
 Each layer is a group: its base, which is frozen, and what adapts it, with its two moments. The
 checkpoint before is there already, and what is trained has changed since.

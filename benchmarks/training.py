@@ -214,7 +214,7 @@ class OrbaxAsync(_AtStepEnd):
     """Orbax's `save_async`, which waits until the arrays are computed.
 
     Attributes:
-      waited_secs: For how long; waited for before the call, to tell it from what else it does.
+      waited_secs: For how long; waited for before the call, to measure it apart from the rest.
     """
 
     waited_secs = 0.0

@@ -43,7 +43,7 @@ class Behind:
 
         Args:
           step: The step.
-          name: Under which all processes know the run.
+          name: Of the run, the same in all processes.
         """
         with self._lock:
             if step not in self._decided:
@@ -62,7 +62,7 @@ class Behind:
                 act=lambda said: any(said.values()),
                 timeout_secs=self._timeout_secs,
             )
-        except Exception as error:  # noqa: BLE001 - of the service; the save, too, will tell of it
-            logger.debug("There was no agreement about whether to skip a step: %s", error)
+        except Exception as error:  # noqa: BLE001 - of the service; the save, too, will report it
+            logger.debug("The processes could not agree on whether to skip a step: %s", error)
             return False
         return skips

@@ -106,7 +106,7 @@ class Checkpoint:
         Args:
           member: The callback.
           groups: Group to its leaves.
-          closing: If the callback is done, what its last part says of training. It lists, for
+          closing: If the callback is done, what its last part records of training. It lists, for
             later processes, all groups that the callback saved, too.
         """
         claimed = {name: self.claims.take(member.key, leaves) for name, leaves in groups.items()}
@@ -224,7 +224,7 @@ class Checkpoint:
             self._agree(fail, timeout_secs=0)
 
     def _agree(self, ready: Callable[[], list[str]], timeout_secs: float) -> None:
-        """Finalizes once all processes are ready, each of which knows the names of its leaves.
+        """Finalizes once all processes are ready, each of which has the names of its leaves.
 
         Thousands of processes may have a hundred thousand names each, and all the same ones: of
         those that have the same, one says which.

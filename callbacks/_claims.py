@@ -38,6 +38,14 @@ class Claims:
             self.names.update(leaf_name(path) for path, _ in owned)
         return owned
 
+    def already(self, key: str, leaves: Leaves) -> str | None:
+        """Returns the name of a leaf that this callback has claimed before; None if of none."""
+        with self._lock:
+            for path, leaf in leaves:
+                if any(self._owners.get(claim) == key for claim in _claims(path, leaf)):
+                    return leaf_name(path)
+        return None
+
     def covers(self, path: KeyPath, leaf: Any) -> bool:
         """Whether a leaf is claimed; of a stacked one, the row or rows that `leaf` is."""
         name = leaf_name(path)
@@ -65,6 +73,6 @@ def _claims(path: KeyPath, leaf: Any) -> list[_Claim]:
         return whole
     try:
         axes, rows = _rows.rows_of(leaf)
-    except (TypeError, AttributeError, IndexError, ValueError):  # the save will say what is wrong
+    except (TypeError, AttributeError, IndexError, ValueError):  # the save will raise what is wrong
         return whole
     return [(name, axes, row) for row in rows] or whole

@@ -1,7 +1,7 @@
 """Saving at intervals of time, at the same step in all processes.
 
 Their clocks differ, and so do the steps that they are at. So the first process's clock decides, and
-when it is time every process posts, in the background, the last step that it was asked about, and
+when it is time every process posts, in the background, the last step that it was checked for, and
 answers for no later one until all agree. They save the step after the furthest of these: no process
 is past it. That takes two messages each way through JAX's coordination service, and no device; no
 process waits for another one's training, only for its answer.
@@ -35,7 +35,7 @@ class Clock:
         self._interval_secs = interval.total_seconds()
         self._changed = threading.Condition()  # guards all below; signals that any has changed
         self._since = time.monotonic()
-        self._asked = 0  # the last step that it was asked about
+        self._asked = 0  # the last step that it was checked for
         self._due: int | None = None  # the last step to be saved
         # Steps that all have agreed on: this process may be so far behind that there are several.
         self._agreed: list[int] = []
@@ -47,7 +47,7 @@ class Clock:
         """Begins to count.
 
         Args:
-          name: Under which all processes know it; a new one for each run.
+          name: The same in all processes; a new one for each run.
           step: The step that training goes on from.
         """
         self.stop()
@@ -112,7 +112,7 @@ class Clock:
                     return
                 self._agree_on_step(name)
             except Exception as error:  # noqa: BLE001 - of the service, or another process
-                logger.debug("There was no agreement about when to save: %s", error)
+                logger.debug("The processes could not agree on when to save: %s", error)
                 time.sleep(min(1.0, self._interval_secs))
 
     def _wait_until_time(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Self
 class Copyable:
     """An object that is copied as what it was made of: threads and locks are each copy's own.
 
-    A copy knows nothing of a training that is under way: it is as good as new.
+    A copy has no part in a training that is under way: it is as good as new.
     """
 
     _made_of: tuple[tuple[Any, ...], dict[str, Any]]
@@ -20,7 +20,7 @@ class Copyable:
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Says how a copy is made."""
+        """Returns how a copy is made."""
         return _make, (type(self), *self._made_of)
 
 

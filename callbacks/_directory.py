@@ -124,7 +124,8 @@ def _mixed(directory: Path, newest: int, step: int) -> fp.CheckpointExistsError:
     return fp.CheckpointExistsError(
         f"{directory} holds step {newest} already, and training is only at step {step}: the steps "
         "of two runs would mix. Restore the newest checkpoint; or, to go back to an older one, "
-        "restore with discard_later=True, which removes the later ones; or use another directory."
+        "restore with discard_later=True, which removes the later ones; or start anew with "
+        "overwrite=True, which removes all; or use another directory."
     )
 
 
@@ -141,18 +142,22 @@ def check_none_later(directory: Path, step: int, path: Path | None = None) -> No
 
 def _later(directory: Path, step: int, path: Path | None) -> list[int]:
     held = checkpoints(directory)
-    is_another = path is not None and step in held and not held[step].samefile(path)
+    is_another = path is not None and step in held and not _is_same(held[step], path)
     return [one for one in held if one > step or (one == step and is_another)]
 
 
-def discard(directory: Path, step: int, path: Path, *, timeout_secs: float) -> None:
+def _is_same(one: Path | fp.StorePath, other: Path) -> bool:
+    return one == other or (isinstance(one, Path) and one.samefile(other))
+
+
+def discard(directory: Path, step: int, path: Path | None, *, timeout_secs: float) -> None:
     """Removes what `check_none_later` would refuse.
 
     The newest goes first: killed meanwhile, what is left is of one run. Under `jax.distributed` all
     processes call it.
 
     Raises:
-      CheckpointInUseError: Somebody is reading one of them; those that are older stay, too.
+      CheckpointInUseError: One of them is being read; those that are older stay, too.
       OSError: One of them cannot be removed.
     """
     fp.agree(
@@ -163,11 +168,11 @@ def discard(directory: Path, step: int, path: Path, *, timeout_secs: float) -> N
     )
 
 
-def _discard(directory: Path, step: int, path: Path) -> None:
+def _discard(directory: Path, step: int, path: Path | None) -> None:
     held = checkpoints(directory)
     for one in reversed(_later(directory, step, path)):
         fp.remove(held[one])
-        logger.warning("Removed %s: training goes on from step %d.", held[one], step)
+        logger.warning("Removed %s: training begins at step %d.", held[one], max(step, 0))
 
 
 def drop_unless_complete(path: Path, step: int, why: str, *, timeout_secs: float) -> None:
@@ -300,18 +305,21 @@ def best(directory: Path, retention: Retention) -> tuple[int, Path, float] | Non
     return next(((one, held[one], scores[one]) for one in ranked(scores, retention.mode)), None)
 
 
-def _looked_into(held: Mapping[int, Path]) -> dict[int, SavedStep]:
+def _looked_into(held: Mapping[int, Path | fp.StorePath]) -> dict[int, SavedStep]:
     found = {}
     for step, path in held.items():
         # Another process may have removed it; and what is damaged has no score.
         with contextlib.suppress(FileNotFoundError, fp.CorruptCheckpointError):
+            if isinstance(path, fp.StorePath):
+                found[step] = _look_into.__wrapped__(path, step, 0, 0)
+                continue
             status = path.stat()
             found[step] = _look_into(path, step, status.st_ino, status.st_mtime_ns)
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _look_into(path: Path, step: int, _inode: int, _mtime_ns: int) -> SavedStep:
+def _look_into(path: Path | fp.StorePath, step: int, _inode: int, _mtime_ns: int) -> SavedStep:
     """Reads it once: the table of contents of a large model takes a while."""
     metadata = fp.metadata(path)
     custom = metadata.custom_metadata
@@ -327,21 +335,37 @@ def _look_into(path: Path, step: int, _inode: int, _mtime_ns: int) -> SavedStep:
 def _settle(path: Path, step: int, timeout_secs: float) -> None:
     lacking = completeness.missing(fp.status(path), step)
     if lacking is not None:
-        _drop(path, f"it was left by an ended run, and {lacking}.", timeout_secs)
+        _drop(
+            path,
+            f"{lacking}, and its process has ended.{_said_newest(path.parent)}",
+            timeout_secs,
+        )
         return
     try:
         fp.finalize(path, processes=[jax.process_index()], timeout_secs=0)
     except fp.PartialCheckpointError as error:  # it would be raised again
-        _drop(path, f"it was left by an ended run, and cannot be finalized: {error}", timeout_secs)
+        _drop(path, f"it cannot be finalized: {error}{_said_newest(path.parent)}", timeout_secs)
     else:
-        logger.warning("Finalized %s, which an ended run had saved but not finalized.", path)
+        logger.warning(
+            "Finalized %s: step %d was completely written when its process ended, but not "
+            "finalized.",
+            path,
+            step,
+        )
+
+
+def _said_newest(directory: Path) -> str:
+    newest = next(reversed(checkpoints(directory).values()), None)
+    if newest is None:
+        return f" There is no checkpoint in {directory} yet."
+    return f" The newest checkpoint is {newest}."
 
 
 def _drop(path: Path, why: str, timeout_secs: float) -> None:
     try:
         fp.abort(path, timeout_secs=timeout_secs)
     except (fp.CheckpointExistsError, fp.CheckpointInUseError) as error:
-        # It has files that are not of a session; or somebody has begun to save into it.
+        # It has files that are not of a session; or a save into it has begun.
         logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
     else:
         logger.warning("Dropped the unfinished checkpoint %s: %s", path, why)

@@ -30,14 +30,22 @@ if TYPE_CHECKING:
     from flax_partial.callbacks._checkpoint import Checkpoint
     from flax_partial.callbacks._reports import BlockedTime, CheckpointReport
     from flax_partial.callbacks._schedule import Retention
+    from flax_partial.callbacks._tiers import Tiers
     from flax_partial.callbacks._timeline import Recorder
 
 
 class Finalizer:
     """Finalizes or drops the checkpoints of a directory that no callback adds to any more."""
 
-    def __init__(self, directory: Path, recorder: Recorder, timeout_secs: float) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        recorder: Recorder,
+        timeout_secs: float,
+        tiers: Tiers | None = None,
+    ) -> None:
         self._directory = directory
+        self._tiers = tiers
         self._recorder = recorder
         self._timeout_secs = timeout_secs
         self._worker = Worker("flax_partial_finalize")
@@ -46,7 +54,7 @@ class Finalizer:
         self._lock = threading.Lock()  # guards all below, for an instant at a time
         self._jobs: list[tuple[Checkpoint, Future[None]]] = []
         self._finalized: list[tuple[CheckpointReport, BlockedTime]] = []
-        self._reported: Counter[str] = Counter()  # how many of these each reader knows
+        self._reported: Counter[str] = Counter()  # how many of these each reader has read
         self._resumed: int | None = None
 
     def finalize(
@@ -160,7 +168,10 @@ class Finalizer:
             for monitor in member.retention.modes.keys() - report.metrics.keys():
                 why = lacking(monitor, metrics, known) + member.retention.about_unranked
                 member.warn_once(f"{report.path} has no score: {why}")
-            self.prune(member.retention)
+            if self._tiers is None:
+                self.prune(member.retention)
+        if self._tiers is not None:
+            self._tiers.add(report.step, [member.retention for member in members])
 
     def _drop(self, checkpoint: Checkpoint) -> None:
         checkpoint.wait()

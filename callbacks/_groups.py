@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,15 @@ from flax_partial.callbacks._leaves import (
 from flax_partial.subtrees import keys_of, subtree
 
 if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
     from flax_partial.callbacks._claims import Claims
     from flax_partial.subtrees import Name
 
 logger = logging.getLogger(__name__)
 
 GroupBy = Callable[[KeyPath], str]
-"""Says, by its key path, which group a leaf of the state is saved with."""
+"""Returns, by its key path, the group that a leaf of the state is saved with."""
 
 _PARAMS = "params"
 
@@ -44,24 +47,49 @@ class Grouping:
         self._group_by = group_by
         self._stacked = _stacked.check(stacked)
         self._share_replicas = share_replicas
+        self._streamed: set[str] = set()  # names of the leaves, in any step
         self._told: set[str] = set()
+
+    @property
+    def has_streamed(self) -> bool:
+        """Whether a trainer has streamed anything so far."""
+        return bool(self._streamed)
 
     def streamed(self, root: str, name: Name, tree: Any) -> dict[str, Leaves]:
         """Returns the groups of a streamed layer: it is one, or one for each row of a stack."""
-        keys = keys_of(name)
-        leaves = flatten(subtree((root, *keys), leaf_types.unwrapped(tree)))
-        leaves = self._spread(leaves)
-        return _stacked.by_row({".".join((root, *map(str, keys))): leaves})
+        leaves = flatten(subtree((root, *keys_of(name)), leaf_types.unwrapped(tree)))
+        self._streamed.update(leaf_name(path) for path, _ in leaves)
+        return _stacked.by_row({joined_name(root, name): self._spread(leaves)})
+
+    def check(self, tree: Any, streamed: AbstractSet[str]) -> None:
+        """Finds what `rest` would raise, where layers of these names are streamed, and not seen.
+
+        Raises:
+          ValueError: `stacked` names no leaf of what is saved.
+          TypeError: `group_by` returned something else than a name.
+        """
+        leaves = flatten(leaf_types.unwrapped(tree))
+        seen = [
+            stack
+            for stack in self._stacked
+            if not any(stack.startswith(f"{layer}.") for layer in streamed)
+        ]
+        _stacked.check_known(seen, {leaf_name(path) for path, _ in leaves} | streamed)
+        if self._group_by is not None:
+            cut(leaves, self._group_by)
 
     def rest(self, tree: Any, claims: Claims) -> dict[str, Leaves]:
         """Returns the groups of what is in a state, and was not saved yet.
 
         Raises:
           ValueError: `stacked` names no leaf of what is saved.
+          TypeError: `group_by` returned something else than a name.
         """
         leaves = flatten(leaf_types.unwrapped(tree))
         _stacked.check_known(self._stacked, {leaf_name(path) for path, _ in leaves} | claims.names)
-        self._tell_of(_stacked.not_cut(leaves, self._stacked))
+        for what in _stacked.not_cut(leaves, self._stacked):
+            self._tell(what, f"{what}: it is saved whole.")
+        self._tell_of_strangers({leaf_name(path) for path, _ in leaves})
         group_by = self._group_by or layerwise(leaves, self._stacked)
         spread = self._spread(leaves)
         return _stacked.by_row(cut([leaf for leaf in spread if not claims.covers(*leaf)], group_by))
@@ -69,18 +97,45 @@ class Grouping:
     def _spread(self, leaves: Leaves) -> Leaves:
         return _stacked.spread(leaves, self._stacked, share_replicas=self._share_replicas)
 
-    def _tell_of(self, not_cut: Iterable[str]) -> None:
-        for what in not_cut:
-            if what not in self._told:
-                self._told.add(what)
-                logger.warning("%s: it is saved whole.", what)
+    def _tell_of_strangers(self, names: AbstractSet[str]) -> None:
+        """Warns of what was streamed into a subtree that the state has, and is not in the state."""
+        roots = {name.partition(".")[0] for name in names}
+        for name in sorted(self._streamed - names - self._told):
+            if name.partition(".")[0] in roots:
+                close = difflib.get_close_matches(name, sorted(names), n=1)
+                meant = f" Did you mean {close[0]!r}?" if close else ""
+                self._tell(
+                    name,
+                    f"{name!r} was streamed, and is not in the state that the step ended with: "
+                    f"both are saved.{meant}",
+                )
+
+    def _tell(self, key: str, message: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            logger.warning("%s", message)
+
+
+def joined_name(root: str, name: Name) -> str:
+    """Returns the name that a streamed layer has in the checkpoint."""
+    return ".".join((root, *map(str, keys_of(name))))
 
 
 def cut(leaves: Leaves, group_by: GroupBy) -> dict[str, Leaves]:
-    """Sorts leaves into groups, both in the order in which they come."""
+    """Sorts leaves into groups, both in the order in which they come.
+
+    Raises:
+      TypeError: `group_by` returned something else than a name.
+    """
     groups: dict[str, Leaves] = {}
     for path, leaf in leaves:
-        groups.setdefault(group_by(path), []).append((path, leaf))
+        group = group_by(path)
+        if not isinstance(group, str):
+            raise TypeError(
+                f"group_by returned {group!r} for leaf {leaf_name(path)!r}; it must return the "
+                "name of a group, a string."
+            )
+        groups.setdefault(group, []).append((path, leaf))
     return groups
 
 

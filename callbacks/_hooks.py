@@ -17,7 +17,6 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from flax_partial.callbacks import _directory
 from flax_partial.callbacks._copies import Copyable
 from flax_partial.callbacks._metrics import send
 
@@ -39,7 +38,7 @@ _HookT = TypeVar("_HookT", bound="Callable[..., None]")
 
 
 def in_training(hook: _HookT) -> _HookT:
-    """Has a hook do nothing while `setup` has said that nothing is trained in earnest."""
+    """Makes a hook do nothing while, after `setup`, there is no training."""
 
     @functools.wraps(hook)
     def run(self: TrainingHooks, *arguments: Any, **named: Any) -> None:
@@ -60,12 +59,14 @@ class TrainingHooks(Copyable):
     _extras: Extras
     _saver: StepSaver
     _save_on_exception: bool
+    _overwrite: bool
     _on_metrics: OnMetrics | None
     _step_before: int | None = None
     _is_training = False
+    _has_ended_epoch = False  # of which no metric can come any more once something else begins
 
     def will_save(self, trainer: Any) -> bool:
-        """Whether the step under way is saved: cheap enough to ask at every layer."""
+        """Whether the step under way is saved: cheap enough to check at every layer."""
         step = self._step_before_batch(trainer) + 1
         epoch_ends = trainer.is_last_batch
         return not self.is_idle and self._saver.is_due(trainer, step, epoch_ends=epoch_ends)
@@ -81,13 +82,11 @@ class TrainingHooks(Copyable):
           name: Where the layer stands below "params", such as "blocks.3".
           tree: Its parameters.
         """
-        if self.will_save(trainer):
-            self._stream(trainer, "params", name, tree)
+        self._stream(trainer, "params", name, tree)
 
     def on_optimizer_state_ready(self, trainer: Any, name: Name, tree: Any) -> None:
         """Saves a layer's optimizer state, as `on_layer_ready` does, below "opt_state"."""
-        if self.will_save(trainer):
-            self._stream(trainer, "opt_state", name, tree)
+        self._stream(trainer, "opt_state", name, tree)
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         """Joins the callbacks that share its hook, if there is training to come."""
@@ -106,27 +105,38 @@ class TrainingHooks(Copyable):
         """
         with self._blocked("on_fit_start", trainer):
             step = trainer.global_step
-            self._extras.metadata()  # what is wrong with them is said now
+            self._extras.metadata()  # what is wrong with them is raised now
             if self.restored is not None and self.restored.step == step > 0:
-                _directory.check_none_later(self._run.directory, step)
+                if not self._overwrite:
+                    self._run.check_none_later(step)
             elif step != self._member.last_saved:
                 self._saver.epoch_began = step
             self._step_before = step
             self._run.start(self._member, step)
+            if self._overwrite:
+                self._run.discard_later(step or -1)
             self._look(trainer)
             self._is_training = True
 
     @in_training
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Remembers the step that training, restored by now, starts from."""
-        self._step_before = trainer.global_step
-        self._look(trainer)
+        """Remembers the step that training, restored by now, starts from.
+
+        Saves the state, if it is to be saved at step 0.
+        """
+        with self._blocked("on_train_start", trainer):
+            step = trainer.global_step
+            self._step_before = step
+            self._look(trainer)
+            if step == 0 and self._saver.is_due(trainer, step, epoch_ends=False):
+                self._saver.save(trainer, module, epoch_ends=False)
 
     @in_training
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """Remembers the step before the batch; finalizes it if it was waiting for its score."""
         self._step_before = trainer.global_step
         self._look(trainer)
+        self._tell_of_monitor()
         self._run.open_checkpoints.finish_closed()
         self._run.recorder.step_began()
 
@@ -137,12 +147,16 @@ class TrainingHooks(Copyable):
         """Saves what was not streamed of a step that is to be saved."""
         with self._blocked("on_train_batch_end", trainer):
             step, member = trainer.global_step, self._member
+            self._tell_of_monitor()
             is_new = step not in (self._step_before, member.last_saved)
-            if is_new and self._step_before is not None and not member.has_checked:
+            is_first = is_new and self._step_before is not None and not member.has_checked
+            if is_first:
                 self._saver.check(trainer, module, step)
                 member.has_checked = True
             self._run.advance(step)
             self._look(trainer)
+            if is_first:
+                self._run.tell_misspelt(member)
             self._reach(step, "on_train_batch_end")
             if self._saver.is_due(trainer, step, epoch_ends=trainer.is_last_batch):
                 self._saver.save(trainer, module, epoch_ends=trainer.is_last_batch)
@@ -161,7 +175,7 @@ class TrainingHooks(Copyable):
 
     @in_training
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Finalizes; saves first where no batch was said to be the epoch's last."""
+        """Finalizes; saves first where no batch was marked as the epoch's last."""
         with self._blocked("on_train_epoch_end", trainer):
             step = trainer.global_step
             self._look(trainer)
@@ -169,7 +183,7 @@ class TrainingHooks(Copyable):
             if self._saver.is_due(trainer, step, epoch_ends=True):
                 self._saver.save(trainer, module, epoch_ends=True)
             self._run.open_checkpoints.finish_scored()
-            self._run.check_monitor(self._member)
+            self._has_ended_epoch = True
             self._saver.epoch_began = step
             self._stop_after_last(trainer, step)
 
@@ -179,6 +193,7 @@ class TrainingHooks(Copyable):
         with self._blocked("on_train_end", trainer):
             step = trainer.global_step
             self._look(trainer)
+            self._tell_of_monitor()
             self._reach(step, "on_train_end")
             member = self._member
             is_last = member.saves_on_preemption and self._run.preemption.is_due(step)
@@ -209,7 +224,7 @@ class TrainingHooks(Copyable):
         try:
             self._send_costs(trainer)
         except Exception:
-            logger.exception("What checkpoints cost could not be reported.")
+            logger.exception("The metrics of finalized checkpoints could not be reported.")
 
     @in_training
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
@@ -247,6 +262,10 @@ class TrainingHooks(Copyable):
             self._send_costs(trainer)
 
     def _stream(self, trainer: Any, root: str, name: Name, tree: Any) -> None:
+        if not self.will_save(trainer):
+            if not (self.is_idle or self._member.has_checked):
+                self._saver.note_streamed(root, name)
+            return
         with self._blocked("stream"):
             self._saver.stream(trainer, self._step_before_batch(trainer) + 1, root, name, tree)
 
@@ -257,6 +276,11 @@ class TrainingHooks(Copyable):
 
     def _look(self, trainer: Any) -> None:
         self._run.open_checkpoints.look(trainer.global_step, trainer.callback_metrics)
+
+    def _tell_of_monitor(self) -> None:
+        if self._has_ended_epoch:
+            self._run.check_monitor(self._member)
+            self._has_ended_epoch = False
 
     def _reach(self, step: int, hook: str) -> None:
         if self._member.saves_on_preemption:

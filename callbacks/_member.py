@@ -48,7 +48,7 @@ class Failures:
     def log_all(self) -> None:
         """Logs the errors that can no longer be raised, because another one is under way."""
         while self._waiting:
-            logger.error("A checkpoint had failed, too.", exc_info=self._waiting.popleft())
+            logger.error("Another checkpoint has failed, too.", exc_info=self._waiting.popleft())
 
 
 @dataclass(eq=False, kw_only=True)
@@ -56,12 +56,13 @@ class Member:
     """A callback, as data.
 
     Attributes:
-      key: Tells it from the other callbacks of its hook, in every run.
+      key: Identifies it among the callbacks of its hook, in every run.
       schedule: At which steps it saves.
-      clock: Says when it is time to save; None if it does not save by time.
+      clock: Decides when it is time to save; None if it does not save by time.
       retention: Which checkpoints it keeps.
       options: How its parts are written.
       reuse_unchanged: Whether its parts may share files with the checkpoint before.
+      saves_initial: Whether it saves the state that training begins with, as step 0.
       shows_progress: Whether it shows a bar while training waits.
       signals: Those on which it saves and has training stop; none if on no signal.
       skips_when_behind: Whether it leaves out a step that is due while the checkpoint before is
@@ -80,6 +81,7 @@ class Member:
     retention: Retention
     options: fp.SaveOptions | None
     reuse_unchanged: bool
+    saves_initial: bool
     shows_progress: bool
     signals: frozenset[signal.Signals]
     skips_when_behind: bool
@@ -93,11 +95,11 @@ class Member:
 
     @property
     def saves_on_preemption(self) -> bool:
-        """Whether it saves when the process is told to end."""
+        """Whether it saves when a signal ends the process."""
         return bool(self.signals)
 
     def skip(self, step: int) -> None:
-        """Counts a step that is left out, once, and says so."""
+        """Counts a step that is left out, once, and logs it."""
         if step != self.last_skipped:
             self.last_skipped = step
             self.skipped += 1

@@ -62,7 +62,7 @@ class Members:
         """Has checkpoints wait for the groups of a callback that is to save them.
 
         Raises:
-          ValueError: It and another callback want to keep different checkpoints.
+          ValueError: It and another callback keep different checkpoints.
         """
         with self._lock:
             one = member.retention
@@ -90,15 +90,17 @@ class Members:
 
     def is_due(self, member: Member, step: int, epoch: int, *, epoch_ends: bool) -> bool:
         """Whether a callback is to save `step`, and has saved neither that nor a later one."""
+        if step == 0:
+            return member.saves_initial and member.last_saved is None
         schedule = member.schedule
-        is_time = member.clock is not None and member.clock.is_due(step)  # asked about every step
+        is_time = member.clock is not None and member.clock.is_due(step)  # checked at every step
         is_regular = is_time or schedule.is_step_due(step)
         is_last = (  # of its epoch, or run: never skipped
             (epoch_ends and (schedule.is_epoch_due(epoch) or member.last_skipped is not None))
             or (member.saves_on_preemption and self._preemption.is_due(step))
             or (member.has_finished_step and step == self.rescued_step)
         )
-        is_new = step >= self.last_closed and step not in (0, member.last_saved)
+        is_new = step >= self.last_closed and step != member.last_saved
         if not is_new or not (is_regular or is_last):
             return False
         if is_last or epoch_ends or not self._is_skipped(step):

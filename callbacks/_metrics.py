@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     OnMetrics = Callable[[Mapping[str, float], int], object]
 
 logger = logging.getLogger(__name__)
+
+_CLOSE = 0.75  # of the letters of a misspelt word; "step" and "epoch" have less in common
 
 
 def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -38,7 +41,7 @@ def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 class StepMetrics:
-    """The metrics of the newest step, told from those of earlier ones.
+    """The metrics of the newest step, without those of earlier ones.
 
     A value is of an earlier step if it is the object that was there before. Python's numbers and
     texts may be one object by chance (all zeros are): in a mapping that is new they are new.
@@ -79,8 +82,23 @@ def _is_same(value: Any, other: Any) -> bool:
     return data is not None and type(other) is type(value) and data() == other.data_ptr()
 
 
+def is_misspelt(monitor: str, name: str) -> bool:
+    """Whether a monitor is probably meant to be the metric of that name.
+
+    Of two metrics of one model mostly a whole word differs: "loss" and "val_loss", "loss_step" and
+    "loss_epoch". Such a one may come yet.
+    """
+    words, others = (re.split(r"[^a-z0-9]+", one.lower()) for one in (monitor, name))
+    differ = [pair for pair in zip(words, others, strict=False) if pair[0] != pair[1]]
+    return "".join(words) == "".join(others) or (
+        len(words) == len(others)
+        and len(differ) == 1
+        and difflib.SequenceMatcher(None, *differ[0]).ratio() >= _CLOSE
+    )
+
+
 def lacking(monitor: str, metrics: Mapping[str, Any], known: Iterable[str]) -> str:
-    """Says why a step has no score, and which metrics there are.
+    """Returns why a step has no score, as a sentence after a colon, and which metrics there are.
 
     Args:
       monitor: The metric that should score it.
@@ -89,15 +107,15 @@ def lacking(monitor: str, metrics: Mapping[str, Any], known: Iterable[str]) -> s
     """
     names = sorted({*metrics, *known})
     if monitor in metrics:
-        why = f"is {metrics[monitor]}, no finite number"
+        why = f"is {metrics[monitor]}"
     elif monitor in names:
-        why = "was not set since the step began: it is of an earlier one"
+        why = "was not set in this step: its value is of an earlier one"
     else:
         close = difflib.get_close_matches(monitor, names, n=1)
         why = "is not among the trainer's metrics so far" + (
             f" (did you mean {close[0]!r}?)" if close else ""
         )
-    return f"monitor={monitor!r} {why}. Metrics there are: {', '.join(names) or 'none'}."
+    return f"{monitor!r} {why}. Metrics there are: {', '.join(names) or 'none'}."
 
 
 def send(report: CheckpointReport, trainer: Any, on_metrics: OnMetrics | None) -> None:

@@ -6,8 +6,8 @@ training is stopped. Then the handler that was there before, if any, is called.
 
 Under `jax.distributed` JAX has a handler of its own, set by `jax.distributed.initialize`, and its
 coordination service agrees on the step after which all processes save, whichever of them got the
-signal (`jax.experimental.multihost_utils.reached_preemption_sync_point`). It is asked once a step.
-It knows SIGTERM only: any other signal that is listened to is passed on as that.
+signal (`jax.experimental.multihost_utils.reached_preemption_sync_point`). It is called once a step.
+It reacts to SIGTERM only: any other signal that is listened to is passed on as that.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class _Handler:
     """This process's handler of a signal, there while some hook listens.
 
     Attributes:
-      listeners: Of all hooks; weakly, as a loop that failed may never have said so.
+      listeners: Of all hooks; weakly, as a loop that failed may never have ended.
       before: The handler that was there before.
     """
 
@@ -152,7 +152,9 @@ class _Handler:
         if before in (None, signal.SIG_IGN):  # set by other than Python, or to be ignored
             return
         if threading.current_thread() is not threading.main_thread():
-            logger.debug("Training runs in a thread that cannot listen to signals.")
+            logger.debug(
+                "Training does not run in the main thread, so that it cannot listen to signals."
+            )
             return
         signal.signal(self._number, self._record)
         self.before, self._is_set = before, True
@@ -170,7 +172,7 @@ class _Handler:
         for listener in listeners:
             listener.requested_by = number
         if listeners and _is_distributed():
-            signal.raise_signal(signal.SIGTERM)  # which JAX's own handler hears
+            signal.raise_signal(signal.SIGTERM)  # which JAX's own handler receives
         if not listeners:  # all were garbage before their training ended
             self._bring_back()
             signal.raise_signal(number)

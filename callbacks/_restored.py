@@ -35,7 +35,7 @@ class Progress:
 def progress_of(metadata: Mapping[str, Any], step: int) -> Progress:
     """Returns how far training was at the checkpoint of a step, given its custom metadata.
 
-    What was written by others, or by earlier versions, says at most which epoch was under way.
+    What was written by others, or by earlier versions, has at most the epoch that was under way.
     """
     stored = metadata.get(_PROGRESS)
     known = stored if isinstance(stored, dict) else {"epochs_done": metadata.get("epoch")}

@@ -8,10 +8,13 @@ left to the next run.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
+
+import jax
 
 import flax_partial as fp
 from flax_partial.callbacks import _directory
@@ -19,7 +22,7 @@ from flax_partial.callbacks._behind import Behind
 from flax_partial.callbacks._checkpoint import Checkpoint
 from flax_partial.callbacks._finalizer import Finalizer
 from flax_partial.callbacks._members import Members
-from flax_partial.callbacks._metrics import lacking
+from flax_partial.callbacks._metrics import is_misspelt, lacking
 from flax_partial.callbacks._open_checkpoints import OpenCheckpoints
 from flax_partial.callbacks._reports import BlockedTime
 from flax_partial.callbacks._timeline import Recorder
@@ -32,10 +35,12 @@ if TYPE_CHECKING:
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._preemption import Preemption
+    from flax_partial.callbacks._tiers import Tiers
 
 logger = logging.getLogger(__name__)
 
 _OTHERS_SECS = 90.0  # for which other processes are waited for: before JAX ends all, at 100 s
+_ROOM_SECS = 7 * 24 * 3600.0  # for as long other processes wait for the one that uploads
 _LAST_HOOKS = ("on_train_end", "teardown")  # after which no thread may come to write the timeline
 
 _runs_lock = threading.Lock()  # guards `_runs`
@@ -51,6 +56,7 @@ class Run:
 
     Attributes:
       directory: Holds a checkpoint a step.
+      tiers: Where `directory` is only the local tier, the uploads from it; None elsewhere.
       preemption: Whether the process is to end.
       recorder: Records the timeline.
       finalizer: Finalizes and removes checkpoints.
@@ -59,19 +65,26 @@ class Run:
       has_begun: Whether it trains: from when it has recovered the directory until all has ended.
     """
 
-    def __init__(self, directory: Path, preemption: Preemption, timeout_secs: float | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        preemption: Preemption,
+        timeout_secs: float | None,
+        tiers: Tiers | None = None,
+    ) -> None:
         self.directory = directory
+        self.tiers = tiers
         self.preemption = preemption
         self.recorder = Recorder(directory)
         self._saves_timeout_secs = timeout_secs
         self._timeout_secs = _OTHERS_SECS if timeout_secs is None else timeout_secs
-        self.finalizer = Finalizer(directory, self.recorder, self._timeout_secs)
+        self.finalizer = Finalizer(directory, self.recorder, self._timeout_secs, tiers)
         self.has_begun = False
         self._life = liveness.Life(directory)  # of several processes, the first one's
         # Guards all below. Nothing is waited for while it is held, but where a clock or the end of
         # the interpreter has the caller do it.
         self._lock = threading.RLock()
-        behind = Behind(lambda: self.finalizer.is_behind, self._timeout_secs)
+        behind = Behind(lambda: self.finalizer.is_behind or self._is_full, self._timeout_secs)
         self.members = Members(
             directory,
             preemption,
@@ -130,6 +143,15 @@ class Run:
             self.end(member)
 
     @property
+    def _is_full(self) -> bool:
+        return self.tiers is not None and self.tiers.is_full
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The directories that hold its checkpoints: the local tier comes first."""
+        return (self.directory,) if self.tiers is None else (self.directory, self.tiers.remote)
+
+    @property
     def _subject(self) -> str:
         return f"{self.directory.absolute()} {self._name}"
 
@@ -164,18 +186,35 @@ class Run:
             begins=begins,
             timeout_secs=self._timeout_secs,
         )
+        if self.tiers is not None:
+            self._reconcile(self.tiers, begins=begins)
         self.has_begun = self.has_begun or begins
         self.members.rescued_step = None
         self.recorder.begin(self._name)
         self.finalizer.sweep()
+
+    def _reconcile(self, tiers: Tiers, *, begins: bool) -> None:
+        """Tells which checkpoints of the two tiers belong together; the first process does."""
+
+        def act(_: object) -> str:
+            is_alone = self._life.has_begun or liveness.living(self.directory) is None
+            return tiers.reconcile(begins=begins) if is_alone else ""
+
+        identity: str = fp.agree(
+            f"tiers {tiers.remote}",
+            ready=lambda: None,
+            act=act,
+            timeout_secs=self._timeout_secs,
+        )
+        tiers.check_is_shared(identity)
 
     def go_on(self, step: int) -> None:
         """Goes on from the checkpoint of a step, which is kept until a newer one is finalized."""
         self.finalizer.resume(step)
         self.members.last_closed = step
 
-    def discard_later(self, step: int, path: Path) -> None:
-        """Removes the checkpoints that are later than that of `step`, which is at `path`.
+    def discard_later(self, step: int, path: Path | None = None) -> None:
+        """Removes the checkpoints that are later than that of `step`, which is at `path`, if any.
 
         Raises:
           CheckpointInUseError: Another run lives in the directory; or one of them is being read.
@@ -185,7 +224,21 @@ class Run:
             raise fp.CheckpointInUseError(
                 errno.EWOULDBLOCK, f"Another run trains there ({other})", str(self.directory)
             )
-        _directory.discard(self.directory, step, path, timeout_secs=self._timeout_secs)
+        for place in self.places:
+            told = self._told_in(place, path)
+            _directory.discard(place, step, told, timeout_secs=self._timeout_secs)
+        if self.tiers is not None:
+            self.tiers.discarded(step)
+
+    def check_none_later(self, step: int, path: Path | None = None) -> None:
+        """Checks, in both tiers, that training may go on from a step; see `_directory`."""
+        for place in self.places:
+            _directory.check_none_later(place, step, self._told_in(place, path))
+
+    def _told_in(self, place: Path, path: Path | None) -> Path | None:
+        """What to compare a place's checkpoint of the step with: nothing if it is the other's."""
+        is_of_other = path is not None and path.parent in self.places and path.parent != place
+        return None if is_of_other else path
 
     # While training.
 
@@ -206,7 +259,8 @@ class Run:
           OSError: The directory cannot be made.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        _directory.check_is_newer(self.directory, step)
+        for place in self.places:
+            _directory.check_is_newer(place, step)
 
     def advance(self, step: int) -> None:
         """Drops the checkpoints of steps before `step` that are open; finalizes closed ones."""
@@ -249,10 +303,25 @@ class Run:
             if error is not None:
                 raise error
             self._life.check()
+            self._wait_for_room(step)
             checkpoint.before = _directory.check_is_newer(self.directory, step)
         except (fp.CheckpointExistsError, OSError) as failure:
             checkpoint.fail(failure, [member])
         return checkpoint
+
+    def _wait_for_room(self, step: int) -> None:
+        """Waits until the local tier may hold another checkpoint; all processes wait alike."""
+        if self.tiers is None:
+            return
+        if jax.process_count() == 1:
+            self.tiers.wait_for_room(step)
+            return
+        fp.agree(
+            f"room {self._subject} {step}",
+            ready=functools.partial(self.tiers.wait_for_room, step),
+            act=lambda _: None,
+            timeout_secs=_ROOM_SECS,
+        )
 
     def close(
         self,
@@ -275,7 +344,7 @@ class Run:
           groups: Group to its leaves.
           epoch: The epoch under way, the first being 0.
           epoch_ends: Whether the step ends its epoch, whose metrics are yet to come.
-          closing: What its last part says of training.
+          closing: What its last part records of training.
         """
         with self._lock:
             if not checkpoint.members:
@@ -290,6 +359,13 @@ class Run:
             checkpoint.done.add(member.key)
             if not epoch_ends:
                 self.open_checkpoints.finish_scored()
+
+    def tell_misspelt(self, member: Member) -> None:
+        """Warns, after the first step, of a monitor that is almost the name of a metric."""
+        names = frozenset(self.open_checkpoints.metric_names)
+        for monitor in member.retention.modes.keys() - names:
+            if any(is_misspelt(monitor, name) for name in names):
+                logger.warning("After the first step %s", lacking(monitor, {}, names))
 
     def check_monitor(self, member: Member) -> None:
         """Warns, at the end of the first epoch, of a monitor that is no metric of the trainer's."""
@@ -327,6 +403,8 @@ class Run:
         self.open_checkpoints.settle()
         self.finalizer.wait(show_progress=show_progress)
         self.finalizer.finish()
+        if self.tiers is not None:
+            self.tiers.wait()
         self.recorder.flush()
 
     def leave(self) -> None:

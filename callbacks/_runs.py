@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from flax_partial.callbacks._tiers import Tiers
+
 
 class Runs:
     """The runs of the callbacks that share a hook, one for each of their directories.
@@ -29,12 +31,25 @@ class Runs:
     def __iter__(self) -> Iterator[Run]:
         return iter(tuple(self._by_directory.values()))
 
-    def of(self, directory: Path) -> Run:
-        """Returns the run of a directory, which is new if this is its first callback."""
+    def of(self, directory: Path, tiers: Tiers | None = None) -> Run:
+        """Returns the run of a directory, which is new if this is its first callback.
+
+        Args:
+          directory: The directory; with `tiers`, that of the local tier.
+          tiers: The uploads from it, if there are any.
+
+        Raises:
+          ValueError: Another callback uploads from there to elsewhere, or not at all.
+        """
         run = self._by_directory.get(directory)
         if run is None:
-            run = Run(directory, self.preemption, self._timeout_secs)
+            run = Run(directory, self.preemption, self._timeout_secs, tiers)
             self._by_directory[directory] = run
+        elif run.places != ((directory,) if tiers is None else (directory, tiers.remote)):
+            raise ValueError(
+                f"Another callback saves into {run.places[-1]} by way of {directory}: all of a "
+                "hook have to agree on that."
+            )
         return run
 
     def unique_key(self, key: str) -> str:

@@ -5,18 +5,21 @@ If training fails, the last finished step can be saved, too.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
 from flax_partial.callbacks import _state
 from flax_partial.callbacks._finished import Finished
+from flax_partial.callbacks._groups import joined_name
 from flax_partial.callbacks._leaves import flatten
 from flax_partial.callbacks._restored import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+    from flax_partial.callbacks._checkpoint import Checkpoint
     from flax_partial.callbacks._claims import Claims
     from flax_partial.callbacks._groups import Grouping
     from flax_partial.callbacks._leaves import Leaves
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from flax_partial.subtrees import Name
 
 logger = logging.getLogger(__name__)
+
+# What a trainer streams to, by the root of the tree that it stands below.
+_CALLS = {"params": "on_layer_ready", "opt_state": "on_optimizer_state_ready"}
 
 
 class StepSaver:
@@ -41,7 +47,9 @@ class StepSaver:
         member: Member,
         grouping: Grouping,
         extras: Extras,
+        *,
         state_fn: _state.StateFn | None,
+        custom_metadata: Mapping[str, Any],
     ) -> None:
         self.epoch_began = 0
         self._run = run
@@ -49,20 +57,41 @@ class StepSaver:
         self._grouping = grouping
         self._extras = extras
         self._state_fn = state_fn
+        self._custom_metadata = custom_metadata
+        self._streamed: set[str] = set()  # layers of the first step, if that is not saved
         self._finished: Finished | None = None
 
+    def find(self, trainer: Any, module: Any) -> Any:
+        """Returns what it saves of a trainer, with NNX objects in it.
+
+        Raises:
+          TypeError: There is nothing.
+        """
+        found = _state.find(trainer, module, self._state_fn)
+        if found is None and self._state_fn is None:
+            raise TypeError(
+                f"Found no state to save in {type(trainer).__name__}: its module is no NNX module, "
+                "and its `state` no tree. Pass state_fn=, or stream every layer."
+            )
+        return found
+
     def is_due(self, trainer: Any, step: int, *, epoch_ends: bool) -> bool:
-        """Whether `step` is to be saved: cheap enough to ask at every layer."""
+        """Whether `step` is to be saved: cheap enough to check at every layer."""
         return self._run.members.is_due(
             self._member, step, trainer.current_epoch, epoch_ends=epoch_ends
         )
+
+    def note_streamed(self, root: str, name: Name) -> None:
+        """Notes, for `check`, a layer that is streamed in a step that is not saved."""
+        self._streamed.add(joined_name(root, name))
 
     def stream(self, trainer: Any, step: int, root: str, name: Name, tree: Any) -> None:
         """Saves one layer of `step`, below `root`."""
         checkpoint = self._run.open(self._member, step=step, epoch=trainer.current_epoch)
         try:
             groups = self._grouping.streamed(root, name, _state.pure(tree))
-        except Exception as error:  # noqa: BLE001 - a tree that JAX cannot flatten
+            self._check_is_first(checkpoint, root, [one for of in groups.values() for one in of])
+        except Exception as error:  # noqa: BLE001 - such as a tree that JAX cannot flatten
             checkpoint.fail(error, [self._member])
         else:
             checkpoint.save(self._member, groups)
@@ -83,17 +112,34 @@ class StepSaver:
         Raises:
           CheckpointExistsError: The directory holds this step, or a later one.
           UnsupportedLeafError: No checkpoint can hold some leaf of the state.
-          Exception: What `state_fn` raises; or the directory cannot be made.
+          ValueError: `stacked` names no leaf of it.
+          Exception: What `state_fn` or `group_by` raises; or the directory cannot be made.
         """
-        try:
+        with self._told_early():
+            if not self._grouping.has_streamed and _state.lacks_optimizer(
+                _state.find(trainer, module, self._state_fn)
+            ):
+                logger.warning(
+                    "The state that is saved into %s is an NNX model without its optimizer: "
+                    "training that goes on from it begins with a new one. Save both, such as "
+                    '{"params": model, "opt_state": optimizer}.',
+                    self._run.directory,
+                )
             self._run.check_is_newer(step)
             is_due = self.is_due(trainer, step, epoch_ends=trainer.is_last_batch)
             tree = None if is_due else _state.take(trainer, module, self._state_fn)
             if tree is not None and flatten(tree):  # else it may be streamed, all of it
                 fp.check(tree)
+                self._grouping.check(tree, self._streamed)
+
+    @contextlib.contextmanager
+    def _told_early(self) -> Iterator[None]:
+        """Raises or logs what would fail when the first checkpoint is due."""
+        try:
+            yield
         except Exception as error:
             if self._member.failures.are_raised:
-                error.add_note("No checkpoint is due yet; the first one would have failed so.")
+                error.add_note("No checkpoint is due yet; the first one would fail with this.")
                 raise
             logger.exception("The first checkpoint of %s will fail.", self._run.directory)
 
@@ -146,18 +192,23 @@ class StepSaver:
             member, checkpoint, groups, epoch=epoch, epoch_ends=epoch_ends, closing=closing
         )
 
-    def _take(self, trainer: Any, module: Any, claims: Claims) -> Any:
-        tree = _state.take(trainer, module, self._state_fn)
-        if tree is None and self._state_fn is None and not claims.names:
-            raise TypeError(
-                f"Found no state to save in {type(trainer).__name__}: its module is no NNX module, "
-                "and its `state` no tree. Pass state_fn=, or stream every layer."
+    def _check_is_first(self, checkpoint: Checkpoint, root: str, leaves: Leaves) -> None:
+        twice = checkpoint.claims.already(self._member.key, leaves)
+        if twice is not None:
+            raise fp.KeyConflictError(
+                f"Leaf {twice!r} was handed to {_CALLS[root]} twice in step {checkpoint.step}. "
+                "Each layer is handed over once a step."
             )
-        return tree
+
+    def _take(self, trainer: Any, module: Any, claims: Claims) -> Any:
+        if claims.names:
+            return _state.take(trainer, module, self._state_fn)
+        return _state.pure(self.find(trainer, module))
 
     def _closing(self, trainer: Any, *, epoch_ends: bool) -> Mapping[str, Any]:
         """Returns what is saved of training after a step, beside the arrays."""
         step, epoch = trainer.global_step, trainer.current_epoch
         steps_of_epoch = 0 if epoch_ends else step - self.epoch_began
         progress = Progress(step, epoch + epoch_ends, steps_of_epoch)
-        return {**progress.metadata, **self._extras.metadata()}
+        of_step = getattr(trainer, "custom_metadata", {})
+        return {**self._custom_metadata, **of_step, **progress.metadata, **self._extras.metadata()}

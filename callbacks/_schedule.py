@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from flax_partial.callbacks.policies import Mode, SavedStep
 
 _ALL = -1  # as `save_top_k`
-# Words in the name of a metric that say which is better.
+# Words in the name of a metric that show which is better.
 _LARGER = re.compile(
-    "acc|accuracy|auc|bleu|cosine|dice|f1|fbeta|fmeasure|iou|precision|psnr|r2|recall|reward|rouge|"
-    "score|similarity|ssim"
+    "acc|accuracy|auc|bleu|correlation|cosine|dice|f1|fbeta|fmeasure|iou|precision|psnr|r2|recall|"
+    "reward|rouge|score|sensitivity|similarity|specificity|ssim"
 )
 _SMALLER = re.compile(
     "bce|bpb|bpc|cer|crossentropy|divergence|entropy|error|fid|hinge|kl|logcosh|loss|mae|mape|mse|"
@@ -148,7 +148,7 @@ class Retention:
 
     @property
     def about_unranked(self) -> str:
-        """Says what becomes of checkpoints without a score; "" if the score decides nothing."""
+        """Returns what becomes of checkpoints without a score; "" if the score decides nothing."""
         numbers = [policy.max_unranked for policy in self.policies if isinstance(policy, BestN)]
         if not numbers:
             return ""
@@ -163,16 +163,17 @@ class Retention:
 
 
 def direction(monitor: str | None, mode: Literal["min", "max", "auto"]) -> Mode:
-    """Returns whether the best score is the smallest or the largest; "auto" asks its name.
+    """Returns whether the best score is the smallest or the largest; "auto" goes by its name.
 
     Raises:
-      ValueError: `mode` is none of these, or the name does not say it.
+      ValueError: `mode` is none of these, or the name does not show it.
     """
     if mode not in ("min", "max", "auto"):
         raise ValueError(f"mode is {mode!r}; it must be 'min', 'max' or 'auto'.")
     if mode != "auto":
         return mode
-    words = re.split(r"[^a-z0-9]+", (monitor or "loss").lower())
+    name = (monitor or "loss").lower().replace("io_u", "iou")  # as Keras calls it
+    words = re.split(r"[^a-z0-9]+", name)
     is_larger, is_smaller = (any(map(one.fullmatch, words)) for one in (_LARGER, _SMALLER))
     if is_larger == is_smaller:
         raise ValueError(

@@ -8,6 +8,7 @@ memory twice. Of a leaf that is sharded over several processes, each cuts and sa
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -51,9 +52,11 @@ def check_known(stacked: Iterable[str], names: Iterable[str]) -> None:
     known = list(names)
     unknown = [stack for stack in stacked if not any(_is_in(name, stack) for name in known)]
     if unknown:
+        ends = {name[:at] for name in known for at, text in enumerate(f"{name}.") if text == "."}
+        close = [one for stack in unknown for one in difflib.get_close_matches(stack, ends)]
         inner = [name[: at + 1 + len(stack)] for stack in unknown for name in known
                  if (at := f"{name}.".find(f".{stack}.")) >= 0]  # fmt: skip
-        like = list(dict.fromkeys(inner)) or known
+        like = list(dict.fromkeys([*inner, *close])) or known
         raise ValueError(
             f"stacked names {', '.join(map(repr, unknown))}, and the state has no such leaf or "
             f"subtree. It has such as {', '.join(map(repr, like[:3]))}."
@@ -122,7 +125,7 @@ def _axes(
 
 
 def not_cut(leaves: _leaves.Leaves, stacked: Mapping[str, Axes]) -> list[str]:
-    """Says what is saved whole, and was meant to be cut, as far as one can tell."""
+    """Returns, in words, what is saved whole and was probably meant to be cut."""
     if not stacked:
         return []
     values, named, followed = _matched(leaves, stacked)

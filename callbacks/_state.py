@@ -5,6 +5,7 @@ Flax is never imported here: a value can only be one of its objects if it was im
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
+_OF_TRAINERS = ("global_step", "current_epoch", "callback_metrics")
 # Where most nodes of a tree come from: dicts and lists, and arrays.
 _NEVER_NNX = frozenset(("builtins", "numpy", "jaxlib._jax"))
 
@@ -45,7 +47,12 @@ class RestoreOptions(LoadOptions, total=False):
 
 
 def take(trainer: Any, module: Any, state_fn: StateFn | None) -> Any:
-    """Returns the tree to save: from `state_fn`, or else from what the loop is known to have.
+    """Returns the tree to save: what `find` finds, with the state of NNX objects in their place."""
+    return pure(find(trainer, module, state_fn))
+
+
+def find(trainer: Any, module: Any, state_fn: StateFn | None) -> Any:
+    """Returns what a loop has to save: from `state_fn`, or else from what it is known to have.
 
     Without `state_fn`, the first of these that there is: `module`, then `trainer.state`, if it is
     an NNX module, saved as `{"params": ..., "opt_state": ...}` with the NNX optimizer that
@@ -53,14 +60,45 @@ def take(trainer: Any, module: Any, state_fn: StateFn | None) -> Any:
     as any other tree. None if there is none of these.
     """
     if state_fn is not None:
-        return pure(state_fn(trainer, module))
+        return state_fn(trainer, module)
     for candidate in (module, getattr(trainer, "state", None)):
         if _is_nnx(candidate):
-            return pure(_with_optimizer(candidate, trainer))
+            return _with_optimizer(candidate, trainer)
         if _is_train_state(candidate):
             return candidate
     state = getattr(trainer, "state", None)
-    return pure(state) if _is_tree(state) else None
+    return state if _is_tree(state) else None
+
+
+def is_trainer(target: Any) -> bool:
+    """Whether a target of `restore` is a trainer, whose state is meant."""
+    return all(hasattr(target, name) for name in _OF_TRAINERS)
+
+
+def put_back(trainer: Any, found: Any, restored: Any, *, step: int, epochs_done: int) -> None:
+    """Has a trainer go on from what was restored into `found`, in which NNX objects are updated.
+
+    A tree of arrays that `find` found in `trainer.state` is replaced there. Counters that it sets
+    by itself are left to it.
+    """
+    if found is getattr(trainer, "state", None):
+        trainer.state = restored
+    for name, value in (("global_step", step), ("current_epoch", epochs_done)):
+        with contextlib.suppress(AttributeError):  # a property
+            setattr(trainer, name, value)
+
+
+def lacks_optimizer(tree: Any) -> bool:
+    """Whether a state is NNX modules only: none of it is an optimizer's, or may be."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    nodes = jax.tree.leaves(tree, is_leaf=_is_nnx)
+    return (
+        bool(nodes)
+        and all(isinstance(node, nnx.Module) for node in nodes)
+        and not any(isinstance(inner, nnx.Optimizer) for _, inner in nnx.iter_graph(nodes))
+    )
 
 
 def pure(tree: Any) -> Any:
@@ -81,12 +119,17 @@ def load(path: Path, target: Any, options: LoadOptions, *, progress: Progress | 
     if target is None:
         return fp.load(path, progress=progress)
     if _is_nnx(target):
-        return load(path, {"params": target}, options, progress=progress)["params"]
+        return load(path, rooted(target), options, progress=progress)["params"]
     loaded = fp.load(path, target=pure(target), progress=progress, **options)
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return loaded
     return jax.tree.map(lambda node, new: _update(nnx, node, new), target, loaded, is_leaf=_is_nnx)
+
+
+def rooted(target: Any) -> Any:
+    """Returns a target as the checkpoint has it: an NNX object alone is its "params"."""
+    return {"params": target} if _is_nnx(target) else target
 
 
 def _with_optimizer(module: Any, trainer: Any) -> dict[str, Any]:
@@ -131,5 +174,5 @@ def _is_train_state(node: Any) -> bool:
 
 
 def _is_tree(state: Any) -> bool:
-    """Whether JAX knows its structure: an opaque object is a leaf."""
+    """Whether it is a pytree to JAX: an opaque object is a leaf."""
     return state is not None and not jax.tree_util.all_leaves([state])

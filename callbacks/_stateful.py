@@ -114,8 +114,8 @@ def _dict(value: object) -> dict[str, Any]:
 def _why_missing(*, is_stored: bool, then: int, now: int) -> str:
     if is_stored and then != now:
         return (
-            f"is of {then} processes, and there are {now} now: each has its own share of the data, "
-            "and no state of then is that of a share of now"
+            f"was saved by {then} processes, and there are {now} now: the data are shared out "
+            "otherwise, and the states do not apply"
         )
     return "is not in the checkpoint" if not is_stored else "is not in it for this process"
 

@@ -22,11 +22,11 @@ from flax_partial.callbacks import _directory
 from flax_partial.callbacks._background import Worker
 from flax_partial.callbacks.policies import ranked
 from flax_partial.runs import completeness, takeover
-from flax_partial.runs.directory import checkpoints
+from flax_partial.runs.directory import checked, checkpoints
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
     from pathlib import Path
 
     from flax_partial.callbacks._schedule import Retention
@@ -35,6 +35,56 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS = 1.0, 60.0
 _LAST_ATTEMPTS = 3  # at an upload that fails once training has ended
+
+
+def tiers_of(
+    directory: Path,
+    local: str | os.PathLike[str] | None,
+    *,
+    keep_last: int,
+    most_behind: int,
+) -> tuple[Path, Tiers | None]:
+    """Returns where a run saves, and the uploads from there if that is a local tier.
+
+    Raises:
+      ValueError: An option makes no sense.
+    """
+    for name, value in (("local_keep_last", keep_last), ("most_uploads", most_behind)):
+        if value < 1:
+            raise ValueError(f"{name} is a number of checkpoints, 1 or more, not {value!r}")
+    if local is None:
+        return directory, None
+    if "://" in str(local):
+        raise ValueError(f"local is a directory on a disk of this machine, not {local}")
+    place = checked(local)
+    around = (directory, *directory.parents)
+    if place in around or directory in place.parents:
+        raise ValueError(f"local={str(place)!r} has to lie apart from the run's {directory}")
+    return place, Tiers(place, directory, keep_last=keep_last, most_behind=most_behind)
+
+
+def choose(
+    places: Iterable[Path], retention: Retention, which: str | int | os.PathLike[str]
+) -> tuple[int, Path] | None:
+    """Returns the step and the path of a checkpoint in one of several places.
+
+    Of a step that more than one place has it is that of the first; see `_directory.choose`.
+    """
+    held = [place for place in places if checkpoints(place)] or [*places]
+    if isinstance(which, int) and not isinstance(which, bool):
+        held = [place for place in held if which in checkpoints(place)] or held
+    if which == "best" and (first := best(held, retention)) is not None:
+        return first[:2]
+    found = [one for place in held if (one := _directory.choose(place, retention, which))]
+    return max(found, key=lambda one: one[0], default=None)
+
+
+def best(places: Iterable[Path], retention: Retention) -> tuple[int, Path, float] | None:
+    """Returns the step, the path and the score of the best checkpoint in several places."""
+    found = [one for place in places if (one := _directory.best(place, retention))]
+    scores = {step: score for step, _, score in found}
+    first = next(iter(ranked(scores, retention.mode)), None)
+    return next((one for one in found if one[0] == first), None)
 
 
 class _TakenOverError(Exception):
@@ -67,26 +117,30 @@ class Tiers:
         self._uploads = takeover.Uploads(remote)
         self._worker = Worker("flax_partial_upload")
         self._changed = threading.Condition()  # guards all below
-        self._number = 0  # by which `_uploads` knows this run; 0 until it has begun
+        self._published = -1  # the last step in `remote` when it began
+        self._number = 0  # by which `_uploads` finds this run; 0 until it has begun
         self._waiting: list[int] = []  # steps that are to be uploaded, the first one is under way
         self._is_taken_over = False
         self._is_ending = False
 
     # Before training.
 
-    def reconcile(self, *, begins: bool) -> None:
-        """Tells which checkpoints belong together; of several processes, in the first one.
+    def reconcile(self, *, begins: bool) -> str:
+        """Identifies checkpoints that belong together; of several processes, in the first one.
 
         Where another tier has taken the run over since this one uploaded last, what is only in this
         one is of a run that was given up: it is set aside. Where training begins, this tier takes
         the run over, ends what others were uploading, and goes on with its own uploads.
+
+        Returns:
+          The identity of the local tier; empty where there is none yet.
 
         Raises:
           CheckpointExistsError: The local tier is that of another run's directory.
           OSError: The storage failed.
         """
         if not begins and not self.local.is_dir():
-            return
+            return ""
         self.local.mkdir(parents=True, exist_ok=True)
         mine, last = takeover.identify(self.local, self.remote), self._uploads.tier()
         if last not in ("", mine):
@@ -94,6 +148,16 @@ class Tiers:
             mine = takeover.renew(self.local, self.remote)
         if begins:
             self._begin(mine)
+        return mine
+
+    def check_is_shared(self, identity: str) -> None:
+        """Raises ValueError if this process sees another local tier than the first one."""
+        found = takeover.identity(self.local)
+        if identity and found != identity:
+            raise ValueError(
+                f"local={str(self.local)!r} is another directory in process {jax.process_index()} "
+                "than in the first one: all have to see the same, such as on one machine."
+            )
 
     def _set_aside(self, mine: str) -> None:
         held = checkpoints(self.local)
@@ -118,36 +182,18 @@ class Tiers:
             self._waiting.clear()
             self._is_taken_over = self._is_ending = False
         published = checkpoints(self.remote)
-        newest = max(published, default=-1)
-        left = [step for step in checkpoints(self.local) if step > newest]
-        for step in _unfinished(self.remote):
+        self._published = max(published, default=-1)
+        left = [step for step in checkpoints(self.local) if step > self._published]
+        for step in _unfinished(self.remote, published):
             if step not in left:
                 _settle(self.remote / str(step), step)
         for step in left:
             logger.info("Goes on with the upload of %s.", self.local / str(step))
             self.add(step, ())
 
-    def choose(
-        self, retention: Retention, which: str | int | os.PathLike[str]
-    ) -> tuple[int, Path] | None:
-        """Returns the step and the path of a checkpoint of either tier, as `_directory.choose`.
-
-        Of a step that both hold it is the local one.
-        """
-        places = [place for place in (self.local, self.remote) if checkpoints(place)]
-        if isinstance(which, int) and not isinstance(which, bool):
-            places = [place for place in places if which in checkpoints(place)] or places
-        if which == "best" and retention.monitor is not None:
-            bests = [best for place in places if (best := _directory.best(place, retention))]
-            scores = {step: score for step, _, score in bests}
-            for first in ranked(scores, retention.mode):
-                return next((step, path) for step, path, _ in bests if step == first)
-        found: list[tuple[int, Path]] = [
-            one
-            for place in places or [self.remote]
-            if (one := _directory.choose(place, retention, which)) is not None
-        ]
-        return max(found, key=lambda one: one[0], default=None)
+    def discarded(self, step: int) -> None:
+        """Notes that the checkpoints after a step were removed from both tiers."""
+        self._published = min(self._published, step)
 
     # While training.
 
@@ -169,12 +215,18 @@ class Tiers:
         """Whether as many checkpoints as may wait for their uploads do."""
         return len(self._waiting) >= self._most_behind and not self._is_taken_over
 
-    def wait_for_room(self) -> None:
-        """Waits until another checkpoint may be saved.
+    def wait_for_room(self, step: int) -> None:
+        """Waits until the checkpoint of a step may be saved.
 
         Raises:
+          CheckpointExistsError: The run's directory holds that step, or a later one.
           CheckpointInUseError: Another tier has taken over the run.
         """
+        if step <= self._published:
+            raise fp.CheckpointExistsError(
+                f"{self.remote} holds step {self._published} already, and training is only at step "
+                f"{step}: restore the newest checkpoint, or use another directory."
+            )
         with self._changed:
             self._changed.wait_for(lambda: not self.is_full)
         if self._is_taken_over:
@@ -189,6 +241,8 @@ class Tiers:
             self._is_ending = True
             self._changed.notify_all()
         self._worker.finish()
+        with self._changed:
+            self._is_ending = False  # a hook may wait while training goes on
 
     def _upload(self, step: int, retentions: Iterable[Retention]) -> None:
         try:
@@ -216,19 +270,28 @@ class Tiers:
                     self.local,
                 )
             except (OSError, fp.CorruptCheckpointError) as error:
-                attempts += 1
-                if not _may_pass(error) or (self._is_ending and attempts >= _LAST_ATTEMPTS):
+                attempts = attempts + 1 if self._is_ending else 0
+                if isinstance(error, fp.NoSessionError) and step not in checkpoints(self.local):
+                    return False  # it was discarded
+                if not _may_pass(error) or attempts >= _LAST_ATTEMPTS:
                     logger.exception(
                         "Could not upload %s to %s.", self.local / str(step), self.remote
                     )
                     return False
                 logger.warning("Could not upload step %d, and tries again: %s", step, error)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._is_ending, timeout=pause)
+                self._pause(_FIRST_PAUSE_SECS if attempts else pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECS)
             else:
                 return True
         return False
+
+    def _pause(self, secs: float) -> None:
+        """Waits for so long, or until training ends."""
+        with self._changed:
+            if self._is_ending:
+                self._changed.wait(min(secs, _FIRST_PAUSE_SECS))
+            else:
+                self._changed.wait_for(lambda: self._is_ending, secs)
 
     def _copy(self, step: int) -> None:
         source, target = self.local / str(step), self.remote / str(step)
@@ -261,12 +324,12 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, lasting)
 
 
-def _unfinished(directory: Path) -> list[int]:
+def _unfinished(directory: fp.StorePath | Path, published: Container[int]) -> list[int]:
     """Steps of which there is a session in a run's directory."""
     found = []
     for entry in directory.iterdir():
         name = entry.name.removesuffix(".partial_save")
-        if name.isdecimal():
+        if name.isdecimal() and int(name) not in published:
             with contextlib.suppress(fp.NoSessionError):
                 fp.status(entry)
                 found.append(int(name))

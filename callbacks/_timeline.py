@@ -42,7 +42,7 @@ class Recorder:
         self._lock = threading.Lock()  # guards the events below, for an instant at a time
         self._file_lock = threading.Lock()  # one thread at a time appends to the file
         self._run = ""
-        self._has_begun = False  # whether the file says which run follows
+        self._has_begun = False  # whether the file names the run that follows
         self._has_failed = False
         self._flushed = 0.0
         self._step_began: float | None = None
@@ -52,7 +52,7 @@ class Recorder:
         self._lines: list[str] = []
 
     def begin(self, run: str) -> None:
-        """Has what follows belong to another run, with what led up to it."""
+        """Begins another run, with what led up to it."""
         if self._steps or self._lines:
             self.flush()
         self._run, self._has_begun = run, False
@@ -63,7 +63,7 @@ class Recorder:
             self._step_began = time.time()
 
     def step_ended(self, number: int) -> None:
-        """Records that it ends; where several callbacks say so, the last one counts."""
+        """Records that it ends; where several callbacks do so, the last one counts."""
         now = time.time()
         with self._lock:
             began, self._step_began = self._step_began, None
@@ -144,7 +144,7 @@ class Recorder:
 
 
 def devices_of(leaves: Iterable[tuple[Any, Any]]) -> str:
-    """Says on which devices some leaves are: "cpu:0", "gpu:4-7"; "" if in the host's memory."""
+    """Returns on which devices some leaves are: "cpu:0", "gpu:4-7"; "" if in the host's memory."""
     shardings = dict.fromkeys(
         value.sharding
         for _, leaf in leaves

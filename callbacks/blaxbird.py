@@ -1,19 +1,20 @@
 """blaxbird: a hook for `train_fn`, which calls it after each step.
 
-blaxbird asks nothing of a hook but to be called, so nothing of blaxbird is imported here.
+blaxbird needs nothing of a hook but to be callable, so nothing of blaxbird is imported here.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Unpack
 
+from flax_partial.callbacks._options import LoopOptions, explicit
+from flax_partial.callbacks._state import RestoreOptions
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint
+from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
-
-    from flax_partial.callbacks._state import RestoreOptions
 
 
 class BlaxbirdCheckpoint(LoopCheckpoint):
@@ -29,7 +30,8 @@ class BlaxbirdCheckpoint(LoopCheckpoint):
     have without a stop.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], **options: Any) -> None:
+    @explicit(LoopOptions, PartialCheckpointCallback.__init__, every_n_epochs=None)
+    def __init__(self, directory: str | os.PathLike[str], **options: Unpack[LoopOptions]) -> None:
         """Prepares a hook; nothing is written before training begins.
 
         Args:
@@ -41,18 +43,18 @@ class BlaxbirdCheckpoint(LoopCheckpoint):
           TypeError: There is no such option.
           ValueError: An option has a value that makes no sense, or nothing would ever be saved.
         """
-        self._loop = Loop(directory, lambda: self._state, {"every_n_epochs": None} | options)
+        self._loop = Loop(directory, lambda: self._state, options)
         self._state: Any = None
         self._steps_before = 0  # this run
         self._step_of_run = 0
 
+    @explicit(RestoreOptions, PartialCheckpointCallback.restore)
     def restore(self, optimizer: Any, **options: Unpack[RestoreOptions]) -> int:
         """Restores the optimizer, and the model in it, from the newest checkpoint, in place.
 
         Args:
-          optimizer: An NNX optimizer that knows its model.
-          options: What `PartialCheckpointCallback.restore` takes beside the target: `which`,
-            `partial`, `keep_missing`, `cast`, `discard_later`.
+          optimizer: An NNX optimizer that holds its model.
+          options: What `PartialCheckpointCallback.restore` takes beside the target.
 
         Returns:
           Steps done: 0 where there is no checkpoint yet.
@@ -61,7 +63,8 @@ class BlaxbirdCheckpoint(LoopCheckpoint):
           TargetMismatchError: The checkpoint does not fit; nothing was updated.
           CheckpointExistsError: It is older than the newest, and `discard_later` is False.
         """
-        self._loop.restore(_state_of(optimizer.model, optimizer), **options)
+        self._state = _state_of(optimizer.model, optimizer)
+        self._loop.restore(self._state, **options)
         self._steps_before, self._step_of_run = self._loop.trainer.global_step, 0
         return self._steps_before
 
@@ -84,7 +87,7 @@ class BlaxbirdCheckpoint(LoopCheckpoint):
 
 
 def _state_of(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Model and optimizer, each once: an optimizer that knows its model would bring it again."""
+    """Model and optimizer, each once: an optimizer that holds its model would bring it again."""
     return {
         "params": model,
         "opt_state": {"step": optimizer.step, "opt_state": optimizer.opt_state},

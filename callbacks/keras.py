@@ -7,12 +7,15 @@ What is saved is Keras's own tree of a model, `model.get_state_tree()`: trainabl
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import flax_partial as fp
 from flax_partial.callbacks import _extras
+from flax_partial.callbacks._keras_epochs import FitEpochs, epochs_of
+from flax_partial.callbacks._options import LoopOptions, explicit
 from flax_partial.callbacks._state import RestoreOptions
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint, resume_options, resuming
+from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 _extras.need("keras", extra="keras")
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_METRICS = "metrics_variables"  # sums that Keras starts anew with each epoch, of its own accord
+_METRICS = "metrics_variables"  # sums that Keras starts anew with each epoch
 _EPOCHS = "epochs_done"
 
 
@@ -35,24 +38,27 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
     results are those of a run that was never stopped if checkpoints are made at epochs' ends.
 
     Keras calls no callback where `fit` raises: put `with checkpoints:` around it. Without that, the
-    next `fit` in the same directory ends the one that failed.
+    next `fit` in the same directory ends the one that failed. The next `fit` of that model goes on
+    where it would in a new process: from the newest checkpoint.
     """
 
+    @explicit(LoopOptions, PartialCheckpointCallback.__init__, mode="auto")
     def __init__(
         self,
         directory: str | os.PathLike[str],
         *,
         resume: bool | RestoreOptions = True,
-        **options: Any,
+        **options: Unpack[LoopOptions],
     ) -> None:
         """Prepares a callback; nothing is written before training begins.
 
         Args:
           directory: A run's directory, which holds a checkpoint a step.
           resume: Whether `fit` goes on from the newest checkpoint, where it has a later step than
-            the model. Or from which, and how: a dict of what `PartialCheckpointCallback.restore`
-            takes beside the target, such as `{"which": 60, "discard_later": True}`; with `which`,
-            whatever the step of the model is.
+            the model, or the model's last `fit` has failed. Or from which, and how: a dict of what
+            `PartialCheckpointCallback.restore` takes beside the target, such as
+            `{"which": 60, "discard_later": True}`; with `which`, whatever the model's step is. A
+            script that says `which` goes back at each start.
           options: What else `PartialCheckpointCallback` takes, but for `state_fn`; `mode` is "auto"
             by default, as it is in Keras.
 
@@ -64,12 +70,13 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         super().__init__()
         if keras.backend.backend() != "jax":
             raise RuntimeError(
-                f"Keras runs on {keras.backend.backend()!r}. Set KERAS_BACKEND=jax before keras is "
-                "imported: what is checkpointed here are arrays of JAX."
+                f"Keras runs on {keras.backend.backend()!r}, and KerasCheckpoint saves arrays of "
+                "JAX. Set the environment variable KERAS_BACKEND=jax before keras is imported."
             )
-        self._loop = Loop(directory, self._state, {"mode": "auto"} | options)
+        self._loop = Loop(directory, self._state, options)
         self._resume = resume_options(resume)
         self._step_of_epoch = 0
+        self._epochs = FitEpochs()
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Recovers what an ended run has left, and restores the newest checkpoint.
@@ -79,17 +86,24 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
           CheckpointExistsError: It is older than the newest.
         """
         step = int(self.model.optimizer.iterations)
+        self._epochs = epochs_of(self.model)
         self._loop.start(step)
         if self._resume is None:
+            self._loop.begin()
             return
-        is_later = max(fp.steps(self.callback.directory), default=0) > step
-        if is_later or "which" in self._resume:
+        newest = max(fp.steps(self.callback.directory), default=0)
+        has_failed, self._epochs.is_in_fit = self._epochs.is_in_fit, False
+        if newest > step or "which" in self._resume or (has_failed and newest > 0):
             self._go_on(self._resume)
+        else:
+            self._loop.begin()
+        step = self._loop.trainer.global_step
+        self._set_initial_epoch(self._epochs.begin_fit(step, self.params["epochs"]))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Remembers the step before the epoch."""
         self._set_initial_epoch(None)  # which would be that of the next `fit`, too
-        self._loop.trainer.current_epoch = epoch
+        self._loop.trainer.current_epoch = self._epochs.begin_epoch(epoch)
         self._step_of_epoch = self._loop.trainer.global_step
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -105,25 +119,28 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Saves if that is due, and finalizes with the metrics of the epoch, validation's too."""
-        self._loop.end_epoch(epoch, logs)
+        self._loop.end_epoch(epoch + self._epochs.offset, logs)
+        self._epochs.done = self._loop.trainer.current_epoch
 
     def on_train_end(self, logs: Any = None) -> None:
         """Waits until every checkpoint is finalized."""
         self._set_initial_epoch(None)
+        self._epochs.is_in_fit = False
         self._loop.close(None)
 
     def _state(self) -> dict[str, Any]:
         # Asking for `model` makes Keras gather its variables, which is for saved steps only.
         tree = self.model.get_state_tree()
         trainer = self._loop.trainer
-        epochs_done = trainer.current_epoch + trainer.is_last_batch
+        epochs_done = trainer.current_epoch + trainer.is_last_batch - self._epochs.offset
         return {root: tree[root] for root in tree if root != _METRICS} | {_EPOCHS: epochs_done}
 
     def _go_on(self, options: RestoreOptions) -> None:
         with resuming(), _hinted():
             tree = self._loop.restore(self._state(), **options)
         if tree is not None:
-            self._set_initial_epoch(tree.pop(_EPOCHS))
+            step, done = self._loop.trainer.global_step, self._loop.trainer.current_epoch
+            self._epochs.restore(step, done=done, of_fit=tree.pop(_EPOCHS))
             self.model.set_state_tree(tree)
             self._resume = RestoreOptions()  # to go back once is enough
 
@@ -133,7 +150,7 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
 
 @contextlib.contextmanager
 def _hinted() -> Iterator[None]:
-    """Says in an error what Keras does to the names of a model that is built again."""
+    """Adds to an error what Keras does to the names of a model that is built again."""
     try:
         yield
     except fp.TargetMismatchError as error:

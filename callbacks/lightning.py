@@ -15,13 +15,14 @@ from __future__ import annotations
 import io
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 import flax_partial as fp
 from flax_partial.callbacks import _extras
 from flax_partial.callbacks._hooks import in_training
+from flax_partial.callbacks._options import LoopOptions, explicit
 from flax_partial.callbacks._state import LoadOptions, RestoreOptions
 from flax_partial.callbacks.loop import resume_options, resuming
 from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
@@ -49,12 +50,13 @@ class LightningCheckpoint(PartialCheckpointCallback, Callback):
     the checkpoint of the same step.
     """
 
+    @explicit(LoopOptions, PartialCheckpointCallback.__init__)
     def __init__(
         self,
         directory: str | os.PathLike[str],
         *,
         resume: bool | RestoreOptions = True,
-        **options: Any,
+        **options: Unpack[LoopOptions],
     ) -> None:
         """Prepares a callback; nothing is written before training begins.
 
@@ -110,7 +112,7 @@ class LightningCheckpoint(PartialCheckpointCallback, Callback):
 
     @in_training
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Finalizes; says so where an epoch has gone by without any step that counts."""
+        """Finalizes; warns where an epoch has gone by without any step that counts."""
         if trainer.global_step == 0:
             logger.warning(
                 "Lightning has counted no step in epoch %d, so nothing is saved: %s has optimizers "

@@ -1,13 +1,14 @@
 """What the adapters share: a trainer for the callback, and the callback's hooks in their order.
 
-The callback reads five attributes of a trainer: `global_step`, `current_epoch`, `callback_metrics`,
-`is_last_batch` and `state`. A loop that lacks them has an adapter, which reports to a `Loop` what
-the loop has done.
+The callback reads six attributes of a trainer: `global_step`, `current_epoch`, `callback_metrics`,
+`is_last_batch`, `state`, and, if it has that, `custom_metadata`. A loop that lacks them has an
+adapter, which reports to a `Loop` what the loop has done.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 import flax_partial as fp
@@ -18,7 +19,12 @@ from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
     from types import TracebackType
+
+    from flax_partial.callbacks._options import LoopOptions
+
+logger = logging.getLogger(__name__)
 
 
 class LoopTrainer:
@@ -29,6 +35,7 @@ class LoopTrainer:
       current_epoch: The epoch under way, the first being 0.
       callback_metrics: Newest value of each metric, possibly still being computed.
       is_last_batch: Whether the step ends its epoch.
+      custom_metadata: What is stored with the step's checkpoint, beside what the run's have.
     """
 
     def __init__(self, take_state: Callable[[], Any]) -> None:
@@ -36,11 +43,12 @@ class LoopTrainer:
         self.current_epoch = 0
         self.callback_metrics: dict[str, Any] = {}
         self.is_last_batch = False
+        self.custom_metadata: Mapping[str, Any] = {}
         self._take_state = take_state
 
     @property
     def state(self) -> Any:
-        """The tree to save, asked for in steps that are saved only."""
+        """The tree to save; called in steps that are saved only."""
         return self._take_state()
 
 
@@ -51,13 +59,15 @@ class Loop:
       checkpoints: The callback.
       trainer: What it reads.
       is_running: Whether the loop has started, and not ended.
+      has_ended: Whether it has ended, and not started again: what is restored then is looked at.
+      is_in_block: Whether the loop stands in a `with` block, which ends it.
     """
 
     def __init__(
         self,
         directory: str | os.PathLike[str],
         take_state: Callable[[], Any],
-        options: Mapping[str, Any],
+        options: LoopOptions,
     ) -> None:
         """Prepares a callback; nothing is written before the loop starts.
 
@@ -69,34 +79,56 @@ class Loop:
         self.checkpoints = PartialCheckpointCallback(directory, **options)
         self.trainer = LoopTrainer(take_state)
         self.is_running = False
-        self._has_epochs = False
+        self.has_ended = False
+        self.is_in_block = False
+        self._has_epochs = self._has_steps = False
 
     def start(self, step: int) -> None:
         """Begins, with so many steps done, and recovers what an ended run left."""
         self.trainer.global_step = step
         self.trainer.callback_metrics = {}
-        self.trainer.is_last_batch = self._has_epochs = False
+        self.trainer.is_last_batch = self._has_epochs = self._has_steps = False
         self.checkpoints.setup(self.trainer, None, "fit")
         self.checkpoints.on_fit_start(self.trainer, None)
-        self.is_running = True
+        self.is_running, self.has_ended = True, False
 
     def restore(self, target: Any, **options: Unpack[RestoreOptions]) -> Any:
-        """Goes on at a checkpoint, and returns its state; None where there is none yet."""
-        self._start_if_new()
+        """Goes on at a checkpoint, and returns its state; None where there is none yet.
+
+        A loop that has ended is not started again by that: any checkpoint may be looked at.
+        """
+        if not self.has_ended:
+            self._start_if_new()
         restored = self.checkpoints.restore(target, **options)
-        if restored is None:
-            return None
-        state, self.trainer.global_step = restored
-        if self.checkpoints.restored is not None:
-            self.trainer.current_epoch = self.checkpoints.restored.epochs_done
-        self.checkpoints.on_train_start(self.trainer, None)
-        return state
+        if restored is not None:
+            _, self.trainer.global_step = restored
+            if self.checkpoints.restored is not None:
+                self.trainer.current_epoch = self.checkpoints.restored.epochs_done
+        self.begin()
+        return None if restored is None else restored[0]
+
+    def begin(self) -> None:
+        """Reports that training begins, from what was restored or from the start."""
+        if self.is_running:
+            self.checkpoints.on_train_start(self.trainer, None)
+
+    def save_now(self) -> Path:
+        """Saves the newest step, and returns its checkpoint's path once that is finalized."""
+        self._start_if_new()
+        return self.checkpoints.save_now(self.trainer)
 
     def step(
-        self, step: int, metrics: Mapping[str, Any] | None, *, is_last_batch: bool = False
+        self,
+        step: int,
+        metrics: Mapping[str, Any] | None,
+        *,
+        is_last_batch: bool = False,
+        custom_metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Reports that a step has ended, and how many are done now: as before where it raises."""
         self._start_if_new()
+        self.trainer.custom_metadata = dict(custom_metadata or {})
+        self._has_steps = True
         before, self.trainer.global_step = self.trainer.global_step, step
         self.trainer.is_last_batch = is_last_batch
         self.trainer.callback_metrics = dict(metrics or {})
@@ -135,9 +167,9 @@ class Loop:
         """
         if not self.is_running:
             return
-        self.is_running = False
+        self.is_running, self.has_ended = False, True
         try:
-            if error is None and not self._has_epochs:
+            if error is None and self._has_steps and not self._has_epochs:
                 self.end_epoch(self.trainer.current_epoch, None)
             if error is None:
                 self.checkpoints.on_train_end(self.trainer, None)
@@ -149,8 +181,15 @@ class Loop:
                 self.checkpoints.on_exception(self.trainer, None, error)
 
     def _start_if_new(self) -> None:
-        if not self.is_running:
-            self.start(self.trainer.global_step)
+        if self.is_running:
+            return
+        if not self.is_in_block:
+            logger.warning(
+                "The loop that saves into %s is not in a `with` block: call close() where training "
+                "ends, which saves and finalizes what is left.",
+                self.checkpoints.directory,
+            )
+        self.start(self.trainer.global_step)
 
 
 def resume_options(resume: object) -> RestoreOptions | None:
@@ -172,7 +211,7 @@ def resume_options(resume: object) -> RestoreOptions | None:
 
 @contextlib.contextmanager
 def resuming() -> Iterator[None]:
-    """Says in errors how a loop that restores by itself is given the options they name."""
+    """Adds to errors how a loop that restores by itself is given the options they name."""
     try:
         yield
     except (fp.TargetMismatchError, fp.CheckpointExistsError) as error:
@@ -195,8 +234,19 @@ class LoopCheckpoint(Copyable):
         """The callback that saves, with its `reports`, `directory` and all else."""
         return self._loop.checkpoints
 
+    def close(self) -> None:
+        """Ends the loop, as the end of a `with` block does; again, it does nothing.
+
+        For notebooks, where a loop is spread over cells.
+
+        Raises:
+          Exception: What failed in the background, and was not raised before.
+        """
+        self._loop.close(None)
+
     def __enter__(self) -> Self:
         """Begins the block; nothing is written before the first step."""
+        self._loop.is_in_block = True
         return self
 
     def __exit__(
@@ -206,4 +256,5 @@ class LoopCheckpoint(Copyable):
         traceback: TracebackType | None,
     ) -> None:
         """Ends the block, and the loop where it has not ended yet."""
+        self._loop.is_in_block = False
         self._loop.close(error)

@@ -7,29 +7,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import reprlib
 import signal
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import flax_partial as fp
-from flax_partial.callbacks import _directory, _state
+from flax_partial.callbacks import _state
 from flax_partial.callbacks._behind import WHEN_BEHIND
 from flax_partial.callbacks._clock import Clock
 from flax_partial.callbacks._groups import Grouping
 from flax_partial.callbacks._hooks import TrainingHooks
+from flax_partial.callbacks._leaves import flatten
 from flax_partial.callbacks._member import Failures, Member
 from flax_partial.callbacks._preemption import check_signals
 from flax_partial.callbacks._restored import progress_of
 from flax_partial.callbacks._saver import StepSaver
 from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.callbacks._stateful import Extras
+from flax_partial.callbacks._tiers import best, choose, tiers_of
+from flax_partial.callbacks._unrestored import unrestored
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.progress import Bar
-from flax_partial.runs.directory import checked, probably_meant
+from flax_partial.runs.directory import checked, probably_meant, uploaded_to
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from datetime import timedelta
     from pathlib import Path
 
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What is stored of each checkpoint beside `custom_metadata`, in the same place.
+_OWN = ("step", "epoch", "session", "progress", "extras", "metrics", "ranked_by")
 _STEP_LEAF = "checkpoint_step"  # that earlier versions added to the tree, for themselves
 
 
@@ -86,6 +93,9 @@ class PartialCheckpointCallback(TrainingHooks):
         state_fn: _state.StateFn | None = None,
         keep: Policy | Iterable[Policy] | None = None,
         extras: Mapping[str, Any] | None = None,
+        custom_metadata: Mapping[str, Any] | None = None,
+        save_initial: bool = False,
+        overwrite: bool = False,
         keep_last: int | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max", "auto"] = "min",
@@ -102,6 +112,9 @@ class PartialCheckpointCallback(TrainingHooks):
         when_behind: Literal["wait", "skip"] = "wait",
         on_metrics: OnMetrics | None = None,
         progress: bool = False,
+        local: str | os.PathLike[str] | None = None,
+        local_keep_last: int = 1,
+        most_uploads: int = 2,
     ) -> None:
         """Prepares a callback; nothing is written before training begins.
 
@@ -125,6 +138,13 @@ class PartialCheckpointCallback(TrainingHooks):
             `state_dict` and `load_state_dict`, `random` or `random.Random`, a NumPy generator, what
             has `to_json` and `from_json`; or a pair of functions, one that returns a state and one
             that takes it. Each process keeps its own.
+          custom_metadata: JSON values that are stored with each checkpoint, as of `fp.save`, such
+            as the commit of your code; and with those of `trainer.custom_metadata`, if there is
+            one, which are of the step. `fp.metadata(path).custom_metadata` has them.
+          save_initial: Save the state that training begins with, too, as step 0, unless it was
+            restored.
+          overwrite: Start anew: the checkpoints that the directory holds of later steps than
+            training begins at, which are all where it begins at 0, are removed then.
           keep: Policies that say which checkpoints to keep (`flax_partial.callbacks.policies`), one
             or several. Without this and the other four that say what to keep, all are kept; with
             any of them, the newest and what any one keeps.
@@ -133,8 +153,8 @@ class PartialCheckpointCallback(TrainingHooks):
             was set in a checkpoint's own step, or by a validation after it, is its score: a
             checkpoint that lacks it waits for that until the next step begins. By default, that of
             the first `BestN` of `keep`.
-          mode: Whether the best score is the smallest or the largest; "auto" tells by the words of
-            its name ("loss", "accuracy"), and refuses one that it does not know.
+          mode: Whether the best score is the smallest or the largest; "auto" goes by the words of
+            its name ("loss", "accuracy"), and refuses any other.
           save_top_k: Keep so many of the best checkpoints, and the newest 5 whose score is not
             known (`BestN` of `keep` takes another number). -1: all are kept, whatever else is said.
           keep_every_n_steps: Keep the first checkpoint at or after each n-th step.
@@ -168,19 +188,33 @@ class PartialCheckpointCallback(TrainingHooks):
             raises is raised by that hook, and harms no checkpoint.
           progress: Show a bar of bytes while training waits for checkpoints, or for one to be
             loaded, for longer than a second; none while a display of rich is running.
+          local: A directory on a fast disk, the local tier: checkpoints are saved there, and
+            uploaded to `directory` in the background. What is to be kept is said of `directory`. Of
+            several processes, all have to see it.
+          local_keep_last: How many of the newest checkpoints stay in the local tier once they are
+            uploaded.
+          most_uploads: How many checkpoints may wait to be uploaded, or be under way. Past it the
+            run is behind, and `when_behind` says what becomes of the next.
 
         Raises:
           ValueError: An option has a value that makes no sense, alone or with another; or
-            `directory` is a URL, or lies in a checkpoint.
-          TypeError: `stacked` maps something else than names to numbers, or tuples of them; or one
-            of `extras` has no state that can be got and set.
+            `directory` is a URL without `local`, or lies in a checkpoint.
+          TypeError: `stacked` maps something else than names to numbers, or tuples of them; one of
+            `extras` has no state that can be got and set; or what is to be called cannot be.
         """
+        _check_kind(Callable, group_by=group_by, state_fn=state_fn, on_metrics=on_metrics)
+        _check_kind(str, monitor=monitor)
+        _check_kind(fp.SaveOptions, options=options)
+        _check_kind(FinalizeHook, finalizer=finalizer)
+        _check_kind(Mapping, stacked=stacked, extras=extras)
         failures = Failures(on_save_error)
         if when_behind not in WHEN_BEHIND:
             raise ValueError(f"when_behind is {when_behind!r}; it must be 'wait' or 'skip'.")
-        self.directory = checked(directory)
+        self.directory = checked(directory) if local is None else uploaded_to(directory)
         self.finalizer = finalizer or FinalizeHook()
-        self._run = self.finalizer.runs.of(self.directory)
+        self._run = self.finalizer.runs.of(
+            *tiers_of(self.directory, local, keep_last=local_keep_last, most_behind=most_uploads)
+        )
         options = options or fp.SaveOptions()
         if options.share_replicas is None:
             options = replace(options, share_replicas=True)
@@ -188,6 +222,7 @@ class PartialCheckpointCallback(TrainingHooks):
         self._extras = Extras(extras or {})
         self._on_metrics = on_metrics
         self._save_on_exception = save_on_exception
+        self._overwrite = overwrite
         where = str(self.directory)
         options_of_key = f"{every_n_epochs=}, {every_n_train_steps=}, {monitor=}"
         key = f"{type(self).__qualname__}({where!r}, {options_of_key})"
@@ -206,12 +241,20 @@ class PartialCheckpointCallback(TrainingHooks):
             ),
             options=options,
             reuse_unchanged=reuse_unchanged,
+            saves_initial=save_initial,
             shows_progress=progress,
             signals=check_signals(preemption_signals if save_on_preemption else ()),
             skips_when_behind=when_behind == "skip",
             failures=failures,
         )
-        self._saver = StepSaver(self._run, self._member, grouping, self._extras, state_fn)
+        self._saver = StepSaver(
+            self._run,
+            self._member,
+            grouping,
+            self._extras,
+            state_fn=state_fn,
+            custom_metadata=_checked(custom_metadata),
+        )
 
     @property
     def failed_saves(self) -> int:
@@ -231,7 +274,8 @@ class PartialCheckpointCallback(TrainingHooks):
     @property
     def last_model_path(self) -> str:
         """The newest finalized checkpoint of the directory; "" while there is none."""
-        return str(fp.latest(self.directory) or "")
+        found = choose(self._run.places, self._member.retention, "latest")
+        return str(found[1]) if found else ""
 
     @property
     def best_model_path(self) -> str:
@@ -241,14 +285,38 @@ class PartialCheckpointCallback(TrainingHooks):
         """
         if self._member.retention.monitor is None:
             return self.last_model_path
-        best = _directory.best(self.directory, self._member.retention)
-        return str(best[1]) if best else ""
+        found = best(self._run.places, self._member.retention)
+        return str(found[1]) if found else ""
 
     @property
     def best_model_score(self) -> float | None:
         """The score that `best_model_path` was stored with; None without a score or a `monitor`."""
-        best = _directory.best(self.directory, self._member.retention)
-        return best[2] if best else None
+        found = best(self._run.places, self._member.retention)
+        return found[2] if found else None
+
+    def save_now(self, trainer: Any, module: Any = None) -> Path:
+        """Saves the newest finished step, due or not, and waits until it is finalized.
+
+        Between two steps, or before the first, which is step 0 then.
+
+        Args:
+          trainer: The trainer.
+          module: What its hooks are given.
+
+        Returns:
+          The checkpoint's path.
+
+        Raises:
+          CheckpointExistsError: The directory holds this step, or a later one, of another run.
+          Exception: What failed, in this save or before.
+        """
+        with self._blocked("save_now", trainer):
+            step = trainer.global_step
+            if step != self._member.last_saved:
+                self._saver.save(trainer, module, epoch_ends=False)
+            self._run.open_checkpoints.finish_closed()
+            self._run.wait(show_progress=self._member.shows_progress)
+        return self.directory / str(step)
 
     def recover(self) -> None:
         """Finalizes or drops what an ended run has left unfinished, as `on_fit_start` does."""
@@ -262,6 +330,7 @@ class PartialCheckpointCallback(TrainingHooks):
     def restore(
         self,
         target: Any = None,
+        module: Any = None,
         *,
         which: str | int | os.PathLike[str] = "latest",
         partial: bool = False,
@@ -279,14 +348,16 @@ class PartialCheckpointCallback(TrainingHooks):
         looked at; training that then begins there is refused in `on_fit_start`.
 
         Args:
-          target: What to load: a tree of arrays or `jax.ShapeDtypeStruct`, which decides structure,
-            dtypes and shardings; an NNX module, which is its "params", or a tree in which NNX
-            objects stand (`{"params": model, "opt_state": optimizer}`), which are updated in place;
-            None for everything, as nested dicts and lists.
+          target: What to load: a trainer, for all that this callback saves of it; a tree of arrays
+            or `jax.ShapeDtypeStruct`, which decides structure, dtypes and shardings; an NNX module,
+            which is its "params", or a tree in which NNX objects stand (`{"params": model,
+            "opt_state": optimizer}`); None for everything, as nested dicts and lists. NNX objects
+            are updated in place. A trainer's `state`, `global_step` and `current_epoch` are set.
+          module: Where the target is a trainer, what its hooks are given.
           which: "latest", "best" by `monitor` and `mode`, a step, or the path of a checkpoint,
             wherever it lies.
           partial: Whether `target`, or this callback's `extras`, may lack what the checkpoint has;
-            that is not read.
+            that is not read, and logged.
           keep_missing: Whether the checkpoint may lack leaves of `target`, or `extras`; those stay
             as they are.
           cast: Whether a dtype that differs is converted; an error otherwise.
@@ -312,14 +383,20 @@ class PartialCheckpointCallback(TrainingHooks):
             restack=restack,
             renames=renames,
         )
+        tree = self._saver.find(target, module) if _state.is_trainer(target) else target
         self.recover()
-        while found := _directory.choose(self.directory, self._member.retention, which):
+        while found := choose(self._run.places, self._member.retention, which):
             try:
-                return self._restore(*found, target, options, discard_later=discard_later)
+                state, step = self._restore(*found, tree, options, discard_later=discard_later)
             except fp.NoSessionError:
                 if which not in ("latest", "best") or found[1].exists():
                     raise
                 # another process has just removed it
+            else:
+                if tree is not target and self.restored is not None:
+                    epochs_done = self.restored.epochs_done
+                    _state.put_back(target, tree, state, step=step, epochs_done=epochs_done)
+                return state, step
         logger.info(
             "There is no checkpoint in %s to restore.%s",
             self.directory,
@@ -337,7 +414,7 @@ class PartialCheckpointCallback(TrainingHooks):
         discard_later: bool,
     ) -> tuple[Any, int]:
         if self._is_training and not discard_later:
-            _directory.check_none_later(self.directory, step, path)
+            self._run.check_none_later(step, path)
         described = fp.metadata(path)
         progress = progress_of(described.custom_metadata, step)
         extras = self._extras.find(
@@ -356,10 +433,42 @@ class PartialCheckpointCallback(TrainingHooks):
         self._saver.epoch_began = step - progress.steps_of_epoch
         self.restored = progress
         logger.info("Restored step %d from %s.", step, path)
+        if target is not None:
+            self._tell_of_the_rest(described, target, options)
         return state, step
+
+    def _tell_of_the_rest(
+        self, described: fp.CheckpointMetadata, target: Any, options: _state.LoadOptions
+    ) -> None:
+        """Logs what of a checkpoint was not restored; with other names that is not looked for."""
+        if options["partial"] and not (options["renames"] or options["restack"]):
+            names = (name for name in described.leaves if name != _STEP_LEAF)
+            if rest := unrestored(names, flatten(_state.pure(_state.rooted(target)))):
+                level = logging.WARNING if self._is_training else logging.INFO
+                logger.log(level, "Not restored of %s: %s.", described.path, rest)
 
     def _load(self, path: Path, target: Any, options: _state.LoadOptions) -> Any:
         if not self._member.shows_progress:
             return _state.load(path, target, options)
         with contextlib.closing(Bar("Loading a checkpoint")) as bar:
             return _state.load(path, target, options, progress=bar.update)
+
+
+def _checked(custom_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns a copy of a run's metadata; whether a value can be stored is checked by the save."""
+    metadata = dict(custom_metadata or {})
+    if own := sorted(metadata.keys() & set(_OWN)):
+        raise ValueError(
+            f"custom_metadata has {own[0]!r}, which is stored with each checkpoint anyway. "
+            f"Names that are in use: {', '.join(_OWN)}."
+        )
+    return metadata
+
+
+def _check_kind(kind: Any, **options: object) -> None:
+    """Raises TypeError for an option that is neither None nor of a kind."""
+    for name, one in options.items():
+        if one is not None and not isinstance(one, kind):
+            raise TypeError(
+                f"{name} is {reprlib.repr(one)}; it must be a {kind.__name__}, or None."
+            )

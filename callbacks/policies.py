@@ -3,7 +3,7 @@
     PartialCheckpointCallback("runs/lm", keep=[LatestN(3), BestN(2, "val_loss", "min")])
 
 What any policy keeps is kept, and the newest checkpoint always is. A policy of one's own is an
-object with a method `keep`; it may ask others:
+object with a method `keep`; it may call others:
 
     class BestOfTheNewest:
         def keep(self, saved):
@@ -42,7 +42,7 @@ class SavedStep:
 
 
 class Policy(Protocol):
-    """Says which checkpoints of a run to keep."""
+    """Decides which checkpoints of a run to keep."""
 
     def keep(self, saved: Sequence[SavedStep]) -> Collection[int]:
         """Returns the steps to keep.
@@ -173,8 +173,12 @@ def ranked(scores: Mapping[int, float], mode: Mode) -> list[int]:
 
 
 def check_count(name: str, value: int | None) -> None:
-    """Raises ValueError if a count is below 1."""
-    if value is not None and value < 1:
+    """Raises TypeError if a count is no whole number, and ValueError if it is below 1."""
+    if value is None:
+        return
+    if not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; it must be a whole number, or None.")
+    if value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1, or None.")
 
 
@@ -185,4 +189,4 @@ def check_interval(name: str, value: timedelta | None) -> None:
     if not isinstance(value, timedelta):
         raise TypeError(f"{name} is {value!r}; it must be a datetime.timedelta, or None.")
     if value <= timedelta(0):
-        raise ValueError(f"{name} is {value}; it must be longer than nothing, or None.")
+        raise ValueError(f"{name} is {value}; it must be positive, or None.")

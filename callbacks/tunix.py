@@ -6,11 +6,13 @@ the next step runs. So steps are read from `train_steps`, at each hook between t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from flax_partial.callbacks import _extras
+from flax_partial.callbacks._options import LoopOptions, explicit
 from flax_partial.callbacks._state import RestoreOptions
 from flax_partial.callbacks.loop import Loop, LoopCheckpoint, resume_options, resuming
+from flax_partial.callbacks.partial_checkpoint import PartialCheckpointCallback
 
 _extras.need("tunix", extra="tunix")
 
@@ -30,12 +32,13 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
     tunix calls no hook where `train` raises: put `with hooks:` around it.
     """
 
+    @explicit(LoopOptions, PartialCheckpointCallback.__init__)
     def __init__(
         self,
         directory: str | os.PathLike[str],
         *,
         resume: bool | RestoreOptions = True,
-        **options: Any,
+        **options: Unpack[LoopOptions],
     ) -> None:
         """Prepares hooks; nothing is written before training begins.
 
@@ -67,6 +70,7 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
         self._state = {"params": train_ctx.model, "opt_state": train_ctx.optimizer}
         self._loop.start(train_ctx.train_steps)
         if self._resume is None or train_ctx.train_steps > 0:
+            self._loop.begin()
             return
         with resuming():
             restored = self._loop.restore(self._state, **self._resume)

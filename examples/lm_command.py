@@ -129,7 +129,7 @@ def read_text(options: argparse.Namespace, *, windows: int) -> Batches:
 
 
 def model_config(options: argparse.Namespace) -> ModelConfig:
-    """Returns the sizes of the model that the options ask for."""
+    """Returns the sizes of the model, from the options."""
     from lm_model import ModelConfig
 
     return ModelConfig(VOCABULARY, LENGTH, options.width, options.layers)

@@ -50,7 +50,7 @@ class Streamed:
     """Collects, as a callback of the trainer, the names of the layers that stream in a step."""
 
     def __init__(self, checkpoints: PartialCheckpointCallback | None) -> None:
-        """Asks `checkpoints` which steps are saved."""
+        """Takes from `checkpoints` which steps are saved."""
         self._checkpoints = checkpoints
         self._names: list[str] = []
 
@@ -74,7 +74,7 @@ class Screen(Streamed):
     """
 
     def __init__(self, checkpoints: PartialCheckpointCallback | None) -> None:
-        """Shows on standard output; `checkpoints` knows which steps are saved and their cost."""
+        """Shows on standard output; `checkpoints` has the saved steps and their cost."""
         super().__init__(checkpoints)
         self._console = Console()
         self._steps = 0
@@ -178,7 +178,7 @@ class Lines(Streamed):
             self._say(f"step {trainer.global_step}: streamed {names}")
 
     def on_train_epoch_end(self, trainer: Trainer, module: LanguageModel) -> None:
-        """Shows the epoch's mean loss, which the last stage knows."""
+        """Shows the epoch's mean loss, which the last stage computes."""
         if module.epoch_loss is not None:
             loss = float(module.epoch_loss)
             self._say(f"epoch {trainer.current_epoch + 1}: mean loss {loss:.4f}")

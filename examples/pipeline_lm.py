@@ -67,7 +67,7 @@ def check_options(options: argparse.Namespace) -> Batches:
 
 
 def make_callback(options: argparse.Namespace) -> PartialCheckpointCallback:
-    """Returns the callback that saves after every epoch, and as often as the options ask."""
+    """Returns the callback that saves after every epoch, and as often as the options say."""
     import flax_partial as fp
     from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
 

@@ -2,7 +2,7 @@
 
 The model is that of `pipeline_lm.py`, but all its blocks are stacked: each of their parameters is
 one array `[layers, ...]`, over which the training step scans, and which is sharded over a stage
-axis. The callback knows it by `stacked={"params.blocks": 0}`. It saves layer after layer, with its
+axis. The callback takes it by `stacked={"params.blocks": 0}`. It saves layer after layer, with its
 optimizer state, and takes from the host's memory no more than `--max-inflight-mb` allows.
 
     python examples/scanned_layers.py               train, or go on where the last run stopped
@@ -97,7 +97,7 @@ def make_module(options: argparse.Namespace, batches: Batches) -> ScannedModel:
 def make_callback(
     options: argparse.Namespace, *, by_layer: bool = True, **schedule: Any
 ) -> PartialCheckpointCallback:
-    """Returns the callback, which knows that the blocks are stacked, unless not `by_layer`."""
+    """Returns the callback, with the blocks declared as stacked if `by_layer`."""
     from lm_scanned import STACK
 
     import flax_partial as fp

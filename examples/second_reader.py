@@ -1,4 +1,4 @@
-"""Reads a checkpoint, or a session, without flax_partial: what docs/format.md says, and no more.
+"""Reads a checkpoint, or a session, without flax_partial: by docs/format.md alone.
 
     python examples/second_reader.py runs/lm/40
 

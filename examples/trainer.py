@@ -135,7 +135,7 @@ class Trainer:
             restore = getattr(callback, "restore", None)
             if restore is None:
                 continue
-            # Of several processes each has its own stages, and wants no leaves of the others'.
+            # Of several processes each has its own stages, and needs no leaves of the others'.
             restored = restore(self.state, partial=jax.process_count() > 1)
             if restored is not None:
                 state, self.resumed_at = restored

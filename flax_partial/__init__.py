@@ -14,7 +14,7 @@ if sys.platform == "win32":
         "directory durable. WSL 2 is Linux."
     )
 
-from flax_partial.sessions import forks as _forks  # noqa: F401 - it has to know of every fork
+from flax_partial.sessions import forks as _forks  # noqa: F401 - it has to see every fork
 
 __version__ = "0.2.0.dev0"
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """Imports what was not asked for before (PEP 562).
+        """Imports public names when they are first used (PEP 562).
 
         Importing the package itself is light: the command line can answer Ctrl-C from the start.
         The first public name imports all of them, and with them JAX, so that no later one is slow.

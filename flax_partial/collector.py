@@ -47,7 +47,7 @@ def paused() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            # In this order: the next pause takes it for stopped by somebody else otherwise, where
+            # In this order: the next pause takes it for stopped by other code otherwise, where
             # an interrupt comes in between.
             if _pausing <= {thread} and _was_enabled:
                 gc.enable()

@@ -3,12 +3,12 @@
     python -m flax_partial.coordinator 10.0.0.1:1234 --processes 4
 
 `jax.distributed.initialize` puts the service into process 0, and JAX ends every process that loses
-its connection to it: where process 0 dies, the others die before they can say so. They outlive it
-if the service lives elsewhere:
+its connection to it: where process 0 dies, the others die before they can report it. They
+outlive it if the service runs elsewhere:
 
     jax.distributed.initialize("10.0.0.1:1234", 4, index, coordinator_bind_address="127.0.0.1:0")
 
-Process 0 then starts a second service on a free port, which nobody uses. This one serves until it
+Process 0 then starts a second service on a free port, which is not used. This one serves until it
 gets SIGTERM or SIGINT.
 """
 
@@ -26,7 +26,7 @@ _ENDING = {signal.SIGTERM, signal.SIGINT}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serves; returns the exit status: 0 once it was told to end, 1 if it cannot listen."""
+    """Serves; returns the exit status: 0 once a signal ended it, 1 if it cannot listen."""
     parser = argparse.ArgumentParser(
         prog="python -m flax_partial.coordinator",
         description="Run JAX's coordination service in a process of its own, until SIGTERM.",
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _require_free(address: str) -> None:
-    """Raises an error if nobody can listen there, or somebody does: JAX would share the port.
+    """Raises an error if no process can listen there, or one does: JAX would share the port.
 
     Raises:
       OSError, OverflowError, ValueError: Why not.

@@ -3,7 +3,7 @@
     PartialCheckpointError
     ├── CheckpointExistsError   (FileExistsError)    the finalized checkpoint is there already
     ├── NoSessionError          (FileNotFoundError)  nothing here to finalize, look at or load
-    ├── CheckpointInUseError    (BlockingIOError)    somebody is reading what was to be removed
+    ├── CheckpointInUseError    (BlockingIOError)    it is being read, or another run trains there
     ├── KeyConflictError        (ValueError)         two leaves cannot stand in one tree
     ├── UnsupportedLeafError    (TypeError)          a value that no checkpoint can hold
     │   └── EmptyStateError     (ValueError)         a state without a single leaf
@@ -21,6 +21,7 @@ a file system (a full disk, a lost mount) stay the `OSError` they are.
 import traceback
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 
 
 class PartialCheckpointError(Exception):
@@ -36,7 +37,7 @@ class NoSessionError(PartialCheckpointError, FileNotFoundError):
 
 
 class CheckpointInUseError(PartialCheckpointError, BlockingIOError):
-    """Somebody reads, or writes, what was to be removed, or a run trains there; it is left."""
+    """It is being read or written, or a run trains in its directory; it was left as it is."""
 
 
 class KeyConflictError(PartialCheckpointError, ValueError):
@@ -72,12 +73,32 @@ class StoreError(PartialCheckpointError, OSError):
 
 
 class StoreAccessError(StoreError, PermissionError):
-    """An object store refused a request, or there are no credentials to ask it with."""
+    """An object store refused a request, or there are no credentials."""
 
 
 def how_to_install(extra: str) -> str:
-    """Says how to install what an extra of this package needs; the package is in no index."""
+    """Returns how to install what an extra of this package needs, from where it was installed."""
+    if origin := _installed_from():
+        return f"pip install '{origin}[{extra}]'"
     return f"pip install '.[{extra}]' in a checkout of flax_partial"
+
+
+def _installed_from() -> str | None:
+    """Returns the checkout or wheel that pip installed this package from, where it is still there.
+
+    pip records it (PEP 610).
+    """
+    import json
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote, urlsplit
+
+    try:
+        recorded = distribution("flax-partial").read_text("direct_url.json")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return None
+    url = urlsplit(json.loads(recorded or "{}").get("url", ""))
+    path = unquote(url.path)
+    return path if url.scheme == "file" and Path(path).exists() else None
 
 
 def first_few(items: Iterable[str], *, most: int, count: int) -> list[str]:

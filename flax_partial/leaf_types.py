@@ -1,7 +1,7 @@
 """Leaf types of others: what arrays their values are made of, and how these are built again.
 
 A value of a registered type is replaced by its arrays before anything else looks at a tree, so that
-saving, loading and the callbacks know arrays only. It is a leaf, whether JAX takes it for one or
+saving, loading and the callbacks handle arrays only. It is a leaf, whether JAX takes it for one or
 for a subtree.
 """
 
@@ -51,7 +51,7 @@ def register_leaf_type(
     Args:
       leaf_type: The type, such as a framework's own kind of array.
       to_arrays: From a value to what is saved in its place: mostly one `jax.Array`, or a tree of
-        arrays. Of an array that lives on other processes' devices it returns one without shards
+        arrays. Of an array that is on other processes' devices it returns one without shards
         here (`jax.make_array_from_single_device_arrays` with an empty list), never None. It is
         called with values of targets, too, and may return `jax.ShapeDtypeStruct`s for these.
       from_arrays: From the target's value, and arrays as `to_arrays` returns them for it, but just
@@ -106,7 +106,7 @@ def rewrapped(tree: Any, arrays: Any) -> Any:
 
 
 def advice(value: object) -> str:
-    """Says what to do about a leaf of a type that nobody has registered."""
+    """Returns what to do about a leaf of a type that is not registered."""
     return (
         "Leaves are arrays, numbers, strings, bytes and None. Say once what arrays it is made of, "
         f"by fp.register_leaf_type({_name_of(type(value))}, to_arrays=..., from_arrays=...); or "

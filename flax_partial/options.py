@@ -17,7 +17,7 @@ class SaveOptions:
         half a minute. Otherwise the part is gone, as if it had never been saved, or array data of
         it is missing. A checkpoint that was finalized from it is durable as far as `finalize`
         wrote it, so it is there, but may lack that array data. Other data is never returned:
-        `finalize`, `load` and `verify` say what is missing (`CorruptCheckpointError`), unless
+        `finalize`, `load` and `verify` report what is missing (`CorruptCheckpointError`), unless
         `checksum` is off too.
       checksum: Whether an xxh3-128 digest of every chunk is stored. Without it damage to array data
         goes unnoticed, and replicated leaves that several processes save cannot be compared.
@@ -30,7 +30,7 @@ class SaveOptions:
         until they are on the host; a step that donates its arrays then waits for no transfer. What
         has no room is transferred from where it is. 0 makes no copies. None is for what training
         leaves: the device's limit, less the most that was in use over at least two whole steps,
-        less a reserve of a sixteenth; before that, and where the device tells nothing of its
+        less a reserve of a sixteenth; before that, and where the device does not report its
         memory, nothing.
       chunk_bytes: Wanted size of a chunk, in bytes: the unit of digests and of partial reads.
       share_replicas: Whether all processes that hold replicas of an array write it together, each

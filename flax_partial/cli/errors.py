@@ -2,4 +2,4 @@
 
 
 class WrongUseError(Exception):
-    """What was asked for makes no sense: a path, or an option, is not what it should be."""
+    """The command was used wrongly: a path, or an option, is not what it should be."""

@@ -27,7 +27,7 @@ class Entry:
       name: Of its directory.
       state: `FINALIZED`, `UNFINISHED` or `DAMAGED`.
       format: `OURS` or `ORBAX`.
-      step: The step that it is of; None where nothing tells.
+      step: The step that it is of; None where it is not known.
       written_at: When it was finalized, or last saved to, in seconds since the epoch.
       bytes: Array data in it, in bytes.
       leaves: Number of leaves.
@@ -81,7 +81,7 @@ def entries(directory: Path) -> list[Entry]:
 
 
 def one_checkpoint(path: str, out: Output, state: str = places.FINALIZED) -> str:
-    """Takes the path of a checkpoint; that of a run means the newest in it, and a note says so.
+    """Takes the path of a checkpoint; that of a run means the newest in it, which a note names.
 
     Args:
       path: As it stands on the command line.
@@ -143,7 +143,7 @@ def require_something(path: str) -> None:
 
 
 def absent(path: Path) -> str:
-    """Says that there is nothing at a path, and what is beside it with a name like its own."""
+    """Returns a sentence: nothing is at the path; with names beside it that are like its own."""
     close = text.close(path.name, files.listed(path.parent))
     return f"{path} does not exist" + (f"; there is {path.parent / close[0]}" if close else "")
 

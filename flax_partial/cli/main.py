@@ -121,7 +121,7 @@ def new_parser() -> argparse.ArgumentParser:
             formatter_class=_HelpFormatter,
         )
         module.add(command)
-        command.add_argument("--json", **as_json, default=argparse.SUPPRESS)  # else: not said here
+        command.add_argument("--json", **as_json, default=argparse.SUPPRESS)  # else: not given here
         command.set_defaults(run=module.run, parser=parser)
     return parser
 
@@ -133,7 +133,7 @@ def _examples(*calls: str) -> str:
 def _failed(error: Exception, exit_status: int) -> int:
     try:
         sys.stdout.flush()
-    except OSError:  # such as a full disk: `error` already says it
+    except OSError:  # such as a full disk: `error` already reports it
         _discard_stdout()
     with contextlib.suppress(BrokenPipeError):
         message = "\n".join(map(printable, str(error).split("\n")))

@@ -158,7 +158,7 @@ class Output:
         self.console = _console(is_stderr=False) if sys.stdout.isatty() else None
 
     def json(self, **fields: Any) -> None:
-        """Writes the result as one line of JSON, if JSON was asked for: dataclasses as objects."""
+        """Writes the result as one line of JSON, with `--json`: dataclasses as objects."""
         if self.is_json:
             # ASCII: valid in every encoding, and file names may hold what none has.
             text = json.dumps(fields, allow_nan=False, default=_as_json)
@@ -179,7 +179,7 @@ class Output:
           WrongUseError: Standard input is no terminal.
         """
         if not sys.stdin.isatty():
-            raise WrongUseError(f"nobody can be asked here: pass --yes to {do}")
+            raise WrongUseError(f"there is no terminal to ask on: pass --yes to {do}")
         self.note(about)
         print(f"{do.capitalize()}? [y/N] ", end="", file=sys.stderr, flush=True)  # noqa: T201
         return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -275,7 +275,7 @@ class Output:
 
 
 def _as_json(value: Any) -> object:
-    """Turns what is none of JSON's types into what is one, or holds such."""
+    """Converts what JSON has no type for."""
     if dataclasses.is_dataclass(value):
         return picked(value, *(field.name for field in dataclasses.fields(value)))
     return dict(value) if isinstance(value, Mapping) else str(value)

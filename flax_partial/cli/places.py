@@ -11,7 +11,12 @@ from flax_partial.errors import CheckpointInUseError, NoSessionError
 from flax_partial.finalizing.status import status_of
 from flax_partial.format.merge import MergePlan, merge
 from flax_partial.format.model import Contents, Part
-from flax_partial.loading.checkpoint import Checkpoint, open_checkpoint
+from flax_partial.loading.checkpoint import (
+    Checkpoint,
+    describe_checkpoint,
+    described,
+    open_checkpoint,
+)
 from flax_partial.reports import CheckpointMetadata, SessionStatus
 from flax_partial.runs import completeness, liveness
 from flax_partial.storage import checkpoint_dir, files, paths, places, session_dir
@@ -78,7 +83,7 @@ def finalized(path: str) -> LocalPlace:
 
 @contextmanager
 def open_finalized(path: str) -> Iterator[Checkpoint]:
-    """Opens a finalized checkpoint, which nobody can remove before the context ends.
+    """Opens a finalized checkpoint, which no process can remove before the context ends.
 
     Raises:
       WrongUseError: `path` is that of a session.
@@ -90,9 +95,9 @@ def open_finalized(path: str) -> Iterator[Checkpoint]:
         yield open_checkpoint(where)
 
 
-def written_by(described: CheckpointMetadata) -> str:
+def written_by(metadata: CheckpointMetadata) -> str:
     """Which program wrote a finalized checkpoint."""
-    return OURS if described.parts else ORBAX
+    return OURS if metadata.parts else ORBAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,7 @@ class Session:
     def lacking(self) -> str:
         """What the callback that saves into it had not saved yet; empty if it is all there.
 
-        Also empty where no callback saves into it: then nothing says what is to come.
+        Also empty where no callback saves into it: then it is not known what is to come.
         """
         metadata = self.status.custom_metadata
         if metadata == users_metadata(metadata):
@@ -169,11 +174,11 @@ def is_foreign(where: LocalPlace) -> bool:
     return bool(names) and STATE not in names
 
 
-def read_contents(path: str) -> tuple[Contents, str]:
+def read_contents(path: str) -> tuple[Contents, CheckpointMetadata, str]:
     """Returns what is, or will be, in a checkpoint: of a session, what was saved so far.
 
     Returns:
-      The table of contents, and `FINALIZED` or `UNFINISHED`.
+      The table of contents, its description, and `FINALIZED` or `UNFINISHED`.
 
     Raises:
       NoSessionError: There is neither.
@@ -182,7 +187,8 @@ def read_contents(path: str) -> tuple[Contents, str]:
     where = resolve(path)
     is_there = where.final.exists() and not is_session_meant(path, where)
     if is_there or not session_dir.is_session(where):
-        return open_checkpoint(where).contents, FINALIZED
+        checkpoint = open_checkpoint(where)
+        return checkpoint.contents, describe_checkpoint(where, checkpoint), FINALIZED
     session = read_session(where)
     contents = Contents(
         started_ns=session.plan.started_ns,
@@ -191,4 +197,4 @@ def read_contents(path: str) -> tuple[Contents, str]:
         custom_metadata=session.plan.custom_metadata,
         leaves=session.plan.leaves,
     )
-    return contents, UNFINISHED
+    return contents, described(where, contents), UNFINISHED

@@ -6,8 +6,8 @@ tensors' bytes, little-endian and in C order, without gaps. We write it ourselve
 (https://github.com/huggingface/safetensors) and from its reader's source.
 
 Not every dtype that a checkpoint holds has a name there. Some are stored as a wider one that holds
-all of their values; that is told in the header's `__metadata__`, beside what is no tensor, and what
-its name does not say: from a file of ours the same checkpoint can be made again.
+all of their values. The header's `__metadata__` records that, what is no tensor, and kinds of keys
+that names do not show: from a file of ours the same checkpoint can be made again.
 """
 
 import json
@@ -141,7 +141,7 @@ def stored_dtype(leaf: Leaf) -> np.dtype[Any]:
 
 
 def problems(leaves: Iterable[Leaf]) -> list[str]:
-    """Says of each leaf that the format cannot hold why."""
+    """Returns, for each leaf that the format cannot hold, why."""
     found = []
     for leaf in leaves:
         if leaf.is_array and WIDER.get(leaf.dtype, leaf.dtype) not in _DTYPES:
@@ -228,7 +228,7 @@ def header_bytes(length: bytes, file_bytes: int) -> int:
 
 
 def parse(header: bytes, file_bytes: int) -> Stored:
-    """Reads a header, which is trusted in nothing.
+    """Reads a header, and checks all of it.
 
     Args:
       header: Without the 8 bytes of its length.
@@ -302,7 +302,7 @@ def _named(name: str, kind: Kind, rest: _Rest, **more: Any) -> Leaf:
 
 
 def _keys_of(name: str) -> tuple[tuple[str, ...], str]:
-    """The keys that a name stands for where nothing else is said: texts between the dots."""
+    """The keys that a name stands for without further metadata: the texts between the dots."""
     texts = tuple(name.split("."))
     return texts, STR_KEY * len(texts)
 

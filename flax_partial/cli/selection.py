@@ -1,4 +1,4 @@
-"""Which leaves a command is about: patterns over their names. Pure."""
+"""Which checkpoints, and which of their leaves, a command is about. Pure."""
 
 import argparse
 import fnmatch
@@ -8,6 +8,13 @@ from collections.abc import Sequence
 from flax_partial.cli import text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.format.model import Leaf
+
+
+def add_checkpoints(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Declares an argument for each finalized checkpoint that a command reads."""
+    for name in names:
+        described = "a finalized checkpoint; a run stands for its newest"
+        parser.add_argument(name, metavar=name.upper(), help=described)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

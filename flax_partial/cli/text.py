@@ -105,12 +105,12 @@ def common_prefix(names: Sequence[str]) -> str:
 
 
 def close(name: str, names: Iterable[str]) -> list[str]:
-    """Those of some names that are most like one that is none of them."""
+    """Returns those of the known names that are most like an unknown one."""
     return difflib.get_close_matches(name, [*names])
 
 
 def choices(name: str, names: Sequence[str]) -> str:
-    """Names that one that is none of them could stand for: those like it, or the first few."""
+    """Returns what an unknown name could mean: the known ones like it, or the first few."""
     found = close(name, names)
     if found:
         return ", ".join(found)

@@ -24,7 +24,7 @@ from flax_partial.errors import IncompleteCheckpointError, PartialCheckpointErro
 
 __all__ = ["DEFAULT_TIMEOUT_SECS", "agree", "count", "index"]
 
-# JAX aborts every process 100 s after one of them died (its heartbeat timeout): say so before that.
+# JAX aborts every process 100 s after one of them died (its heartbeat timeout): report it before.
 DEFAULT_TIMEOUT_SECS = 90.0
 
 _ROOT = "flax_partial"
@@ -48,15 +48,15 @@ def agree(
     timeout_secs: float = DEFAULT_TIMEOUT_SECS,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Any:
-    """Has the first of several processes act once, when all are ready; all learn what came of it.
+    """Lets the first of several processes act once, when all are ready; all get the outcome.
 
-    Every participant calls it with the same `subject`; it can be called again, whatever came of it,
+    Every participant calls it with the same `subject`; it can be called again after any outcome,
     and from any thread. It uses JAX's coordination service, and no device. Where there is but one
     participant, this is `act({index: ready()})`.
 
     Args:
       subject: What it is about.
-      ready: What this process has to do before; if it raises, nobody acts. Returns JSON.
+      ready: What this process has to do before; if it raises, no process acts. Returns JSON.
       act: What the first participant does, given the index of each process that was ready by then,
         and what its `ready` returned. Returns JSON.
       participants: Indices of the processes that call this, of which the lowest acts; by default
@@ -135,7 +135,7 @@ class _Outcome:
 def _outcome(work: Callable[[], Any]) -> _Outcome:
     try:
         return _Outcome(work())
-    except Exception as error:  # noqa: BLE001 - it is told to all, and raised by each
+    except Exception as error:  # noqa: BLE001 - it is sent to all, and raised by each
         return _Outcome(error=error)
 
 
@@ -161,7 +161,7 @@ class _Attempt:
         self._deadline = 0.0
 
     def lead(self, mine: _Outcome, act: Callable[[Mapping[int, Any]], Any]) -> _Outcome:
-        """The primary's part: waits for the others, acts, and tells them."""
+        """What the primary does: waits for the others, acts, and publishes the outcome."""
         self._post_ready(mine)
         said = self._wait_for_others() | {index(): mine}
         verdict = next((one for one in said.values() if one.error is not None), None)
@@ -172,12 +172,12 @@ class _Attempt:
             )
         secs = max(self._timeout_secs, _ANSWER_SECS)  # however long it took to act
         self._service.set(f"{self._root}/verdict", verdict.to_json(), secs=secs)
-        # Who comes now needs the verdict only.
+        # A process that comes now needs the verdict only.
         self._service.delete(f"{self._root}/ready", secs=secs)
         return verdict
 
     def follow(self, mine: _Outcome) -> _Outcome:
-        """The others' part; who raised something itself raises that."""
+        """What the others do; a process whose `ready` raised raises that."""
         self._post_ready(mine)
         verdict = self._verdict(self._timeout_secs + _SLACK_SECS)
         if verdict is None and self._decide() == self._participants[0]:
@@ -235,7 +235,7 @@ class _Attempt:
         )
 
     def _decide(self) -> int:
-        """Sets what becomes of this attempt, if nobody has; returns the process that did."""
+        """Sets the outcome of this attempt unless it is set; returns the process that set it."""
         return int(self._service.set_once(f"{self._root}/fate", str(index()), secs=self._left))
 
     def _verdict(self, secs: float) -> _Outcome | None:

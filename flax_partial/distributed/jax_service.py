@@ -1,12 +1,12 @@
-"""JAX's coordination service: the one module that knows what of it JAX keeps to itself.
+"""JAX's coordination service: the one module that uses private names of JAX.
 
 JAX has no public access to its service. Here stand all uses of the private one: the fields of
 `jax._src.distributed.global_state`; of its client, `key_value_set`, `key_value_dir_get`,
 `key_value_delete` and `blocking_key_value_get`; how the service itself is started; and
 `jax._src.xla_bridge.backends_are_initialized`. Should they move, this module is what to change.
 
-No call takes longer than it is told. JAX's own wait for 100 s where the process that the service
-lives in is stopped, or its machine has gone without closing its connections.
+No call takes longer than its timeout. JAX's own wait for 100 s where the process that the service
+runs in is stopped, or its machine has gone without closing its connections.
 """
 
 import threading
@@ -59,11 +59,11 @@ class Service:
         self._client = connection
 
     def set(self, key: str, text: str, *, secs: float) -> None:
-        """Sets a key that nobody has set before."""
+        """Sets a key that is not set yet."""
         _answer(lambda: self._client.key_value_set(key, text), secs)
 
     def set_once(self, key: str, text: str, *, secs: float) -> str:
-        """Sets a key unless somebody has; returns what stands there now."""
+        """Sets a key unless it is set; returns its value."""
 
         def attempt() -> None:
             try:
@@ -131,7 +131,7 @@ def _silence(secs: float) -> IncompleteCheckpointError:
 
 def _lost(what: str) -> IncompleteCheckpointError:
     return IncompleteCheckpointError(
-        f"Process 0 may have died: JAX's coordination service, which lives there unless it was "
+        f"Process 0 may have died: JAX's coordination service, which runs there unless it was "
         f"started apart, {what} Nothing was lost: look whether the checkpoint is there, or start "
         "all processes anew."
     )
@@ -139,7 +139,7 @@ def _lost(what: str) -> IncompleteCheckpointError:
 
 @contextmanager
 def serving(address: str, processes: int) -> Iterator[None]:
-    """Is JAX's coordination service for as long as the context lasts.
+    """Runs JAX's coordination service for as long as the context lasts.
 
     Args:
       address: Where it listens, as `host:port`.

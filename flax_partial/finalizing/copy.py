@@ -61,7 +61,7 @@ def copy(
 
     Raises:
       CheckpointExistsError: Another checkpoint is at the target, or is being saved there.
-      NoSessionError: There is no finalized checkpoint at the source; or somebody else has dropped
+      NoSessionError: There is no finalized checkpoint at the source; or another process has dropped
         the copy's session meanwhile.
       CorruptCheckpointError: The source is damaged.
       OSError: Reading or writing failed; calling again goes on.

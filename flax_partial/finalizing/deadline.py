@@ -64,10 +64,10 @@ class Deadline:
 
     @contextlib.contextmanager
     def locked(self, where: Place) -> Iterator[None]:
-        """Keeps everybody else out of a session, once nobody saves into it any more.
+        """Locks all others out of a session, once no save into it is under way.
 
         Raises:
-          IncompleteCheckpointError: Somebody still did when time was up; or the error that was
+          IncompleteCheckpointError: Saves still were when time was up; or the error that was
             given.
           NoSessionError: There is no session, or none any more.
           CheckpointExistsError: What is at its place is not a session.

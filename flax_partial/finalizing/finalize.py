@@ -57,7 +57,7 @@ def finalize(
         where several processes call this, what each of them expects must be.
       processes: Indices of the processes that call this under `jax.distributed`; all of them if
         None. The first of them finalizes when the others have called it, and all return, or raise
-        the same. With `expect` and None it waits for nobody: what it expects says when all is in.
+        the same. With `expect` and None it waits for no process, only for what it expects.
       timeout_secs: For how many seconds to wait: for this process's saves in flight, for other
         processes to call this and to end their saves, and for leaves that are missing. None: for
         saves as long as they take, for other processes to call it 90 s, for leaves not at all.
@@ -176,7 +176,7 @@ def _names(expect: Iterable[str] | None) -> tuple[str, ...]:
 def _commit_alone(
     session: Session, expected: Sequence[str], deadline: Deadline, task: Task[Any]
 ) -> Contents:
-    """Makes the checkpoint once nobody saves into its session."""
+    """Makes the checkpoint once no save into its session is under way."""
     where = session.where
     try:
         task.check()
@@ -186,7 +186,7 @@ def _commit_alone(
             with TraceAnnotation("flax_partial.finalize", checkpoint=where.final.name):
                 return _commit(session, expected)
     except NoSessionError:
-        where.require_absent()  # somebody else has finalized it while this one waited
+        where.require_absent()  # another process has finalized it while this one waited
         raise
 
 
@@ -260,7 +260,7 @@ def _require_whole(where: Place, plan: MergePlan, expected: Sequence[str]) -> No
 
 
 def _lost(where: Place, plan: MergePlan) -> list[str]:
-    """Says of which leaves data is not in its part any more: a file is missing, or cut short."""
+    """Returns which leaves have lost data in a part: a file is missing, or cut short."""
     sizes: dict[str, int] = {}
     lost = []
     for leaf, sources in zip(plan.leaves, plan.sources, strict=True):

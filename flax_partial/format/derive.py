@@ -29,7 +29,7 @@ class Derived:
     sources: Sequence[Sequence[Source]]
 
     def root_files(self) -> Iterator[tuple[str, Pieces]]:
-        """Yields all other files, each made when it is asked for: path below the checkpoint."""
+        """Yields all other files, each encoded when it is yielded: path below the checkpoint."""
         yield from orbax.root_files(self.contents)
         uuid = bytes.fromhex(digest(self.contents_bytes))
         yield from orbax.database_files(self.contents, self.sources, uuid=uuid)

@@ -1,7 +1,7 @@
 """Tree paths, the names of leaves, and which leaves cannot stand in one tree.
 
 A leaf's *name* is its keys' texts joined with a dot, as Orbax does; its *prefix* is where its
-chunks live in the database. Invariant of a `KeyTree`: no two of its leaves share a prefix, no leaf
+chunks are in the database. Invariant of a `KeyTree`: no two of its leaves share a prefix, no leaf
 is also a subtree, and no node has both list and mapping children. Adding or removing a path costs
 time linear in its length, whatever the tree holds already.
 """
@@ -42,7 +42,7 @@ class KeyPath(Struct, gc=False):
 def is_leaf(node: object) -> bool:
     """Whether a node that JAX does not take for a leaf is one here: None, and empty containers.
 
-    An empty container of a type that JAX does not know is a leaf to JAX, and of no kind here.
+    An empty container of a type that JAX has not registered is a leaf to JAX, and of no kind here.
     """
     is_empty = isinstance(node, (list, tuple, Mapping)) and not node
     return node is None or (is_empty and not tree_util.all_leaves([node]))
@@ -175,7 +175,7 @@ def _require_utf8(text: str, path: tuple[Any, ...]) -> None:
 
 
 def prefix_of(name: str) -> str:
-    """Where the chunks of the leaf called `name` live.
+    """Returns the prefix of the chunks of the leaf called `name`.
 
     zarr adds a slash only where none is, and to tensorstore a slash alone is the root.
     """
@@ -219,11 +219,11 @@ class KeyTree:
         return name.removesuffix("/") in self._owners
 
     def problem_with(self, path: KeyPath) -> str | None:
-        """Says why `path` cannot be added; None if it can, or stands already."""
+        """Returns why `path` cannot be added; None if it can, or is there already."""
         return self._walk(path, adds=False)
 
     def add(self, path: KeyPath) -> str | None:
-        """Adds a leaf; where it cannot be added changes nothing, and says why."""
+        """Adds a leaf; returns why it cannot be added, and then changes nothing."""
         return self._walk(path, adds=True)
 
     def add_place(self, path: KeyPath) -> str | None:
@@ -286,7 +286,7 @@ class KeyTree:
         return children, text
 
     def discard(self, path: KeyPath) -> None:
-        """Removes a leaf, and the nodes that only it held up."""
+        """Removes a leaf, and the nodes that have no other leaf."""
         del self._owners[path.name.removesuffix("/")]
         self._prune(self._way_to(path))
 
@@ -326,7 +326,7 @@ class KeyTree:
         return node is not None and bool(node.children)
 
     def gaps(self) -> Iterator[str]:
-        """Says which lists lack an element; linear in the tree, whatever its indices are."""
+        """Returns which lists lack an element; linear in the tree, whatever its indices are."""
         root = self._top.get("")
         stack: list[tuple[_Trail | None, _Node]] = [(None, root)] if root else []
         while stack:
@@ -367,7 +367,7 @@ def _absent(indices: list[int]) -> str:
 
 
 def _problem_with_owner(owner: KeyPath, path: KeyPath) -> str | None:
-    """Says what is wrong with a leaf whose name another has: nothing, if they are one."""
+    """Returns how a leaf conflicts with another of its name; nothing if both are one."""
     if owner.texts != path.texts:
         return _same_name(owner, path)
     for depth, (one, other) in enumerate(zip(owner.key_kinds, path.key_kinds, strict=True)):

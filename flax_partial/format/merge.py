@@ -110,7 +110,7 @@ def _is_whole_inline(holders: Sequence[_Holder]) -> bool:
 
 
 def _newest(ordered: Iterable[tuple[str, Part]]) -> Iterable[list[_Holder]]:
-    """Who holds the newest generation of each leaf; a placeholder is older than any leaf."""
+    """Which parts hold the newest generation of each leaf; a placeholder is older than any leaf."""
     newest: dict[str, list[_Holder]] = {}
     for part, contents in ordered:
         for leaf in contents.leaves:
@@ -198,7 +198,7 @@ def _whole(
 def _joined(
     leaf: Leaf, chunks: Mapping[str, tuple[str, str, Place]]
 ) -> tuple[Leaf, tuple[Source, ...], str | None]:
-    """Makes one whole box of a leaf's chunks, by their keys; says what is lacking."""
+    """Makes one whole box of a leaf's chunks, by their keys; returns what is missing."""
     whole = Box((0,) * len(leaf.shape), leaf.shape)
     total = math.prod(chunk_counts(leaf.shape, leaf.chunk))
     if len(chunks) != total:
@@ -216,7 +216,7 @@ def _joined(
 
 
 def _absent(holders: Sequence[_Holder], parts: Mapping[str, Part]) -> str:
-    """Says which of the processes that share the writing of a leaf have not saved their share."""
+    """Returns which processes that write a leaf together have not saved their share."""
     came = {parts[name].process for name, leaf in holders if leaf.boxes}
     ranges = [range(*of_one) for _, leaf in holders for of_one in leaf.writers]
     absent = (process for some in ranges for process in some if process not in came)
@@ -260,7 +260,7 @@ def _runs(sources: Iterable[Source], numbers: dict[str, int]) -> tuple[Run, ...]
 
 
 def _collect(part: str, leaf: Leaf, chunks: dict[str, tuple[str, str, Place]]) -> str | None:
-    """Adds a part's chunks of a leaf to those known, each once; says what clashes."""
+    """Adds a part's chunks of a leaf to those known, each once; returns conflicts."""
     part = data_part(part, leaf.file)
     for box in leaf.boxes:
         digests = box.digests or ("",) * len(box.places)

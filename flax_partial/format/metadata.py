@@ -1,4 +1,4 @@
-"""Custom metadata: what JSON can hold of it, and what that of several saves comes to."""
+"""Custom metadata: which values JSON can hold, and how that of several saves is merged."""
 
 import json
 import math

@@ -118,7 +118,7 @@ class Box(Struct, gc=False, array_like=True):
     places: tuple[Place, ...] = ()
 
 
-class Sharding:  # noqa: PLW1641 - nobody hashes it
+class Sharding:  # noqa: PLW1641 - it is never hashed
     """A sharding in Orbax's terms; leaves share the object, and a table lists it once."""
 
     __slots__ = ("json",)
@@ -146,7 +146,7 @@ class Leaf(KeyPath, gc=False, omit_defaults=True):
       dtype: NumPy name of the stored elements' dtype; empty for what has no data.
       shape: Global shape of the stored array (of a PRNG key: of its key data).
       chunk: Shape of a chunk of the stored array.
-      boxes: What is held of it.
+      boxes: Those of its boxes that are there.
       runs: In a checkpoint's contents, where its chunks are, in C order; empty where some stand in
         the database or are compressed.
       file: In a part, which of its data files holds them: 0 for the one written with it, `data`; n

@@ -28,7 +28,7 @@ _OVERHEAD = _HEADER.size + _LENGTH.size + len(_UNVERSIONED_UNCOMPRESSED) + _CHEC
 # small ones make trees high.
 _NODE_BYTES = 256 * 1024
 _NODE_ENTRIES = 4096
-# What the configuration tells a later writer; readers do without.
+# What a later writer takes from the configuration; readers ignore it.
 _MAX_INLINE_BYTES, _MAX_NODE_BYTES, _VERSION_TREE_ARITY_LOG2 = 1024, 8 << 20, 4
 _INLINE, _REFERENCE = 0, 1
 _MOST_COMPARED_AT_ONCE = 256  # bytes of a key: 1 MiB for the keys of a node
@@ -53,7 +53,7 @@ Entry = tuple[bytes, Value]
 
 
 class _Node(NamedTuple):
-    """An encoded node: its first key, where it lies, and what its parent says of it."""
+    """An encoded node: its first key, where it is stored, and what its parent records of it."""
 
     first_key: bytes
     file: str

@@ -6,11 +6,11 @@ finish an interrupted finalize, and to verify a checkpoint. All of it is linear 
 What the files must hold was found out by trying every reader of Orbax 0.12 (v0 and v1):
 
 - The item is called `state`, and its handler must be the v0 one by name: v1 readers map it to
-  theirs, whereas v0 managers do not know the names that v1 writes.
+  theirs, whereas v0 managers fail on the names that v1 writes.
 - Without `store_array_data_equal_to_fill_value` Orbax reads a lost chunk as zeros.
 - `_sharding` lists arrays by the URL-safe base64 of their names.
 - Orbax finds a string by the JSON pointer `/<name>`, so that a slash in a name opens an object.
-- `array_metadatas` is only ever asked how a PRNG key was made.
+- `array_metadatas` is only read for the implementation of a PRNG key.
 - It has no type for bytes: they are an array of `uint8` to it.
 - Managers look for a step's metrics in an item of JSON, `metrics/metrics`.
 """
@@ -176,7 +176,7 @@ def _dump(value: object) -> bytes:
 
 
 def _metrics(contents: Contents) -> dict[str, Any]:
-    """What callbacks store as a checkpoint's metrics; version 2 did not tell Orbax of them."""
+    """What callbacks store as a checkpoint's metrics; version 2 did not write them for Orbax."""
     metrics = contents.custom_metadata.get(METRICS)
     return metrics if isinstance(metrics, dict) and contents.has_inline else {}
 

@@ -1,4 +1,4 @@
-"""Pieces of a leaf that are cut along some of its axes: what `Slice` says, and where it lies."""
+"""Pieces of a leaf that are cut along some of its axes: `Slice`, and its boxes."""
 
 import operator
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 
 class SliceError(ValueError):
-    """A `Slice` that makes no sense.
+    """An invalid `Slice`.
 
     Attributes:
       what: What it is.
@@ -70,7 +70,7 @@ def rows_of(cut: Slice, shape: Shape, rank: int) -> dict[int, Rows]:
       rank: Number of the piece's axes, which are the first ones of `shape`.
 
     Raises:
-      SliceError: It makes no sense.
+      SliceError: It is invalid.
     """
     rows = _rows_given(cut, rank)
     if not rows:
@@ -91,7 +91,7 @@ def rows_of(cut: Slice, shape: Shape, rank: int) -> dict[int, Rows]:
 
 
 def _rows_given(cut: Slice, rank: int) -> dict[int, Rows]:
-    """What a slice says, by axis; nothing if it makes no sense."""
+    """Returns start and size of a slice by axis; nothing if it is invalid."""
     try:
         starts, sizes, given = map(_integers, (cut.start, cut.size, cut.axis))
         axes = [range(rank)[axis] for axis in given]

@@ -8,8 +8,8 @@ bounds.
 Decoding trusts nothing: it checks the digest, every type and size, and that boxes, chunks and
 digests agree. Each chunk has its entry, with a digest or not, so that no table can claim more
 chunks than it is long: what works on chunks takes memory and time as the table does. A field that
-this version does not know is skipped, a value that it does not know is an error, and so is a name
-in `requires` that it does not know: there a later version says what must not be skipped.
+this version does not define is skipped; an undefined value is an error, and so is an undefined
+name in `requires`, where a later version lists the fields that must not be skipped.
 """
 
 import json
@@ -96,8 +96,8 @@ class _ContentsTable(Struct, gc=False, omit_defaults=True):
 
 
 _HEAD_DECODER = msgspec.json.Decoder(_Head)
-# msgspec (0.22) works out how a type is decoded when it is first asked to, and another thread that
-# asks meanwhile finds it half done, which ends the process. An import is one thread's.
+# msgspec (0.22) prepares the decoding of a type at the first call, and another thread that calls
+# meanwhile finds it incomplete, which ends the process. Only one thread runs an import.
 for _table in (_PartTable, _ContentsTable):
     msgspec.json.Decoder(_table)
 
@@ -370,7 +370,7 @@ class _Form(Struct, gc=False):
 
 @lru_cache(maxsize=4096)  # arrays of a model have one of a few shapes
 def _form_of(kind: str, dtype: str, shape: Shape, chunk: Shape, compression: str | None) -> _Form:
-    """Refuses what no array of the kind can be; memory for it is not asked for here."""
+    """Raises for what no array of the kind can be; allocates nothing for it."""
     if not dtype:
         raise ValueError("it has no dtype")
     if len(shape) > MOST_AXES:
@@ -394,7 +394,7 @@ def _form_of(kind: str, dtype: str, shape: Shape, chunk: Shape, compression: str
 
 
 def _require_box(box: Box, form: _Form) -> int:
-    """Refuses a box that is none of the array's; returns the number of its chunks."""
+    """Raises for a box outside of the array; returns the number of its chunks."""
     if form.is_one_chunk and box.shape == form.shape and box.start == form.origin:
         chunks = 1  # by far the most common, and cheaper than the general case
         box.start, box.shape = form.origin, form.shape

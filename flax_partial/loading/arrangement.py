@@ -43,7 +43,7 @@ class Stack:
     axes: int | tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises TypeError or ValueError for what says nothing."""
+        """Raises TypeError or ValueError for an invalid description."""
         name: Any = self.name
         axes: Any = self.all_axes
         are_numbers = all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
@@ -121,11 +121,11 @@ class Arrangement:
         self._find = find
 
     def unused(self) -> list[str]:
-        """Says which names no leaf of the target had."""
+        """Returns which names no leaf of the target had."""
         return [f"no leaf of the target is called so: {said}" for said in sorted(self._unused)]
 
     def said_of(self, path: KeyPath) -> str:
-        """Says under which other name a leaf of the target was looked for, if it was."""
+        """Returns under which other name a leaf of the target was looked up, if it was."""
         renamed = self._renamed(path)
         return "" if renamed is path else f", where it would be called {renamed.name!r}"
 
@@ -253,7 +253,7 @@ def _rank(leaf: Leaf) -> int:
 
 
 def _wanted_shape(value: Any) -> Shape | None:
-    """Shape of the whole leaf that a target wants, all or some rows of."""
+    """Shape of the whole leaf of which a target has all or some rows."""
     if isinstance(value, Slice):
         shape = _wanted_shape(value.value) or ()
         try:

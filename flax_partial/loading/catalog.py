@@ -81,7 +81,7 @@ def checkpoint_around(path: Path) -> Path | None:
 
 
 def probably_meant(path: Path) -> str:
-    """Says, as a sentence after a space, what somebody who expects a checkpoint here may mean."""
+    """Returns, as a sentence after a space, which checkpoint was probably meant."""
     try:
         return _meant(path)
     except OSError:  # of a directory that this process may not read
@@ -95,7 +95,7 @@ def _meant(path: Path) -> str:
     found = checkpoints(path)
     if found:
         newest = next(reversed(found.values()))
-        return f" It is a run's directory with steps {_listed(found)}: the newest is {newest}."
+        return f" It is a run: its newest checkpoint is {newest}, its steps are {_listed(found)}."
     beside = checkpoints(path.parent) if step_in_name(path.name) is not None else {}
     if beside:
         return f" {path.parent} holds steps {_listed(beside)}."
@@ -114,7 +114,7 @@ def _listed(steps: Iterable[int]) -> str:
 
 
 def remove(path: PathLike) -> None:
-    """Removes a finalized checkpoint, ours or Orbax's, unless somebody is reading it.
+    """Removes a finalized checkpoint, ours or Orbax's, unless it is being read.
 
     It disappears at once, by a rename, and is deleted then. Killed, or cut off from power, at any
     moment, the checkpoint is there whole, or not at all; what may be left of it lies beside it, as
@@ -125,7 +125,7 @@ def remove(path: PathLike) -> None:
 
     Raises:
       CheckpointInUseError: `load`, `metadata` or `verify` reads it now, here or in another process;
-        it was left as it is. Orbax's own readers are not known of.
+        it was left as it is. Orbax's own readers are not detected.
       NoSessionError: There is no finalized checkpoint at `path`.
       OSError: It cannot be removed, or only in part: then it is no checkpoint any more.
     """

@@ -85,10 +85,10 @@ class OwnCheckpoint:
         ]
 
     def _too_large(self, leaves: Iterable[Leaf]) -> str | None:
-        """Says why there is no use in asking for the memory of leaves: the files hold less.
+        """Returns why memory for leaves need not be allocated: the files hold less.
 
-        Where there is not enough tensorstore ends the process, so that a table that lies about
-        shapes, with the right digest, has to be found out before.
+        Where there is not enough tensorstore ends the process, so that a table with false shapes,
+        and the right digest, has to be found before.
         """
         sizes = [(leaf.bytes, _MOST_PACKED if leaf.compression else 1) for leaf in leaves]
         total = sum(size for size, _ in sizes)
@@ -125,11 +125,7 @@ def metadata(path: PathLike) -> CheckpointMetadata:
     """
     where = places.resolve(path)
     with where.reading():
-        checkpoint = open_checkpoint(where)
-        composition = checkpoint.composition
-        left_out = {name: str(why) for name, why in composition.broken.items()}
-        left_out.update(composition.others)
-        return replace(described(where, checkpoint.contents), left_out=left_out)
+        return describe_checkpoint(where, open_checkpoint(where))
 
 
 def open_checkpoint(where: Place) -> Checkpoint:
@@ -151,8 +147,8 @@ def open_checkpoint(where: Place) -> Checkpoint:
 def chosen(checkpoint: Checkpoint, where: Place, wanted: Sequence[KeyPath]) -> Checkpoint:
     """Returns the checkpoint that a target means: of several items the only tree, or all of them.
 
-    It is the tree where the target, by the paths of its leaves, asks for no item by its name: a
-    state that is saved beside JSON or a key can be loaded without them.
+    It is the tree where the target, by the paths of its leaves, names no item: a state that is
+    saved beside JSON or a key can be loaded without them.
     """
     only, names = checkpoint.composition.only_tree, set(checkpoint.composition.broken)
     if only is None:
@@ -164,7 +160,7 @@ def chosen(checkpoint: Checkpoint, where: Place, wanted: Sequence[KeyPath]) -> C
 
 
 def require_items(checkpoint: Checkpoint, wanted: Sequence[KeyPath] | None) -> None:
-    """Raises what is wrong with an item that is wanted, by the paths of leaves; None wants all."""
+    """Raises what is wrong with the items that hold these paths of leaves; None means all."""
     for name, error in checkpoint.composition.broken.items():
         if wanted is None or any(path.texts[:1] in ((name,), ()) for path in wanted):
             raise type(error)(
@@ -180,6 +176,14 @@ def _nothing_to_load(where: Place) -> NoSessionError:
         )
     meant = catalog.probably_meant(where.final) if isinstance(where.final, Path) else ""
     return NoSessionError(f"There is no checkpoint at {where.final}.{meant}")
+
+
+def describe_checkpoint(where: Place, checkpoint: Checkpoint) -> CheckpointMetadata:
+    """Returns the public description of an open checkpoint."""
+    composition = checkpoint.composition
+    left_out = {name: str(why) for name, why in composition.broken.items()}
+    left_out.update(composition.others)
+    return replace(described(where, checkpoint.contents), left_out=left_out)
 
 
 def described(where: Place, contents: Contents) -> CheckpointMetadata:

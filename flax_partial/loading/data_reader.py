@@ -1,6 +1,6 @@
 """Reads chunks straight from the parts' data files, in parallel, and checks every digest.
 
-The table of contents says where they lie (`Leaf.runs`). Each is read into the place that it has in
+The table of contents has their places (`Leaf.runs`). Each is read into the place that it has in
 the array, and nothing else holds the data meanwhile: a device that shares the host's memory takes
 the array over as it is, which is why it begins where devices want it.
 """
@@ -28,8 +28,8 @@ from flax_partial.format.digests import bytes_of, digest
 from flax_partial.format.model import Leaf, Region, data_path
 from flax_partial.storage.place import DataFile, DataFiles
 
-_ALIGNED_BYTES = 64  # what JAX's CPU devices ask of memory to take it over
-_MAPPED_BYTES = 4 << 20  # from here on NumPy asks for huge pages
+_ALIGNED_BYTES = 64  # alignment of memory that JAX's CPU devices take over
+_MAPPED_BYTES = 4 << 20  # from this size on NumPy requests huge pages
 
 
 def read(
@@ -72,7 +72,7 @@ def _do_all(tasks: Sequence[Callable[[], None]], *, most: int) -> None:
 def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
     """Returns new memory that a CPU device can take over: as an array, nothing written.
 
-    Large arrays are mapped: NumPy would ask for huge pages, and where memory is in pieces, as it
+    Large arrays are mapped: NumPy would request huge pages, and where memory is in pieces, as it
     is next to a full page cache, finding those took twice the time of the whole reading.
     """
     size = math.prod(shape) * dtype.itemsize

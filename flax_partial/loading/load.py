@@ -1,10 +1,11 @@
 """Reading a finalized checkpoint into arrays.
 
 What is read is planned first: every leaf of the target is compared with the checkpoint, and all
-that does not fit is told in one error, before any array data is read. Then only the boxes that
+that does not fit is reported in one error, before any array data is read. Then only the boxes that
 this process's devices hold are read.
 """
 
+import difflib
 import logging
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +39,8 @@ _NNX_VALUE = "value"
 _PARTIAL = "partial=True lets the target lack leaves"
 _KEEP_MISSING = "keep_missing=True lets the checkpoint lack leaves, which stay as they are"
 _CAST = "cast=True converts dtypes"
-_PIECE_BYTES = 96 << 20  # of a load that says how far it is, or feeds an accelerator
+_MOST_COMPARED = 2500  # pairs of names, in a fraction of a second
+_PIECE_BYTES = 96 << 20  # of a load that reports progress, or fills an accelerator
 
 Outcomes = Sequence[np.ndarray | Exception]
 _Read = tuple[Sequence[Region], Outcomes]
@@ -80,7 +82,7 @@ def load(
       renames: From keys that follow one another in the checkpoint's paths, joined with dots, to
         what the target has there: `{"encoder.trunk": "encoder.body"}`; "" is the root. Of several
         the longest that fits counts; the names in `restack` are what they are after that.
-      share_reads: Whether processes that want replicas of an array read a share of it each, and
+      share_reads: Whether processes with replicas of an array read a share of it each, and
         hand it on by a collective: where the storage is slower than the network. Every process
         that holds some of the target's arrays has to call this, with the same target.
       progress: Called in this thread, before the first and after each piece of some 100 MiB, with
@@ -96,7 +98,7 @@ def load(
         not in the target; it lists everything. Or devices that it was saved from are not here.
       ValueError: There is no target, and `restack` or `renames`.
       CorruptCheckpointError: Data on disk is damaged; it names the leaves.
-      OSError: The system refused to read it, which says nothing of the data.
+      OSError: The system refused to read it; the data may be intact.
     """
     if sharding not in ("default", "saved"):
         raise ValueError(f"sharding is 'default' or 'saved', not {sharding!r}")
@@ -141,12 +143,13 @@ def _load(
         return _nested(leaves, _read(checkpoint, readings, progress))
     target = orbax_terms.tree_of(target)
     if leaf_types.are_registered():
-        keypaths.values_of(target)  # which says what JAX cannot flatten
+        keypaths.values_of(target)  # whose message names what JAX cannot flatten
     key_paths, values, structure = keypaths.flatten(leaf_types.unwrapped(target))
     checkpoint = chosen(checkpoint, where, key_paths)
     require_items(checkpoint, key_paths if partial else None)
     by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
     readings = _plan(
+        where,
         checkpoint.contents.leaves,
         zip(key_paths, map(shared_reads.spread, values) if share_reads else values, strict=True),
         Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
@@ -172,6 +175,7 @@ def _as_saved(leaf: Leaf, *, as_sharded: bool) -> Placement:
 
 
 def _plan(
+    where: Place,
     leaves: Sequence[Leaf],
     wanted: Iterable[tuple[KeyPath, Any]],
     arrangement: Arrangement,
@@ -186,11 +190,12 @@ def _plan(
     ways_out: set[str] = set()
     found: set[str] = set()
     skipped: set[str] = set()
-    for path, value in wanted:
-        source = arrangement.find(path, value)
+    lacking: list[str] = []
+    for key_path, value in wanted:
+        source = arrangement.find(key_path, value)
         if value is orbax_terms.PLACEHOLDER:
-            skipped.update(source.names if isinstance(source, Source) else [path.name])
-            source, planned = None, placing.as_it_is(path, value)
+            skipped.update(source.names if isinstance(source, Source) else [key_path.name])
+            source, planned = None, placing.as_it_is(key_path, value)
         elif isinstance(source, str):
             planned = source
         elif source is not None:
@@ -200,9 +205,10 @@ def _plan(
             if isinstance(planned, str) and _fits_by_cast(source.leaf, wanted_value):
                 ways_out.add(_CAST)
         elif keep_missing:
-            planned = placing.as_it_is(path, value)
+            planned = placing.as_it_is(key_path, value)
         else:
-            planned = f"{path.name!r} is not in the checkpoint{arrangement.said_of(path)}"
+            planned = f"{key_path.name!r} is not in the checkpoint{arrangement.said_of(key_path)}"
+            lacking.append(_bare(key_path.name))
             ways_out.add(_KEEP_MISSING)
         if isinstance(planned, str):
             problems.append(planned)
@@ -218,12 +224,35 @@ def _plan(
     problems += [f"{name!r} is not in the target" for name in left_over]
     if problems:
         ways_out |= {_PARTIAL} if left_over else set()
-        hint = f" ({'; '.join(sorted(ways_out))})" if ways_out else ""
+        hint = f"; {'; '.join(sorted(ways_out))}" if ways_out else ""
+        count = f"{len(problems)} {'leaf' if len(problems) == 1 else 'leaves'}"
         raise TargetMismatchError(
-            f"The checkpoint does not fit the target in {len(problems)} places{hint}:\n  "
-            + "\n  ".join(problems)
+            f"{where.final} does not fit the target ({count}{hint}):\n  "
+            + "\n  ".join([*problems, *_meant(lacking, leaves, found)])
         )
     return readings
+
+
+def _meant(lacking: Sequence[str], leaves: Sequence[Leaf], found: Container[str]) -> list[str]:
+    """Returns a hint for what the target calls otherwise than the checkpoint, if that is likely.
+
+    Only where few leaves differ: of many it takes long to tell which are alike.
+    """
+    others = [leaf.name for leaf in leaves if leaf.name not in found]
+    if not 0 < len(lacking) * len(others) <= _MOST_COMPARED:
+        return []
+    ends = [name for name in others if name.endswith(f".{lacking[0]}")]
+    for root in sorted((name.removesuffix(f".{lacking[0]}") for name in ends), key=len):
+        if all(f"{root}.{name}" in others for name in lacking):
+            return [f"The checkpoint has such leaves below {root!r}: pass {{{root!r}: target}}."]
+    close = {name: difflib.get_close_matches(name, others, n=1) for name in lacking}
+    likely = [f"{names[0]!r} for {name!r}" for name, names in close.items() if names]
+    return [f"The checkpoint has {', '.join(likely)}."] if likely else []
+
+
+def _bare(name: str) -> str:
+    """A leaf's name without the attribute in which NNX's variables hold their value."""
+    return name.removesuffix(f".{_NNX_VALUE}")
 
 
 def _fits_by_cast(leaf: Leaf, value: Any) -> bool:
@@ -266,7 +295,7 @@ def _read(
 ) -> list[Any]:
     """Reads the boxes of all that is wanted, and builds the leaves: some at a time.
 
-    An accelerator is fed some while the next are read.
+    Some are put on an accelerator while the next are read.
     """
     data = _read_boxes(checkpoint, readings, progress)
     values: list[Any] = []
@@ -312,7 +341,7 @@ def _read_boxes(
 def _telling(
     reads: Iterable[_Read], progress: Callable[[int, int], None], total: int
 ) -> Iterator[Outcomes]:
-    """Yields what was read, and tells how much that is by now."""
+    """Yields what was read, and reports how much that is by now."""
     done = 0
     for batch, outcomes in reads:
         done += sum(map(region_bytes, batch))

@@ -1,6 +1,6 @@
 """Which items a checkpoint of Orbax's consists of, found by names and small files alone.
 
-An *item* is a directory, and its kind is told by what lies in it:
+An *item* is a directory, and its kind follows from the files in it:
 
 - a tree: a `_METADATA`. v1 calls it `state` or `pytree`, a v0 `CheckpointManager` `default`, a
   `Composite` as its user likes; `StandardCheckpointer` and `PyTreeCheckpointer` write it right at
@@ -12,7 +12,7 @@ An *item* is a directory, and its kind is told by what lies in it:
   the handler of this name wrote it.
 
 Whatever else lies there (the state of a data iterator, a protocol buffer) only its own handler can
-read. `metrics` of a manager are no item: they say something of the checkpoint.
+read. `metrics` of a manager are no item: they describe the checkpoint.
 """
 
 import json
@@ -118,14 +118,14 @@ def find(path: Path, *, is_meant: bool) -> Items | None:
 
     Args:
       path: The checkpoint, or an item in it.
-      is_meant: Whether somebody says that it is one: then no mark is needed, such as handlers that
+      is_meant: Whether it is named as one: then no mark is needed, such as handlers that
         are called by themselves do not leave.
 
     Returns:
       None where no checkpoint is, or one that is not finished, or one without any such item.
 
     Raises:
-      CorruptCheckpointError: A file that says which items there are is damaged.
+      CorruptCheckpointError: A file that lists the items is damaged.
     """
     if _UNFINISHED in path.name:
         return None
@@ -173,7 +173,7 @@ def is_of_msgpack(path: Path) -> bool:
 
 
 def _handler_in_parent(path: Path) -> str:
-    """The handler of an item as the checkpoint around it tells; empty where there is none."""
+    """The handler of an item as the checkpoint around it records it; empty where it does not."""
     try:
         table = read_table(path.parent / orbax_format.CHECKPOINT_METADATA)
     except CorruptCheckpointError:

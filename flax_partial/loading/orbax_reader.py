@@ -34,7 +34,7 @@ from flax_partial.storage.tensorstore_io import Store
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """What a table of contents does not say of a checkpoint that has several items.
+    """What a table of contents does not hold of a checkpoint that has several items.
 
     Attributes:
       broken: Name of each item that cannot be read, to the reason, where another can be.
@@ -143,7 +143,7 @@ def find(path: Path) -> OrbaxCheckpoint | None:
 def _read_items(
     items: Items,
 ) -> tuple[dict[str, Tree], dict[str, PartialCheckpointError], dict[str, str]]:
-    """Reads each item by its name; of those that it cannot, it says why."""
+    """Reads each item by its name; returns, for those that it cannot, why."""
     trees: dict[str, Tree] = {}
     broken: dict[str, PartialCheckpointError] = {}
     others = dict(items.others)

@@ -1,6 +1,6 @@
 """Targets in Orbax's terms: what its `metadata` returns, types instead of values, `...`.
 
-Nothing of Orbax is imported: its objects are told by their module, and asked by their attributes.
+Nothing of Orbax is imported: its objects are recognised by their module.
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ def as_value(leaf: Leaf, target: Any) -> Any:
         return _of_type(leaf, target)
     if not _is_of_orbax(target):
         return target
-    if not hasattr(target, "dtype"):  # of a string Orbax says nothing
+    if not hasattr(target, "dtype"):  # Orbax gives a string no dtype
         return ""
     if leaf.kind == kinds.SCALAR:
         return np.zeros((), leaf.numpy_dtype).item()

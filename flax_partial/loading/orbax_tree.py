@@ -1,7 +1,7 @@
 """A tree as Orbax stores it in a directory: its leaves, and the open array of each.
 
-The files are trusted in nothing: what makes no sense is a `CorruptCheckpointError`. There are no
-digests to check. Only JSON and arrays are read; nothing that a file names is imported or run.
+No file is trusted: invalid content is a `CorruptCheckpointError`. There are no digests to check.
+Only JSON and arrays are read; nothing that a file names is imported or run.
 """
 
 import json
@@ -93,7 +93,7 @@ def require_tree(where: Path, key_paths: Iterable[KeyPath]) -> None:
 
 
 def _leaves_of(directory: Path, table: Table) -> Iterator[Leaf]:
-    """Yields the leaves as far as JSON tells, which is all but dtype and shape."""
+    """Yields the leaves as far as JSON describes them: all but dtype and shape."""
     shardings = _Shardings(directory)
     strings = read_table(directory / orbax_format.STRINGS)
     prng_keys = _random_keys(directory)
@@ -147,7 +147,7 @@ def _string(strings: Table, name: str) -> str:
 
 
 def _random_keys(directory: Path) -> dict[str, str]:
-    """Returns the implementation of each PRNG key; each process tells of what it wrote."""
+    """Returns the implementation of each PRNG key; each process lists what it wrote."""
     found: dict[str, str] = {}
     folder = directory / orbax_format.ARRAY_METADATAS
     for file in files.listed(folder):
@@ -194,7 +194,7 @@ def _open(directory: Path, table: Table, names: Sequence[str]) -> dict[str, Stor
         names,
         driver="zarr3" if table.get("use_zarr3") else "zarr",
         in_database=in_database,
-        # Where Orbax left out chunks of zeros, one that is missing says nothing.
+        # Where Orbax left out chunks of zeros, a missing one is no damage.
         fill_missing=not table.get("store_array_data_equal_to_fill_value"),
     )
     stores: dict[str, Store] = {}

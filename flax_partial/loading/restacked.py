@@ -1,7 +1,7 @@
 """Leaves that the target stacks otherwise than the checkpoint: what is read for them. Pure.
 
 The layers of a model are numbered, row-major over the axes along which a leaf stacks them, so that
-any two ways to stack them say the same of layer 7. What a device needs of a stacked leaf is looked
+any two ways to stack them mean the same layer 7. What a device needs of a stacked leaf is looked
 up layer by layer, and read in as few boxes as that takes: no leaf is assembled.
 """
 
@@ -53,7 +53,7 @@ class Source(ABC):
 
     @abstractmethod
     def reading(self, placement: Placement) -> Reading:
-        """Reads what a placement of `leaf` wants."""
+        """Reads what a placement of `leaf` needs."""
 
 
 class Stored(Source):
@@ -70,7 +70,7 @@ class Stored(Source):
         return (self.leaf.name,)
 
     def reading(self, placement: Placement) -> Reading:
-        """Reads what a placement of `leaf` wants."""
+        """Reads what a placement of `leaf` needs."""
         return as_placed(placement)
 
 
@@ -112,7 +112,7 @@ class Restacked(Source):
         return [leaf.name for leaf in self.stored]
 
     def reading(self, placement: Placement) -> Reading:
-        """Reads what a placement of `leaf` wants."""
+        """Reads what a placement of `leaf` needs."""
         gathers = [_Gather(self, *box) for box in placement.boxes]
 
         def build(data: Sequence[np.ndarray]) -> Any:

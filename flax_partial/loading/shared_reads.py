@@ -1,4 +1,4 @@
-"""Processes that want replicas of the same data read a share of it each, and hand it on.
+"""Processes with replicas of the same data read a share of it each, and hand it on.
 
 Each array is loaded sharded along the axes of its mesh that replicate it over processes, too, and
 then gathered by a collective of JAX's: over the network of the devices, not that of the disks.
@@ -17,7 +17,7 @@ _AT_ONCE_BYTES = 1 << 30  # of arrays on a device that are gathered by one progr
 
 
 def spread(value: Any) -> Any:
-    """Returns a target that wants a share of what this one does, if others want the rest of it."""
+    """Returns a target for a share of what this one needs, if others read the rest of it."""
     finer = _finer_sharding(value)
     if finer is None:
         return value
@@ -30,9 +30,9 @@ def spread(value: Any) -> Any:
 
 
 def gathered(values: Sequence[Any], targets: Iterable[Any]) -> list[Any]:
-    """Gathers arrays that were loaded as `spread` said, as their targets want them.
+    """Gathers arrays that were loaded by the targets of `spread`, into their own targets.
 
-    All processes that hold some of an array have to come, and in the same order of arrays.
+    All processes that hold some of an array have to call this, in the same order of arrays.
     """
     done = list(values)
     batch: list[tuple[int, NamedSharding]] = []

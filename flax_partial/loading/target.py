@@ -42,7 +42,7 @@ class OnDevices(NamedTuple):
       shape: Global shape of the array.
       dtype: Its dtype.
       sharding: Its sharding.
-      shards: This process's shards; none where it lives on devices of other processes.
+      shards: This process's shards; none where it is on devices of other processes.
       is_weak: Whether its type is weak in JAX.
     """
 
@@ -154,7 +154,7 @@ def _build_plain(leaf: Leaf, _: Sequence[np.ndarray]) -> Any:
 
 
 def as_target(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
-    """Plans to read a leaf as what stands in the target at its place; a string says why not."""
+    """Plans to read a leaf as what stands in the target at its place; a string: why not."""
     if isinstance(target, Slice):
         return _as_rows(leaf, target, cast=cast)
     return _as_value(leaf, target, cast=cast)
@@ -269,7 +269,7 @@ def _as_plain(leaf: Leaf, target: Any) -> Placement | str:
 
 
 def _is_same_empty(leaf: Leaf, target: object) -> bool:
-    if target is None or hasattr(target, "_fields"):  # Orbax does not tell these two apart
+    if target is None or hasattr(target, "_fields"):  # Orbax does not distinguish these two
         return leaf.kind in (kinds.NONE, kinds.NAMED_TUPLE)
     if isinstance(target, (list, tuple)):
         return leaf.kind in (kinds.LIST, kinds.TUPLE)
@@ -313,7 +313,7 @@ def _as_key(leaf: Leaf, target: Any) -> Placement | str:
 
 
 def _wanted_sharding(leaf: Leaf, target: Any) -> Sharding | str | None:
-    """Where a target wants an array; None for the default device; a string says what is wrong."""
+    """Returns where a target puts an array; None: the default device; a string: what is wrong."""
     sharding: Sharding | None = getattr(target, "sharding", None)
     if isinstance(target, jax.Array) and not target.committed:
         return None  # JAX moves it to whatever it is computed with; a committed one it does not

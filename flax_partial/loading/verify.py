@@ -23,7 +23,7 @@ def verify(path: PathLike) -> VerifyReport:
     """Reads all of a finalized checkpoint and checks every digest.
 
     The files that are derived from the parts are derived once more and compared. Of a checkpoint
-    that Orbax wrote, which has no digests, it says whether everything can be read.
+    that Orbax wrote, which has no digests, it reports whether everything can be read.
 
     Args:
       path: The checkpoint.
@@ -35,7 +35,7 @@ def verify(path: PathLike) -> VerifyReport:
 
 
 def verify_with(path: PathLike, *, progress: Callable[[int, int], None]) -> VerifyReport:
-    """Does what `verify` does, and tells after each batch how many bytes of how many are read."""
+    """Does what `verify` does, and reports after each batch how many bytes of how many are read."""
     where = places.resolve(path)
     with collector.paused(), where.reading():
         return _verify(where, progress)

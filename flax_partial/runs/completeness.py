@@ -1,4 +1,4 @@
-"""What parts say about their checkpoint, by which a later process knows whether all are there.
+"""What parts record of their checkpoint, so that a later process can tell if all are there.
 
 Each part carries, as custom metadata, the step that it belongs to and the group that it holds. The
 last part that a callback saves in a step, which may hold no leaf, lists all its groups. Merged over
@@ -46,13 +46,13 @@ def closing(callbacks: Iterable[str], *, callback: str, groups: Sequence[str]) -
 
 
 def missing(status: SessionStatus, step: int) -> str | None:
-    """Returns what a session lacks to be the checkpoint of `step`; None if it lacks nothing."""
+    """Says why a session is not the checkpoint of `step`; None if it lacks nothing."""
     strangers = [part.name for part in status.parts if part.custom_metadata.get("step") != step]
     if strangers:
-        return f"{strangers[0]} does not belong to step {step}"
+        return f"its part {strangers[0]} is of another step than {step}"
     session = status.custom_metadata.get("session", {})
     if "callbacks" not in session:
-        return "the step had not ended"
+        return f"step {step} was not completely written"
     if not session.get("saved"):
         return "no callback had anything to save"
     absent: list[str] = []
@@ -60,7 +60,7 @@ def missing(status: SessionStatus, step: int) -> str | None:
         for process in map(str, range(session["processes"])):
             expected = session.get("expected", {}).get(callback, {}).get(process)
             if expected is None:
-                return f"the step had not ended for {callback} in process {process}"
+                return f"step {step} was not completely written by {callback} in process {process}"
             saved = session.get("saved", {}).get(callback, {}).get(process, {})
             absent.extend(group for group in expected if group not in saved)
     return f"it lacks {', '.join(absent)}" if absent else None

@@ -5,10 +5,10 @@ A lease is an object that its holder puts anew every `RENEW_SECS`, with the next
     timeline/running.4      {"id": "6f0c...", "host": "node7", "process": 4711, "since": 1764246000,
                              "machine": {...}, "count": 17, "has_ended": false}
 
-Clocks of two machines differ, so that nobody compares the time of one with that of another. Those
-who want to know whether a holder lives watch its lease: renewed, it lives; unchanged for the grace,
-by their own clock, it is dead. Time in which the storage did not answer is not counted. Of a
-process of the same machine the system is asked instead, and nothing is waited for.
+Clocks of two machines differ, so that their times are never compared. Processes that check whether
+a holder lives watch its lease: renewed, it lives; unchanged for the grace, by their own clock, it
+is dead. Time in which the storage did not answer is not counted. Of a process of the same machine
+the system reports it instead, without waiting.
 
 The number at the end makes a name that is never used again: a lease is taken by putting the next
 one if it is absent, which one of several does, and the newest counts. A holder that was stopped for
@@ -64,7 +64,7 @@ class Pace:
 
 
 PACE = Pace()
-"""What counts where nothing else is said."""
+"""The pace unless another one is given."""
 
 
 class Sign(enum.Enum):
@@ -72,19 +72,19 @@ class Sign(enum.Enum):
 
     FREE = "none is held, or its holder is dead"
     LIVE = "its holder lives"
-    UNKNOWN = "nobody can say yet"
+    UNKNOWN = "it is not known yet"
 
 
 @dataclass
 class Watch:
-    """One who wants to know whether the holder of a lease lives.
+    """Checks whether the holder of a lease lives.
 
     Attributes:
       store: Where leases are.
       name: Of the lease, without its number.
       pace: How long to watch.
       number: Of the newest lease; 0 before the first.
-      about: What it says.
+      about: Its content.
     """
 
     store: Store
@@ -124,12 +124,12 @@ class Watch:
         return Sign.LIVE if self._is_renewed else Sign.UNKNOWN
 
     def described(self) -> str:
-        """Says who holds the lease."""
+        """Returns the holder of the lease, in words."""
         return described(self.about)
 
 
 def described(about: Mapping[str, Any]) -> str:
-    """Says which process this is, from what it says about itself."""
+    """Returns a process in words, from what it recorded about itself."""
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(about["since"]))
         return f"process {about['process']} on {about['host']}, since {since}"
@@ -138,14 +138,14 @@ def described(about: Mapping[str, Any]) -> str:
 
 
 def about_this_process() -> dict[str, Any]:
-    """What this process says about itself."""
+    """What this process records about itself."""
     return {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
 
 
 def holder(store: Store, name: str, pace: Pace | None = None) -> str | None:
-    """Returns who holds a lease; None where nobody that lives does.
+    """Returns who holds a lease; None where no living process does.
 
-    It waits for as long as nobody can say: until the lease is renewed, or for the grace.
+    It waits while that is not known: until the lease is renewed, or for the grace.
     """
     pace = pace or PACE
     watch = Watch(store, name, pace)
@@ -155,7 +155,7 @@ def holder(store: Store, name: str, pace: Pace | None = None) -> str | None:
 
 
 class Lease:
-    """A lease that this process holds, or wants to hold."""
+    """A lease that this process holds, or tries to take."""
 
     def __init__(self, store: Store, name: str, pace: Pace | None = None) -> None:
         """Prepares a lease.
@@ -172,7 +172,7 @@ class Lease:
         self._stop = threading.Event()
         self._renewing = threading.Lock()
         self.lost_to: str | None = None
-        """Who has taken it, while this process gave no sign of life for the grace."""
+        """Which process has taken it, after this one did not renew it for the grace."""
 
     def take(self, timeout_secs: float = 0.0) -> str | None:
         """Takes the lease, and renews it from now on.
@@ -220,7 +220,7 @@ class Lease:
             )
         self._delete_older()
         _held.add(self)
-        # A daemon, so that a process whose main thread has ended does not live for it.
+        # A daemon, so that a process whose main thread has ended does not stay for it.
         arguments = (weakref.ref(self), self._stop, self._pace.renew_secs)
         name = "flax_partial-lease"
         threading.Thread(target=_renew_often, args=arguments, name=name, daemon=True).start()
@@ -250,7 +250,7 @@ class Lease:
                 data = self._store.get(_key(self._name, newest))
                 self.lost_to = described(_parsed(data or b""))
                 logger.error(
-                    "%s/%s was taken by another process (%s): this one had given no sign of life "
+                    "%s/%s was taken by another process (%s): this one had not renewed its lease "
                     "for %g s.",
                     *(self._store.url, self._name, self.lost_to, self._pace.grace_secs),
                 )
@@ -261,7 +261,7 @@ class Lease:
             return
         self._stop.set()
         _held.discard(self)
-        with self._renewing, contextlib.suppress(OSError):  # it ends by itself, some time later
+        with self._renewing, contextlib.suppress(OSError):  # the thread ends some time later
             if self.lost_to is None:
                 self._about["has_ended"] = True
                 self._store.put(self._key, [_encoded(self._about)])
@@ -329,7 +329,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any] | None:
-    """What tells this process from all others, also from those that have ended; None if unknown."""
+    """What identifies this process among all others, ended ones too; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         # In containers of one machine the same numbers stand for other processes.
@@ -350,7 +350,7 @@ def _started(process: int) -> int | None:
 
 
 def _is_there(about: Mapping[str, Any]) -> bool | None:
-    """Whether a process of this machine is there; None for one of another, or if nobody can say."""
+    """Whether a process of this machine is there; None for one of another, or if unknown."""
     theirs, ours, process = about.get("machine"), _machine(), about.get("process")
     if not (isinstance(theirs, dict) and ours and isinstance(process, int) and process > 0):
         return None

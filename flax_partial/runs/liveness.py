@@ -1,11 +1,11 @@
-"""Whether a training run lives: others may look at its directory, and leave alone what it writes.
+"""Whether a training run lives: others may read its directory, and do not change what it writes.
 
-A run locks `<directory>/timeline/running.json` for as long as it lives, and says there who it is.
-Others probe that lock, and wait for nothing. The locks of sessions are others, and only held while
-something is written: a session that nobody writes to can still be finalized or aborted.
+A run locks `<directory>/timeline/running.json` for as long as it lives, and records its process
+there. Others probe that lock without waiting. The locks of sessions are others, and only held while
+something is written: a session without saves under way can still be finalized or aborted.
 
-Who recovers what an ended run has left locks the directory itself meanwhile, and so does a run that
-begins: none can begin while another process drops what it takes for left behind.
+A process that recovers what an ended run has left locks the directory itself meanwhile, and so does
+a run that begins: no run begins while another process drops the sessions of an ended one.
 
 Where there are no locks, or only such as hold on one machine, leases take the place of both.
 """
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _FILE = "running.json"
 _PAUSE_SECS = 0.05
-_INSTANT_SECS = 0.15  # for as long at most who probes a lock holds it
+_INSTANT_SECS = 0.15  # for how long at most a probe holds the lock
 _PATIENCE_SECS = 1.0  # after which a wait is logged
 _LIVES = f"{FOLDER}/running"  # the names of leases, without their numbers
 _RECOVERS = f"{FOLDER}/recovering"
@@ -48,7 +48,7 @@ _READ_ONLY = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
 
 
 class Life:
-    """That a run of this process lives in a directory; until it is ended, or the process is."""
+    """Shows other processes that a run of this one lives in a directory, until either ends."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -72,7 +72,11 @@ class Life:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
-            logger.warning("Others cannot see that a run trains in %s: %s", self._directory, error)
+            logger.warning(
+                "Other processes cannot be shown that a run trains in %s: %s",
+                self._directory,
+                error,
+            )
             return
         store = _store(self._directory)
         self._held = self._lock(folder / _FILE) if store is None else self._lease(store)
@@ -97,8 +101,8 @@ class Life:
     def _taken(self, who: str) -> CheckpointInUseError:
         return CheckpointInUseError(
             errno.EWOULDBLOCK,
-            f"Another run trains in this directory ({who}), which the steps of two would mix "
-            "in. Callbacks of one process that save into one directory share a FinalizeHook "
+            f"Another run trains in this directory ({who}), and the steps of two runs would mix. "
+            "Callbacks of one process that save into one directory share a FinalizeHook "
             "(finalizer=); another job takes a directory of its own, or waits for that one to "
             "end",
             str(self._directory),
@@ -122,7 +126,7 @@ class Life:
 
 
 def living(directory: Path) -> str | None:
-    """Returns which run lives in a directory, of this process or another; None if none is known to.
+    """Returns which run lives in a directory, of this process or another; None if there is none.
 
     It waits for nothing, unless there are no locks: then until a run of another machine renews its
     lease, or for the grace. What cannot be read is not known.
@@ -175,7 +179,7 @@ def recovering(directory: Path, timeout_secs: float) -> Iterator[None]:
         if not is_ours:
             raise CheckpointInUseError(
                 errno.EWOULDBLOCK,
-                f"Another process has recovered it for more than {timeout_secs:g} s",
+                f"Another process has been recovering it for more than {timeout_secs:g} s",
                 str(directory),
             )
         yield
@@ -192,7 +196,7 @@ def _held_for_recovery(directory: Path, timeout_secs: float) -> Iterator[bool]:
         except OSError as error:
             if error.errno not in _READ_ONLY:
                 raise
-            is_ours = True  # who may not write recovers nothing
+            is_ours = True  # a process that may not write recovers nothing
         try:
             yield is_ours
         finally:
@@ -211,7 +215,7 @@ def _store(directory: Path) -> Store | None:
 
 
 def _wait(lock: locks.DirectoryLock, timeout_secs: float, what: str) -> bool:
-    """Waits until nobody else has a lock; returns whether that came in time."""
+    """Waits until no other process has the lock; returns whether that came in time."""
     began, is_told = time.monotonic(), False
     while not _try(lock, fcntl.LOCK_EX):
         waited_secs = time.monotonic() - began
@@ -225,7 +229,7 @@ def _wait(lock: locks.DirectoryLock, timeout_secs: float, what: str) -> bool:
 
 
 def _try(lock: locks.DirectoryLock, kind: int) -> bool:
-    """Locks without waiting; returns False if somebody else has locked it."""
+    """Locks without waiting; returns False if another process has locked it."""
     try:
         lock.acquire(kind | fcntl.LOCK_NB)
     except BlockingIOError:

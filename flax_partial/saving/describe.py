@@ -42,7 +42,7 @@ class Described:
       leaves: What each is, with the boxes that this process has to write, without digests.
       sources: The data of each leaf's boxes: host arrays, or arrays on a single device.
       sizes: Size of each leaf's boxes, in bytes.
-      arrays: Weak references to those leaves that nothing can change as long as they live.
+      arrays: Weak references to those leaves that nothing can change as long as they exist.
     """
 
     tree: KnownTree
@@ -60,7 +60,7 @@ def describe(
     share_replicas: bool = False,
     remember: bool = False,
 ) -> Described:
-    """Says how a state is stored.
+    """Describes how a state is stored.
 
     Args:
       state: Any pytree of what can be saved.
@@ -171,7 +171,7 @@ def _like(leaf: Leaf, value: Any, how: How) -> Like | None:
 
 
 def _lasting(value: object) -> "weakref.ref[jax.Array] | None":
-    """Refers to an array that nothing can change as long as it lives; None for any other leaf."""
+    """Refers to an array that nothing can change as long as it exists; None for any other leaf."""
     if isinstance(value, jax.Array) and _is_on_accelerator(value.sharding):
         return weakref.ref(value)
     return None

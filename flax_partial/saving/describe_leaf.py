@@ -31,7 +31,7 @@ How = tuple[int, str | None, bool]
 
 
 def describe_leaf(path: KeyPath, value: object, how: How) -> tuple[Leaf, Sequence[Source]]:
-    """Says how a leaf is stored.
+    """Describes how a leaf is stored.
 
     Returns:
       The leaf, with the boxes that this process has to write, without digests; their data.
@@ -295,7 +295,7 @@ def _axes_json(axes: object) -> object:
 
 
 def _device_number(device: Any, *, is_local: bool) -> int:
-    """A device of one process among several has a number that no other run would know."""
+    """A device of one process among several has a number that means nothing in another run."""
     if not is_local or jax.process_count() == 1:
         return int(device.id)
     beside = [

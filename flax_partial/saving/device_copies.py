@@ -4,7 +4,7 @@ A copy takes a hundredth of the time of a transfer: a step that donates its stat
 and the copies leave the device while it computes. Small arrays are packed into one buffer, since
 each transfer costs more than their bytes do.
 
-`jax.device_put` to the same device need not copy, whatever `may_alias` says. What a compiled
+`jax.device_put` to the same device need not copy, whatever `may_alias` is. What a compiled
 function returns, none of whose arguments is donated, is memory of its own on every platform. The
 functions are compiled by another thread, once for each list of shapes; until then there are no
 copies.
@@ -138,7 +138,7 @@ def copy(
             continue
         try:
             made = program([arrays[at] for at in batch.positions])
-        except Exception:  # noqa: BLE001 - out of memory; what else it is, a transfer says as well
+        except Exception:  # noqa: BLE001 - out of memory; any other error is raised by a transfer as well
             room.give_back(owner, batch.device, batch.size)
             continue
         if batch.packs:
@@ -295,7 +295,7 @@ def _bytes_of(vector: jax.Array) -> jax.Array:
 
 
 class _Programs:
-    """Functions that copy and pack, compiled by another thread as they are first asked for."""
+    """Functions that copy and pack, compiled by another thread when they are first needed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

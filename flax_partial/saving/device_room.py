@@ -1,7 +1,8 @@
 """How much of each device's memory copies of what is saved may take.
 
 A training step needs as much as it has used at most before. What a device has beyond that, less a
-reserve, is free for copies: as soon as two whole steps have been seen, and where the device tells.
+reserve, is free for copies: as soon as two whole steps have been seen, and where the device reports
+its memory.
 """
 
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 Device = Any  # a jax.Device
 _WHOLE_STEPS = 2
 _RESERVE_SHARE = 16  # of the limit: memory in pieces, and steps that differ a little
-_MOST_LEAVES = 4096  # by which steps are told
+_MOST_LEAVES = 4096  # by which steps are counted
 
 
 @dataclass(slots=True)
@@ -58,14 +59,14 @@ class DeviceRoom:
         self._devices: dict[Device, _OnDevice] = {}
 
     def note_save(self, device: Device, name: Hashable, *, session: object, array: object) -> None:
-        """Notes that a leaf is saved from a device: by that steps are told.
+        """Records that a leaf is saved from a device: steps are counted by that.
 
         A step lies between two saves of a leaf if they hold different arrays, and go into different
         checkpoints.
 
         Args:
           device: The device.
-          name: Tells the leaf from all others in the process; the same in each checkpoint of a run.
+          name: Identifies the leaf in the process; the same in each checkpoint of a run.
           session: Stands for the checkpoint; held weakly, as is the array.
           array: What the leaf is now.
         """
@@ -155,12 +156,12 @@ def _room_beside_training(device: Device, known: _OnDevice) -> int:
 
 @lru_cache(maxsize=1024)
 def _tells(device: Device) -> bool:
-    """Whether a device tells of its memory; asking takes longer than all else in a call."""
+    """Whether a device reports its memory; the query takes longer than all else in a call."""
     return _stats(device) is not None
 
 
 def _stats(device: Device) -> tuple[int, int] | None:
-    """The limit of a device's memory and the most that was in use, in bytes, if it tells."""
+    """The limit of a device's memory and the most that was in use, in bytes, if it reports them."""
     stats = device.memory_stats()
     if not stats or not stats.get("bytes_limit") or "peak_bytes_in_use" not in stats:
         return None

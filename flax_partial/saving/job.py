@@ -307,7 +307,7 @@ class SaveJob:
 
 
 def _is_listed(leaf: Leaf) -> bool:
-    """Whether a part is to name a leaf: of one that others write, only some parts tell.
+    """Whether a part is to name a leaf: one that others write is in some parts only.
 
     Ten thousand processes that list a hundred thousand leaves each would write no data any more.
     """
@@ -335,8 +335,8 @@ _noting = threading.Lock()
 def note_computed() -> None:
     """Looks at the saves that wait for a worker: which are computed by now.
 
-    Nothing in JAX tells when that is. The workers look whenever they come by; what was handed over
-    later is computed later, as a rule, so that one that is not yet ends the look.
+    JAX does not report when that is. The workers check it between two pieces of work; what was
+    handed over later is computed later, as a rule, so that one that is not yet ends the check.
     """
     if _noting.acquire(blocking=False):
         try:

@@ -61,7 +61,7 @@ class MemoryBudget:
     def request(
         self, owner: Hashable, size: int, *, limit: int | None, granted: Callable[[], None]
     ) -> None:
-        """Asks for `size` more bytes under `limit`, for which it does not wait.
+        """Requests `size` more bytes under `limit`, and does not wait for them.
 
         Args:
           owner: Holds them until it releases them.

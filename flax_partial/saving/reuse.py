@@ -26,7 +26,7 @@ class DataFile:
 
     Attributes:
       path: Where it is.
-      bytes: How large it is. A part's table tells only how much of it that part uses.
+      bytes: How large it is. A part's table has only how much of it that part uses.
       durable: Whether it is on the disk for certain.
     """
 

@@ -90,7 +90,7 @@ def save_async(
     """Like `save`, but returns as soon as the caller may donate, delete or overwrite its arrays.
 
     It waits for no computation. Any number may be in flight, from any threads. An error of writing
-    is raised by the handle; if nobody asks it, by the next call on the same path.
+    is raised by the handle; if that is not called, by the next call on the same path.
 
     Args:
       path: As for `save`.

@@ -1,8 +1,8 @@
-"""Arrays that were saved and still live on a device: what is known of them without copying them.
+"""Arrays that were saved and still are on a device: what their parts hold, without copying them.
 
-A `jax.Array` never changes, so that one that was saved holds, as long as it lives, what its part on
-the disk holds. It is told by being the very same object. Objects are held weakly, and forgotten
-when they die: a later one may get the same `id`.
+A `jax.Array` never changes, so that one that was saved holds, as long as it exists, what its part
+on the disk holds. It is recognised as the very same object. Objects are referenced weakly, and
+dropped when they are freed: a later one may get the same `id`.
 """
 
 import weakref
@@ -34,10 +34,10 @@ class SavedArrays:
     def remember(
         self, array: "weakref.ref[Any]", *, checkpoint: Path, file: DataFile, leaf: Leaf
     ) -> None:
-        """Takes note of an array that a committed part holds.
+        """Records an array that a committed part holds.
 
         Args:
-          array: The array; one that is dead by now is not remembered.
+          array: The array; one that is freed by now is not recorded.
           checkpoint: The checkpoint that the part belongs to.
           file: The data file that holds it, at its place in the finalized checkpoint.
           leaf: What it was saved as, with digests and places.

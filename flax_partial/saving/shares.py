@@ -1,6 +1,6 @@
 """Which process writes which piece of an array that several of them hold replicas of.
 
-Each works it out from the array's name and sharding, and all come to the same: nobody is asked. A
+Each derives it from the array's name and sharding, and all derive the same, without messages. A
 box that is large enough is cut along an axis, a piece for each process that holds it; others are
 dealt out whole, by a hash of the name, so that of many leaves each process writes as much.
 """
@@ -64,8 +64,8 @@ class Shares:
       pieces: What it writes; may be nothing.
       unit: Shape of the smallest box that any of them writes.
       writers: Which processes write some of the array, as ranges: the first, and the one after the
-        last. Only the first process that holds some of it, and process 0, say so: what nobody has
-        written is missed by finalize.
+        last. Only the first process that holds some of it, and process 0, list it; finalize
+        reports what none has written.
     """
 
     pieces: tuple[Piece, ...]
@@ -116,7 +116,7 @@ def shares_of(
 
 
 def _text(name: str, start: Shape, rows_at: Shape) -> str:
-    """What tells a box from all others of a save, in all processes alike."""
+    """What identifies a box among all of a save, the same in all processes."""
     return f"{name}{[a + b for a, b in zip(start, rows_at, strict=True)]}"
 
 

@@ -1,6 +1,6 @@
 """What a save shares with an earlier checkpoint, so that it need not be written again.
 
-Arrays on an accelerator that live on are told by being the same objects; other data by digest.
+Arrays that stay on an accelerator are recognised as the same objects; other data by digest.
 """
 
 import logging
@@ -39,7 +39,7 @@ _reading = threading.Lock()  # one worker reads an earlier checkpoint, for all s
 def hold_files(
     earlier: LocalPlace, arrays: Arrays, leaves: Sequence[Leaf], *, durable: bool
 ) -> Held:
-    """Opens the files that hold arrays that still live: once the caller goes on they may not.
+    """Opens the files of arrays that still exist: once the caller goes on they may be gone.
 
     No more is shared than needs no fsync, and what is open can be copied where no link is made.
 
@@ -57,7 +57,7 @@ def hold_files(
 
 
 def remember(where: Place, name: str, part: Part, arrays: Arrays) -> None:
-    """Has the next save know those of a committed part's arrays that live on."""
+    """Records those of a committed part's arrays that stay, for the next save."""
     if not any(arrays) or not isinstance(where, LocalPlace):
         return
     try:
@@ -108,7 +108,7 @@ def _data_files(where: LocalPlace, parts: Mapping[str, Part]) -> dict[str, DataF
 
 
 def _forget_lock() -> None:
-    """In a forked child nobody would give back what a thread of the parent held."""
+    """In a forked child nothing would give back what a thread of the parent held."""
     global _reading  # noqa: PLW0603 - once a process
     _reading = threading.Lock()
 

@@ -133,7 +133,7 @@ def detach(sources: Boxes) -> list[Sequence[Held]]:
     """Makes boxes that were not copied safe from donation, deletion and overwriting.
 
     Small arrays that are ready are copied. On a CPU, a large one that is ready is viewed, which is
-    free, and makes a donation that comes while it lives copy. Everything else is transferred to
+    free, and makes a donation copy that comes while it exists. Everything else is transferred to
     pinned host memory, a true copy that is issued at once and done when the array is computed.
     """
     detached: list[Sequence[Held]] = []
@@ -168,7 +168,7 @@ def _transferred(sources: list[Any]) -> list[jax.Array]:
     if not sources:
         return []
     targets = [_pinned_host(source.sharding) for source in sources]
-    # An array that lives in pinned memory already would otherwise be passed on as it is.
+    # An array that is in pinned memory already would otherwise be passed on as it is.
     return list(jax.device_put(sources, targets, may_alias=False))
 
 

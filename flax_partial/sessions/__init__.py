@@ -1,4 +1,4 @@
-"""What this process knows of unfinished checkpoints: saves in flight, their errors, their locks.
+"""This process's records of unfinished checkpoints: saves in flight, their errors, their locks.
 
-Saving registers here, finalizing asks here; neither knows the other.
+Saving registers here, finalizing reads here; neither imports the other.
 """

@@ -29,7 +29,7 @@ class _Generation:
 
 
 class Claims:
-    """What this process has saved, or is saving, in one session; says at once what conflicts."""
+    """What this process has saved, or is saving, in one session; raises at once for a conflict."""
 
     def __init__(self) -> None:
         self._tree = KeyTree()
@@ -69,7 +69,7 @@ class Claims:
           replace: Whether to start a new generation of what is claimed already.
           is_tree: Whether the leaves are known to form a tree: by themselves they have no conflict.
           visible: From names of leaves to the largest generation of those that parts on disk hold;
-            asked only to replace leaves that this process never wrote.
+            called only to replace leaves that this process never wrote.
 
         Returns:
           The leaves, each in its generation.
@@ -168,7 +168,7 @@ class Claims:
         generations = self._held.get(leaf.name)
         if not generations:
             if self._tree.add(leaf):
-                return  # only parts on disk can conflict; finalize will say so
+                return  # only parts on disk can conflict; finalize reports that
             generations = self._held[leaf.name] = {}
         held = generations.setdefault(leaf.generation, _Generation(leaf, set()))
         if chunks is None or held.chunks is None:

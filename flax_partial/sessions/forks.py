@@ -4,7 +4,7 @@ A child of a process that had used JAX, or this package, may read. What writes r
 error there, instead of waiting for threads that are not. A child that was forked before, as from a
 server that has only imported modules, is like any other process.
 
-It is imported with the package, to know of every fork, and so imports nothing of JAX by itself.
+It is imported with the package, to see every fork, and so imports nothing of JAX itself.
 """
 
 import os
@@ -36,7 +36,7 @@ def check_not_forked(call: str) -> None:
 
 
 def _look_before() -> None:
-    """Asks in the parent: in the child JAX's locks may be held by threads that are not there."""
+    """Checks in the parent: in the child JAX's locks may be held by threads that are not there."""
     global _is_in_use  # noqa: PLW0603 - once a process
     if "jax" in sys.modules and not _is_in_use:
         from flax_partial.distributed import jax_service

@@ -1,4 +1,4 @@
-"""Handles to what workers do: futures that know whether anybody has seen their error."""
+"""Handles to what workers do: futures that record whether their error was seen."""
 
 import contextlib
 from concurrent.futures import Future, InvalidStateError
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class Handle(Future[T]):
-    """A future that cannot be cancelled, and knows whether its error was seen.
+    """A future that cannot be cancelled, and records whether its error was seen.
 
     Attributes:
-      was_seen: Whether somebody has asked for its outcome since it was there.
+      was_seen: Whether its outcome was read since it was there.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Handle(Future[T]):
         return error
 
     def unseen_error(self) -> BaseException | None:
-        """Returns the error of a finished handle that nobody has asked for, once."""
+        """Returns the error of a finished handle that was not read, once."""
         if not self.done() or self.was_seen:
             return None
         return self.exception()

@@ -1,7 +1,7 @@
-"""What this process knows of each unfinished checkpoint: its claims, its lock, its failed saves.
+"""This process's record of each unfinished checkpoint: its claims, its lock, its failed saves.
 
-Saving registers here; finalize, abort and status ask here. Callers claim leaves in memory; the lock
-of the directory is the workers' alone, and held while saves are under way.
+Saving registers here; finalize, abort and status read here. Callers claim leaves in memory; only
+workers take the lock of the directory, and hold it while saves are under way.
 """
 
 import atexit
@@ -27,7 +27,7 @@ _LOG = logging.getLogger("flax_partial")
 
 
 class Session:
-    """What this process knows of the unfinished checkpoint at one path.
+    """This process's record of the unfinished checkpoint at one path.
 
     Attributes:
       where: Its paths.
@@ -108,7 +108,7 @@ class Session:
             )
 
     def raise_unseen(self) -> None:
-        """Raises the error of a background save that nobody has asked for, once."""
+        """Raises the error of a background save that no call has raised yet."""
         if not self._failed:
             return
         with self._lock:
@@ -256,7 +256,7 @@ class Session:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing in flight, and no error to tell."""
+        """Whether there is nothing in flight, and no error to raise."""
         return not self._begun and all(handle.was_seen for handle in self._failed)
 
     @property
@@ -279,7 +279,7 @@ _sessions_lock = threading.Lock()
 
 
 def session_of(where: Place) -> Session:
-    """Returns what this process knows of a session; drops what it knows of sessions now gone."""
+    """Returns the record of a session; drops the records of sessions now gone."""
     with _sessions_lock:
         return _session_of(where)
 

@@ -1,11 +1,11 @@
-"""Threads that do what callers ask for, and how a caller waits for them.
+"""Threads that do the work of calls, and how a caller waits for them.
 
 All that writes, locks or waits for other processes is done by workers. CPython delivers signals to
 the main thread alone, so that an interrupt meets a caller who waits, or one of the few steps by
 which a task is handed over: never a lock that is held, or half a file.
 
 Invariants: a worker that has nothing to do ends after a while, and at once when the interpreter
-does; an interpreter that exits normally finishes all work first, and says so. Callers meet no
+does; an interpreter that exits normally finishes all work first, and reports it. Callers meet no
 `threading.Condition`, in which an interrupt can leave the lock held: they wait for plain locks.
 """
 
@@ -34,7 +34,7 @@ class StoppedError(InterruptedError):
 
 
 class Task(Generic[T]):
-    """Work that one worker does once, for a caller who may wait for it, or want it no more."""
+    """Work that one worker does once, for a caller who may wait for it, or stop it."""
 
     def __init__(
         self,
@@ -279,7 +279,7 @@ class WorkerPool:
         for is_last in (False, True):
             with self._lock:
                 self._running.pop(thread, None)
-                if gate in self._idle:  # nobody has released it
+                if gate in self._idle:  # it was never released
                     self._idle.remove(gate)
                 task = self._pop()
                 if task is not None:
@@ -323,7 +323,7 @@ def place_lent() -> Iterator[None]:
 
 
 class _Exit:
-    """The end of the interpreter: what is in flight is finished first, and that is said."""
+    """The end of the interpreter: what is in flight is finished first, which is reported."""
 
     def __init__(self) -> None:
         self._is_near = False

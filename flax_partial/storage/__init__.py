@@ -1,4 +1,4 @@
-"""Where bytes live: the only room that touches files, locks and tensorstore.
+"""Where bytes are stored: the only room that touches files, locks and tensorstore.
 
-Other rooms use all of its modules; none of them knows what a save or a load is.
+Other rooms use all of its modules; none of them depends on what a save or a load is.
 """

@@ -24,8 +24,8 @@ from flax_partial.storage.paths import CheckpointPath
 def reading(checkpoint: Path) -> Iterator[None]:
     """Keeps a finalized checkpoint from being removed meanwhile.
 
-    Where there is none, or no lock to be had (on a file system that knows none, or without the
-    permission to list the directory), nothing is locked: reading it says what is wrong.
+    Where there is none, or no lock to be had (on a file system without locks, or without the
+    permission to list the directory), nothing is locked: reading it raises what is wrong.
     """
     directory = _lock_for_reading(checkpoint)
     try:
@@ -51,10 +51,10 @@ def _lock_for_reading(checkpoint: Path) -> DirectoryLock | None:
 
 
 def remove_checkpoint(where: CheckpointPath) -> None:
-    """Removes a finalized checkpoint, unless somebody reads it.
+    """Removes a finalized checkpoint, unless it is being read.
 
     Raises:
-      CheckpointInUseError: Somebody does.
+      CheckpointInUseError: It is.
       NoSessionError: There is none, or none any more.
     """
     directory = open_directory(where.final)

@@ -25,7 +25,7 @@ import numpy as np
 
 from flax_partial.storage import system
 
-BLOCK_BYTES = 4096  # what file systems and disks of today ask for, at most
+BLOCK_BYTES = 4096  # the largest alignment that today's file systems and disks need
 _DIRECT_BYTES = 1 << 20  # a smaller file takes no longer through the page cache
 _RUN_BYTES = 64 * 1024  # a smaller run is copied: a gap before it would cost as much
 _BUFFER_BYTES = 1 << 20
@@ -76,7 +76,7 @@ class NewFile:
         self._fell_back = False
 
     def __enter__(self) -> Self:
-        """Gives itself."""
+        """Returns itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -205,7 +205,7 @@ def _create(path: Path, *, is_direct: bool) -> tuple[int, bool]:
     if is_direct and hasattr(os, "O_DIRECT"):
         with contextlib.suppress(OSError):
             return os.open(path, flags | os.O_DIRECT, 0o666), True
-        # Some file systems create the file before they say that they cannot do this.
+        # Some file systems create the file before they refuse.
         path.unlink(missing_ok=True)
     return os.open(path, flags, 0o666), False
 

@@ -108,11 +108,12 @@ class DirectoryStore:
         path = self.root / key
         temporary = path.with_name(f".{uuid.uuid4().hex}{_TEMPORARY}")
         try:
-            try:
-                files.write(temporary, pieces, durable=self._durable)
-            except FileNotFoundError:
-                self._make_directories(path.parent)
-                files.write(temporary, pieces, durable=self._durable)
+            while True:
+                try:
+                    files.write(temporary, pieces, durable=self._durable)
+                    break
+                except FileNotFoundError:  # they may be removed again at once, while they are empty
+                    self._make_directories(path.parent)
             yield temporary
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -203,9 +204,9 @@ def _named(temporary: Path, path: Path) -> bool:
 
 
 def _look_anew(directory: Path) -> None:
-    """Has NFS forget what it knows of the names in a directory: it trusts that for a minute.
+    """Makes NFS drop its cache of the names in a directory, which it keeps for a minute.
 
-    When it makes a name there, and removes it, its server says whether others did, meanwhile.
+    When it makes a name there, and removes it, its server reports whether others did, meanwhile.
     """
     with contextlib.suppress(OSError):  # such as of a share that may only be read
         mount = medium.mount_of(directory)

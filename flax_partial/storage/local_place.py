@@ -72,11 +72,11 @@ class LocalPlace(CheckpointPath):
         session_dir.remove_part(self, name)
 
     def may_have_table(self, name: str) -> bool:
-        """Whether a part's table of contents is there, or nobody can say."""
+        """Whether a part's table of contents is there, or may be."""
         return session_dir.may_have_table(self, name)
 
     def full_disk_explained(self, needed: Callable[[], int]) -> AbstractContextManager[None]:
-        """Has the error of a full disk say what is needed, in bytes, and what is free."""
+        """Adds to the error of a full disk what is needed, in bytes, and what is free."""
         return files.full_disk_explained(self, needed)
 
     # What there is of a session.
@@ -114,14 +114,14 @@ class LocalPlace(CheckpointPath):
         return session_dir.locked_exclusively(self, pause)
 
     def decide(self, parts: Collection[str], *, committed_ns: int) -> int | None:  # noqa: ARG002
-        """Nobody else can decide anything while the session is locked."""
+        """No other process can decide anything while the session is locked."""
         return committed_ns
 
     def commit_checkpoint(
         self, *, root_files: Callable[[], Files], contents: bytes, torn: Sequence[str]
     ) -> None:
         """Writes the root files, and renames the session."""
-        for name in torn:  # nobody saves while the session is locked: these are dead
+        for name in torn:  # no save is under way while the session is locked: these are left over
             session_dir.remove_part(self, name)
         session_dir.clear_root(self)
 
@@ -171,7 +171,7 @@ class LocalPlace(CheckpointPath):
     def has_contents(self) -> bool:
         """Whether a table of contents is there: finalize writes it, whatever a directory's name is.
 
-        What the system does not let anybody see is not there.
+        What this process may not see is not there.
         """
         try:
             return (self.final / STATE / CONTENTS).is_file()
@@ -203,7 +203,7 @@ class LocalPlace(CheckpointPath):
         return arrays.read_regions(self.final / STATE, regions)
 
     def remove_checkpoint(self) -> None:
-        """Removes the checkpoint's directory, unless somebody reads it."""
+        """Removes the checkpoint's directory, unless it is being read."""
         checkpoint_dir.remove_checkpoint(self)
 
 

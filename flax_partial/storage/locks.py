@@ -1,12 +1,12 @@
 """Open directories, and files, that can be locked by `flock`; and where such locks hold.
 
 The kernel drops the lock of a process that dies. Sessions and checkpoints are locked by their own
-directories: there is no lock file. That a run lives is told by a file, which says whose lock it is.
+directories: there is no lock file. A living run locks a file, whose text names it.
 
 On a cluster's file systems these locks are missing, or local to a machine. Linux's clients of NFS,
 SMB and FUSE, and Lustre's, pass the `flock` of a file on to their server, if they are mounted so,
-but have none for directories, whose locks the kernel then keeps by itself. One machine cannot see
-that by trying: the type of the file system decides.
+but have none for directories, whose locks the kernel then keeps for one machine. That cannot be
+found out by trying: the type of the file system decides.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _LOCAL_LOCKS = frozenset(
         ),
     )
 )
-# What a file system says that knows no `flock`, or none of what is open for reading only.
+# Errors of a file system without `flock`, or without it for what is open for reading only.
 MISSING = frozenset(
     (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 )
@@ -69,12 +69,17 @@ class DirectoryLock:
         status = os.fstat(descriptor)
         self.identity = (status.st_dev, status.st_ino)
 
+    @property
+    def descriptor(self) -> int:
+        """That of the open directory."""
+        return self._descriptor
+
     def acquire(self, kind: int) -> None:
         """Waits for the `flock`, shared or exclusive; with `LOCK_NB`, raises BlockingIOError."""
         fcntl.flock(self._descriptor, kind)
 
     def try_exclusive(self) -> bool:
-        """Acquires the exclusive `flock`; returns False where somebody else has one."""
+        """Acquires the exclusive `flock`; returns False where another process has one."""
         try:
             self.acquire(fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -101,7 +106,7 @@ class DirectoryLock:
 
 
 def open_directory(directory: Path, *, follow: bool = False) -> DirectoryLock | None:
-    """Opens a directory, through a symbolic link only if asked to; None where there is none.
+    """Opens a directory, through a symbolic link only with `follow`; None where there is none.
 
     Raises:
       NotADirectoryError: Something else is there.
@@ -112,7 +117,7 @@ def open_directory(directory: Path, *, follow: bool = False) -> DirectoryLock | 
     except FileNotFoundError:
         return None
     except OSError as error:
-        # Of a link that is not followed, Linux says ENOTDIR, and macOS ELOOP.
+        # Of a link that is not followed, Linux reports ENOTDIR, and macOS ELOOP.
         if error.errno == errno.ELOOP and not follow and os.path.islink(directory):
             code = errno.ENOTDIR
             raise NotADirectoryError(code, os.strerror(code), str(directory)) from None
@@ -120,7 +125,7 @@ def open_directory(directory: Path, *, follow: bool = False) -> DirectoryLock | 
 
 
 class FileLock(DirectoryLock):
-    """An open file that can be locked in the same way; its text says who holds the lock."""
+    """An open file that can be locked in the same way; its text names the holder."""
 
     def read(self) -> str:
         """Returns the text."""
@@ -162,8 +167,8 @@ def are_shared(directory: Path) -> bool:
       directory: A directory that is there. What may not be opened is taken for one with locks.
 
     Raises:
-      ValueError: The environment asks for something else.
-      OSError: It asks for locks, and there are none.
+      ValueError: The environment variable has another value.
+      OSError: It demands locks, and there are none.
     """
     chosen = os.environ.get(VARIABLE) or "auto"
     if chosen not in {"auto", "flock", "files"}:

@@ -31,7 +31,7 @@ class Mount:
     options: frozenset[str]
 
     def __str__(self) -> str:
-        """Names it as a user knows it."""
+        """Names it for users."""
         return f"{self.point} ({self.kind})"
 
 

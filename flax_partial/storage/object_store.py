@@ -170,7 +170,7 @@ def parse(text: str) -> Url:
 
 
 def open_store(url: Url) -> "ObjectStore":
-    """Returns the store whose root is at a URL; nothing is asked of a server.
+    """Returns the store whose root is at a URL; no request is sent.
 
     Raises:
       ImportError: obstore is not installed.
@@ -455,7 +455,7 @@ class ObjectStore:
         def once() -> None:
             try:
                 delete(self._client, paths)
-            except FileNotFoundError:  # some stores delete one by one, and mind this
+            except FileNotFoundError:  # some stores delete one by one, and fail at this
                 for path in paths:
                     with contextlib.suppress(FileNotFoundError):
                         delete(self._client, path)
@@ -472,7 +472,7 @@ class ObjectStore:
     def _do(
         self, key: str, once: Callable[[], T], *, attempts: int = _ATTEMPTS, slots: int = 1
     ) -> T:
-        """Does a request; repeats it where it failed in passing, and tells errors as ours."""
+        """Does a request; repeats it after passing failures, and translates errors into ours."""
         if os.getpid() != self._process:
             raise ForkedProcessError(
                 f"{self._name(key)}: object stores cannot be used in a forked child. Start it with "
@@ -539,7 +539,7 @@ def _uninterrupted(request: Callable[[], T]) -> T:
 
 
 def _forget_lock() -> None:
-    """In a forked child nobody would give back what a thread of the parent held."""
+    """In a forked child nothing would give back what a thread of the parent held."""
     global _lock, _slots
     _lock, _slots = threading.Lock(), _Slots(MOST_REQUESTS)
 

@@ -2,8 +2,8 @@
 
 Two kinds of places keep these promises by different means. On a file system a session is a
 directory that is locked by `flock`, and published by a rename (`local_place`). In an object store
-nothing is locked or renamed: control objects say who is about to end a session, and one conditional
-put publishes it (`object_place`).
+nothing is locked or renamed: control objects show that a session is about to end, and one
+conditional put publishes it (`object_place`).
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -48,7 +48,7 @@ class Sink(Protocol):
     """A data file that is written from its beginning to its end; use it as a context."""
 
     def __enter__(self) -> Self:
-        """Gives itself."""
+        """Returns itself."""
         ...
 
     def __exit__(self, *_: object) -> None:
@@ -105,7 +105,7 @@ class NewPart(Protocol):
         Raises:
           CheckpointExistsError: The session was finalized before, without this part.
           NoSessionError: It was dropped before.
-          OSError: Nobody can say whether it is committed: it has to be removed.
+          OSError: Whether it is committed is not known: it has to be removed.
         """
         ...
 
@@ -165,7 +165,7 @@ class Place(Protocol):
         """Looks for the session before a save.
 
         Args:
-          known: The one that this process knows.
+          known: The one that this process has seen.
           is_busy: Whether saves into it are under way, which look for themselves.
 
         Returns:
@@ -217,7 +217,7 @@ class Place(Protocol):
         ...
 
     def full_disk_explained(self, needed: Callable[[], int]) -> AbstractContextManager[None]:
-        """Has the error of a full disk say what is needed, in bytes, and what is free."""
+        """Adds to the error of a full disk what is needed, in bytes, and what is free."""
         ...
 
     # What there is of a session.
@@ -275,7 +275,7 @@ class Place(Protocol):
         """Fixes, in a locked session, which parts the checkpoint is made of, and since when.
 
         Returns:
-          The time of the commit; None where somebody else has decided, as `read_parts` then tells.
+          The time of the commit; None where another one has decided, as `read_parts` then shows.
         """
         ...
 
@@ -290,7 +290,7 @@ class Place(Protocol):
           torn: Names of the parts that do not count.
 
         Raises:
-          CheckpointExistsError: Somebody else has published it, or something else is there.
+          CheckpointExistsError: Another process has published it, or something else is there.
         """
         ...
 
@@ -306,7 +306,7 @@ class Place(Protocol):
     # The finalized checkpoint.
 
     def reading(self) -> AbstractContextManager[None]:
-        """Keeps the checkpoint from being removed meanwhile, or says that it was."""
+        """Keeps the checkpoint from being removed meanwhile, or reports that it was."""
         ...
 
     def read_contents(self) -> Contents | None:
@@ -349,7 +349,7 @@ class Place(Protocol):
         """Removes the finalized checkpoint.
 
         Raises:
-          CheckpointInUseError: Somebody reads it, as far as that can be told.
+          CheckpointInUseError: It is being read, as far as that is known.
           NoSessionError: There is none.
         """
         ...

@@ -1,4 +1,4 @@
-"""Paths in object stores, as public results say them."""
+"""Paths in object stores, as public results have them."""
 
 import functools
 from collections.abc import Iterator
@@ -117,4 +117,4 @@ class StorePath:
 
 
 AnyPath = Path | StorePath
-"""What public results say where something is with."""
+"""The path of something, as public results have it."""

@@ -1,19 +1,18 @@
 """A checkpoint on a file system whose locks do not hold between machines, or that has none.
 
 A session is a directory, as everywhere, and is published by a rename. Who may save into it, and
-what the checkpoint is made of, is told by control files in it, `state/session/`, as in an object
+what the checkpoint is made of, is shown by control files in it, `state/session/`, as in an object
 store (`object_place`). Each is made under another name and linked to its own: of two processes that
 make one, one does.
 
 A session's directory is never used for another one. A process that was stopped, and goes on when
-its session is gone, finds nothing at the paths that it knows, or a session of another name.
+its session is gone, finds nothing at the paths that it has, or a session of another name.
 """
 
 import contextlib
 import errno
 import os
 import threading
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     from flax_partial.storage.locks import DirectoryLock
 
 _ATTEMPTS = 50  # at what others may change meanwhile
+# What is answered of a directory that another process has just written to, or removed.
+_BUSY = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY))
 
 
 class UnlockedPlace(ControlObjects, LocalPlace):
@@ -76,7 +77,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         LocalPlace.require_absent(self)
 
     def full_disk_explained(self, needed: Callable[[], int]) -> AbstractContextManager[None]:
-        """Has the error of a full disk say what is needed, in bytes, and what is free."""
+        """Adds to the error of a full disk what is needed, in bytes, and what is free."""
         return LocalPlace.full_disk_explained(self, needed)
 
     # Saving.
@@ -107,7 +108,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
             try:
                 self.require_absent()
             except CheckpointExistsError:
-                if is_ours:  # made for nothing: somebody else has finalized meanwhile
+                if is_ours:  # made for nothing: another process has finalized meanwhile
                     with contextlib.suppress(OSError):
                         os.rmdir(self.session)
                 raise
@@ -134,7 +135,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
 
     @contextmanager
     def gone_explained(self, name: str) -> Iterator[None]:
-        """Has the error of a directory that is not there say how the session of a part ended."""
+        """Adds to the error of a missing directory how the session of a part ended."""
         try:
             yield
         except FileNotFoundError as error:
@@ -151,7 +152,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         self._settle(name)
 
     def remove_part(self, name: str) -> None:
-        """Withdraws a part; removes it only where nobody can have decided that it counts."""
+        """Withdraws a part; removes it only where no process can have decided that it counts."""
         if name not in self._known.tabled:
             session_dir.remove_part(self, name)
             return
@@ -177,7 +178,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         ending = self._ending
         found = ControlObjects.read_parts(self, process=process, known=known, failed=failed)
         if ending is not None and self._list_control().id != ending.id:
-            raise self.no_session()  # somebody else has ended it
+            raise self.no_session()  # another process has ended it
         if found.decided_ns is None:  # a part of which there is only the directory is torn, too
             seen = {*found.committed, *found.torn, *found.damaged}
             names = parts.part_names(self.state)
@@ -188,24 +189,36 @@ class UnlockedPlace(ControlObjects, LocalPlace):
     # Ending it.
 
     @contextmanager
-    def locked_exclusively(self) -> Iterator[None]:
+    def locked_exclusively(self, pause: Callable[[], None]) -> Iterator[None]:
         """Puts a fence: from here on saves wait for how this ends."""
         with self._one_at_a_time:
             directory = session_dir.open_session(self)
             if directory is None:
                 raise self.no_session()
             with contextlib.closing(directory):
-                self._directory = directory
+                self._directory, ending = directory, ""
                 try:
                     session_dir.check_state(self)
-                    with ControlObjects.locked_exclusively(self):
+                    with ControlObjects.locked_exclusively(self, pause):
+                        ending = self._ending.id if self._ending else ""
                         yield
                 except FileNotFoundError as error:
-                    if isinstance(error, NoSessionError) or self._is_current():
+                    if self._is_current():
+                        raise
+                    self._withdraw_fences(ending)
+                    if isinstance(error, NoSessionError):
                         raise
                     raise self.no_session() from error
                 finally:
                     self._directory = None
+
+    def _withdraw_fences(self, session: str) -> None:
+        """Removes what was put too late: into a directory that has come to the place of another."""
+        control = self.session / CONTROL
+        names = [name for name in files.listed(control) if name.startswith(f"{session}.closing.")]
+        with contextlib.suppress(OSError):  # it is in nobody's way
+            self.store.delete([f"{CONTROL}/{name}" for name in names])
+            os.rmdir(self.session)
 
     def _is_current(self) -> bool:
         """Whether the session that is being ended is the one at its path."""
@@ -220,33 +233,36 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         torn: Sequence[str],  # noqa: ARG002
     ) -> None:
         """Writes the root files, which others may be writing, too, and renames the session."""
-        assert self._ending is not None  # noqa: S101
+        assert self._directory is not None  # noqa: S101
         self._remove_others(self.state)
-        names = [(name, list(pieces)) for name, pieces in root_files()]
-        names.append((f"{STATE}/{CONTENTS}", [contents]))
-        scratch = Path(CONTROL, f"root.{uuid.uuid4().hex}")
-        needed = sum(len(piece) for _, pieces in names for piece in pieces)
+        named = [(name, list(pieces)) for name, pieces in root_files()]
+        named.append((f"{STATE}/{CONTENTS}", [contents]))
+        needed = sum(len(piece) for _, pieces in named for piece in pieces)
         try:
             with self.full_disk_explained(lambda: needed):
-                session_dir.write_root(self, names, scratch=self.session / scratch)
-            if not self._is_current():
-                raise self.no_session()
-            session_dir.publish(self)
+                session_dir.write_root_at(self._directory.descriptor, named, scratch=CONTROL)
+            self._publish()
         except FileNotFoundError:
             if self._is_published():
                 raise CheckpointExistsError(
                     f"{self.final} was finalized by somebody else meanwhile."
                 ) from None
             raise
-        finally:
-            for base in (self.session, self.final):
-                with contextlib.suppress(OSError):
-                    files.remove_tree(base / scratch)
         # From here on no save finds the path of its part any more.
         self._remove_others(self.final / STATE)
 
+    def _publish(self) -> None:
+        """Renames the session's directory, if it is the one at its path."""
+        if not self._is_current():
+            raise self.no_session()
+        session_dir.publish(self)
+        directory = self._directory
+        if directory is None or files.identity(self.final) != directory.identity:
+            files.rename_to_new(self.final, self.session)  # it was another one's after all
+            raise self.no_session()
+
     def _remove_others(self, state: Path) -> None:
-        """Removes the parts that do not count, and control files that nobody needs any more."""
+        """Removes the parts that do not count, and control files that are not needed any more."""
         assert self._ending is not None  # noqa: S101
         verdict = self._verdict(self._ending.id)
         kept = frozenset(verdict.parts if verdict else ())
@@ -260,21 +276,40 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                 files.remove_tree(one) if one.is_dir() else one.unlink()
 
     def remove_session(self) -> None:
-        """Puts the verdict that the session is dropped, and removes its directory."""
+        """Puts the verdict that the session is dropped, and removes it."""
         session_dir.check_is_ours(self)
         ControlObjects.remove_session(self)
 
     def _drop(self, session: str) -> None:
-        """Removes the directory of a dropped session."""
-        if self._list_control().id == session:
-            with contextlib.suppress(FileNotFoundError):
-                files.remove_directory(self.session)
+        """Removes what a dropped session holds, and its directory where it holds nothing else.
+
+        Each name is removed by itself, and a directory only when it is empty: another session may
+        begin in it just now. The control files are removed by the one who has put the verdict:
+        should it die, they stay until a session is ended there.
+        """
+        names = parts.part_names(self.state)
+        control = files.listed(self.session / CONTROL)
+        if self._list_control().id != session:
+            return
+        # What was listed before is none of a session that has begun since.
+        for name in names:
+            with _busy_passed_over():
+                session_dir.remove_part(self, name)
+        if session not in self._to_drop:
+            return
+        ends = (".open", ".verdict")  # removed last, and in this order: else it would be open again
+        control.sort(key=lambda name: (name.endswith(ends), name.endswith(ends[1])))
+        self.store.delete([f"{CONTROL}/{name}" for name in control])
+        for directory in (self.session / CONTROL, self.state, self.session):
+            with _busy_passed_over():
+                os.rmdir(directory)
+        files.fsync_directory(self.session.parent)
 
     # The finalized checkpoint.
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Says of what cannot be read if it was removed meanwhile."""
+        """Raises NoSessionError where reading fails because it was removed meanwhile."""
         before = _identity(self.final)
         try:
             with LocalPlace.reading(self):
@@ -323,6 +358,16 @@ class UnlockedPart(LocalPart):
         self.place.commit_by(
             self.name, partial(commit, has_data_file=has_data_file, durable=durable)
         )
+
+
+@contextmanager
+def _busy_passed_over() -> Iterator[None]:
+    """Leaves what another process is just writing to, or has removed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _BUSY:
+            raise
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:

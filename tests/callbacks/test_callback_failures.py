@@ -305,8 +305,11 @@ def test_session_left_incomplete_is_dropped_and_said(
     begun(PartialCheckpointCallback(tmp_path))
     assert names_in(tmp_path) == ["mine.partial_save"]
     assert f"Dropped the unfinished checkpoint {tmp_path / '2'}: " in caplog.text
-    assert "the step had not ended" in caplog.text
-    assert "does not belong to step 3" in caplog.text
+    assert (
+        "step 2 was not completely written, and its process has ended. There is no checkpoint in"
+        in caplog.text
+    )
+    assert "is of another step than 3" in caplog.text
 
 
 def test_session_whose_checkpoint_is_there_is_dropped(tmp_path: Path) -> None:

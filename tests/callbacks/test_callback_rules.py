@@ -163,13 +163,13 @@ def done(callback: str, *groups: str, callbacks: str = "a") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("sessions", "lacks"),
     [
-        pytest.param([SAVED_X], "the step had not ended", id="no list"),
+        pytest.param([SAVED_X], "step 5 was not completely written", id="no list"),
         pytest.param([done("a")], "no callback had anything to save", id="nothing saved"),
         pytest.param([SAVED_X, done("a", "x")], None, id="complete"),
         pytest.param([SAVED_X, done("a", "x", "y", "z")], "it lacks y, z", id="groups missing"),
         pytest.param(
             [SAVED_X, done("a", "x", callbacks="ab")],
-            "the step had not ended for b in process 0",
+            "step 5 was not completely written by b in process 0",
             id="another callback was not done",
         ),
         pytest.param(
@@ -179,7 +179,7 @@ def done(callback: str, *groups: str, callbacks: str = "a") -> dict[str, Any]:
         ),
         pytest.param(
             [SAVED_X, done("a", "x") | {"processes": 2}],
-            "the step had not ended for a in process 1",
+            "step 5 was not completely written by a in process 1",
             id="another process was not done",
         ),
     ],
@@ -189,7 +189,7 @@ def test_what_a_session_lacks(tmp_path: Path, sessions: Any, lacks: str | None) 
         fp.save(tmp_path / "5", {}, custom_metadata={"step": 5, "session": session})
     status = fp.status(tmp_path / "5")
     assert missing(status, 5) == lacks
-    assert " does not belong to step 6" in str(missing(status, 6))
+    assert " is of another step than 6" in str(missing(status, 6))
 
 
 def test_importing_the_callbacks_imports_neither_flax_nor_optax() -> None:

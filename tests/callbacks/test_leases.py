@@ -114,7 +114,7 @@ def test_one_that_stands_for_the_grace_is_dead_and_is_taken_over(
     assert "Took over" in caplog.text
     dead.renew()
     assert f"process {os.getpid()}" in str(dead.lost_to)
-    assert "given no sign of life for 60 s" in caplog.text
+    assert "not renewed its lease for 60 s" in caplog.text
     dead.release()
     assert numbers(store, NAME) == [2]
     assert second.lost_to is None
@@ -370,7 +370,7 @@ def test_recovery_by_another_process_is_waited_for(
     monkeypatch.setattr(leases, "PACE", time.pace())
     with (
         liveness.recovering(tmp_path, 5),
-        pytest.raises(fp.CheckpointInUseError, match="recovered it for more than 5 s"),
+        pytest.raises(fp.CheckpointInUseError, match="been recovering it for more than 5 s"),
         liveness.recovering(tmp_path, 5),
     ):
         pytest.fail("two at once")

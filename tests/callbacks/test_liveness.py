@@ -154,7 +154,9 @@ def test_recovery_by_somebody_else_is_waited_for_and_no_longer_than_the_hook_say
     directory = os.open(tmp_path, os.O_RDONLY)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)
-        with pytest.raises(fp.CheckpointInUseError, match=r"recovered it for more than 0\.2 s"):
+        with pytest.raises(
+            fp.CheckpointInUseError, match=r"been recovering it for more than 0\.2 s"
+        ):
             callback.recover()
     finally:
         os.close(directory)

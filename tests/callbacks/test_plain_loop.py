@@ -70,6 +70,18 @@ def test_stopped_by_an_exception_and_run_again_ends_bit_identical(
     assert fp.steps(tmp_path)[-1] == STEPS
 
 
+def test_after_the_block_any_checkpoint_may_be_looked_at(tmp_path: Path) -> None:
+    with checkpointing(tmp_path, every_n_train_steps=3, monitor="loss") as ckpt:
+        state = new_state()
+        for step in range(6):
+            state, _ = train(state, batch_of(step))
+            ckpt.step(state, metrics={"loss": step})
+    best = ckpt.restore(new_state(), which="best")
+    assert_equal(best, fp.load(tmp_path / "3"))
+    assert ckpt.steps_done == 3
+    assert fp.steps(tmp_path) == [3, 6]
+
+
 _KILLED = """
 import os, signal, sys
 from pathlib import Path

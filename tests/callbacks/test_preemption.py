@@ -327,5 +327,5 @@ def test_save_that_fails_then_hides_no_exception(
 
     with pytest.raises(StepError):
         trained(tmp_path, state_fn=bad, at=BEFORE_STEP_3, **RESCUED)
-    assert "A checkpoint had failed, too" in caplog.text
+    assert "Another checkpoint has failed, too" in caplog.text
     assert fp.steps(tmp_path) == []

@@ -220,7 +220,7 @@ def test_epochs_and_steps_of_an_epoch_go_on(tmp_path: Path) -> None:
         with checkpointing(tmp_path, **EVERY_STEP) as ckpt:
             ckpt.restore(weights(0))
             for epoch in range(ckpt.epochs_done, 3):
-                for batch in range(ckpt.steps_of_epoch, 4):
+                for batch in range(ckpt.step_in_epoch, 4):
                     seen.append((epoch, batch))
                     ckpt.step(weights(ckpt.steps_done + 1))
                     if len(seen) == stop_after:
@@ -233,7 +233,7 @@ def test_epochs_and_steps_of_an_epoch_go_on(tmp_path: Path) -> None:
     assert fp.steps(tmp_path) == list(range(1, 13))
     with checkpointing(tmp_path) as ckpt:
         ckpt.restore(weights(0))
-        assert (ckpt.steps_done, ckpt.epochs_done, ckpt.steps_of_epoch) == (12, 2, 4)
+        assert (ckpt.steps_done, ckpt.epochs_done, ckpt.step_in_epoch) == (12, 2, 4)
 
 
 def test_an_epoch_that_ended_with_its_checkpoint_is_done(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_an_epoch_that_ended_with_its_checkpoint_is_done(tmp_path: Path) -> None
             ckpt.end_epoch(epoch)
     with checkpointing(tmp_path) as ckpt:
         ckpt.restore(weights(0))
-        assert (ckpt.steps_done, ckpt.epochs_done, ckpt.steps_of_epoch) == (4, 2, 0)
+        assert (ckpt.steps_done, ckpt.epochs_done, ckpt.step_in_epoch) == (4, 2, 0)
         assert fp.metadata(tmp_path / "4").custom_metadata["epoch"] == 1
 
 
@@ -253,7 +253,7 @@ def test_of_what_others_wrote_only_the_step_is_known(tmp_path: Path) -> None:
     fp.finalize(tmp_path / "5")
     with checkpointing(tmp_path) as ckpt:
         ckpt.restore(weights(0))
-        assert (ckpt.steps_done, ckpt.epochs_done, ckpt.steps_of_epoch) == (5, 0, 0)
+        assert (ckpt.steps_done, ckpt.epochs_done, ckpt.step_in_epoch) == (5, 0, 0)
 
 
 def test_a_call_that_raised_may_be_repeated_and_is_counted_once(tmp_path: Path) -> None:
@@ -327,12 +327,17 @@ def test_a_directory_in_a_checkpoint_is_refused(tmp_path: Path, place: str) -> N
         checkpointing(tmp_path / place)
 
 
+def test_empty_path_is_not_taken_for_the_working_directory() -> None:
+    with pytest.raises(ValueError, match="is empty"):
+        checkpointing("")
+
+
 def test_what_was_probably_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained(tmp_path / "lm", 2)
     trained(tmp_path / "mt", 7)
     for path, said in (
-        ("lm", f"a run's directory with steps 1, 2: the newest is {tmp_path}/lm/2."),
-        ("mt", f"with steps ..., 3, 4, 5, 6, 7: the newest is {tmp_path}/mt/7."),
+        ("lm", f"It is a run: its newest checkpoint is {tmp_path}/lm/2, its steps are 1, 2."),
+        ("mt", f"checkpoint is {tmp_path}/mt/7, its steps are ..., 3, 4, 5, 6, 7."),
         ("lm/3", f"{tmp_path}/lm holds steps 1, 2."),
         ("lm/2/state/x", f"lies in the checkpoint {tmp_path}/lm/2."),
         ("", "It holds runs: lm (steps 1, 2), mt (steps ..., 3, 4, 5, 6, 7)."),

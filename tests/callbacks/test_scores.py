@@ -116,9 +116,9 @@ def test_checkpoint_waits_for_its_score_and_for_nothing_else(tmp_path: Path) -> 
             {"val_los": 1.0}, "(did you mean 'val_los'?). Metrics there are: val_los.", id=""
         ),
         pytest.param({}, "so far. Metrics there are: none.", id="none at all"),
-        pytest.param({"val_loss": math.nan}, "is nan, no finite number. Metrics", id="NaN"),
-        pytest.param({"val_loss": -math.inf}, "is -inf, no finite number. Metrics", id="infinite"),
-        pytest.param({"val_loss": "high"}, "is high, no finite number. Metrics", id="text"),
+        pytest.param({"val_loss": math.nan}, "has no score: 'val_loss' is nan. Metrics", id="NaN"),
+        pytest.param({"val_loss": -math.inf}, "'val_loss' is -inf. Metrics", id="infinite"),
+        pytest.param({"val_loss": "high"}, "'val_loss' is high. Metrics", id="text"),
     ],
 )
 def test_first_checkpoint_without_a_score_says_which_metrics_there_are(
@@ -142,7 +142,7 @@ def test_metric_of_an_earlier_step_is_no_score_and_that_is_said(
         tmp_path, batches=3, monitor="val_loss", at={"on_train_batch_start": validate}, **EACH_STEP
     )
     assert not any(stored(tmp_path).values())  # it was there before the first step
-    assert "was not set since the step began: it is of an earlier one" in caplog.text
+    assert "was not set in this step: its value is of an earlier one" in caplog.text
 
 
 def test_misspelt_monitor_is_told_at_the_end_of_the_first_epoch(
@@ -150,9 +150,9 @@ def test_misspelt_monitor_is_told_at_the_end_of_the_first_epoch(
 ) -> None:
     losses = {"val_loss": 1.0}
     fitted(tmp_path, epochs=3, every_n_epochs=3, metrics=lambda _: losses, monitor="valloss")
-    first = caplog.records[0].getMessage()
-    assert first.startswith("The first epoch had no score: monitor='valloss'")
-    assert "did you mean 'val_loss'?" in first
+    said = caplog.records[1].getMessage()  # as was said after the first step
+    assert said.startswith("The first epoch had no score: 'valloss'")
+    assert "did you mean 'val_loss'?" in said
 
 
 class Tensor:

@@ -200,7 +200,7 @@ def test_prune_keeps_the_last_and_what_is_not_called_by_a_step(
     write(run_directory / "best", {"w": 1}, step=1)
     prune = "prune", run_directory, "--keep-last", 1
     assert "would remove 5 10 of " in shell.run(*prune, "--dry-run")
-    shell.run(*prune, status=WRONG_USE)  # nobody can be asked
+    shell.run(*prune, status=WRONG_USE)  # there is no terminal to ask at
     assert fp.steps(run_directory) == [5, 10, 100]
     assert shell.json(*prune, "--yes")["removed"] == ["5", "10"]
     left = [entry["name"] for entry in shell.json("ls", run_directory)["checkpoints"]]
@@ -271,6 +271,19 @@ def test_show_reads_what_orbax_wrote(tmp_path: Path, shell: Shell) -> None:
         shown = shell.json("show", tmp_path / name)
         assert (shown["format"], shown["bytes"]) == ("orbax", 24)
         assert "written by Orbax" in shell.run("show", tmp_path / name)
+        assert "left out" not in shell.run("show", tmp_path / name)
+
+
+def test_show_names_the_items_of_orbax_that_are_not_read(tmp_path: Path, shell: Shell) -> None:
+    save = v0.args.StandardSave({"w": np.ones(3)})
+    with v0.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=v0.args.Composite(state=save, data=v0.args.JsonSave({"at": 7})))
+    table = json.loads((tmp_path / "3" / "_CHECKPOINT_METADATA").read_text())
+    table["item_handlers"]["data"] = "grain.PyGrainCheckpointHandler"
+    (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text(json.dumps(table))
+    (line,) = [line for line in shell.run("show", tmp_path).splitlines() if "left out" in line]
+    assert line.startswith("left out: data: only its own handler reads it: grain.")
+    assert list(shell.json("show", tmp_path / "3")["left_out"]) == ["data"]
 
 
 # --- status
@@ -292,7 +305,7 @@ def test_status_says_what_is_lacking(tmp_path: Path, shell: Shell) -> None:
     saved = completeness.saved(callback="params", group="g")
     path = begin(tmp_path / "c", {"w": HALF}, step=3, session=saved)
     lacking = shell.json("status", path)["lacking"]
-    assert lacking[0] == "the step had not ended"
+    assert lacking[0] == "step 3 was not completely written"
     assert lacking[1].startswith("w (1 of 2 chunks")
     assert shell.run("status", path).count("not complete: ") == 2
 

@@ -22,8 +22,7 @@ from terminal import on_terminal
 from things import listing
 
 import flax_partial as fp
-from flax_partial.cli import safetensors
-from flax_partial.cli.commands import import_
+from flax_partial.cli import pieces, safetensors
 from flax_partial.cli.main import INTERRUPTED, PROBLEM, TERMINATED, WRONG_USE
 from flax_partial.errors import UnsupportedLeafError
 
@@ -125,7 +124,7 @@ def test_run_of_orbax_stands_for_its_newest_checkpoint_and_metrics_come_along(
 def test_leaves_are_read_and_saved_piece_by_piece(
     tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_, "_AT_ONCE_BYTES", 3 << 20)
+    monkeypatch.setattr(pieces, "_AT_ONCE_BYTES", 3 << 20)
     rng = np.random.default_rng(0)
     state = {"w": rng.random((1, 5, 300_001), np.float32), "v": rng.random((9, 3)), "u": 1}
     save_file({name: np.asarray(value) for name, value in state.items()}, "file")
@@ -228,7 +227,7 @@ def test_leaf_and_subtree_of_one_name_leave_nothing(tmp_path: Path, shell: Shell
 def test_file_that_becomes_shorter_meanwhile_leaves_nothing(
     tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_, "_AT_ONCE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "_AT_ONCE_BYTES", 1000)
     save_file({"a": np.ones(100), "b": np.ones(100)}, "file", metadata={"by": "me"})
     preadv = os.preadv
 
@@ -263,7 +262,7 @@ def test_import_that_is_told_to_stop_leaves_nothing(
 def test_large_tensor_takes_no_more_memory_than_a_batch(
     tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_, "_AT_ONCE_BYTES", 4 << 20)
+    monkeypatch.setattr(pieces, "_AT_ONCE_BYTES", 4 << 20)
     header = {"w": {"dtype": "F32", "shape": [24 << 20], "data_offsets": [0, 96 << 20]}}
     begins = file_of(json.dumps(header).encode(), b"")
     with (tmp_path / "file").open("wb") as file:  # sparse: zeros

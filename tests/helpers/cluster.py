@@ -1,4 +1,4 @@
-"""Real processes that a test directs: each does one call after another, and says what came of it.
+"""Real processes that a test directs: each does one call after another, and returns the outcome.
 
 With `jax.distributed` they form one job, on a free port of 127.0.0.1; without, they share nothing
 but directories. A process that does not answer in time fails the test, with what it had printed.
@@ -47,7 +47,7 @@ class Process:
 
     def _send(self, message: Any) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is dead: the answer will say so
+        with contextlib.suppress(BrokenPipeError):  # it is dead: the answer will report it
             pickle.dump(message, self._process.stdin)
             self._process.stdin.flush()
 
@@ -78,7 +78,7 @@ class Process:
         self._process.send_signal(number)
 
     def ask_to_end(self) -> None:
-        """Has it end by itself, after its last call."""
+        """Lets it end after its last call."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -138,7 +138,7 @@ def running(
 ) -> Iterator[Cluster]:
     """Starts `count` processes of two devices each, and ends them.
 
-    JAX's coordination service lives in the first, or in a process apart that listens `service_at`.
+    JAX's coordination service runs in the first, or in a process apart that listens `service_at`.
     """
     address = service_at or (f"127.0.0.1:{free_port()}" if is_distributed else "none")
     bind = "127.0.0.1:0" if service_at else address

@@ -1,4 +1,4 @@
-"""What a process of `cluster` runs: the functions below, as it is told, one after another.
+"""What a process of `cluster` runs: the functions below, as a test calls them.
 
 Run as `cluster_worker.py INDEX COUNT ADDRESS BIND`, the last two being where JAX's coordination
 service is, and where process 0 has its own; "none" stands for no `jax.distributed`. Calls come on

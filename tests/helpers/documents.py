@@ -19,6 +19,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLAIN = ROOT / "docs" / "loops" / "plain.md"
 OF_LOOPS = [path for path in DOCUMENTS if path.parent == PLAIN.parent and path != PLAIN]
 OF_LOOPS += [ROOT / "docs" / "from_lightning.md"]
+GUIDES = [path for path in DOCUMENTS if path.parent.name == "guides"]
+GUIDES += [PLAIN, ROOT / "docs" / "slurm.md"]
 
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n+)?```(?P<language>\w*)\n(?P<code>.*?)^```$",
@@ -52,14 +54,24 @@ def is_installing(block: Block) -> bool:
     return block.language == "sh" and block.code.startswith("pip install")
 
 
-def run_blocks(document: Path) -> None:
-    """Runs a document's blocks here and now; tracebacks carry the document's name and lines."""
-    names: dict[str, Any] = {"__name__": "__main__"}
-    for block in blocks_of(document.read_text()):
-        if block.reason or is_installing(block):
-            continue
-        if block.language == "python":
-            source = "\n" * (block.line - 1) + block.code
-            exec(compile(source, str(document), "exec"), names)  # noqa: S102 - our own document
-        elif block.language == "sh":
-            subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], check=True)
+def run_blocks(document: Path, *, times: int = 1) -> None:
+    """Runs a document's blocks here and now; tracebacks carry the document's name and lines.
+
+    Args:
+      document: The document.
+      times: How often its Python is run; the commands of its shell, which look at what is there,
+        are run the first time only.
+    """
+    blocks = [
+        block
+        for block in blocks_of(document.read_text())
+        if not (block.reason or is_installing(block))
+    ]
+    for turn in range(times):
+        names: dict[str, Any] = {"__name__": "__main__"}
+        for block in blocks:
+            if block.language == "python":
+                source = "\n" * (block.line - 1) + block.code
+                exec(compile(source, str(document), "exec"), names)  # noqa: S102 - our own document
+            elif block.language == "sh" and turn == 0:
+                subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], check=True)

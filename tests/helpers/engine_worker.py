@@ -47,7 +47,7 @@ class Worker:
         self._mine.close()
 
     def end(self) -> None:
-        """Has the process end by itself."""
+        """Lets the process end."""
         self._mine.close()
         self._process.join()
 

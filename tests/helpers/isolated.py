@@ -133,7 +133,7 @@ def _measured(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Outco
     value, error = None, None
     try:
         value = function(*arguments)
-    except BaseException as caught:  # noqa: BLE001 - told on the other side
+    except BaseException as caught:  # noqa: BLE001 - reported on the other side
         caught.__traceback__ = None
         error = caught
     return Outcome(value, error, _status("VmHWM") - before)

@@ -115,7 +115,7 @@ def sharded(tree: Any, layout: Layout) -> Any:
 
 
 def shapes(tree: Any) -> Any:
-    """A target that says what a tree is, and holds nothing of it."""
+    """A target that describes a tree, without its data."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
         tree,

@@ -1,4 +1,4 @@
-"""A stand-in for frameworks of MPMD pipelines, whose arrays live in some groups of processes only.
+"""A stand-in for frameworks of MPMD pipelines, whose arrays are in some groups of processes only.
 
 As in JaxPP, every process has the whole tree. A `StageArray` has one `jax.Array` for each stage
 that holds it, or none where this process belongs to no such stage; held by several stages it is

@@ -49,7 +49,7 @@ def full_sync(patch: pytest.MonkeyPatch) -> None:
 
 
 def full_sync_refused(patch: pytest.MonkeyPatch, code: int = errno.ENOTSUP) -> None:
-    """F_FULLFSYNC is there, and the file system does not know it."""
+    """F_FULLFSYNC is there, and the file system does not support it."""
     real = fcntl.fcntl
 
     def refusing(descriptor: int, command: int, argument: int = 0) -> int:

@@ -28,7 +28,7 @@ session_dir.commit_part = commit_at_gate
 
 
 def run(path: Path, *pieces: str) -> subprocess.CompletedProcess[str]:
-    """Runs pieces of code, which know `path`, one after another; warnings are errors there."""
+    """Runs pieces of code, with the name `path`, one after another; warnings are errors."""
     script = "\n".join([_BEGIN, *map(textwrap.dedent, pieces)])
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", script, str(path)],

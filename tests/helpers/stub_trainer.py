@@ -1,4 +1,4 @@
-"""The least a trainer can be: what section "the callback" of the design asks of one, and no more.
+"""The least a trainer can be: it has what the callback reads, and no more.
 
 It trains nothing. Every array of its state is full of the number of steps taken, so that a
 checkpoint with parts of two steps shows; and each step donates the arrays of the one before.

@@ -170,8 +170,7 @@ def _on_files(names: list[str], arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str], slow_secs: float = 0) -> None:
-    from flax_partial.cli import main
-    from flax_partial.cli.commands import import_
+    from flax_partial.cli import main, pieces
     from flax_partial.loading import verify as loading
 
     def slowed(function: Callable[..., object]) -> Callable[..., object]:
@@ -182,7 +181,7 @@ def _run(arguments: list[str], slow_secs: float = 0) -> None:
         return wrapper
 
     if slow_secs and arguments[0] == "import":  # after each part
-        import_.region_bytes = slowed(import_.region_bytes)  # type: ignore[assignment]
+        pieces.region_bytes = slowed(pieces.region_bytes)  # type: ignore[assignment]
     elif slow_secs:
         os.pwrite = slowed(os.pwrite)  # type: ignore[assignment]
         loading.region_bytes = slowed(loading.region_bytes)  # type: ignore[assignment]

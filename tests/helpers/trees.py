@@ -113,7 +113,7 @@ def assert_whole(path: Path, state: Any, **how: Any) -> None:
 
 
 def emptied(leaf: Any) -> Any:
-    """A leaf of a target: it says what is wanted, and has other content."""
+    """A leaf of a target: of the wanted type, and with other content."""
     if isinstance(leaf, jax.Array):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     if isinstance(leaf, np.ndarray):

@@ -23,7 +23,7 @@ def say(text: str) -> None:
 
 
 def options(document: str, **defaults: Any) -> argparse.Namespace:
-    """What the command line says, of the types of the defaults.
+    """Returns the options of the command line, of the types of the defaults.
 
     Args:
       document: The script's docstring.
@@ -37,7 +37,7 @@ def options(document: str, **defaults: Any) -> argparse.Namespace:
 
 
 def hold_all(checks: Iterable[tuple[str, Callable[[], object]]]) -> tuple[Tally, Tally]:
-    """Does checks of some kinds, and says which fail; how many there were of each, and held."""
+    """Runs checks of some kinds; reports which fail, and how many of each passed."""
     tried: Tally = collections.Counter()
     held: Tally = collections.Counter()
     for kind, check in checks:
@@ -53,7 +53,7 @@ def hold_all(checks: Iterable[tuple[str, Callable[[], object]]]) -> tuple[Tally,
 
 
 def run(document: str, start: Callable[[Path], Trial], *, trials: int) -> int:
-    """Runs as many trials as the command line says; returns the exit status.
+    """Runs as many trials as the options say; returns the exit status.
 
     Args:
       document: The script's docstring.

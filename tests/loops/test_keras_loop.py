@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -17,6 +18,7 @@ import flax_partial as fp
 
 keras = pytest.importorskip("keras", reason="pip install 'flax-partial[keras]'")
 
+from flax_partial.callbacks._schedule import direction  # noqa: E402
 from flax_partial.callbacks.keras import KerasCheckpoint  # noqa: E402
 
 if TYPE_CHECKING:
@@ -145,6 +147,44 @@ def test_the_next_fit_of_a_model_that_was_resumed_trains_as_it_is_told(tmp_path:
     assert fit(model, epochs=2).epoch == [0, 1]
 
 
+def test_script_of_several_fits_repeats_no_epoch_when_it_is_started_again(tmp_path: Path) -> None:
+    def script(*lengths: int, after: int = 10**9) -> list[list[int]]:
+        checkpoints, model = KerasCheckpoint(tmp_path), new_model()
+        stop = Stop(after, ValueError("wrong"))
+        with contextlib.suppress(ValueError), checkpoints:
+            return [fit(model, checkpoints, stop, epochs=one).epoch for one in lengths]
+        return []
+
+    script(2, 3, after=14)  # in the second epoch of the second fit
+    assert fp.steps(tmp_path) == [4, 8, 12]
+    assert script(2, 3) == [[], [1, 2]]
+    assert script(2, 3, 1) == [[], [], [0]]
+    assert fp.steps(tmp_path) == [4, 8, 12, 16, 20, 24]
+
+
+def test_fits_with_a_callback_each_count_on_by_the_model(tmp_path: Path) -> None:
+    def script() -> list[Any]:
+        model = new_model()
+        return [fit(model, KerasCheckpoint(tmp_path), epochs=2).epoch for _ in range(2)]
+
+    assert script() == [[0, 1], [0, 1]]
+    assert script() == [[], []]
+    assert fp.steps(tmp_path) == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize("is_new", [False, True], ids=["the same callback", "another"])
+def test_fit_of_a_model_whose_last_one_failed_goes_on_as_in_a_new_process(
+    tmp_path: Path, *, is_new: bool
+) -> None:
+    model, checkpoints = new_model(), KerasCheckpoint(tmp_path)
+    with pytest.raises(ValueError, match="wrong"):
+        fit(model, checkpoints, Stop(6, ValueError("wrong")))
+    again = KerasCheckpoint(tmp_path) if is_new else checkpoints
+    assert fit(model, again).epoch == [1, 2]
+    assert_equal(variables(model), uninterrupted())
+    assert fit(model, again, epochs=1).epoch == [0]
+
+
 def test_going_back_is_done_once_and_when_it_is_asked_for(tmp_path: Path) -> None:
     fit(new_model(), KerasCheckpoint(tmp_path))
     with pytest.raises(fp.CheckpointExistsError, match="discard_later") as told:
@@ -199,6 +239,29 @@ def test_the_best_is_known_by_the_name_of_the_metric(
         KerasCheckpoint(tmp_path, monitor="val_speed")
 
 
+WITH_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "PrecisionAtRecall": (0.5,),
+    "RecallAtPrecision": (0.5,),
+    "SensitivityAtSpecificity": (0.5,),
+    "SpecificityAtSensitivity": (0.5,),
+    "IoU": (2, [0]),
+    "OneHotIoU": (2, [0]),
+    "MeanIoU": (2,),
+    "OneHotMeanIoU": (2,),
+    "MeanRelativeError": ([1.0],),
+}
+
+
+def test_metrics_of_keras_are_better_large_or_small_as_keras_knows() -> None:
+    own = ("Metric", "MeanMetricWrapper")
+    kinds = {name: one for name, one in vars(keras.metrics).items() if isinstance(one, type)}
+    metrics = [one(*WITH_ARGUMENTS.get(name, ())) for name, one in kinds.items() if name not in own]
+    known = {one.name: one._direction for one in metrics if hasattr(one, "_direction")}  # noqa: SLF001
+    assert len(known) > 20
+    for name, way in known.items():
+        assert direction(f"val_{name}", "auto") == {"up": "max", "down": "min"}[way], name
+
+
 def test_step_saved_within_an_epoch_has_no_score_of_the_epoch_before(tmp_path: Path) -> None:
     fit(new_model(), KerasCheckpoint(tmp_path, every_n_train_steps=2, monitor="val_loss"))
     scores = {
@@ -228,4 +291,4 @@ def test_another_backend_is_refused(tmp_path: Path) -> None:
         text=True,
         timeout=100,
     )
-    assert "Set KERAS_BACKEND=jax" in done.stderr
+    assert "KERAS_BACKEND=jax before keras is imported" in done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -326,6 +328,31 @@ def test_going_back_is_done_once_and_when_it_is_asked_for(tmp_path: Path) -> Non
     assert fp.steps(tmp_path / "run") == [5, 10]
 
 
+def test_second_fit_of_one_trainer_goes_on(tmp_path: Path) -> None:
+    module, callback = Lit(), LightningCheckpoint(tmp_path / "run")
+    trainer = fit(tmp_path, module, callback, max_epochs=1)
+    trainer.fit_loop.max_epochs = EPOCHS
+    trainer.fit(module, Resumable())
+    assert_equal(module.state, uninterrupted())
+    assert fp.steps(tmp_path / "run") == [5, 10, 15]
+
+
+def _pickled(one: Any) -> Any:
+    return pickle.loads(pickle.dumps(one))  # noqa: S301 - of this test
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled])
+def test_copy_of_a_callback_goes_on_where_the_first_one_failed(tmp_path: Path, copied: Any) -> None:
+    callback = LightningCheckpoint(tmp_path / "run", monitor="loss")
+    copy_ = copied(callback)
+    assert copy_.state_key == callback.state_key
+    with pytest.raises(ValueError, match="wrong"):
+        fit(tmp_path, Lit(at=7, stop=ValueError("wrong")), callback)
+    module = Lit()
+    fit(tmp_path, module, copy_)
+    assert_equal(module.state, uninterrupted())
+
+
 def test_what_is_no_training_saves_restores_and_removes_nothing(tmp_path: Path) -> None:
     fit(tmp_path, Lit(), LightningCheckpoint(tmp_path / "run"))
     fp.save(tmp_path / "run" / "20", {"a": 1})  # what another process may be saving
@@ -440,12 +467,15 @@ def test_checkpoint_has_the_score_of_its_own_step_wherever_validation_comes(
 
 
 @pytest.mark.parametrize("logs_late", [False, True], ids=["validation", "on_train_epoch_end"])
-def test_epoch_has_the_score_of_its_end(tmp_path: Path, *, logs_late: bool) -> None:
+def test_epoch_has_the_score_of_its_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, *, logs_late: bool
+) -> None:
     module = Validated()
     module.logs_late = logs_late
     ours = LightningCheckpoint(tmp_path / "run", monitor="val_loss")
     fit(tmp_path, module, ours, max_epochs=2)
     assert scores(tmp_path / "run") == pytest.approx({5: 9.0, 10: 0.2})
+    assert "had no score" not in caplog.text
 
 
 def test_two_callbacks_save_into_two_directories(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -19,6 +20,7 @@ from rich.console import Console
 sys.path.append(str(Path(__file__).parents[2]))
 harness: Any = importlib.import_module("benchmarks.harness")
 report: Any = importlib.import_module("benchmarks.report")
+pages: Any = importlib.import_module("benchmarks.pages")
 
 OURS = harness.Figure("ours")
 PEER = harness.Figure("peer")
@@ -111,6 +113,105 @@ def test_contenders_take_turns_in_rotated_order_and_use_what_was_prepared(tmp_pa
     assert turns[3:] == [*"abc", *"ca", *"ca"]  # after the warm-up; b takes part once
     assert [len(outcome.rounds[name]) for name in "abc"] == [3, 1, 3]
     assert not list(tmp_path.iterdir())
+
+
+PAGES = ("README.md", "docs/index.md", "docs/performance.md")
+CONTENDERS = {  # of each scenario that the pages name: how long it takes, in s
+    "many_small": {"flax_partial": 0.1, "Orbax v1.partial": 2.0},
+    "stream": {
+        "flax_partial": 0.5,
+        "Orbax v1.partial": 3.0,
+        "Orbax v1, one whole save": 1.5,
+        "safetensors + fsync": 0.75,
+        "plain write + fsync": 0.7,
+    },
+    "load": {
+        "flax_partial, large arrays": 0.25,
+        "Orbax v1 of ours, large arrays": 0.75,
+        "Orbax v1 of its own, large arrays": 1.25,
+        "plain read, large arrays": 0.3,
+    },
+    "train_loop": {"flax_partial": 0.04, "Orbax v1, async": 0.8, "no checkpoints": 0.01},
+    "memory": {"flax_partial": 9e7, "Orbax v1.partial": 1e8, "Orbax v1, one whole save": 3e9},
+}
+
+
+def run_of(*scenarios: str, **machine: Any) -> dict[str, Any]:
+    """What a run of scenarios leaves, as `report.write_json` wrote it."""
+    metrics = ("total", "save", "finalize", "blocked", "steps/s", "memory")
+    results = []
+    for name in scenarios:
+        rounds = {
+            contender: [dict.fromkeys(metrics, value)]
+            for contender, value in CONTENDERS[name].items()
+        }
+        target = harness.Target.below(harness.Figure("flax_partial"), 9, "s")
+        scenario = harness.Scenario(name, "some work", contenders=(), targets=(target,))
+        outcome = harness.Outcome(scenario, is_small=False, rounds=rounds)
+        results.append(report.as_result(outcome))
+    return {"machine": report.describe_machine(Path()) | machine, "scenarios": results}
+
+
+def copied_pages(root: Path) -> Path:
+    (root / "docs").mkdir()
+    for page in PAGES:
+        shutil.copy(Path(__file__).parents[2] / page, root / page)
+    return root
+
+
+def texts_of(root: Path) -> dict[str, str]:
+    return {page: (root / page).read_text() for page in PAGES}
+
+
+def test_all_figures_of_the_pages_are_made_from_one_run(tmp_path: Path) -> None:
+    root = copied_pages(tmp_path)
+    written = pages.write([run_of(*CONTENDERS, commit="c0ffee")], root)
+    assert {path.relative_to(root).as_posix() for path in written} >= {*PAGES}
+    texts = texts_of(root)
+    for text in texts.values():
+        assert "(commit c0ffee), 20" in text
+    assert "**20 &times;**" in texts["docs/index.md"]
+    assert "**6 &times;**" in texts["docs/index.md"]
+    assert "**5 &times;**" in texts["docs/index.md"]
+    assert "| 2 s + 2 s | 100 ms + 100 ms |" in texts["README.md"]
+    assert "| `stream` | flax_partial: total, in s" not in texts["README.md"]
+    again = pages.write([run_of(*CONTENDERS, commit="c0ffee")], root)
+    assert (again, texts_of(root)) == (written, texts)
+
+
+def test_figures_of_several_runs_say_which_is_of_which(tmp_path: Path) -> None:
+    root = copied_pages(tmp_path)
+    first, *others = CONTENDERS
+    pages.write([run_of(*CONTENDERS, commit="old"), run_of(first, commit="new")], root)
+    text = texts_of(root)["docs/performance.md"]
+    assert f"`{first}`: Version" in text
+    assert ", ".join(f"`{name}`" for name in others) + ": Version" in text
+
+
+def test_what_was_not_measured_leaves_its_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copied_pages(tmp_path)
+    before = texts_of(root)
+    pages.write([run_of("stream")], root)
+    after = texts_of(root)
+    assert [page for page in PAGES if before[page] != after[page]] == ["docs/performance.md"]
+    assert "README.md: 'beside Orbax' needs many_small" in capsys.readouterr().err
+
+
+def test_accelerators_have_a_table_of_their_own(tmp_path: Path) -> None:
+    root = copied_pages(tmp_path)
+    pages.write([run_of("load", device="Device 7")], root)
+    head, table = texts_of(root)["docs/performance.md"].split("<!-- figures: accelerators -->")
+    assert "Device 7" not in head
+    assert "Device 7, " in table.split("<!-- end of figures -->")[0]
+
+
+@pytest.mark.parametrize("copies", [0, 2])
+def test_a_block_that_is_not_there_once_is_an_error(copies: int) -> None:
+    block = "<!-- figures: targets -->\n\nold\n\n<!-- end of figures -->\n"
+    with pytest.raises(ValueError, match=f"{copies} blocks are called 'targets'"):
+        pages.replaced(copies * block, "targets", "new")
 
 
 @pytest.mark.timeout(900)  # of which it takes half a minute, where nothing else runs

@@ -6,10 +6,11 @@ import re
 from typing import TYPE_CHECKING
 
 import commands
+import mkdocs_hook
 import numpy as np
 import pictures
 import pytest
-from documents import DOCUMENTS, ROOT
+from documents import DOCUMENTS, ROOT, blocks_of
 
 import flax_partial as fp
 from flax_partial import callbacks
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 DOCS = ROOT / "docs"
 REFERENCE = DOCS / "reference"
+CODE_WIDTH = 120  # of a line; docs/site.css makes room for it
 DRAWN = sorted(pictures.PICTURES.iterdir())
 
 
@@ -77,3 +79,46 @@ def test_picture_shows_what_the_command_says(tmp_path: Path) -> None:
     picture = pictures.draw("show", "show c", text).replace("&#160;", " ")
     for said in ("$ flax-partial show c", "weights", "(3,)", "float64"):
         assert said in picture
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
+def test_links_are_called_by_titles_not_by_files(page: Path) -> None:
+    links = re.findall(r"\[([^]\[]+)\]\(", page.read_text())
+    assert [text for text in links if re.search(r"\.(md|html)\b", text)] == []
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
+def test_pictures_of_a_page_are_there_and_described(page: Path) -> None:
+    for description, path in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", page.read_text()):
+        assert (page.parent / path).is_file(), path
+        assert len(description) > 10, path
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
+def test_code_is_as_wide_as_the_site_has_room_for(page: Path) -> None:
+    lines = [line for block in blocks_of(page.read_text()) for line in block.code.splitlines()]
+    assert [line for line in lines if len(line) > CODE_WIDTH] == []
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
+def test_figures_say_of_which_version_they_are(page: Path) -> None:
+    text = page.read_text()
+    blocks = re.findall(r"<!-- figures: (.+?) -->(.*?)<!-- end of figures -->", text, re.DOTALL)
+    assert len(blocks) == text.count("<!-- figures:")
+    assert [name for name, block in blocks if not re.search(r"[vV]ersion \d", block)] == []
+
+
+@pytest.mark.parametrize(
+    ("origin", "address"),
+    [
+        pytest.param("git@host.org:owner/name.git", "https://host.org/owner/name", id="ssh"),
+        pytest.param("ssh://git@host.org/owner/name", "https://host.org/owner/name", id="ssh URL"),
+        pytest.param("https://host.org/owner/name.git", "https://host.org/owner/name", id="https"),
+        pytest.param("https://user:key@host.org/a/b", "https://host.org/a/b", id="with a key"),
+        pytest.param("/srv/name.git", "", id="a directory"),
+        pytest.param("../name", "", id="a relative directory"),
+        pytest.param("", "", id="none"),
+    ],
+)
+def test_site_links_to_the_repository_where_it_has_an_address(origin: str, address: str) -> None:
+    assert mkdocs_hook.repository(origin) == address

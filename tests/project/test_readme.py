@@ -1,6 +1,7 @@
 """Every block of code in README.md and docs/ runs, in order, in an empty directory.
 
-`examples` and `benchmarks` lie there too. Pages that need another package (`docs/loops/`,
+`examples` and `benchmarks` lie there too. README.md and the guides, which show how to train, are
+run twice: the second time they resume. Pages that need another package (`docs/loops/`,
 `docs/from_lightning.md`) are run by `loops/test_loop_docs.py`.
 """
 
@@ -13,23 +14,28 @@ import sys
 from pathlib import Path
 
 import documents
+import jax
 import pytest
-from documents import DOCUMENTS, OF_LOOPS, ROOT, blocks_of, is_installing, run_blocks
+from documents import DOCUMENTS, GUIDES, OF_LOOPS, ROOT, blocks_of, is_installing, run_blocks
 
 LANGUAGES = {"python", "sh", "text", "json"}
 
 
 @pytest.mark.parametrize(
-    "document", sorted(set(DOCUMENTS) - set(OF_LOOPS)), ids=lambda path: path.name
+    "document", sorted(set(DOCUMENTS) - {*OF_LOOPS, *GUIDES}), ids=lambda path: path.name
 )
 @pytest.mark.timeout(600)
 def test_blocks_run(document: Path, tmp_path: Path) -> None:
     for folder in ("examples", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    code = "import documents, pathlib, sys; documents.run_blocks(pathlib.Path(sys.argv[1]))"
+    code = (
+        "import documents, sys; "
+        "documents.run_blocks(documents.Path(sys.argv[1]), times=int(sys.argv[2]))"
+    )
+    times = 2 if document.name == "README.md" else 1
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code, document],
+        [sys.executable, "-P", "-c", code, document, str(times)],
         check=False,
         cwd=tmp_path,
         env=os.environ | {"PATH": path, "PYTHONPATH": str(Path(documents.__file__).parent)},
@@ -38,6 +44,29 @@ def test_blocks_run(document: Path, tmp_path: Path) -> None:
         timeout=570,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    if document.name == "README.md":
+        assert re.findall(r"(\d) epochs done, going on after step (\d+)", done.stdout) == [
+            ("0", "0"),
+            ("4", "40"),
+        ]
+        best = re.findall(r"best validation loss: (.*)", done.stdout)
+        assert best[0] == best[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("document", GUIDES, ids=lambda path: path.stem)
+def test_guide_runs_and_resumes(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, which has imported JAX and Flax: most of them take seconds for that."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        run_blocks(document, times=2)
+    runs = {run.name for run in Path("runs").iterdir()}
+    assert runs
+    others = "\n".join(page.read_text() for page in DOCUMENTS if page != document)
+    assert [run for run in runs if f"runs/{run}" in others] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

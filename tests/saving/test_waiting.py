@@ -57,7 +57,8 @@ INTERRUPTED = """
         sys.exit("it was not interrupted")
     os.writev, Task.stop = writev, stop
     if TWICE:  # it has returned at once, and its worker is undoing it
-        registry.session_of(places.resolve(path)).wait()
+        for handle in registry.session_of(places.resolve(path)).in_flight():
+            handle.exception()
     assert len(pieces) == 1, pieces
     assert pieces[0] <= direct_io._AT_ONCE_BYTES, pieces
     assert fp.status(path).leaves == ("first",)

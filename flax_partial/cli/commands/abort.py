@@ -1,4 +1,4 @@
-"""`abort`: drops an unfinished checkpoint, and asks first."""
+"""`abort`: drops an unfinished checkpoint, after a question."""
 
 import argparse
 import time
@@ -19,7 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="the unfinished checkpoint")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument(
-        "--anyway", action="store_true", help="even if a run that lives saves into its directory"
+        "--anyway", action="store_true", help="even if a run is still training in its directory"
     )
 
 

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
 
 def _arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """Yields the arguments of a parser and of its commands."""
-    for action in parser._actions:  # noqa: SLF001 - argparse tells it to nobody
+    for action in parser._actions:  # noqa: SLF001 - argparse has no public name for it
         yield action
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
             for command in action.choices.values():

@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from flax_partial.cli import listing, places, safetensors, selection, text
+from flax_partial.cli import listing, pieces, places, safetensors, selection, text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import GOOD, Output
 from flax_partial.cli.safetensors import Layout
 from flax_partial.errors import UnsupportedLeafError, first_few
 from flax_partial.format.model import Leaf
-from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint
 from flax_partial.storage import files, system
 
-_AT_ONCE_BYTES = 64 << 20  # reading takes about as much again
 _MOST_NAMED = 10
 
 EXAMPLES = (
@@ -33,9 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "Write a checkpoint's arrays into one safetensors file, whatever their size in little "
         "memory. The file appears whole, or not at all."
     )
-    parser.add_argument(
-        "path", metavar="PATH", help="a finalized checkpoint; a run stands for its newest"
-    )
+    selection.add_checkpoints(parser, "path")
     parser.add_argument("out", metavar="OUT", help="the file to be written, which replaces none")
     selection.add_options(parser)
 
@@ -114,8 +110,7 @@ def _write_tensors(
     Raises:
       CorruptCheckpointError: Some leaf cannot be read.
     """
-    done, total = 0, sum(leaf.bytes for leaf in arrays)
-    for batch in batches(arrays, most_bytes=_AT_ONCE_BYTES):
+    for batch in pieces.in_batches(arrays, progress):
         for (leaf, start, _), data in zip(batch, checkpoint.read(batch), strict=True):
             if isinstance(data, Exception):
                 raise data
@@ -124,8 +119,6 @@ def _write_tensors(
                 run = stored[index]
                 data_bytes = np.ascontiguousarray(run).reshape(-1).view(np.uint8).data
                 _write(descriptor, data_bytes, layout.offsets[leaf.name] + at * run.itemsize)
-        done += sum(map(region_bytes, batch))
-        progress(done, total)
 
 
 def _write(descriptor: int, data: bytes | memoryview, at: int) -> None:

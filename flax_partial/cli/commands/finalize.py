@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anyway",
         action="store_true",
-        help="even if the callback that saves into it lives, or had not saved everything",
+        help="even if a run is still saving into it, or had not saved everything",
     )
 
 

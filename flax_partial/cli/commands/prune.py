@@ -1,4 +1,4 @@
-"""`prune`: removes a run's older checkpoints, and asks first."""
+"""`prune`: removes a run's older checkpoints, after a question."""
 
 import argparse
 
@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, out: Output) -> bool:
-    """Removes checkpoints; returns whether some stay because of a no, or of who reads them."""
+    """Removes checkpoints; returns whether some stay: declined, or being read."""
     if options.keep_last < 1:
         raise WrongUseError(f"--keep-last is at least 1, not {options.keep_last}")
     directory = listing.directory(options.dir)

@@ -1,4 +1,4 @@
-"""`rm`: removes a finalized checkpoint, and asks first."""
+"""`rm`: removes a finalized checkpoint, after a question."""
 
 import argparse
 
@@ -19,7 +19,7 @@ EXAMPLES = (
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.description = (
-        "Remove a finalized checkpoint, unless somebody is reading it. For an unfinished one there "
+        "Remove a finalized checkpoint, unless it is being read. For an unfinished one there "
         "is abort."
     )
     parser.add_argument("path", metavar="PATH", help="the finalized checkpoint")

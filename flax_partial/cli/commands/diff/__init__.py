@@ -4,16 +4,14 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from flax_partial.cli import listing, places, selection, text
+from flax_partial.cli import listing, pieces, places, selection, text
 from flax_partial.cli.commands.diff import changes
 from flax_partial.cli.commands.diff.changes import Change
 from flax_partial.cli.commands.diff.difference import Difference
 from flax_partial.cli.output import BAD, GOOD, Column, Output, Row, picked
 from flax_partial.format.model import PRNG_KEY, Leaf
-from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint
 
-_AT_ONCE_BYTES = 64 << 20  # of A, and as much of B; reading takes about as much again
 _COLUMNS = (
     Column("LEAF"),
     Column("CHANGE"),
@@ -37,12 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "Say which leaves of B were added, removed or changed against A, and by how much. Leaves "
         "whose digests agree are not read."
     )
-    parser.add_argument(
-        "a", metavar="A", help="a finalized checkpoint; a run stands for its newest"
-    )
-    parser.add_argument(
-        "b", metavar="B", help="a finalized checkpoint; a run stands for its newest"
-    )
+    selection.add_checkpoints(parser, "a", "b")
     selection.add_options(parser)
 
 
@@ -103,8 +96,7 @@ def _read(
     others = {leaf.name: other for leaf, other in pairs}
     differences = {name: Difference() for name in others}
     problems: dict[str, str] = {}
-    done, total = 0, sum(leaf.bytes for leaf, _ in pairs)
-    for batch in batches([leaf for leaf, _ in pairs], most_bytes=_AT_ONCE_BYTES):
+    for batch in pieces.in_batches([leaf for leaf, _ in pairs], progress):
         mirrored = [(others[leaf.name], start, shape) for leaf, start, shape in batch]
         for (leaf, _, _), one, other in zip(batch, a.read(batch), b.read(mirrored), strict=True):
             if isinstance(one, Exception):
@@ -113,8 +105,6 @@ def _read(
                 problems[leaf.name] = f"B: {other}"
             else:
                 differences[leaf.name].add(one, other)
-        done += sum(map(region_bytes, batch))
-        progress(done, total)
     return differences, problems
 
 

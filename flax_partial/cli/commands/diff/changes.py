@@ -1,4 +1,4 @@
-"""Which leaves of two tables of contents are not the same, as far as these tell. Pure."""
+"""Which leaves of two tables of contents are not the same, as far as the tables show. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from flax_partial.format.model import Leaf
 ADDED, REMOVED = "added", "removed"
 KIND, SHAPE, DTYPE, VALUES, UNREADABLE = "kind", "shape", "dtype", "values", "unreadable"
 
-# Kinds that hold the same; Orbax does not tell the empty ones apart either.
+# Kinds that hold the same; Orbax does not distinguish the empty ones either.
 _ALIKE = {
     **dict.fromkeys((kinds.NUMPY_ARRAY, kinds.NUMPY_SCALAR, kinds.SCALAR), kinds.JAX_ARRAY),
     kinds.TUPLE: kinds.LIST,
@@ -49,7 +49,7 @@ def described_changes(a: Mapping[str, Leaf], b: Mapping[str, Leaf]) -> dict[str,
 
 
 def need_reading(a: Leaf, b: Leaf) -> bool:
-    """Whether only reading tells if, or by how much, the values of two leaves differ."""
+    """Whether two leaves have to be read to find if, and by how much, they differ."""
     if not a.is_array or a.shape != b.shape or _ALIKE.get(a.kind) != _ALIKE.get(b.kind):
         return False
     if (a.dtype, a.chunk) != (b.dtype, b.chunk) or not (a.boxes and b.boxes):

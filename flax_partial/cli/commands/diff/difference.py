@@ -16,7 +16,7 @@ _PIECE = 1 << 18  # elements: what is computed from one lies in the cache of a c
 
 @dataclass(slots=True)
 class Difference:
-    """How far b is from a, as far as was seen.
+    """How far b is from a, over the elements added so far.
 
     Attributes:
       elements: Number of elements seen.

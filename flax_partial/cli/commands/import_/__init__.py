@@ -12,21 +12,19 @@ import numpy as np
 from msgspec.structs import replace
 
 import flax_partial as fp
-from flax_partial.cli import listing, places, selection, text
+from flax_partial.cli import listing, pieces, places, selection, text
 from flax_partial.cli.commands.import_.safetensors_files import SafetensorsFiles
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import GOOD, Output
 from flax_partial.format.chunks import choose_chunk_shape
 from flax_partial.format.metadata import check_metadata
 from flax_partial.format.model import Box, Leaf, Region
-from flax_partial.loading.batches import batches, region_bytes
 from flax_partial.saving.describe import Described
 from flax_partial.saving.job import SaveJob
 from flax_partial.saving.known_trees import KnownTree
 from flax_partial.sessions import workers
 from flax_partial.storage.local_place import LocalPlace
 
-_AT_ONCE_BYTES = 64 << 20  # writing takes about as much again
 _SAFETENSORS = "safetensors"
 
 
@@ -158,16 +156,13 @@ def _copy(
     rest = [leaf for leaf in leaves if not leaf.is_array]
     if rest or metadata:
         _save(where, rest, [() for _ in rest], metadata)
-    done, total = 0, sum(leaf.bytes for leaf in leaves)
-    for batch in batches(leaves, most_bytes=_AT_ONCE_BYTES):
-        pieces = _by_leaf(batch, source.read(batch))
+    for batch in pieces.in_batches(leaves, progress):
+        by_leaf = _by_leaf(batch, source.read(batch))
         parts = [
             targets[name].with_boxes(tuple(Box(start, data.shape) for start, data in found))
-            for name, found in pieces.items()
+            for name, found in by_leaf.items()
         ]
-        _save(where, parts, [[data for _, data in found] for found in pieces.values()], {})
-        done += sum(map(region_bytes, batch))
-        progress(done, total)
+        _save(where, parts, [[data for _, data in found] for found in by_leaf.values()], {})
 
 
 def _by_leaf(

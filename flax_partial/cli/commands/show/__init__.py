@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from flax_partial.cli import listing, places, selection, text
 from flax_partial.cli.commands.show import tree
 from flax_partial.cli.errors import WrongUseError
-from flax_partial.cli.output import STRONG, Column, Output, Row, picked
+from flax_partial.cli.output import BAD, STRONG, Column, Output, Row, picked
 from flax_partial.format.model import Leaf
-from flax_partial.loading.checkpoint import described as described_contents
 from flax_partial.reports import CheckpointMetadata
 
 _COLUMNS = (
@@ -46,9 +45,8 @@ def run(options: argparse.Namespace, out: Output) -> bool:
         raise WrongUseError(f"--depth is at least 1, not {options.depth}")
     path = listing.one_checkpoint(options.path, out)
     where = places.resolve(path)
-    contents, state = places.read_contents(path)
+    contents, described, state = places.read_contents(path)
     leaves = selection.chosen(contents.leaves, options.only, options.skip)
-    described = described_contents(where, contents)
     is_finalized = state == places.FINALIZED
     users_own = places.users_metadata(contents.custom_metadata)
     out.json(
@@ -58,6 +56,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
         format=places.written_by(described) if is_finalized else places.OURS,
         written_at=described.committed_at,
         leaves=[described.leaves[leaf.name] for leaf in leaves],
+        left_out=dict(described.left_out),
     )
     out.line(str(where.final if is_finalized else where.session), STRONG)
     out.line(_summary(described, state))
@@ -66,6 +65,8 @@ def run(options: argparse.Namespace, out: Output) -> bool:
         out.line(f"custom metadata: {metadata}")
     out.line("")
     out.table(_COLUMNS, [*_rows(leaves, described, options.depth)])
+    for name, why in described.left_out.items():
+        out.line(f"left out: {text.name(name)}: {why}", BAD)
     return False
 
 

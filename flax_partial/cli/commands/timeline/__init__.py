@@ -105,7 +105,7 @@ def _target(path: str) -> Path:
 
 
 def _default_targets(out: Output) -> list[Path]:
-    """A picture that nobody asked for by name: without matplotlib, a note and the table."""
+    """A picture without `--out`: where matplotlib is missing, a note and the table."""
     missing = picture.why_none()
     if missing:
         out.note(f"no picture: {missing}")
@@ -113,7 +113,7 @@ def _default_targets(out: Output) -> list[Path]:
 
 
 def _directory(path: str) -> tuple[Path, int | None]:
-    """Returns a run's directory, and the step that is asked for, if one is.
+    """Returns a run's directory, and the step, if the path has one.
 
     Raises:
       WrongUseError: There is no timeline at `path`.

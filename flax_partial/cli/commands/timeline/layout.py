@@ -85,7 +85,7 @@ class Chart:
 def phases(times: SaveTimes) -> list[Phase]:
     """What a save did, one after the other, without gaps; phases that took no time are left out.
 
-    That it waits for a thread to write it counts from when it is computed.
+    Waiting for a writer counts from the moment when the group is computed.
     """
     ends = (
         times.entered_at,

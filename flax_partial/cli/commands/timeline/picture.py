@@ -43,7 +43,7 @@ _MS_BELOW_SECS = 5.0
 
 
 def draw(chart: Chart, path: Path, *, title: str) -> None:
-    """Draws a chart into a file, whose ending says in which format."""
+    """Draws a chart into a file, in the format of its suffix."""
     figure = _figure(chart)
     axes = figure.subplots()
     _Drawing(axes, chart).draw()
@@ -52,7 +52,7 @@ def draw(chart: Chart, path: Path, *, title: str) -> None:
 
 
 def why_none() -> str:
-    """Says how to install matplotlib, if it is missing; empty if it is there."""
+    """Returns how to install matplotlib; empty if it is installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
