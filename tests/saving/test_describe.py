@@ -76,6 +76,27 @@ def test_deleted_array_of_a_tree_that_was_saved_before_is_refused(tmp_path: Path
     assert not (tmp_path / "1.partial_save").exists()
 
 
+def test_what_a_function_returns_again_and_again_is_compared_by_identity_and_still_looked_at(
+    tmp_path: Path,
+) -> None:
+    """Its arrays have the same type and sharding, as objects, each time; it may be deleted, too."""
+    step = jax.jit(lambda tree: {"a": tree["a"] + 1, "b": tree["b"] * 2})
+    tree = {"a": jnp.arange(8.0), "b": jnp.ones(3, jnp.int32)}
+    for number in range(4):
+        before, tree = tree, step(tree)
+        assert number == 0 or tree["a"].aval is before["a"].aval
+        fp.save(tmp_path / str(number), tree, options=QUICK)
+        fp.finalize(tmp_path / str(number))
+        trees.assert_same(fp.load(tmp_path / str(number), target=tree), tree)
+    tree["b"].delete()
+    with pytest.raises(fp.UnsupportedLeafError, match="'b' was deleted or donated"):
+        fp.save(tmp_path / "4", tree, options=QUICK)
+    tree["b"] = jnp.ones((3, 1), jnp.int32)
+    fp.save(tmp_path / "4", tree, options=QUICK)
+    fp.finalize(tmp_path / "4")
+    trees.assert_same(fp.load(tmp_path / "4", target=tree), tree)
+
+
 def test_structure_that_cannot_be_hashed_is_described_each_time(tmp_path: Path) -> None:
     class Node:
         def __init__(self, value: object) -> None:

@@ -1,4 +1,19 @@
-"""Snapshots by copies on the devices: right, bounded, given back, and only where there is room."""
+"""Snapshots by copies on the devices: right, bounded, given back, and only where there is room.
+
+What fails where a part of it is taken out, as was tried by taking it out:
+
+- the copies (`snapshot.copying_devices` finds no device): 16 of these, among them
+  `test_copies_survive_donation_deletion_and_overwriting`, by the bytes that were copied;
+- packing (`device_copies._size_of` packs nothing):
+  `test_small_leaves_travel_as_one_buffer_to_the_bit`,
+  `test_many_small_leaves_are_packed_some_at_a_time`;
+- the device's budget (`DeviceRoom.take` grants all that is asked for):
+  `test_what_has_no_room_is_transferred_from_where_it_is`,
+  `test_by_default_copies_take_what_two_whole_steps_left`, `test_room_is_each_devices_own`;
+- the host's budget (`MemoryBudget` grants all that is asked for):
+  `test_groups_wait_on_the_device_instead_of_in_the_call`,
+  `test_where_neither_has_room_the_call_waits_and_says_so`.
+"""
 
 from __future__ import annotations
 
