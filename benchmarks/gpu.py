@@ -57,7 +57,7 @@ def main() -> None:
         _check_types(Path(place))
         _check_donation(Path(place))
     console.print("Every dtype is right, and read by Orbax; so is what is donated at once.")
-    scenarios = (_training, _small, every_step.build, _storage, _loading)
+    scenarios = (_training, _writers, _small, every_step.build, _storage, _loading)
     report.print_summary(run_all(scenarios, arguments, console, machine), console)
 
 
@@ -173,13 +173,6 @@ def _training(*, small: bool) -> Scenario:
         run = partial(work.saved, save, finalize=save is not gpu_work.by_orbax)
         return Contender(name, run, max_rounds=limit, medium=medium)
 
-    def prepare(directory: Path) -> None:
-        """Three saves of each kind: memory is pinned, and the room on the device is known."""
-        for number in range(3):
-            for save in (gpu_work.whole, gpu_work.by_layer):
-                work.saved(save, directory / f"{save.__name__} {number}")
-                shutil.rmtree(directory / f"{save.__name__} {number}")
-
     return Scenario(
         name="training",
         work=f"{gigabytes:,.2f} GB in {len(arrays)} arrays, saved while each step donates them",
@@ -206,8 +199,52 @@ def _training(*, small: bool) -> Scenario:
             _share(_DISK, _ORBAX_DISK, 1),
         ),
         touched_bytes=work.bytes,
-        prepare=None if small else prepare,
+        prepare=None if small else partial(_warm_up, work),
         shown="delay/GB",
+    )
+
+
+def _warm_up(work: Work, directory: Path) -> None:
+    """Three saves of each kind: memory is pinned, and the room on the device is known."""
+    for number in range(3):
+        for save in (gpu_work.whole, gpu_work.by_layer):
+            work.saved(save, directory / f"{save.__name__} {number}")
+            shutil.rmtree(directory / f"{save.__name__} {number}")
+
+
+def _writers(*, small: bool) -> Scenario:
+    """Returns the scenario: by how much more writers delay the thread that trains."""
+    work = _work(small=small)
+
+    def name(count: int) -> str:
+        return f"{_LAYERS}, {count} writers"
+
+    def run(count: int, path: Path) -> Metrics:
+        with gpu_work.writers(count):
+            return work.saved(gpu_work.by_layer, path)
+
+    fewest, *more = counts = (2, 8, 16)
+    return Scenario(
+        name="writers",
+        work=f"{work.bytes / 1e9:,.2f} GB, by layer, saved while each step donates them",
+        contenders=tuple(
+            Contender(name(count), partial(run, count), medium=_medium(work.bytes))
+            for count in counts
+        ),
+        targets=(
+            *(
+                Target.below(Figure(name(count), "delay/GB"), 3.5, "ms", unit=1e-3)
+                for count in counts
+            ),
+            *(
+                Target.within(Figure(name(count), "blocked"), of=Figure(name(fewest), "blocked"))
+                for count in more
+            ),
+            *(_rate(name(count), None) for count in counts),
+        ),
+        touched_bytes=work.bytes,
+        prepare=None if small else partial(_warm_up, work),
+        shown="blocked",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import statistics
@@ -17,9 +18,10 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import flax_partial as fp
+from flax_partial.sessions import workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from benchmarks.harness import Metrics
@@ -139,6 +141,24 @@ def _sums(state: Tree) -> Tree:
     return jax.tree.map(
         lambda a: jax.lax.bitcast_convert_type(a, jnp.uint32).sum(axis=1, dtype=jnp.uint32), state
     )
+
+
+@contextlib.contextmanager
+def writers(count: int) -> Iterator[None]:
+    """Has as many threads write saves, and help to, as a machine with more or fewer cores has."""
+    usual = workers.MOST_WRITERS
+    _set_writers(count)
+    try:
+        yield
+    finally:
+        _set_writers(usual)
+
+
+def _set_writers(count: int) -> None:
+    workers.MOST_WRITERS = count
+    for pool in (workers.saving, workers.helping):
+        pool._most = count  # noqa: SLF001 - no user has a reason to set it
+        pool.release_idle()
 
 
 def whole(path: Path, state: Tree, *, options: fp.SaveOptions | None = None) -> list[Any]:

@@ -52,7 +52,7 @@ class FitEpochs:
         if self._restored_at != step:  # the model was trained since
             self._restored_at = None
             return None
-        if 0 < self._earlier >= epochs:
+        if self._earlier and self._earlier >= epochs:
             self._earlier -= epochs
             logger.info("This fit was over before the checkpoint: nothing is left of it.")
             return epochs

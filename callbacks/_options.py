@@ -14,6 +14,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypedDict, TypeVar, cast
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from datetime import timedelta
 
@@ -55,6 +56,9 @@ class UnscheduledOptions(TypedDict, total=False):
     when_behind: Literal["wait", "skip"]
     on_metrics: OnMetrics | None
     progress: bool
+    local: str | os.PathLike[str] | None
+    local_keep_last: int
+    most_uploads: int
 
 
 class LoopOptions(UnscheduledOptions, total=False):

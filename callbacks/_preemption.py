@@ -172,7 +172,7 @@ class _Handler:
         for listener in listeners:
             listener.requested_by = number
         if listeners and _is_distributed():
-            signal.raise_signal(signal.SIGTERM)  # which JAX's own handler hears
+            signal.raise_signal(signal.SIGTERM)  # which JAX's own handler receives
         if not listeners:  # all were garbage before their training ended
             self._bring_back()
             signal.raise_signal(number)

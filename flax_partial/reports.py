@@ -23,7 +23,7 @@ class SaveTimes:
         `save_async` returns.
       begun_at: A worker was free to write it.
       ready_at: Its arrays were seen to be computed, and transferred where that was issued. JAX does
-        not tell: threads that write look at it whenever they come by.
+        not report it: writers check it between two pieces of work.
       copied_at: All of its data was in the host's memory.
       written_at: All of its data was in the part's file and, where durable, on the disk.
       committed_at: The part was committed.

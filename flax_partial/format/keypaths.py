@@ -42,7 +42,7 @@ class KeyPath(Struct, gc=False):
 def is_leaf(node: object) -> bool:
     """Whether a node that JAX does not take for a leaf is one here: None, and empty containers.
 
-    An empty container of a type that JAX does not know is a leaf to JAX, and of no kind here.
+    An empty container of a type that JAX has not registered is a leaf to JAX, and of no kind here.
     """
     is_empty = isinstance(node, (list, tuple, Mapping)) and not node
     return node is None or (is_empty and not tree_util.all_leaves([node]))

@@ -103,7 +103,7 @@ class Uploads:
         raise StoreError(f"{self._directory}: others take it over all the time")
 
     def is_newest(self, number: int) -> bool:
-        """Whether nobody has taken the directory over since `take_over` gave this number."""
+        """Whether no other run has taken the directory over since `take_over` gave this number."""
         return self._newest() == number
 
 

@@ -6,7 +6,7 @@ compares each leaf's type, shape, dtype and sharding.
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,15 +19,13 @@ from flax_partial import collector, leaf_types
 from flax_partial.distributed import agreement
 from flax_partial.format import keypaths
 from flax_partial.format import model as kinds
-from flax_partial.format.keypaths import KeyPath, is_leaf
+from flax_partial.format.keypaths import is_leaf
 from flax_partial.format.model import Leaf
 from flax_partial.saving.describe_leaf import How, Source, describe_leaf, shards_written
 from flax_partial.saving.known_trees import (
     KnownTree,
     KnownTrees,
     Like,
-    Template,
-    is_like,
     key_of,
     keys_on_the_way,
 )
@@ -48,16 +46,10 @@ class Described:
     """
 
     tree: KnownTree
-    leaves: list[Leaf] = field(default_factory=list)
-    sources: list[Sequence[Source]] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    leaves: Sequence[Leaf]
+    sources: Sequence[Sequence[Source]]
+    sizes: Sequence[int]
     arrays: "Sequence[weakref.ref[jax.Array] | None]" = ()
-
-    def add(self, leaf: Leaf, sources: Sequence[Source], size: int) -> None:
-        """Adds a leaf, the data of its boxes, and their size in bytes."""
-        self.leaves.append(leaf)
-        self.sources.append(sources)
-        self.sizes.append(size)
 
 
 def describe(
@@ -91,54 +83,71 @@ def describe(
     if tree is None or (tree.text and tree.text != str(structure)):
         with collector.paused():
             described = _anew(state, how)
-        if any(keypaths.INT_KEY in one.leaf.key_kinds for one in described.tree.templates):
+        if any(keypaths.INT_KEY in leaf.key_kinds for leaf in described.leaves):
             described.tree.text = str(structure)
-        _known_trees.put(key, described.tree)
     else:
         described = _again(tree, values, how)
+    if described.tree is not tree:
+        _known_trees.put(key, described.tree)
     if remember:
         described.arrays = [
-            None if one.at is None else _lasting(values[one.at]) for one in described.tree.templates
+            None if at is None else _lasting(values[at]) for at in described.tree.positions
         ]
     return described
 
 
 def _anew(state: Any, how: How) -> Described:
-    described = Described(KnownTree())
     paths, values, _ = keypaths.flatten(state)
     if len(paths) == 1 and not paths[0].texts and is_leaf(values[0]):
-        return described
-    likes: dict[Any, Like] = {}
+        return Described(KnownTree(), (), (), ())
+    leaves: list[Leaf] = []
+    sources: list[Sequence[Source]] = []
+    likes: list[Like | None] = []
+    positions: list[int | None] = []
+    known: dict[Any, Like] = {}
     depends_on_name = how[2] and agreement.count() > 1  # who writes what processes share
     count = 0
     for path, value in zip(paths, values, strict=True):
-        at = None if is_leaf(value) else count
-        count += at is not None
+        positions.append(None if is_leaf(value) else count)
+        count += positions[-1] is not None
         key = None if depends_on_name else key_of(value)
-        like = likes.get(key)
+        like = known.get(key)
         if like is None:
-            template = _add(described, path, value, at, how)
-            if template.like is not None and key is not None:
-                likes[key] = template.like
+            leaf, of_leaf = describe_leaf(path, value, how)
+            like = _like(leaf, value, how)
+            if like is not None and key is not None:
+                known[key] = like
         else:
             leaf = structs.replace(like.leaf, texts=path.texts, key_kinds=path.key_kinds)
-            described.add(leaf, _sources_of(value, like), like.size)
-            template = Template(leaf, at, like)
-        described.tree.templates.append(template)
-    return described
+            of_leaf = _sources_of(value, like)
+        leaves.append(leaf)
+        sources.append(of_leaf)
+        likes.append(like)
+    sizes = [sum(source.nbytes for source in of_leaf) for of_leaf in sources]
+    return Described(KnownTree(leaves, sizes, positions, likes), leaves, sources, sizes)
 
 
 def _again(tree: KnownTree, values: Sequence[Any], how: How) -> Described:
-    described = Described(tree)
-    for number, one in enumerate(tree.templates):
-        value = None if one.at is None else values[one.at]
-        if one.like is not None and is_like(value, one.like):
-            described.add(one.leaf, _sources_of(value, one.like), one.like.size)
-        elif one.at is None:
-            described.add(one.leaf, (), 0)
-        else:
-            tree.templates[number] = _add(described, one.leaf, value, one.at, how)
-    return described
+    changed = tree.changed(values)
+    likes = [*tree.likes]
+    for number in changed:
+        likes[number] = None
+    sources = [
+        () if at is None or like is None else _sources_of(values[at], like)
+        for at, like in zip(tree.positions, likes, strict=True)
+    ]
+    if not changed:
+        return Described(tree, tree.leaves, sources, tree.sizes)
+    leaves, sizes = [*tree.leaves], [*tree.sizes]
+    for number in changed:
+        at = tree.positions[number]
+        value = None if at is None else values[at]
+        leaves[number], sources[number] = describe_leaf(tree.leaves[number], value, how)
+        sizes[number] = sum(source.nbytes for source in sources[number])
+        likes[number] = _like(leaves[number], value, how)
+    if any(likes[number] is not None for number in changed):
+        tree = KnownTree(leaves, sizes, tree.positions, likes, tree.text, tree.is_tree)
+    return Described(tree, leaves, sources, sizes)
 
 
 def _sources_of(value: Any, like: Like) -> Sequence[Source]:
@@ -147,28 +156,18 @@ def _sources_of(value: Any, like: Like) -> Sequence[Source]:
     return [value.addressable_data(shard) for shard in like.shards]
 
 
-def _add(
-    described: Described,
-    path: KeyPath,
-    value: Any,
-    at: int | None,
-    how: How,
-) -> Template:
-    """Describes a leaf; returns what is to be remembered of it."""
-    leaf, sources = describe_leaf(path, value, how)
-    size = sum(source.nbytes for source in sources)
-    described.add(leaf, sources, size)
+def _like(leaf: Leaf, value: Any, how: How) -> Like | None:
+    """What another value has to be to be described as this one was; None where none can be."""
     sharding = shards = None
     if leaf.kind == kinds.JAX_ARRAY and isinstance(value, jax.Array):
         sharding = value.sharding
         if not isinstance(sharding, SingleDeviceSharding):
-            shards = shards_written(path, value, how)
+            shards = shards_written(leaf, value, how)
             if shards is None:
-                return Template(leaf, at, None)
+                return None
     elif type(value) is not np.ndarray or not value.dtype.isnative:
-        return Template(leaf, at, None)
-    like = Like(type(value), value.shape, value.dtype, sharding, leaf, shards, size)
-    return Template(leaf, at, like)
+        return None
+    return Like(type(value), value.shape, value.dtype, sharding, leaf, shards)
 
 
 def _lasting(value: object) -> "weakref.ref[jax.Array] | None":

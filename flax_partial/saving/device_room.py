@@ -39,6 +39,7 @@ class _OnDevice:
       peak: The most that was in use without copies; None until whole steps have been seen.
       saved: The leaves that were saved from it, by their names.
       has_seen_steps: Whether whole steps have been seen.
+      has_failed: Whether it had no memory for a copy that it had room for.
     """
 
     held: dict[Hashable, int] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class _OnDevice:
     peak: int | None = None
     saved: OrderedDict[Hashable, _Saved] = field(default_factory=OrderedDict)
     has_seen_steps: bool = False
+    has_failed: bool = False
 
 
 class DeviceRoom:
@@ -99,12 +101,17 @@ class DeviceRoom:
         with self._lock:
             known = self._devices.setdefault(device, _OnDevice())
             room = _room_beside_training(device, known) if limit is None else limit
-            if known.total + size > room:
+            if known.has_failed or known.total + size > room:
                 return False
             known.held[owner] = known.held.get(owner, 0) + size
             known.total += size
             known.most = max(known.most, known.total)
             return True
+
+    def close(self, device: Device) -> None:
+        """Grants nothing on a device any more: it turned out to have no memory for a copy."""
+        with self._lock:
+            self._devices.setdefault(device, _OnDevice()).has_failed = True
 
     def give_back(self, owner: Hashable, device: Device, size: int) -> None:
         """Gives back some of what an owner holds on a device, unless all was given back."""

@@ -6,6 +6,7 @@ of the same type, shape, dtype and sharding.
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,6 @@ class Like(Struct, gc=False):
       sharding: Its sharding; None for a NumPy array.
       leaf: The description; the path is that of one such value.
       shards: Positions of its shards that are written; None where its one shard is the value.
-      size: Size of its boxes, in bytes.
     """
 
     value_type: Any
@@ -40,39 +40,71 @@ class Like(Struct, gc=False):
     sharding: Sharding | None
     leaf: Leaf
     shards: tuple[int, ...] | None
-    size: int
 
-
-class Template(Struct, gc=False):
-    """How a leaf was described.
-
-    Attributes:
-      leaf: The description.
-      at: Its position among the values that JAX flattens a tree to; None for what is no value to
-        JAX, which is part of the structure: None, and empty containers.
-      like: What another value has to be for that to be right again; None where each is to be
-        described anew.
-    """
-
-    leaf: Leaf
-    at: int | None
-    like: Like | None
+    def fits(self, value: Any) -> bool:
+        """Whether a value is described the same way, unless it is a deleted array."""
+        if type(value) is not self.value_type:
+            return False
+        if value.shape != self.shape or value.dtype != self.dtype:
+            return False
+        return self.sharding is None or bool(value.sharding == self.sharding)
 
 
 @dataclass(slots=True)
 class KnownTree:
-    """What is known of the trees of one structure.
+    """How a tree was described; all lists are as long as its leaves are many, and never change.
 
     Attributes:
-      templates: How their leaves were described.
+      leaves: The descriptions.
+      sizes: Size of each leaf's boxes, in bytes.
+      positions: Of each leaf among the values that JAX flattens a tree to; None for what is no
+        value to JAX, which is part of the structure: None, and empty containers.
+      likes: What another value has to be for the description to be right again; None where each
+        is to be described anew.
       text: The structure as text, where there are integer keys; else empty. To Python `1`, `True`
         and `1.0` are equal, and so are structures that have them as keys; only one can be saved.
-      is_tree: Whether their leaves were claimed before: among themselves they have no conflict.
+      is_tree: Whether the leaves were claimed before: among themselves they have no conflict.
     """
 
-    templates: list[Template] = field(default_factory=list)
+    leaves: Sequence[Leaf] = ()
+    sizes: Sequence[int] = ()
+    positions: Sequence[int | None] = ()
+    likes: Sequence[Like | None] = ()
     text: str = ""
     is_tree: bool = False
+    _last: list[tuple[Any, Any]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._last = [(None, None)] * len(self.leaves)
+
+    def changed(self, values: Sequence[Any]) -> list[int]:
+        """Finds the leaves that are to be described anew.
+
+        Arrays that one compiled function returns have the same types and shardings, as objects,
+        each time: those that fitted last are not compared.
+
+        Args:
+          values: Those of a tree of the same structure.
+        """
+        found = []
+        last = self._last
+        for number, (at, like) in enumerate(zip(self.positions, self.likes, strict=True)):
+            if at is None:
+                continue
+            value = values[at]
+            if like is None:
+                fits = False
+            elif like.sharding is None or type(value) is not like.value_type:
+                fits = like.fits(value)
+            else:
+                aval, sharding = last[number]
+                fits = value.aval is aval and value.sharding is sharding
+                if not fits and (fits := like.fits(value)):
+                    last[number] = value.aval, value.sharding
+                fits = fits and not value.is_deleted()
+            if not fits:
+                found.append(number)
+        return found
 
 
 class KnownTrees:
@@ -98,12 +130,12 @@ class KnownTrees:
                 self._known[key] = tree
             except (TypeError, ValueError):
                 return
-            self._leaves += len(tree.templates) - (len(replaced.templates) if replaced else 0)
+            self._leaves += len(tree.leaves) - (len(replaced.leaves) if replaced else 0)
             while len(self._known) > 1 and (
                 self._leaves > _MOST_KNOWN_LEAVES or len(self._known) > _MOST_KNOWN_TREES
             ):
                 _, dropped = self._known.popitem(last=False)
-                self._leaves -= len(dropped.templates)
+                self._leaves -= len(dropped.leaves)
 
 
 def keys_on_the_way(structure: Any) -> tuple[object, ...]:
@@ -129,13 +161,3 @@ def key_of(value: Any) -> Any:
     if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
         return None
     return None if value.is_deleted() else (type(value), value.shape, value.dtype, value.sharding)
-
-
-def is_like(value: Any, like: Like) -> bool:
-    """Whether a value is described as another one was."""
-    if type(value) is not like.value_type or value.shape != like.shape or value.dtype != like.dtype:
-        return False
-    if like.sharding is None:
-        return True
-    is_same = value.sharding is like.sharding or value.sharding == like.sharding
-    return is_same and not value.is_deleted()

@@ -64,8 +64,8 @@ class Shares:
       pieces: What it writes; may be nothing.
       unit: Shape of the smallest box that any of them writes.
       writers: Which processes write some of the array, as ranges: the first, and the one after the
-        last. Only the first process that holds some of it, and process 0, say so: what nobody has
-        written is missed by finalize.
+        last. Only the first process that holds some of it, and process 0, list it; finalize
+        reports what none has written.
     """
 
     pieces: tuple[Piece, ...]

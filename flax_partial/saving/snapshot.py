@@ -20,6 +20,7 @@ from flax_partial.saving.device_room import Device, DeviceRoom, may_have_room
 
 # A copy of a small ready array costs 2-20 us; a view would make a later donation copy instead.
 _COPIED_BYTES = 64 * 1024
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what JAX's errors that say so begin with
 
 Held = Source | Copied
 Boxes = Sequence[Sequence[Held]]
@@ -34,13 +35,12 @@ def copying_devices(sources: _Described, *, limit: int | None) -> frozenset[Devi
       sources: The leaves' boxes.
       limit: Bytes that copies may take on a device; None for what training leaves.
     """
-    shardings = {
-        source.sharding
+    devices = {
+        place_of(source.sharding).device
         for boxes in sources
         for source in boxes
         if not isinstance(source, np.ndarray)
     }
-    devices = {place_of(sharding).device for sharding in shardings}
     return frozenset(device for device in devices if may_have_room(device, limit=limit))
 
 
@@ -96,17 +96,37 @@ def copy(
 def move(copies: Sequence[Copy], *, owner: object, room: DeviceRoom) -> None:
     """Transfers copies to the host, and gives back what they hold of the devices, one by one.
 
+    A device may say only when a copy is waited for that it had no memory for it. The arrays
+    themselves are read then, if they live and were not donated, and the device is asked for no
+    copies any more.
+
     Args:
       copies: The copies; those whose transfer fails stay as they are.
       owner: Holds the room.
       room: Where it is given back.
     """
-    on_host = _transferred([one.array for one in copies])
-    for one, array in zip(copies, on_host, strict=True):
+    made = [one for one in copies if _is_made(one, room)]
+    for one, array in zip(made, _transferred([one.array for one in made]), strict=True):
         array.block_until_ready()
         copied, one.array = one.array, array
         copied.delete()
         room.give_back(owner, one.device, one.size)
+
+
+def _is_made(one: Copy, room: DeviceRoom) -> bool:
+    """Waits until a copy is made; where it cannot be, has it read from the arrays themselves."""
+    try:
+        one.array.block_until_ready()
+    except jax.errors.JaxRuntimeError as error:
+        if _OUT_OF_MEMORY not in str(error):  # of the computation: the save has that error
+            return False
+        room.close(one.device)
+        data = one.read_originals()
+        if data is not None:
+            array = data.view(one.array.dtype).reshape(one.array.shape)
+            one.array = jax.device_put(array, _pinned_host(one.array.sharding))
+        return False
+    return True
 
 
 def detach(sources: Boxes) -> list[Sequence[Held]]:

@@ -108,11 +108,12 @@ class DirectoryStore:
         path = self.root / key
         temporary = path.with_name(f".{uuid.uuid4().hex}{_TEMPORARY}")
         try:
-            try:
-                files.write(temporary, pieces, durable=self._durable)
-            except FileNotFoundError:
-                self._make_directories(path.parent)
-                files.write(temporary, pieces, durable=self._durable)
+            while True:
+                try:
+                    files.write(temporary, pieces, durable=self._durable)
+                    break
+                except FileNotFoundError:  # they may be removed again at once, while they are empty
+                    self._make_directories(path.parent)
             yield temporary
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -130,9 +130,23 @@ def copy_held(file: BinaryIO, target: Path) -> None:
         system.sync(copy.fileno())
 
 
-def write(path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool) -> None:
-    """Writes a file anew, piece by piece."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+def write(
+    path: Path | str,
+    pieces: Iterable[bytes | memoryview],
+    *,
+    durable: bool,
+    within: int | None = None,
+) -> None:
+    """Writes a file anew, piece by piece.
+
+    Args:
+      path: The file.
+      pieces: Its content.
+      durable: Whether it is to be on the disk at the return.
+      within: The descriptor of the directory that a relative path begins at.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666, dir_fd=within)
     try:
         for data in _joined(pieces):
             view = memoryview(data)
@@ -203,13 +217,13 @@ def make_directories(directory: Path) -> None:
         fsync_directory(one.parent)
 
 
-def fsync_directory(directory: Path) -> None:
-    """Makes the names in a directory durable."""
-    _fsync(directory, os.O_RDONLY | os.O_DIRECTORY)
+def fsync_directory(directory: Path | str, *, within: int | None = None) -> None:
+    """Makes the names in a directory durable; `within` is as for `write`."""
+    _fsync(directory, os.O_RDONLY | os.O_DIRECTORY, within)
 
 
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+def _fsync(path: Path | str, flags: int, within: int | None = None) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, dir_fd=within)
     try:
         system.sync(descriptor)
     finally:

@@ -69,6 +69,11 @@ class DirectoryLock:
         status = os.fstat(descriptor)
         self.identity = (status.st_dev, status.st_ino)
 
+    @property
+    def descriptor(self) -> int:
+        """That of the open directory."""
+        return self._descriptor
+
     def acquire(self, kind: int) -> None:
         """Waits for the `flock`, shared or exclusive; with `LOCK_NB`, raises BlockingIOError."""
         fcntl.flock(self._descriptor, kind)

@@ -19,16 +19,13 @@ Readers lock nothing. Who removes a checkpoint deletes `commit_success.txt` firs
 """
 
 import json
-import mmap
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -39,12 +36,15 @@ from flax_partial.errors import (
     StoreError,
 )
 from flax_partial.format.digests import digest
-from flax_partial.format.model import Contents, Part, Region, data_part, data_path
+from flax_partial.format.merge import Source, merge
+from flax_partial.format.model import Contents, Part, Region
 from flax_partial.format.tables import decode_contents, decode_part
+from flax_partial.storage import object_data
+from flax_partial.storage.object_data import StoreDataFiles, StorePart, do_all
 from flax_partial.storage.parts import SessionParts, decoded, is_of, oldest_first, own_name
 from flax_partial.storage.paths import CONTENTS, PART_PREFIX, PART_TABLE, STATE
 from flax_partial.storage.place import Files, NewPart, OpenSession
-from flax_partial.storage.store import MOST_REQUESTS, Entry, Store
+from flax_partial.storage.store import Entry, Store
 from flax_partial.storage.store_path import AnyPath, StorePath
 
 T = TypeVar("T")
@@ -52,11 +52,10 @@ T = TypeVar("T")
 MARK = "commit_success.txt"
 _CONTROL = f"{STATE}/session/"
 _CONTENTS = f"{STATE}/{CONTENTS}"
-_ABORT, _FINALIZE = "abort", "finalize"
+ABORT, _FINALIZE = "abort", "finalize"
 _ATTEMPTS = 50  # at what others may change meanwhile, such as who opens the next session
 _PATIENCE_SECS = 30.0  # of a save, for the verdict of who has begun to end the session
 _LONGEST_PAUSE_SECS = 0.5
-_READ_BYTES = 8 << 20
 _MARK_LENGTH = 12
 
 
@@ -106,7 +105,7 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class Verdict:
     """How a session ended."""
 
     kind: str
@@ -124,6 +123,7 @@ class _Known:
       tabled: Names of parts whose table it has put, or may have.
       opened: The sessions that it saves, or has saved, into, by their marks.
       ended: The marks of those that were finalized or dropped.
+      sources: Of the finalized checkpoint, where the chunks of each leaf lie, by its name.
       vacant: The listing by which there was no session to save into; used once.
     """
 
@@ -132,6 +132,7 @@ class _Known:
     tabled: set[str] = field(default_factory=set)
     opened: dict[str, Opened] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
+    sources: dict[str, Sequence[Source]] | None = None
     vacant: Listed | None = None
 
 
@@ -151,6 +152,7 @@ class ControlObjects:
         self.store = store
         self._known = _Known()
         self._ending: Listed | None = None
+        self._to_drop: set[str] = set()  # sessions of which this one has put that they are dropped
 
     # Who and what.
 
@@ -183,14 +185,14 @@ class ControlObjects:
     def _read_verdict(self, session: str) -> bytes | None:
         return self.store.get(f"{_CONTROL}{session}.verdict")
 
-    def _verdict(self, session: str) -> _Verdict | None:
+    def _verdict(self, session: str) -> Verdict | None:
         data = self._read_verdict(session)
         if data is None:
             return None
         read = _read(data)
-        return _Verdict(read["kind"], tuple(read.get("parts", ())), read.get("committed_ns", 0))
+        return Verdict(read["kind"], tuple(read.get("parts", ())), read.get("committed_ns", 0))
 
-    def _put_verdict(self, session: Listed, verdict: _Verdict) -> _Verdict:
+    def _put_verdict(self, session: Listed, verdict: Verdict) -> Verdict:
         """Puts a verdict if there is none; returns the one that counts.
 
         Raises:
@@ -202,6 +204,8 @@ class ControlObjects:
             if not self._is_open(session._replace(control=self._control_names())):
                 self.store.delete([key])
                 raise self.no_session()
+            if verdict.kind == ABORT:
+                self._to_drop.add(session.id)
             return verdict
         found = self._verdict(session.id)
         if found is None:
@@ -289,7 +293,7 @@ class ControlObjects:
 
     def create_part(self, name: str) -> NewPart:
         """Begins a part."""
-        return StorePart(self, name)
+        return StorePart(self.store, name, partial(self.commit_part, name))
 
     def commit_part(self, name: str, table: bytes) -> None:
         """Puts a part's table, and waits until it is certain that it counts."""
@@ -303,7 +307,7 @@ class ControlObjects:
 
         It has to be the last thing that a save does, after its table is there.
         """
-        mark = _mark_of(name)
+        mark = mark_of(name)
         number = self._known.opened[mark].number
         deadline = time.monotonic() + _PATIENCE_SECS
         pause = 0.01
@@ -336,7 +340,7 @@ class ControlObjects:
     def remove_part(self, name: str) -> None:
         """Withdraws a part; deletes it only where no process can have decided that it counts."""
         if name in self._known.tabled:
-            self.store.put(f"{_CONTROL}{_mark_of(name)}.withdrawn.{own_name(name)}", [b"{}"])
+            self.store.put(f"{_CONTROL}{mark_of(name)}.withdrawn.{own_name(name)}", [b"{}"])
             self._known.tabled.discard(name)
         else:
             entries = self.store.list(f"{STATE}/{name}/")
@@ -391,7 +395,7 @@ class ControlObjects:
         names = [
             name
             for name in _part_names(entries)
-            if _mark_of(name) == session.id and (process is None or is_of(process, name))
+            if mark_of(name) == session.id and (process is None or is_of(process, name))
         ]
         torn = [
             name
@@ -422,7 +426,7 @@ class ControlObjects:
         found = SessionParts(decided_ns=decided_ns)
         have = {**self._known.parts, **(known or {})}
         reads = [partial(self._read_part, name) for name in names if name not in have]
-        read = dict(zip([name for name in names if name not in have], _all(reads), strict=True))
+        read = dict(zip([name for name in names if name not in have], do_all(reads), strict=True))
         for name in oldest_first(names):
             part = have.get(name) or read[name]
             if part is None:
@@ -465,7 +469,7 @@ class ControlObjects:
             raise self.no_session()
         if session.has_verdict:
             verdict = self._verdict(session.id)
-            if verdict is None or verdict.kind == _ABORT:
+            if verdict is None or verdict.kind == ABORT:
                 self._drop(session.id)  # which another process has begun
                 raise self.no_session()
         fence = f"{_CONTROL}{session.id}.closing.{uuid.uuid4().hex}"
@@ -486,9 +490,9 @@ class ControlObjects:
     def decide(self, parts: Collection[str], *, committed_ns: int) -> int | None:
         """Puts the verdict."""
         assert self._ending is not None  # noqa: S101
-        wanted = _Verdict(_FINALIZE, tuple(sorted(parts)), committed_ns)
+        wanted = Verdict(_FINALIZE, tuple(sorted(parts)), committed_ns)
         found = self._put_verdict(self._ending, wanted)
-        if found.kind == _ABORT:
+        if found.kind == ABORT:
             self._drop(self._ending.id)
             raise self.no_session()
         return committed_ns if found is wanted else None
@@ -505,7 +509,7 @@ class ControlObjects:
         session = self._ending.id
         named = [(name, list(pieces)) for name, pieces in root_files() if name != MARK]
         named.append((_CONTENTS, [contents]))
-        _all([partial(self.store.put, name, pieces) for name, pieces in named])
+        do_all([partial(self.store.put, name, pieces) for name, pieces in named])
         mark = {"flax_partial": 1, "session": session, "contents": digest(contents)}
         is_mine = self.store.put_new(MARK, _write(mark | {"by": uuid.uuid4().hex}))
         entries = self.store.list(f"{STATE}/")
@@ -534,7 +538,7 @@ class ControlObjects:
     def remove_session(self) -> None:
         """Puts the verdict that the session is dropped, and deletes its parts."""
         assert self._ending is not None  # noqa: S101
-        found = self._put_verdict(self._ending, _Verdict(_ABORT))
+        found = self._put_verdict(self._ending, Verdict(ABORT))
         if found.kind == _FINALIZE:
             raise CheckpointExistsError(
                 f"{self.final} is finalized, or about to be: call finalize again, and remove it."
@@ -546,7 +550,7 @@ class ControlObjects:
         doomed = [
             entry.key
             for entry in self.store.list(f"{STATE}/")
-            if (name := _part_of(entry.key)) and _mark_of(name) == session
+            if (name := _part_of(entry.key)) and mark_of(name) == session
         ]
         self.store.delete(doomed)
 
@@ -609,11 +613,12 @@ class StorePlace(ControlObjects):
         return StoreDataFiles(self.store)
 
     def read_database(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
-        """Not yet."""
-        return [
-            CorruptCheckpointError(f"Leaf {leaf.name!r} is compressed, which is not read here yet.")
-            for leaf, _, _ in regions
-        ]
+        """Reads chunks where the parts' tables say that they lie; asks for no database."""
+        if self._known.sources is None:
+            plan = merge(self.read_own_parts().committed)
+            leaves = zip(plan.leaves, plan.sources, strict=True)
+            self._known.sources = {leaf.name: sources for leaf, sources in leaves}
+        return object_data.read_stored(self.store, self._known.sources, regions)
 
     def remove_checkpoint(self) -> None:
         """Deletes the mark first: from then on no reader takes what is left for a checkpoint."""
@@ -624,121 +629,15 @@ class StorePlace(ControlObjects):
         self.store.delete(sorted(keys, key=lambda key: not key.startswith(_CONTROL)))
 
 
-class StorePart:
-    """A part that is being written into an object store; see `NewPart`."""
-
-    def __init__(self, place: ControlObjects, name: str) -> None:
-        self._place = place
-        self._name = name
-
-    def most_files(self, *, durable: bool) -> int:  # noqa: ARG002
-        """One upload is sent in many pieces at a time."""
-        return 1
-
-    def link(self, source: Path, file: int, *, size: int, sync: bool) -> bool:  # noqa: ARG002
-        """No object gets a second name."""
-        return False
-
-    def copy(self, source: BinaryIO, file: int) -> None:
-        """Puts what an open file holds."""
-        with (
-            mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as view,
-        ):
-            self._place.store.put(self._key(file), [view])
-
-    def new_file(
-        self,
-        file: int,
-        *,
-        expected_bytes: int,  # noqa: ARG002
-        durable: bool,  # noqa: ARG002
-        check: Callable[[], None],
-    ) -> "StoreSink":
-        """Begins a data file."""
-        return StoreSink(self._place.store, self._key(file), check)
-
-    def commit(self, table: bytes, *, has_data_file: bool, durable: bool) -> None:  # noqa: ARG002
-        """Puts the table, and waits until it is certain that the part counts."""
-        self._place.commit_part(self._name, table)
-
-    def _key(self, file: int) -> str:
-        return f"{STATE}/{data_path(data_part(self._name, file))}"
-
-
-class StoreSink:
-    """A data file of which the pieces are kept, and put when it is finished; copies nothing."""
-
-    def __init__(self, store: Store, key: str, check: Callable[[], None]) -> None:
-        self._store, self._key, self._check = store, key, check
-        self._pieces: list[memoryview] = []
-        self._size = 0
-
-    def __enter__(self) -> Self:
-        """Returns itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Lets go of the pieces."""
-        self._pieces = []
-
-    def append(self, data: np.ndarray) -> int:
-        """Keeps a view of the bytes; returns their offset."""
-        offset = self._size
-        self._pieces.append(data.data)
-        self._size += data.size
-        return offset
-
-    def finish(self) -> None:
-        """Puts all of it."""
-        self._store.put(self._key, self._pieces, check=self._check)
-
-
-@dataclass(frozen=True, slots=True)
-class StoreDataFiles:
-    """The data files of parts in a store; see `DataFiles`.
-
-    Attributes:
-      store: The store of the checkpoint.
-    """
-
-    store: Store
-    most_readers = MOST_REQUESTS
-    most_bytes = _READ_BYTES
-    least_bytes = 0
-    reads_whole = True
-
-    def require(self, path: str, size: int) -> None:
-        """Reading reports it: the size of each file would cost a request."""
-
-    def open(self, path: str) -> AbstractContextManager["StoreDataFile"]:
-        """Opens nothing."""
-        return nullcontext(StoreDataFile(self.store, f"{STATE}/{path}"))
-
-
-@dataclass(frozen=True, slots=True)
-class StoreDataFile:
-    """A data file in a store."""
-
-    store: Store
-    key: str
-
-    def read_into(self, offset: int, into: memoryview) -> None:
-        """Reads bytes of the object."""
-        try:
-            self.store.get_into(self.key, offset, into)
-        except FileNotFoundError:
-            raise ValueError("its data file is missing") from None
-
-
 def _names_of_control(entries: Iterable[Entry]) -> frozenset[str]:
     keys = (entry.key for entry in entries if entry.key.startswith(_CONTROL))
     return frozenset(key.removeprefix(_CONTROL) for key in keys)
 
 
-def _mark_of(name: str) -> str:
-    """The session that a part is of, by its name."""
-    return own_name(name).rpartition(".")[2][:_MARK_LENGTH]
+def mark_of(name: str) -> str:
+    """The session that a part is of, by its name; empty where sessions are locked."""
+    unique = own_name(name).rpartition(".")[2]
+    return unique[:_MARK_LENGTH] if len(unique) > _MARK_LENGTH else ""
 
 
 def _part_names(entries: Iterable[Entry]) -> list[str]:
@@ -768,20 +667,9 @@ def _write(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value).encode()
 
 
-def _all(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """Does tasks side by side; raises the first error, and begins no more then."""
-    if len(tasks) <= 1:
-        return [task() for task in tasks]
-    pool = ThreadPoolExecutor(min(MOST_REQUESTS, len(tasks)), "store-requests")
-    try:
-        return [one.result() for one in [pool.submit(task) for task in tasks]]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _together(one: Callable[[], T], other: Callable[[], Any]) -> tuple[T, Any]:
     """Does two requests side by side."""
-    first, second = _all([one, other])
+    first, second = do_all([one, other])
     return first, second
 
 

@@ -455,7 +455,7 @@ class ObjectStore:
         def once() -> None:
             try:
                 delete(self._client, paths)
-            except FileNotFoundError:  # some stores delete one by one, and mind this
+            except FileNotFoundError:  # some stores delete one by one, and fail at this
                 for path in paths:
                     with contextlib.suppress(FileNotFoundError):
                         delete(self._client, path)

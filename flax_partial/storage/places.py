@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flax_partial.storage import locks, object_store, paths
 from flax_partial.storage.local_place import LocalPlace
-from flax_partial.storage.object_place import StorePlace
+from flax_partial.storage.object_place import StorePlace, mark_of
 from flax_partial.storage.parts import part_names
 from flax_partial.storage.paths import SESSION_SUFFIX, PathLike
 from flax_partial.storage.place import Place
@@ -67,7 +67,7 @@ def _has_no_locks(place: LocalPlace) -> bool:
     directory = place.session.parent
     while not directory.exists():
         directory = directory.parent
-    return not locks.are_shared(directory) and not part_names(place.state)
+    return not locks.are_shared(directory) and all(map(mark_of, part_names(place.state)))
 
 
 # Following links costs 60 us, and a training step resolves its checkpoint's path for each layer.

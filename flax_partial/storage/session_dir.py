@@ -9,10 +9,11 @@ been renamed away meanwhile.
 import contextlib
 import fcntl
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from flax_partial.errors import (
     CheckpointExistsError,
@@ -261,46 +262,49 @@ def commit_checkpoint(
     Raises:
       CheckpointExistsError: Something appeared at the final path; the session is left as it was.
     """
-    write_root(where, chain(root_files, [(f"{STATE}/{CONTENTS}", (contents,))]))
+    directories = {where.session, where.state}
+    for name, pieces in chain(root_files, [(f"{STATE}/{CONTENTS}", (contents,))]):
+        path = where.session / name
+        if path.parent not in directories:
+            os.makedirs(path.parent, exist_ok=True)
+            directories.add(path.parent)
+        files.write(path, pieces, durable=True)
+    for directory in sorted(directories, reverse=True):  # the inner ones first
+        files.fsync_directory(directory)
     publish(where)
 
 
-def write_root(
-    where: CheckpointPath,
-    root_files: Iterable[tuple[str, Iterable[bytes]]],
-    *,
-    scratch: Path | None = None,
+def write_root_at(
+    session: int, root_files: Iterable[tuple[str, Iterable[bytes]]], *, scratch: str
 ) -> None:
-    """Writes files into a session, durably.
+    """Writes root files durably into a session that is not locked.
+
+    Others may be writing the same ones, so that each is written elsewhere and renamed; and the
+    session may be renamed meanwhile, so that no path leads to it.
 
     Args:
-      where: The session.
+      session: The descriptor of its directory.
       root_files: Path and content of each.
-      scratch: A directory to be made, in which each is written before it is renamed: where others
-        may be writing the same files.
+      scratch: A directory in it, in which files are written.
     """
-    directories = {where.session, where.state}
-    if scratch is not None:
-        os.mkdir(scratch)
-    for number, (name, pieces) in enumerate(root_files):
-        path = where.session / name
-        if path.parent not in directories:
-            _make_below(where.session, path.parent)
-            directories.add(path.parent)
-        written = path if scratch is None else scratch / str(number)
-        files.write(written, pieces, durable=True)
-        if scratch is not None:
-            os.replace(written, path)
-    for directory in sorted(directories, reverse=True):  # the inner ones first
-        files.fsync_directory(directory)
-
-
-def _make_below(session: Path, directory: Path) -> None:
-    """Makes a directory in a session, which itself may be gone: then it is not made again."""
-    if directory != session:
-        _make_below(session, directory.parent)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(directory)
+    directories = {"", STATE}
+    for name, pieces in root_files:
+        folder = os.path.dirname(name)
+        if folder not in directories:
+            for one in map(str, (*reversed(PurePath(folder).parents), folder)):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(one, dir_fd=session)
+            directories.add(folder)
+        written = f"{scratch}/.{uuid.uuid4().hex}.tmp"
+        try:
+            files.write(written, pieces, durable=True, within=session)
+            os.replace(written, name, src_dir_fd=session, dst_dir_fd=session)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(written, dir_fd=session)
+            raise
+    for folder in sorted(directories, reverse=True):  # the inner ones first
+        files.fsync_directory(folder or ".", within=session)
 
 
 def publish(where: CheckpointPath) -> None:

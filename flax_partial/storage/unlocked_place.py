@@ -13,7 +13,6 @@ import contextlib
 import errno
 import os
 import threading
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     from flax_partial.storage.locks import DirectoryLock
 
 _ATTEMPTS = 50  # at what others may change meanwhile
+# What is answered of a directory that another process has just written to, or removed.
+_BUSY = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY))
 
 
 class UnlockedPlace(ControlObjects, LocalPlace):
@@ -195,17 +196,29 @@ class UnlockedPlace(ControlObjects, LocalPlace):
             if directory is None:
                 raise self.no_session()
             with contextlib.closing(directory):
-                self._directory = directory
+                self._directory, ending = directory, ""
                 try:
                     session_dir.check_state(self)
                     with ControlObjects.locked_exclusively(self, pause):
+                        ending = self._ending.id if self._ending else ""
                         yield
                 except FileNotFoundError as error:
-                    if isinstance(error, NoSessionError) or self._is_current():
+                    if self._is_current():
+                        raise
+                    self._withdraw_fences(ending)
+                    if isinstance(error, NoSessionError):
                         raise
                     raise self.no_session() from error
                 finally:
                     self._directory = None
+
+    def _withdraw_fences(self, session: str) -> None:
+        """Removes what was put too late: into a directory that has come to the place of another."""
+        control = self.session / CONTROL
+        names = [name for name in files.listed(control) if name.startswith(f"{session}.closing.")]
+        with contextlib.suppress(OSError):  # it is in nobody's way
+            self.store.delete([f"{CONTROL}/{name}" for name in names])
+            os.rmdir(self.session)
 
     def _is_current(self) -> bool:
         """Whether the session that is being ended is the one at its path."""
@@ -220,30 +233,33 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         torn: Sequence[str],  # noqa: ARG002
     ) -> None:
         """Writes the root files, which others may be writing, too, and renames the session."""
-        assert self._ending is not None  # noqa: S101
+        assert self._directory is not None  # noqa: S101
         self._remove_others(self.state)
-        names = [(name, list(pieces)) for name, pieces in root_files()]
-        names.append((f"{STATE}/{CONTENTS}", [contents]))
-        scratch = Path(CONTROL, f"root.{uuid.uuid4().hex}")
-        needed = sum(len(piece) for _, pieces in names for piece in pieces)
+        named = [(name, list(pieces)) for name, pieces in root_files()]
+        named.append((f"{STATE}/{CONTENTS}", [contents]))
+        needed = sum(len(piece) for _, pieces in named for piece in pieces)
         try:
             with self.full_disk_explained(lambda: needed):
-                session_dir.write_root(self, names, scratch=self.session / scratch)
-            if not self._is_current():
-                raise self.no_session()
-            session_dir.publish(self)
+                session_dir.write_root_at(self._directory.descriptor, named, scratch=CONTROL)
+            self._publish()
         except FileNotFoundError:
             if self._is_published():
                 raise CheckpointExistsError(
                     f"{self.final} was finalized by somebody else meanwhile."
                 ) from None
             raise
-        finally:
-            for base in (self.session, self.final):
-                with contextlib.suppress(OSError):
-                    files.remove_tree(base / scratch)
         # From here on no save finds the path of its part any more.
         self._remove_others(self.final / STATE)
+
+    def _publish(self) -> None:
+        """Renames the session's directory, if it is the one at its path."""
+        if not self._is_current():
+            raise self.no_session()
+        session_dir.publish(self)
+        directory = self._directory
+        if directory is None or files.identity(self.final) != directory.identity:
+            files.rename_to_new(self.final, self.session)  # it was another one's after all
+            raise self.no_session()
 
     def _remove_others(self, state: Path) -> None:
         """Removes the parts that do not count, and control files that are not needed any more."""
@@ -260,15 +276,34 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                 files.remove_tree(one) if one.is_dir() else one.unlink()
 
     def remove_session(self) -> None:
-        """Puts the verdict that the session is dropped, and removes its directory."""
+        """Puts the verdict that the session is dropped, and removes it."""
         session_dir.check_is_ours(self)
         ControlObjects.remove_session(self)
 
     def _drop(self, session: str) -> None:
-        """Removes the directory of a dropped session."""
-        if self._list_control().id == session:
-            with contextlib.suppress(FileNotFoundError):
-                files.remove_directory(self.session)
+        """Removes what a dropped session holds, and its directory where it holds nothing else.
+
+        Each name is removed by itself, and a directory only when it is empty: another session may
+        begin in it just now. The control files are removed by the one who has put the verdict:
+        should it die, they stay until a session is ended there.
+        """
+        names = parts.part_names(self.state)
+        control = files.listed(self.session / CONTROL)
+        if self._list_control().id != session:
+            return
+        # What was listed before is none of a session that has begun since.
+        for name in names:
+            with _busy_passed_over():
+                session_dir.remove_part(self, name)
+        if session not in self._to_drop:
+            return
+        ends = (".open", ".verdict")  # removed last, and in this order: else it would be open again
+        control.sort(key=lambda name: (name.endswith(ends), name.endswith(ends[1])))
+        self.store.delete([f"{CONTROL}/{name}" for name in control])
+        for directory in (self.session / CONTROL, self.state, self.session):
+            with _busy_passed_over():
+                os.rmdir(directory)
+        files.fsync_directory(self.session.parent)
 
     # The finalized checkpoint.
 
@@ -323,6 +358,16 @@ class UnlockedPart(LocalPart):
         self.place.commit_by(
             self.name, partial(commit, has_data_file=has_data_file, durable=durable)
         )
+
+
+@contextmanager
+def _busy_passed_over() -> Iterator[None]:
+    """Leaves what another process is just writing to, or has removed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _BUSY:
+            raise
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:

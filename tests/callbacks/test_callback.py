@@ -115,7 +115,7 @@ def test_layers_come_in_any_order_from_any_thread(tmp_path: Path) -> None:
 
 def test_streaming_costs_nothing_on_steps_that_are_not_saved(tmp_path: Path) -> None:
     class Untouchable:
-        """Fails whoever looks at it."""
+        """Fails at any access."""
 
         def __getattribute__(self, name: str) -> Any:
             raise AssertionError(name)

@@ -101,7 +101,7 @@ def test_removing_one_by_one_keeps_the_same_as_removing_all_at_once(
             first = min((s for s in steps if s // every == period), default=None)
             assert first is None or first in there
     if hours is not None:
-        for step in steps:  # of any hours, nobody has to go back longer than this
+        for step in steps:  # of any hours, no restart loses more than this
             assert any(step - hours < other <= step for other in there) or step in there
 
 

@@ -151,7 +151,7 @@ def test_misspelt_monitor_is_told_at_the_end_of_the_first_epoch(
     losses = {"val_loss": 1.0}
     fitted(tmp_path, epochs=3, every_n_epochs=3, metrics=lambda _: losses, monitor="valloss")
     said = caplog.records[1].getMessage()  # as was said after the first step
-    assert said.startswith("The first epoch had no score: monitor='valloss'")
+    assert said.startswith("The first epoch had no score: 'valloss'")
     assert "did you mean 'val_loss'?" in said
 
 

@@ -200,7 +200,7 @@ def test_prune_keeps_the_last_and_what_is_not_called_by_a_step(
     write(run_directory / "best", {"w": 1}, step=1)
     prune = "prune", run_directory, "--keep-last", 1
     assert "would remove 5 10 of " in shell.run(*prune, "--dry-run")
-    shell.run(*prune, status=WRONG_USE)  # nobody can be asked
+    shell.run(*prune, status=WRONG_USE)  # there is no terminal to ask at
     assert fp.steps(run_directory) == [5, 10, 100]
     assert shell.json(*prune, "--yes")["removed"] == ["5", "10"]
     left = [entry["name"] for entry in shell.json("ls", run_directory)["checkpoints"]]

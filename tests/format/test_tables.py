@@ -138,7 +138,7 @@ _anything = st.recursive(
 def test_table_with_a_right_digest_and_wrong_content_is_refused_or_read(
     part: Part, data: st.DataObject
 ) -> None:
-    """Written by a defect, or by somebody else: no other exception, whatever it holds."""
+    """Written by a defect, or by another program: no other exception, whatever it holds."""
     encoded = encode_part(part)
     table = json.loads(encoded)["table"]
     node: Any = table

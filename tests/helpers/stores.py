@@ -22,7 +22,7 @@ def memory(path: str = "/run/12") -> str:
 
 
 def another_process() -> None:
-    """Forgets what this process knows of sessions, as one does that has just begun."""
+    """Drops this process's records of sessions, as if it had just begun."""
     registry._forget_all()  # noqa: SLF001 - no caller can do this
 
 

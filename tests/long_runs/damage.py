@@ -36,7 +36,7 @@ QUICK = fp.SaveOptions(durable=False, chunk_bytes=100_000)
 MOST_BYTES = 64 << 20
 _ZSTD = fp.SaveOptions(durable=False, compression="zstd", chunk_bytes=50_000)
 # Nothing reads them, or nothing can tell: a part's index is not read once the root refers to its
-# data, a marker is empty, and a spare byte of a database is nobody's.
+# data, a marker is empty, and a spare byte of a database has no meaning.
 _IDLE = ("commit_success.txt", "orbax.checkpoint")
 
 

@@ -1,6 +1,6 @@
 """Tables of contents with the right digest that no version of this package would write.
 
-A defect, another version, or somebody who means harm may write them: each name below says what is
+A defect, another version, or an attacker may write them: each name below says what is
 wrong, or strange, and each entry is the rows of leaves of a table, or other fields of it.
 """
 

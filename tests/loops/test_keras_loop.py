@@ -291,4 +291,4 @@ def test_another_backend_is_refused(tmp_path: Path) -> None:
         text=True,
         timeout=100,
     )
-    assert "Set KERAS_BACKEND=jax" in done.stderr
+    assert "KERAS_BACKEND=jax before keras is imported" in done.stderr

@@ -237,7 +237,7 @@ def test_what_accelerators_are_measured_by_runs_on_cpu_devices(tmp_path: Path) -
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["machine"]["devices"] == 2
     names = [scenario["name"] for scenario in found["scenarios"]]
-    assert names == ["training", "small", "every_step", "storage", "load"]
+    assert names == ["training", "writers", "small", "every_step", "storage", "load"]
     for scenario in found["scenarios"]:
         assert all(contender["rounds"] for contender in scenario["contenders"].values())
         for target in scenario["targets"]:

@@ -330,14 +330,14 @@ def test_save_that_comes_too_late_leaves_no_session(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process finalizes, and renames the session, just as this one looks for it."""
-    real = session_dir._create_session  # noqa: SLF001 - no caller can time this
+    real = session_dir.create_session  # no caller can time this
 
     def create(where: CheckpointPath) -> bool:
         is_new = real(where)
         where.final.mkdir()
         return is_new
 
-    monkeypatch.setattr(session_dir, "_create_session", create)
+    monkeypatch.setattr(session_dir, "create_session", create)
     with pytest.raises(fp.CheckpointExistsError):
         fp.save(path, {"a": X})
     assert listing(path.parent) == ["c "]
@@ -502,7 +502,7 @@ def test_of_finalizes_at_once_in_threads_one_commits(tmp_path: Path) -> None:
 def test_abort_holds_no_lock_for_a_queued_save_that_it_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While another caller is about to claim: nobody else would give the lock back."""
+    """While another caller is about to claim: no other call would give the lock back."""
     gates = {"c": threading.Event(), "busy": threading.Event()}
     at_gate, commit = threading.Semaphore(0), session_dir.commit_part
 

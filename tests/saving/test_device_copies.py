@@ -198,6 +198,78 @@ def test_out_of_memory_on_the_device_falls_back(
     assert_nothing_held()
 
 
+class NotMade:
+    """Stands in for what a device returns that finds out late that it has no memory for it."""
+
+    def __init__(self, like: jax.ShapeDtypeStruct, place: jax.Array, told: threading.Event) -> None:
+        self.told = told
+        self.shape, self.dtype, self.sharding = like.shape, like.dtype, place.sharding
+        self.nbytes = like.size * like.dtype.itemsize
+
+    def is_ready(self) -> bool:
+        return True
+
+    def block_until_ready(self) -> None:
+        assert self.told.wait(MOST_SECS)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        self.block_until_ready()
+        raise AssertionError
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Copies are dispatched, and fail as they are waited for, once this is set."""
+    told = threading.Event()
+
+    def get(batch: Any) -> Any:
+        program = device_copies._pack if batch.packs else device_copies._copy  # noqa: SLF001
+
+        def make(arrays: list[jax.Array]) -> list[NotMade]:
+            return [NotMade(like, arrays[0], told) for like in jax.eval_shape(program, arrays)]
+
+        return make
+
+    monkeypatch.setattr(device_copies._programs, "get", get)  # noqa: SLF001
+    monkeypatch.setattr(job, "_room", device_room.DeviceRoom())
+    return told
+
+
+def test_out_of_memory_that_is_reported_late_falls_back_to_arrays_that_live(
+    tmp_path: Path, no_memory: threading.Event
+) -> None:
+    no_memory.set()
+    state = {"large": jnp.arange(100_000.0), **PACKED, "int4": jnp.ones(7, jnp.int4)}
+    first = fp.save_async(tmp_path / "c", state, options=ON_DEVICE).result(MOST_SECS)
+    assert first.device_bytes > 0  # so it was tried
+    fp.finalize(tmp_path / "c")
+    trees.assert_whole(tmp_path / "c", state)
+    again = fp.save_async(tmp_path / "d", state, options=ON_DEVICE).result(MOST_SECS)
+    assert again.device_bytes == 0
+    assert_nothing_held()
+
+
+def test_out_of_memory_that_is_reported_after_the_donation_fails_that_save_alone(
+    tmp_path: Path, no_memory: threading.Event
+) -> None:
+    w = jnp.arange(100_000.0)
+    failing = fp.save_async(tmp_path / "c", {"w": w}, options=ON_DEVICE)
+    w.delete()
+    no_memory.set()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        failing.result(MOST_SECS)
+    saved = {"v": jnp.arange(100_000.0)}
+    value = saved["v"]
+    again = fp.save_async(tmp_path / "c", saved, options=ON_DEVICE)
+    del saved
+    double(value)
+    assert again.result(MOST_SECS).device_bytes == 0
+    fp.finalize(tmp_path / "c")
+    assert (fp.load(tmp_path / "c")["v"] == np.arange(100_000.0)).all()
+    assert_nothing_held()
+
+
 def test_what_cannot_be_compiled_is_transferred(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,7 @@ def test_process_with_nothing_in_flight_ends_without_a_word(tmp_path: Path) -> N
 
 
 def test_save_that_fails_at_exit_is_told(tmp_path: Path) -> None:
-    """Nobody can raise it any more; it must not go without a word."""
+    """No call can raise it any more; it has to be logged."""
     script = """
         def commit(*arguments, **options):
             raise OSError(28, "No space left on device")

@@ -147,7 +147,7 @@ def test_work_is_spread_over_threads_and_comes_back_in_order() -> None:
 
 
 def test_spread_work_needs_no_thread_that_is_free() -> None:
-    """Each thread that helps spreads work of its own: nobody waits for one that waits."""
+    """Each thread that helps spreads work of its own: none waits for one that waits."""
 
     def nested(depth: int) -> int:
         if not depth:

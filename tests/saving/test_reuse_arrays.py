@@ -79,7 +79,7 @@ def test_array_that_lives_on_is_not_copied_again(
 
 
 def test_arrays_of_a_cpu_are_always_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may share their memory with a NumPy array, which somebody writes to."""
+    """They may share their memory with a NumPy array that is written to."""
     monkeypatch.undo()
     memory = aligned_empty(ROWS.shape, ROWS.dtype)
     memory[...] = ROWS

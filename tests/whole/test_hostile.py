@@ -395,7 +395,7 @@ def test_user_without_permission_is_told_so_and_changes_nothing(apart: Isolated)
 
 @contextlib.contextmanager
 def read_only(directory: Path) -> Iterator[None]:
-    """Nobody can write into a directory, not even root."""
+    """No process can write into a directory, not even root's."""
     run_or_skip(["chattr", "+i", directory])
     try:
         yield
@@ -470,7 +470,7 @@ def test_session_that_is_a_mount_point_is_kept(tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", session], check=True)
 
 
-# --- sessions and checkpoints that somebody else has made -----------------------------------------
+# --- sessions and checkpoints of another program -------------------------------------------------
 
 
 def test_session_whose_state_is_elsewhere_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Values of a type that somebody registered are saved as their arrays, and built again on load."""
+"""Values of a registered type are saved as their arrays, and built again on load."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_subclass_is_saved_as_what_it_derives_from(tmp_path: Path) -> None:
 
 
 class Unknown:
-    """What nobody has registered."""
+    """A type that is not registered."""
 
 
 def test_unknown_type_is_refused_with_the_call_that_registers_it(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ STATES: dict[str, Callable[[], Any]] = {
     "train-state": side.train_state,
     "optax": side.optimizer_state,
 }
-# v0's StandardCheckpointer refuses strings, whoever saved them, where it is given a target.
+# v0's StandardCheckpointer refuses strings, ours and its own, where it is given a target.
 STRINGS: dict[str, Callable[[], Any]] = {
     "strings": lambda: ["text", "", "ü\n\0\u2028", "1", "null"],
     "string-names": lambda: {"a.b": "x", "a/b": "y", "a/c/d": "z", "": "w", "0": "v"},

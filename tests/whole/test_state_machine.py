@@ -1,7 +1,7 @@
 """A session against a plain dict, over any sequence of calls and sudden deaths.
 
 The model is a dict of what was saved; it takes nothing from the code under test but, after a death,
-the answer to which of the saves then in flight were committed, which nobody can know beforehand.
+the answer to which of the saves then in flight were committed, which cannot be known beforehand.
 """
 
 from __future__ import annotations
