@@ -160,7 +160,7 @@ def test_states_of_another_number_of_processes_are_not_taken_for_ones_own(tmp_pa
     fp.finalize(tmp_path / "1")
     found: list[Any] = []
     with checkpointing(tmp_path, extras={"data": (lambda: 0, found.append)}) as ckpt:
-        with pytest.raises(fp.TargetMismatchError, match="of 2 processes, and there are 1 now"):
+        with pytest.raises(fp.TargetMismatchError, match="by 2 processes, and there are 1 now"):
             ckpt.restore(WEIGHTS)
         ckpt.restore(WEIGHTS, keep_missing=True)
         assert not found

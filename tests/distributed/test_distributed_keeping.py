@@ -49,7 +49,7 @@ def test_processes_save_the_same_steps_by_the_clock_and_before_they_are_taken(
         assert two.call("goes_on_with_its_own_data", data) == [(True, [1, 2])] * 2
         with (
             checkpointing(data, extras={"data": random.Random(0)}) as ckpt,  # noqa: S311
-            pytest.raises(fp.TargetMismatchError, match="of 2 processes, and there are 1 now"),
+            pytest.raises(fp.TargetMismatchError, match="by 2 processes, and there are 1 now"),
         ):
             ckpt.restore({"of0": np.zeros(2)}, partial=True)
 

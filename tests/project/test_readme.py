@@ -24,7 +24,7 @@ LANGUAGES = {"python", "sh", "text", "json"}
 @pytest.mark.parametrize(
     "document", sorted(set(DOCUMENTS) - {*OF_LOOPS, *GUIDES}), ids=lambda path: path.name
 )
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_blocks_run(document: Path, tmp_path: Path) -> None:
     for folder in ("examples", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
@@ -41,7 +41,7 @@ def test_blocks_run(document: Path, tmp_path: Path) -> None:
         env=os.environ | {"PATH": path, "PYTHONPATH": str(Path(documents.__file__).parent)},
         capture_output=True,
         text=True,
-        timeout=570,
+        timeout=1100,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     if document.name == "README.md":
