@@ -210,18 +210,19 @@ def test_finalize_never_passes_a_save_that_fails_while_it_waits(
     """The save's error is known to the waiting finalize before the save's own callbacks ran."""
     waiting, told = threading.Event(), threading.Event()
     were_told: list[bool] = []
-    wait_for_saves = registry.Session.wait
+    in_flight = registry.Session.in_flight
 
     def fail_late(directory: Path, *_: Any, **__: Any) -> None:
         assert waiting.wait(MOST_SECS)
         no_space_left(directory)
 
-    def note_and_wait(session: registry.Session) -> None:
+    def note_and_look(session: registry.Session) -> list[Any]:
+        found = list[Any](in_flight(session))
         waiting.set()
-        wait_for_saves(session)
+        return found
 
     monkeypatch.setattr(session_dir, "commit_part", fail_late)
-    monkeypatch.setattr(registry.Session, "wait", note_and_wait)
+    monkeypatch.setattr(registry.Session, "in_flight", note_and_look)
     handle = fp.save_async(broken, {"lost": X})
     callbacks = handle._done_callbacks  # noqa: SLF001 - none may come before this one
     callbacks.insert(0, lambda _: were_told.append(told.wait(MOST_SECS)))

@@ -186,6 +186,4 @@ def test_what_a_directory_lies_on_may_be_unknown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(medium, "_MOUNTS", tmp_path / "none")
-    medium._type_of.cache_clear()  # noqa: SLF001
     assert not medium.is_memory(tmp_path)
-    medium._type_of.cache_clear()  # noqa: SLF001
