@@ -250,7 +250,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         except FileNotFoundError:
             if self._is_published():
                 raise CheckpointExistsError(
-                    f"{self.final} was finalized by somebody else meanwhile."
+                    f"{self.final} was finalized by another process meanwhile."
                 ) from None
             raise
         # From here on no save finds the path of its part any more.
