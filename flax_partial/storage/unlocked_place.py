@@ -330,6 +330,8 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         names = files.listed(self.final / CONTROL)
         ended = [self._verdict(name.removesuffix(".verdict")) for name in names]
         kept = {name for verdict in ended if verdict for name in verdict.parts}
+        if not kept:  # it was finalized under locks: all parts in it count
+            return found
         return SessionParts(
             {name: part for name, part in found.committed.items() if name in kept},
             [name for name in found.torn if name in kept],

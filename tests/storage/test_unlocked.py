@@ -91,6 +91,9 @@ def test_session_goes_on_by_the_rules_it_was_begun_with(
             fp.save(path, {name: X}, options=QUICK)
         fp.finalize(path)
         assert sorted(fp.load(path)) == ["a", "b"]
+        for chosen in (began, goes_on):
+            monkeypatch.setenv(locks.VARIABLE, chosen)
+            assert fp.verify(path).ok
         assert (path / "state" / "session").is_dir() == (began == "files")
 
 
