@@ -26,7 +26,7 @@ from flax_partial.storage import files, parts, session_dir
 from flax_partial.storage.direct_io import NewFile
 from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.local_place import LocalPart, LocalPlace
-from flax_partial.storage.object_place import ControlObjects, Listed
+from flax_partial.storage.object_place import ABORT, ControlObjects, Listed
 from flax_partial.storage.parts import SessionParts, is_of
 from flax_partial.storage.paths import CONTENTS, STATE
 from flax_partial.storage.place import Files, OpenSession
@@ -208,7 +208,8 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                         ending = self._ending.id if self._ending else ""
                         yield
                 except FileNotFoundError as error:
-                    if self._is_current():
+                    is_there = isinstance(error, NoSessionError) or self._goes_on(ending)
+                    if is_there and self._is_current():
                         raise
                     self._withdraw_fences(ending)
                     if isinstance(error, NoSessionError):
@@ -216,6 +217,14 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                     raise self.no_session() from error
                 finally:
                     self._directory = None
+
+    def _goes_on(self, session: str) -> bool:
+        """Whether a session is the newest, and not dropped: that removes what others have put."""
+        found = self._list_control()
+        if not session or found.id != session:
+            return False
+        verdict = self._verdict(session) if found.has_verdict else None
+        return verdict is None or verdict.kind != ABORT
 
     def _withdraw_fences(self, session: str) -> None:
         """Removes what was put too late: into a directory that has come to the place of another."""
@@ -227,8 +236,11 @@ class UnlockedPlace(ControlObjects, LocalPlace):
 
     def _is_current(self) -> bool:
         """Whether the session that is being ended is the one at its path."""
+        return self._lies_at(self.session)
+
+    def _lies_at(self, path: Path) -> bool:
         directory = self._directory
-        return directory is not None and files.identity(self.session) == directory.identity
+        return directory is not None and files.identity(path) == directory.identity
 
     def commit_checkpoint(
         self,
@@ -261,21 +273,25 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         if not self._is_current():
             raise self.no_session()
         session_dir.publish(self)
-        directory = self._directory
-        if directory is None or files.identity(self.final) != directory.identity:
+        if not self._lies_at(self.final):
             files.rename_to_new(self.final, self.session)  # it was another one's after all
             raise self.no_session()
 
     def _remove_others(self, state: Path) -> None:
-        """Removes the parts that do not count, and control files that are not needed any more."""
+        """Removes the parts that do not count, and control files that are not needed any more.
+
+        Only what was in this session's own directory: another one, whose parts no verdict of this
+        session names, may be at the path by now.
+        """
         assert self._ending is not None  # noqa: S101
+        names = parts.part_names(state)
+        control = files.listed(state.parent / CONTROL) if state.parent == self.final else []
         verdict = self._verdict(self._ending.id)
-        kept = frozenset(verdict.parts if verdict else ())
-        doomed = [state / name for name in parts.part_names(state) if name not in kept]
-        if state.parent == self.final:
-            control = self.final / CONTROL
-            names = files.listed(control)
-            doomed += [control / one for one in names if not one.endswith((".open", ".verdict"))]
+        if verdict is None or not self._lies_at(state.parent):
+            return
+        doomed = [state / name for name in names if name not in verdict.parts]
+        ends = (".open", ".verdict")
+        doomed += [self.final / CONTROL / one for one in control if not one.endswith(ends)]
         for one in doomed:
             with contextlib.suppress(OSError):  # its save may just be writing, and fails
                 files.remove_tree(one) if one.is_dir() else one.unlink()

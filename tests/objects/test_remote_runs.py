@@ -214,6 +214,10 @@ def test_ctrl_c_ends_a_call_whose_request_hangs(server: S3Server) -> None:
     with pytest.raises(KeyboardInterrupt):
         fp.latest(url)
     thread.join()
+    server.faults = []
+    for other in threading.enumerate():
+        if other.name.startswith("store-request"):
+            other.join()
 
 
 # Requests.
