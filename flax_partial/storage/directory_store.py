@@ -154,9 +154,7 @@ class DirectoryStore:
                 if entry.is_dir(follow_symlinks=False):
                     names.append(entry.name)
                 elif not entry.name.endswith(_TEMPORARY):
-                    with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
-                        size = entry.stat(follow_symlinks=False).st_size
-                        entries.append(Entry(prefix + entry.name, size))
+                    entries.append(Entry(prefix + entry.name, _size(entry)))
         return names, entries
 
     def size(self, key: str) -> int | None:
@@ -176,6 +174,18 @@ class DirectoryStore:
             with contextlib.suppress(OSError):  # it holds more, or is gone
                 while (path := path.parent) != self.root:
                     os.rmdir(path)
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    """The size of a file that is listed; 0 where its path leads to nothing any more.
+
+    It was deleted, or its directory renamed. A listing that left out some names for this, and not
+    those before, would show a session as it never was.
+    """
+    try:
+        return entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _named(temporary: Path, path: Path) -> bool:

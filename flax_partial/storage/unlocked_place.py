@@ -26,7 +26,7 @@ from flax_partial.storage import files, parts, session_dir
 from flax_partial.storage.direct_io import NewFile
 from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.local_place import LocalPart, LocalPlace
-from flax_partial.storage.object_place import ABORT, ControlObjects, Listed
+from flax_partial.storage.object_place import ABORT, ControlObjects, Listed, mark_of
 from flax_partial.storage.parts import SessionParts, is_of
 from flax_partial.storage.paths import CONTENTS, STATE
 from flax_partial.storage.place import Files, OpenSession
@@ -35,6 +35,7 @@ from flax_partial.storage.session_dir import CONTROL
 if TYPE_CHECKING:
     from flax_partial.storage.locks import DirectoryLock
 
+_DESCRIPTORS = Path("/proc/self/fd")
 _ATTEMPTS = 50  # at what others may change meanwhile
 # What is answered of a directory that another process has just written to, or removed.
 _BUSY = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY))
@@ -114,11 +115,28 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                 raise
             self._require_ours()
             try:
-                return ControlObjects.enter(self, None)
-            except FileNotFoundError as error:  # it was renamed away
+                return self._enter_at()
+            except FileNotFoundError as error:  # it was renamed away, or removed
                 if isinstance(error, NoSessionError):
                     raise
         raise OSError(errno.EBUSY, "Its sessions change all the time", str(self.session))
+
+    def _enter_at(self) -> OpenSession:
+        """Opens a session in the directory that is at the path now, and in no later one.
+
+        Another one numbers its sessions anew: one that was opened in it by the number that follows
+        the last of this one would hide that one's own.
+        """
+        directory = session_dir.open_session(self)
+        if directory is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.session))
+        with contextlib.closing(directory):
+            inside = UnlockedPlace(self.final, self.session)
+            inside._known, inside._to_drop = self._known, self._to_drop
+            here = _DESCRIPTORS / str(directory.descriptor)
+            if here.exists():  # on Linux: the directory itself, whatever its path is
+                inside.store = DirectoryStore(here)
+            return ControlObjects.enter(inside, None)
 
     def sync(self) -> None:
         """Makes a session's directories durable."""
@@ -308,7 +326,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         begin in it just now. The control files are removed by the one who has put the verdict:
         should it die, they stay until a session is ended there.
         """
-        names = parts.part_names(self.state)
+        names = [name for name in parts.part_names(self.state) if mark_of(name) == session]
         control = files.listed(self.session / CONTROL)
         if self._list_control().id != session:
             return

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import other_systems
@@ -12,8 +15,11 @@ import stress
 from things import QUICK, X
 
 import flax_partial as fp
-from flax_partial.storage import locks, medium, object_place, places
+from flax_partial.storage import directory_store, locks, medium, object_place, places
+from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.medium import Mount
+from flax_partial.storage.place import OpenSession
+from flax_partial.storage.unlocked_place import UnlockedPlace
 
 KINDS = {
     **dict.fromkeys(
@@ -146,6 +152,55 @@ def test_stranger_with_the_same_number_is_not_taken_for_ones_own_session(tmp_pat
 
 
 @pytest.mark.usefixtures("unlocked")
+def test_listing_of_a_directory_that_is_renamed_meanwhile_lacks_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that saw the session, and not the verdict beside it, would take itself to count."""
+    store = DirectoryStore(tmp_path / "10.partial_save")
+    (tmp_path / "10.partial_save").mkdir()
+    names = {"0.open", "a.closing.b", "a.verdict"}
+    for name in names:
+        store.put_new(name, b"{}")
+    listed = os.scandir
+
+    def renamed_while_listed(path: Path) -> Iterator[os.DirEntry[str]]:
+        for number, entry in enumerate(list(listed(path))):
+            if number == 1:
+                (tmp_path / "10.partial_save").rename(tmp_path / "10")
+            yield entry
+
+    monkeypatch.setattr(directory_store.os, "scandir", renamed_while_listed)
+    assert {entry.key for entry in store.list()} == names
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no directory by its descriptor")
+@pytest.mark.usefixtures("unlocked")
+def test_session_that_is_begun_late_hides_none_in_a_newer_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number follows those of a directory that is gone by then."""
+    final, session = tmp_path / "10", tmp_path / "10.partial_save"
+    control = session / "state" / "session"
+    control.mkdir(parents=True)
+    for name, text in (("3.open", {"id": "old"}), ("old.verdict", {"kind": "abort"})):
+        (control / name).write_text(json.dumps(text))
+    look = UnlockedPlace._list_control_unpublished  # noqa: SLF001
+    others: list[OpenSession] = []
+
+    def look_and_sleep(place: UnlockedPlace) -> object:
+        found = look(place)
+        if not others:
+            monkeypatch.undo()
+            shutil.rmtree(session)
+            others.append(UnlockedPlace(final, session).enter(None))
+        return found
+
+    monkeypatch.setattr(UnlockedPlace, "_list_control_unpublished", look_and_sleep)
+    entered = UnlockedPlace(final, session).enter(None)
+    assert entered.mark == others[0].mark
+    assert sorted(one.name for one in control.iterdir()) == ["0.open"]
+
+
 def test_reader_is_told_that_what_it_reads_was_removed(tmp_path: Path) -> None:
     fp.save(tmp_path / "1", {"a": X}, options=QUICK)
     fp.finalize(tmp_path / "1")
