@@ -480,12 +480,28 @@ class ControlObjects:
             if not session.has_verdict:
                 self._require_conditions(fence)
             yield
-        except Exception:
+        except Exception as error:
             if not session.has_verdict and self._verdict(session.id) is None:
                 self.store.delete([fence])  # saves go on
+            if isinstance(error, CorruptCheckpointError):
+                self._require_undecided(session, error)
             raise
         finally:
             self._ending = None
+
+    def _require_undecided(self, session: Listed, cause: Exception) -> None:
+        """Says that another process has ended a session, where what was read of it is deleted.
+
+        Raises:
+          CheckpointExistsError: It is finalized.
+          NoSessionError: It was dropped, or the checkpoint was removed.
+        """
+        if self._is_published():
+            raise self._exists() from cause
+        verdict = self._verdict(session.id)
+        is_there = self._is_open(session._replace(control=self._control_names()))
+        if not is_there or (verdict is not None and verdict.kind == ABORT):
+            raise self.no_session() from cause
 
     def decide(self, parts: Collection[str], *, committed_ns: int) -> int | None:
         """Puts the verdict."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import store_races
 from stores import Request, another_process, memory, requests_through
@@ -12,6 +13,7 @@ from things import MOST_SECS
 
 import flax_partial as fp
 from flax_partial.storage.object_place import StorePlace
+from flax_partial.storage.object_store import ObjectStore
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -66,3 +68,31 @@ def test_without_its_last_listing_that_save_would_be_lost(monkeypatch: pytest.Mo
     url = memory()
     assert finalize_while_a_save_is_written(url) == "ok"
     assert fp.load(url) == {"first": 1}
+
+
+def test_a_finalize_beside_an_abort_is_told_of_it_whatever_it_saw_deleted() -> None:
+    another_process()
+    url = memory()
+    fp.save(url, {"lost": np.ones(2000)})
+    deleted, listed = threading.Event(), threading.Event()
+    aborting = threading.Thread(target=lambda: fp.abort(f"{url}?p=1"))
+    delete = ObjectStore.delete
+
+    def hook(name: str, arguments: tuple[Any, ...], request: Request) -> Any:
+        if name == "delete":  # the abort's: the part's data is gone, and its table is there
+            store, keys = arguments
+            delete(store, [key for key in keys if "part.json" not in key])
+            deleted.set()
+            assert listed.wait(MOST_SECS)
+        if name == "list" and arguments[1:] == ("state/",) and aborting.ident is None:
+            aborting.start()
+            assert deleted.wait(MOST_SECS)
+            try:
+                return request()
+            finally:
+                listed.set()
+        return request()
+
+    with requests_through(hook), pytest.raises(fp.NoSessionError):
+        fp.finalize(url)
+    aborting.join()
