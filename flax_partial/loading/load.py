@@ -105,63 +105,39 @@ def load(
     where = places.resolve(path)
     if target is None and (restack or renames):
         raise ValueError("restack and renames say where the target has something: pass a target.")
+    as_saved = sharding == "saved"
     with collector.paused(), where.reading():
-        return _load(
+        checkpoint = open_checkpoint(where)
+        if target is None:
+            require_items(checkpoint, None)
+            for name, why in checkpoint.composition.others.items():
+                _LOG.warning("%s was not loaded: %s.", where.final / name, why)
+            leaves = checkpoint.contents.leaves
+            readings = [as_placed(_as_saved(leaf, as_sharded=as_saved)) for leaf in leaves]
+            return _nested(leaves, _read(checkpoint, readings, progress))
+        target = orbax_terms.tree_of(target)
+        if leaf_types.are_registered():
+            keypaths.values_of(target)  # whose message names what JAX cannot flatten
+        key_paths, values, structure = keypaths.flatten(leaf_types.unwrapped(target))
+        checkpoint = chosen(checkpoint, where, key_paths)
+        require_items(checkpoint, key_paths if partial else None)
+        by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
+        readings = _plan(
             where,
-            target,
+            checkpoint.contents.leaves,
+            zip(
+                key_paths, map(shared_reads.spread, values) if share_reads else values, strict=True
+            ),
+            Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
             partial=partial,
             keep_missing=keep_missing,
             cast=cast,
-            as_sharded=sharding == "saved",
-            restack=restack,
-            renames=renames,
-            share_reads=share_reads,
-            progress=progress,
+            as_sharded=as_saved,
         )
-
-
-def _load(
-    where: Place,
-    target: Any,
-    *,
-    partial: bool,
-    keep_missing: bool,
-    cast: bool,
-    as_sharded: bool,
-    restack: Mapping[Stack | str, Stack | str] | None,
-    renames: Mapping[str, str] | None,
-    share_reads: bool,
-    progress: Callable[[int, int], None] | None,
-) -> Any:
-    checkpoint = open_checkpoint(where)
-    if target is None:
-        require_items(checkpoint, None)
-        for name, why in checkpoint.composition.others.items():
-            _LOG.warning("%s was not loaded: %s.", where.final / name, why)
-        leaves = checkpoint.contents.leaves
-        readings = [as_placed(_as_saved(leaf, as_sharded=as_sharded)) for leaf in leaves]
-        return _nested(leaves, _read(checkpoint, readings, progress))
-    target = orbax_terms.tree_of(target)
-    if leaf_types.are_registered():
-        keypaths.values_of(target)  # whose message names what JAX cannot flatten
-    key_paths, values, structure = keypaths.flatten(leaf_types.unwrapped(target))
-    checkpoint = chosen(checkpoint, where, key_paths)
-    require_items(checkpoint, key_paths if partial else None)
-    by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
-    readings = _plan(
-        where,
-        checkpoint.contents.leaves,
-        zip(key_paths, map(shared_reads.spread, values) if share_reads else values, strict=True),
-        Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
-        partial=partial,
-        keep_missing=keep_missing,
-        cast=cast,
-        as_sharded=as_sharded,
-    )
-    loaded = _read(checkpoint, readings, progress)
-    if share_reads:
-        loaded = shared_reads.gathered(loaded, values)
-    return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, loaded))
+        loaded = _read(checkpoint, readings, progress)
+        if share_reads:
+            loaded = shared_reads.gathered(loaded, values)
+        return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, loaded))
 
 
 def _as_saved(leaf: Leaf, *, as_sharded: bool) -> Placement:
