@@ -73,9 +73,9 @@ def load(
       partial: Whether `target` may lack leaves of the checkpoint; those are not read.
       keep_missing: Whether the checkpoint may lack leaves of `target`; those stay as they are.
       cast: Whether a dtype that differs is converted; an error otherwise.
-      sharding: Where arrays of JAX's go of which `target` does not say it, or all without a target:
-        "default", uncommitted to the default device; "saved", to the devices that they were saved
-        from, in the same way, for which these have to be here.
+      sharding: Where JAX arrays are put if `target` does not state it, or if there is no target:
+        "default", uncommitted on the default device; "saved", on the devices that they were saved
+        from, with the same sharding, which requires that these devices are here.
       restack: From how the checkpoint stacks layers to how the target does:
         `{Stack("decoder.layers", (0, 1)): Stack("decoder.layers_{}")}`; a name with `{}` may stand
         for its `Stack`. Of parameters and moments alike each device reads its own layers only.
@@ -212,7 +212,7 @@ def _plan(
 def _meant(lacking: Sequence[str], leaves: Sequence[Leaf], found: Container[str]) -> list[str]:
     """Returns a hint for what the target calls otherwise than the checkpoint, if that is likely.
 
-    Only where few leaves differ: of many it takes long to tell which are alike.
+    Only where few leaves differ: comparing many names takes long.
     """
     others = [leaf.name for leaf in leaves if leaf.name not in found]
     if not 0 < len(lacking) * len(others) <= _MOST_COMPARED:

@@ -164,8 +164,8 @@ class _Gather:
                 boxes = [(around, whole)]  # they lie in the same chunks, which are read anyhow
             for (first, size), box in boxes:
                 inside = (range(at, at + length) for at, length in zip(first, size, strict=True))
-                held = {row: rows[row] for row in itertools.product(*inside) if row in rows}
-                self._rows.append((first, held))
+                wanted = {row: rows[row] for row in itertools.product(*inside) if row in rows}
+                self._rows.append((first, wanted))
                 self.regions.append((stored, *box))
 
     def assembled(self, data: Sequence[np.ndarray]) -> np.ndarray:

@@ -110,10 +110,10 @@ class Task(Generic[T]):
         if not self.is_over:
             self._over.acquire()
 
-    def _end(self, tell: Callable[[], None]) -> None:
+    def _end(self, report: Callable[[], None]) -> None:
         try:
             with contextlib.suppress(InvalidStateError):
-                tell()
+                report()
         finally:
             self.is_over = True
             self._over.release()
