@@ -98,29 +98,26 @@ def put_on_devices(values: list[Any]) -> list[Any]:
     All are put in one call, which costs a tenth of one each.
     """
     waiting = [one for value in values for one in _shards_of(value)]
-    found: dict[int, jax.Array] = {}
-    for is_default in (True, False):
-        some = [one for one in waiting if (one.sharding is None) == is_default]
-        host = [one.array for one in some]
-        arrays = (
-            _put_on_default(host)
-            if is_default
-            else jax.device_put(host, [one.sharding for one in some])
-        )
-        found |= zip(map(id, some), arrays, strict=True)
+    free = [one for one in waiting if one.sharding is None]
+    bound = [one for one in waiting if one.sharding is not None]
+    arrays = [
+        *_put_on_default([one.array for one in free]),
+        *jax.device_put([one.array for one in bound], [one.sharding for one in bound]),
+    ]
+    found = dict(zip(map(id, [*free, *bound]), arrays, strict=True))
     return [_placed(value, found) for value in values]
 
 
 def _put_on_default(arrays: Sequence[np.ndarray]) -> Sequence[jax.Array]:
     """Puts arrays on the default device, uncommitted.
 
-    An argument of a compiled function takes 4 us, and in `device_put` 25. Compiling takes 20 ms, so
-    that this is worth it for many small arrays of one form only; all others are put as they come.
+    As an argument of a compiled function each takes 4 us, by `device_put` 25. Compiling takes 20 ms
+    on a CPU, so that only many small arrays of one form are put so.
     """
     form = (arrays[0].shape, arrays[0].dtype) if arrays else None
     is_many = len(arrays) >= _WORTH_COMPILING and arrays[0].nbytes <= _SMALL_BYTES
     is_eager: bool = jax.config.jax_disable_jit  # type: ignore[attr-defined]
-    is_plain = not is_eager and jax.sharding.get_abstract_mesh().empty
+    is_plain = not (is_eager or has_accelerator()) and jax.sharding.get_abstract_mesh().empty
     if not (is_many and is_plain and all((one.shape, one.dtype) == form for one in arrays)):
         put: Sequence[jax.Array] = jax.device_put(arrays)
         return put
