@@ -289,7 +289,7 @@ def choose(
 
 def _at_path(path: str | os.PathLike[str]) -> tuple[int, AnyPath]:
     described = fp.metadata(path)
-    step = described.custom_metadata.get("step")
+    step = completeness.recorded(described).get("step")
     if not isinstance(step, int):
         step = step_in_name(described.path.name)
     if step is None:
@@ -323,8 +323,8 @@ def _looked_into(held: Mapping[int, AnyPath]) -> dict[int, SavedStep]:
 def _look_into(path: AnyPath, step: int, _identity: object) -> SavedStep:
     """Reads it once: the table of contents of a large model takes a while."""
     metadata = fp.metadata(path)
-    custom = metadata.custom_metadata
-    metrics, ranked_by = custom.get("metrics"), custom.get("ranked_by")
+    metrics = metadata.custom_metadata.get("metrics")
+    ranked_by = completeness.recorded(metadata).get("ranked_by")
     return SavedStep(
         step=step,
         metrics=finite_numbers(metrics) if isinstance(metrics, Mapping) else {},

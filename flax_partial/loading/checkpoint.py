@@ -193,6 +193,7 @@ def described(where: Place, contents: Contents) -> CheckpointMetadata:
         path=where.final,
         leaves=leaves,
         custom_metadata=contents.custom_metadata,
+        training=contents.training,
         bytes=sum(leaf.bytes for leaf in leaves.values()),
         started_at=contents.started_ns / 1e9,
         committed_at=contents.committed_ns / 1e9,
