@@ -245,7 +245,18 @@ def test_an_epoch_that_ended_with_its_checkpoint_is_done(tmp_path: Path) -> None
     with checkpointing(tmp_path) as ckpt:
         ckpt.restore(weights(0))
         assert (ckpt.steps_done, ckpt.epochs_done, ckpt.step_in_epoch) == (4, 2, 0)
-        assert fp.metadata(tmp_path / "4").custom_metadata["epoch"] == 1
+        assert fp.metadata(tmp_path / "4").training["epoch"] == 1
+
+
+def test_the_progress_that_earlier_versions_stored_among_custom_metadata_is_read(
+    tmp_path: Path,
+) -> None:
+    progress = {"epochs_done": 2, "steps_of_epoch": 3}
+    fp.save(tmp_path / "9", weights(9), custom_metadata={"step": 9, "progress": progress})
+    fp.finalize(tmp_path / "9")
+    with checkpointing(tmp_path) as ckpt:
+        ckpt.restore(weights(0))
+        assert (ckpt.steps_done, ckpt.epochs_done, ckpt.step_in_epoch) == (9, 2, 3)
 
 
 def test_of_what_others_wrote_only_the_step_is_known(tmp_path: Path) -> None:

@@ -418,14 +418,26 @@ def test_session_key_of_the_user_means_nothing(session: Any, tmp_path: Path, she
     assert shell.json("show", tmp_path / "c")["custom_metadata"] == {"session": session}
 
 
-def test_what_the_callback_keeps_is_not_shown_as_custom_metadata(
-    tmp_path: Path, shell: Shell
+@pytest.mark.parametrize(
+    ("field", "label"),
+    [
+        pytest.param("training", "training", id="now"),
+        pytest.param("custom_metadata", "custom metadata", id="up to version 0.1"),
+    ],
+)
+def test_what_callbacks_keep_to_recover_is_not_shown(
+    field: str, label: str, tmp_path: Path, shell: Shell
 ) -> None:
     saved = completeness.saved(callback="params", group="g")
-    path = begin(tmp_path / "c", {"a": np.ones(2)}, step=3, session=saved)
+    path = tmp_path / "c"
+    fp.save(path, {"a": np.ones(2)}, **{field: {"step": 3, "session": saved}})
+    shell.run("finalize", path, status=PROBLEM)
+    assert "(step 3)" in shell.error
     for command in ("status", "show"):
-        assert shell.json(command, path)["custom_metadata"] == {"step": 3}
-        assert 'custom metadata: {"step": 3}\n' in shell.run(command, path)
+        assert shell.json(command, path)[field] == {"step": 3}
+        assert f'{label}: {{"step": 3}}\n' in shell.run(command, path)
+    (found,) = shell.json("ls", tmp_path)["checkpoints"]
+    assert found["step"] == 3
     shell.run("finalize", path, "--anyway")
     shell.run("export", path, tmp_path / "file")
     assert b"params" not in (tmp_path / "file").read_bytes()
