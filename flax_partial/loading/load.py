@@ -18,7 +18,7 @@ import numpy as np
 from jax import tree_util
 
 from flax_partial import collector, leaf_types
-from flax_partial.errors import CorruptCheckpointError, TargetMismatchError
+from flax_partial.errors import CorruptCheckpointError, TargetMismatchError, first_few
 from flax_partial.format import keypaths
 from flax_partial.format.keypaths import ATTRIBUTE, KeyPath
 from flax_partial.format.model import Leaf, Region
@@ -40,6 +40,7 @@ _PARTIAL = "partial=True lets the target lack leaves"
 _KEEP_MISSING = "keep_missing=True lets the checkpoint lack leaves, which stay as they are"
 _CAST = "cast=True converts dtypes"
 _MOST_COMPARED = 2500  # pairs of names, in a fraction of a second
+_MOST_MEANT = 3  # pairs that a message shows
 _PIECE_BYTES = 96 << 20  # of a load that reports progress, or fills an accelerator
 
 Outcomes = Sequence[np.ndarray | Exception]
@@ -247,7 +248,8 @@ def _meant(lacking: Sequence[str], leaves: Sequence[Leaf], found: Container[str]
             return [f"The checkpoint has such leaves below {root!r}: pass {{{root!r}: target}}."]
     close = {name: difflib.get_close_matches(name, others, n=1) for name in lacking}
     likely = [f"{names[0]!r} for {name!r}" for name, names in close.items() if names]
-    return [f"The checkpoint has {', '.join(likely)}."] if likely else []
+    shown = first_few(likely, most=_MOST_MEANT, count=len(likely))
+    return [f"The checkpoint has {', '.join(shown)}."] if likely else []
 
 
 def _bare(name: str) -> str:
