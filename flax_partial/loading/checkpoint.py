@@ -174,7 +174,9 @@ def _nothing_to_load(where: Place) -> NoSessionError:
         return NoSessionError(
             f"{where.final} is not finalized: its parts are in {where.session}. Finalize it first."
         )
-    meant = catalog.probably_meant(where.final) if isinstance(where.final, Path) else ""
+    meant = ""
+    if isinstance(where.final, Path):
+        meant = catalog.probably_meant(where.final) or catalog.called_alike(where.final)
     return NoSessionError(f"There is no checkpoint at {where.final}.{meant}")
 
 
