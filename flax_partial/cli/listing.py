@@ -163,6 +163,12 @@ def require_something(path: str) -> None:
     raise WrongUseError(f"there is no checkpoint at {path}; {parent} has {has}")
 
 
+def runs_in(directory: AnyPath) -> str:
+    """Returns which runs a directory without checkpoints holds, to be added to that; or nothing."""
+    meant = catalog.probably_meant(directory)
+    return f".{meant}" if meant else ""
+
+
 def absent(path: AnyPath) -> str:
     """Returns a sentence: nothing is at the path; with names beside it that are like its own."""
     close = text.close(path.name, directories.names(path.parent))

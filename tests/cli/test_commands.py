@@ -129,6 +129,11 @@ def test_names_and_metadata_cannot_act_on_a_terminal(tmp_path: Path, shell: Shel
 
 def test_ls_of_an_empty_directory_is_fine(tmp_path: Path, shell: Shell) -> None:
     assert shell.run("ls", tmp_path) == f"no checkpoints in {tmp_path}\n"
+    write(tmp_path / "run" / "3", {"a": 1})
+    runs = "It holds runs: run (steps 3)."
+    assert shell.run("ls", tmp_path) == f"no checkpoints in {tmp_path}. {runs}\n"
+    shell.run("latest", tmp_path, status=PROBLEM)
+    assert shell.error.endswith(f"step. {runs}\n")
     assert shell.json("ls", tmp_path, "--monitor", "loss")["checkpoints"] == []
 
 
