@@ -22,7 +22,7 @@ from flax_partial.callbacks._metrics import finite_numbers
 from flax_partial.callbacks.policies import SavedStep, ranked
 from flax_partial.runs import completeness, liveness
 from flax_partial.runs import directory as runs_directory
-from flax_partial.runs.directory import checkpoints, step_in_name
+from flax_partial.runs.directory import checkpoints, probably_meant, step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -268,7 +268,9 @@ def choose(
         return _at_path(which)
     if isinstance(which, int) and not isinstance(which, bool):
         if which not in held:
-            raise fp.NoSessionError(f"{directory} holds no checkpoint of step {which}: {[*held]}.")
+            raise fp.NoSessionError(
+                f"There is no checkpoint of step {which} in {directory}.{probably_meant(directory)}"
+            )
         return which, held[which]
     if which == "latest":
         return next(reversed(held.items()), None)

@@ -141,7 +141,7 @@ def _load(
             _LOG.warning("%s was not loaded: %s.", where.final / name, why)
         leaves = checkpoint.contents.leaves
         readings = [as_placed(_as_saved(leaf, as_sharded=as_sharded)) for leaf in leaves]
-        return _nested(leaves, _read(checkpoint, readings, progress))
+        return _nested(leaves, _read(where, checkpoint, readings, progress))
     target = orbax_terms.tree_of(target)
     if leaf_types.are_registered():
         keypaths.values_of(target)  # whose message names what JAX cannot flatten
@@ -159,7 +159,7 @@ def _load(
         cast=cast,
         as_sharded=as_sharded,
     )
-    loaded = _read(checkpoint, readings, progress)
+    loaded = _read(where, checkpoint, readings, progress)
     if share_reads:
         loaded = shared_reads.gathered(loaded, values)
     return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, loaded))
@@ -291,6 +291,7 @@ def _find(path: KeyPath, by_name: Mapping[str, Leaf]) -> Leaf | None:
 
 
 def _read(
+    where: Place,
     checkpoint: Checkpoint,
     readings: Sequence[Reading],
     progress: Callable[[int, int], None] | None,
@@ -316,7 +317,10 @@ def _read(
         if isinstance(error, OSError):
             raise error
     if errors:
-        raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
+        raise CorruptCheckpointError(
+            f"{where.final} is damaged: load an earlier one, or without these leaves.\n  "
+            + "\n  ".join(dict.fromkeys(map(str, errors)))
+        )
     return values
 
 

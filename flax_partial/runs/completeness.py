@@ -75,7 +75,7 @@ def missing(status: SessionStatus, step: int) -> str | None:
     """Says why a session is not the checkpoint of `step`; None if it lacks nothing."""
     strangers = [part.name for part in status.parts if recorded(part).get("step") != step]
     if strangers:
-        return f"its part {strangers[0]} is of another step than {step}"
+        return f"its part {strangers[0]} was not saved by callbacks in step {step}"
     session = recorded(status).get("session", {})
     if "callbacks" not in session:
         return f"step {step} was not completely written"
