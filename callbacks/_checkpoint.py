@@ -180,7 +180,8 @@ class Checkpoint:
             self._wait_well()
             if metrics:
                 member = next(iter(self.members.values()))
-                scores = Closing({"ranked_by": self._ranked_by}, {"metrics": metrics})
+                ranked_by = {"ranked_by": self._ranked_by} if self._ranked_by else {}
+                scores = Closing(custom_metadata={"metrics": metrics}, training=ranked_by)
                 self._save_group(member, "", [], {}, scores)
                 self._wait_well()
             began[0] = time.perf_counter()
