@@ -23,6 +23,7 @@ import flax_partial as fp
 from flax_partial.callbacks import _rows, _stacked
 from flax_partial.callbacks._claims import Claims
 from flax_partial.callbacks._reports import BlockedTime, CheckpointReport
+from flax_partial.callbacks._restored import Closing
 from flax_partial.callbacks._timeline import devices_of
 from flax_partial.runs import completeness, liveness
 from flax_partial.subtrees import joined
@@ -97,7 +98,7 @@ class Checkpoint:
         member: Member,
         groups: Mapping[str, Leaves],
         *,
-        closing: Mapping[str, Any] | None = None,
+        closing: Closing | None = None,
     ) -> None:
         """Saves groups in the background; returns once their arrays may be donated.
 
@@ -106,7 +107,7 @@ class Checkpoint:
         Args:
           member: The callback.
           groups: Group to its leaves.
-          closing: If the callback is done, what its last part records of training. It lists, for
+          closing: If the callback is done, what its last part stores beside arrays. It lists, for
             later processes, all groups that the callback saved, too.
         """
         claimed = {name: self.claims.take(member.key, leaves) for name, leaves in groups.items()}
@@ -115,12 +116,12 @@ class Checkpoint:
             is_last = closing is not None and at == len(named)
             saved = completeness.saved(callback=member.key, group=group)
             listed = self._closing(member) if is_last else {}
-            said = {"session": {**saved, **listed}, **((is_last and closing) or {})}
-            self._save_group(member, group, leaves, said)
+            said = {"session": {**saved, **listed}}
+            self._save_group(member, group, leaves, said, closing if is_last else None)
         # In other processes, the same callback may have all there is to save.
         has_parts = bool(self.claims.names) or jax.process_count() > 1
         if closing is not None and not named and has_parts:
-            self._save_group(member, "", [], {"session": self._closing(member), **closing})
+            self._save_group(member, "", [], {"session": self._closing(member)}, closing)
 
     def written(self) -> tuple[int, int]:
         """Returns how many bytes of how many, of those that this process saves, are written."""
@@ -179,8 +180,9 @@ class Checkpoint:
             self._wait_well()
             if metrics:
                 member = next(iter(self.members.values()))
-                scores = {"metrics": metrics, "ranked_by": self._ranked_by}
-                self._save_group(member, "", [], scores)
+                ranked_by = {"ranked_by": self._ranked_by} if self._ranked_by else {}
+                scores = Closing(custom_metadata={"metrics": metrics}, training=ranked_by)
+                self._save_group(member, "", [], {}, scores)
                 self._wait_well()
             began[0] = time.perf_counter()
             return sorted(self.claims.names)
@@ -289,9 +291,16 @@ class Checkpoint:
             return name
 
     def _save_group(
-        self, member: Member, group: str, leaves: Leaves, metadata: Mapping[str, Any]
+        self,
+        member: Member,
+        group: str,
+        leaves: Leaves,
+        recorded: Mapping[str, Any],
+        closing: Closing | None = None,
     ) -> None:
         """Begins to save a group, or metadata alone; an error fails the checkpoint."""
+        closing = closing or Closing({}, {})
+        training = {"step": self.step, "epoch": self._epoch, **recorded, **closing.training}
         if self.error is not None:
             return
         where, has_leaves = devices_of(leaves), bool(leaves)  # which `finished` must not keep
@@ -308,7 +317,8 @@ class Checkpoint:
                 handle = fp.save_async(
                     self.path,
                     joined(_stacked.cut(leaves)) if leaves else {},
-                    custom_metadata=self._metadata(metadata),
+                    custom_metadata=closing.custom_metadata,
+                    training=training,
                     options=member.options,
                     reuse=self.before if member.reuse_unchanged else None,
                 )
@@ -320,9 +330,6 @@ class Checkpoint:
             self._sizes[group] = sum(_bytes_of(leaf) for _, leaf in leaves)
             self._saves[group] = handle
         handle.add_done_callback(finished)
-
-    def _metadata(self, more: Mapping[str, Any]) -> dict[str, Any]:
-        return {"step": self.step, "epoch": self._epoch, **more}
 
 
 def _bytes_of(leaf: Any) -> int:

@@ -11,7 +11,7 @@ import errno
 import functools
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import jax
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._preemption import Preemption
+    from flax_partial.callbacks._restored import Closing
     from flax_partial.callbacks._tiers import Tiers
     from flax_partial.runs.directory import AnyPath
 
@@ -332,7 +333,7 @@ class Run:
         *,
         epoch: int,
         epoch_ends: bool,
-        closing: Mapping[str, Any],
+        closing: Closing,
     ) -> None:
         """Saves the last groups of a callback; once all are done the checkpoint is closed.
 
@@ -345,7 +346,7 @@ class Run:
           groups: Group to its leaves.
           epoch: The epoch under way, the first being 0.
           epoch_ends: Whether the step ends its epoch, whose metrics are yet to come.
-          closing: What its last part records of training.
+          closing: What its last part stores beside arrays.
         """
         with self._lock:
             if not checkpoint.members:

@@ -30,6 +30,7 @@ from flax_partial.callbacks._tiers import best, choose, tiers_of
 from flax_partial.callbacks._unrestored import unrestored
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.progress import Bar
+from flax_partial.runs import completeness
 from flax_partial.runs.directory import checked, probably_meant
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What is stored of each checkpoint beside `custom_metadata`, in the same place.
-_OWN = ("step", "epoch", "session", "progress", "extras", "metrics", "ranked_by")
 _STEP_LEAF = "checkpoint_step"  # that earlier versions added to the tree, for themselves
 
 
@@ -417,9 +416,10 @@ class PartialCheckpointCallback(TrainingHooks):
         if self._is_training and not discard_later:
             self._run.check_none_later(step, path)
         described = fp.metadata(path)
-        progress = progress_of(described.custom_metadata, step)
+        recorded = completeness.recorded(described)
+        progress = progress_of(recorded, step)
         extras = self._extras.find(
-            described.custom_metadata,
+            recorded,
             partial=options["partial"] or target is None,
             keep_missing=options["keep_missing"],
         )
@@ -458,10 +458,9 @@ class PartialCheckpointCallback(TrainingHooks):
 def _checked(custom_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns a copy of a run's metadata; whether a value can be stored is checked by the save."""
     metadata = dict(custom_metadata or {})
-    if own := sorted(metadata.keys() & set(_OWN)):
+    if "metrics" in metadata:
         raise ValueError(
-            f"custom_metadata has {own[0]!r}, which is stored with each checkpoint anyway. "
-            f"Names that are in use: {', '.join(_OWN)}."
+            "custom_metadata has 'metrics': that is where the metrics of each step are stored."
         )
     return metadata
 

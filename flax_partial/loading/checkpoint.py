@@ -174,7 +174,9 @@ def _nothing_to_load(where: Place) -> NoSessionError:
         return NoSessionError(
             f"{where.final} is not finalized: its parts are in {where.session}. Finalize it first."
         )
-    meant = catalog.probably_meant(where.final) if isinstance(where.final, Path) else ""
+    meant = ""
+    if isinstance(where.final, Path):
+        meant = catalog.probably_meant(where.final) or catalog.called_alike(where.final)
     return NoSessionError(f"There is no checkpoint at {where.final}.{meant}")
 
 
@@ -193,6 +195,7 @@ def described(where: Place, contents: Contents) -> CheckpointMetadata:
         path=where.final,
         leaves=leaves,
         custom_metadata=contents.custom_metadata,
+        training=contents.training,
         bytes=sum(leaf.bytes for leaf in leaves.values()),
         started_at=contents.started_ns / 1e9,
         committed_at=contents.committed_ns / 1e9,

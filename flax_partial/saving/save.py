@@ -35,6 +35,7 @@ def save(
     state: Any,
     *,
     custom_metadata: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
     replace: bool = False,
     options: SaveOptions | None = None,
     reuse: PathLike | None = None,
@@ -48,6 +49,8 @@ def save(
         empty containers, `Slice`. An empty container holds a place: other saves may fill it.
       custom_metadata: JSON values under string keys. Those of several saves merge deeply; the later
         value wins.
+      training: What a training loop records of itself, such as `{"step": 40}`: JSON values, which
+        merge as `custom_metadata` do. The callbacks store there what they resume from.
       replace: Whether leaves that the session holds already are replaced; an error otherwise.
         Replacing some rows of a leaf that is saved in `Slice`s means saving all of them again.
       options: How to write it.
@@ -69,7 +72,7 @@ def save(
         is after a `KeyboardInterrupt`, unless the commit had begun; the call then waits for the
         piece that is being written, of at most 64 MiB. A second interrupt does not wait.
     """
-    job = _prepare(path, state, custom_metadata, options, reuse=reuse)
+    job = _prepare(path, state, custom_metadata, training, options, reuse=reuse)
     try:
         job.claim(replace=replace)
         return workers.saving.run(job.task)
@@ -83,6 +86,7 @@ def save_async(
     state: Any,
     *,
     custom_metadata: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
     replace: bool = False,
     options: SaveOptions | None = None,
     reuse: PathLike | None = None,
@@ -96,6 +100,7 @@ def save_async(
       path: As for `save`.
       state: As for `save`.
       custom_metadata: As for `save`.
+      training: As for `save`.
       replace: As for `save`.
       options: As for `save`; `max_inflight_bytes` bounds what waits to be written.
       reuse: As for `save`.
@@ -106,7 +111,7 @@ def save_async(
     Raises:
       CheckpointExistsError: As for `save`; so are the other errors about what is passed.
     """
-    job = _prepare(path, state, custom_metadata, options, reuse=reuse)
+    job = _prepare(path, state, custom_metadata, training, options, reuse=reuse)
     try:
         job.claim(replace=replace)
         job.take_snapshot()
@@ -138,6 +143,7 @@ def _prepare(
     path: PathLike,
     state: Any,
     custom_metadata: Mapping[str, Any] | None,
+    training: Mapping[str, Any] | None,
     options: SaveOptions | None,
     *,
     reuse: PathLike | None,
@@ -152,7 +158,7 @@ def _prepare(
     options = _DEFAULTS if options is None else options
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
-    metadata = check_metadata(custom_metadata)
+    metadata, of_training = check_metadata(custom_metadata), check_metadata(training, "training")
     described = describe(
         state,
         chunk_bytes=options.chunk_bytes,
@@ -160,7 +166,7 @@ def _prepare(
         share_replicas=bool(options.share_replicas),
         remember=earlier is not None,
     )
-    if not described.leaves and not metadata:
+    if not (described.leaves or metadata or of_training):
         raise EmptyStateError(
             f"state {state!r} has no leaves, and there is no custom_metadata: there is nothing to "
             "save."
@@ -169,6 +175,7 @@ def _prepare(
         where,
         described,
         custom_metadata=metadata,
+        training=of_training,
         options=options,
         reuse=earlier,
         started=started,

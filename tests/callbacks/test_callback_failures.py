@@ -307,7 +307,7 @@ def test_session_left_incomplete_is_dropped_and_said(
         "step 2 was not completely written, and its process has ended. There is no checkpoint in"
         in caplog.text
     )
-    assert "is of another step than 3" in caplog.text
+    assert "was not saved by callbacks in step 3" in caplog.text
 
 
 def test_session_whose_checkpoint_is_there_is_dropped(tmp_path: Path) -> None:

@@ -143,9 +143,9 @@ def test_it_is_a_callback_of_lightnings(tmp_path: Path) -> None:
     trainer = fit(tmp_path, Lit(), callback)
     assert callback in trainer.callbacks
     assert trainer.global_step == BATCHES * EPOCHS
-    custom = fp.metadata(fp.latest(tmp_path / "run") or "").custom_metadata
-    assert custom["epoch"] == EPOCHS - 1
-    assert set(custom["metrics"]) == {"loss", "val_loss"}
+    found = fp.metadata(fp.latest(tmp_path / "run") or "")
+    assert found.training["epoch"] == EPOCHS - 1
+    assert set(found.custom_metadata["metrics"]) == {"loss", "val_loss"}
     assert_equal(saved(tmp_path / "run"), uninterrupted())
 
 
