@@ -257,7 +257,7 @@ class TrainingHooks(Copyable):
             yield
         finally:
             self._run.add_blocked(time.perf_counter() - begun, hook)
-        self._member.failures.raise_first()
+        self._run.raise_failure(self._member)
         if trainer is not None:
             self._send_costs(trainer)
 

@@ -361,6 +361,21 @@ class Run:
             if not epoch_ends:
                 self.open_checkpoints.finish_scored()
 
+    def raise_failure(self, member: Member) -> None:
+        """Raises the oldest error of a callback's checkpoints that was not raised before, if any.
+
+        If that is of the step it saved last, which nobody else saves, the step may be repeated.
+        """
+        failure = member.failures.take_first()
+        if failure is None:
+            return
+        step, error = failure
+        is_alone = jax.process_count() == 1 and set(self.members) <= {member}
+        if is_alone and step == member.last_saved:
+            self.open_checkpoints.settle(before=step + 1)
+            member.take_back()
+        raise error
+
     def tell_misspelt(self, member: Member) -> None:
         """Warns, after the first step, of a monitor that is almost the name of a metric."""
         names = frozenset(self.open_checkpoints.metric_names)
