@@ -30,7 +30,7 @@ from flax_partial.runs import liveness
 from flax_partial.runs.directory import make
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
@@ -376,11 +376,16 @@ class Run:
             member.take_back()
         raise error
 
-    def tell_misspelt(self, member: Member) -> None:
-        """Warns, after the first step, of a monitor that is almost the name of a metric."""
-        names = frozenset(self.open_checkpoints.metric_names)
+    def tell_misspelt(self, member: Member, expected: Collection[str]) -> None:
+        """Warns, after the first step, of a monitor that is probably meant to be another metric.
+
+        Args:
+          member: The callback.
+          expected: Names of metrics that a validation will set.
+        """
+        names = {*self.open_checkpoints.metric_names, *expected}
         for monitor in member.retention.modes.keys() - names:
-            if any(is_misspelt(monitor, name) for name in names):
+            if is_misspelt(monitor, names, expected):
                 logger.warning("After the first step the monitor %s", lacking(monitor, {}, names))
 
     def check_monitor(self, member: Member) -> None:
