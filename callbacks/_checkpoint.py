@@ -160,7 +160,7 @@ class Checkpoint:
             self.error = error
         error.add_note(f"This is about the checkpoint of step {self.step}, {self.path}.")
         for member in members:
-            member.failures.add(error)
+            member.failures.add(self.step, error)
 
     def finalize(self, metrics: Mapping[str, float], *, timeout_secs: float) -> CheckpointReport:
         """Waits for all saves, in all processes, and finalizes.

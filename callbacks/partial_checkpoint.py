@@ -36,6 +36,7 @@ from flax_partial.runs.directory import checked, probably_meant
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
+    from collections.abc import Set as AbstractSet
     from datetime import timedelta
 
     from flax_partial.callbacks._groups import GroupBy
@@ -156,7 +157,7 @@ class PartialCheckpointCallback(TrainingHooks):
             its name ("loss", "accuracy"), and refuses any other.
           save_top_k: Keep so many of the best checkpoints, and the newest 5 whose score is not
             known (`BestN` of `keep` takes another number). -1: all are kept, whatever else is said.
-          keep_every_n_steps: Keep the first checkpoint at or after each n-th step.
+          keep_every_n_steps: Keep the first checkpoint at or after each n-th step, and step 0.
           keep_time_interval: Keep the oldest checkpoint, and after it always the first that is
             finalized so much later than the one kept before.
           save_on_preemption: When the process gets SIGTERM, save the step under way once it is
@@ -264,6 +265,11 @@ class PartialCheckpointCallback(TrainingHooks):
     def skipped_saves(self) -> int:
         """Number of steps that were due and not saved, since the one before was on its way."""
         return self._member.skipped
+
+    @property
+    def monitors(self) -> AbstractSet[str]:
+        """The metrics that rank its checkpoints."""
+        return self._member.retention.modes.keys()
 
     @property
     def reports(self) -> tuple[CheckpointReport, ...]:

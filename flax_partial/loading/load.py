@@ -71,7 +71,8 @@ def load(
         None reads everything. Orbax's own terms are understood: what its `metadata` returns, `int`,
         `float`, `str` and `np.ndarray` for values of these types, and `...` for a leaf or subtree
         that is not to be read, which then stands in the result.
-      partial: Whether `target` may lack leaves of the checkpoint; those are not read.
+      partial: Whether `target` may lack leaves of the checkpoint, or have None there; those are not
+        read.
       keep_missing: Whether the checkpoint may lack leaves of `target`; those stay as they are.
       cast: Whether a dtype that differs is converted; an error otherwise.
       sharding: Where JAX arrays are put if `target` does not state it, or if there is no target:
@@ -170,7 +171,8 @@ def _plan(
     lacking: list[str] = []
     for key_path, value in wanted:
         source = arrangement.find(key_path, value)
-        if value is orbax_terms.PLACEHOLDER:
+        is_none = isinstance(source, Source) and _fits_by_cast(source.leaf, None)
+        if value is orbax_terms.PLACEHOLDER or (partial and value is None and not is_none):
             skipped.update(source.names if isinstance(source, Source) else [key_path.name])
             source, planned = None, placing.as_it_is(key_path, value)
         elif isinstance(source, str):
