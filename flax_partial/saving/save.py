@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flax_partial import collector
 from flax_partial.errors import EmptyStateError
 from flax_partial.format.metadata import check_metadata
 from flax_partial.options import SaveOptions
@@ -69,7 +70,8 @@ def save(
         is after a `KeyboardInterrupt`, unless the commit had begun; the call then waits for the
         piece that is being written, of at most 64 MiB. A second interrupt does not wait.
     """
-    (job,) = _prepare(path, [state], [custom_metadata], options, reuse=reuse)
+    with collector.paused():
+        (job,) = _prepare(path, [state], [custom_metadata], options, reuse=reuse)
     try:
         job.claim(replace=replace)
         return workers.saving.run(job.task)
@@ -151,11 +153,17 @@ def save_each_async(
     metadata = [None] * len(states) if custom_metadata is None else list(custom_metadata)
     if len(metadata) != len(states):
         raise ValueError(f"{len(metadata)} custom_metadata for {len(states)} states")
-    jobs = _prepare(path, states, metadata, options, reuse=reuse)
+    jobs: list[SaveJob] = []
     try:
-        for job in jobs:
-            job.claim(replace=replace)
-        hand_over(jobs)
+        with collector.paused():
+            jobs = _prepare(path, states, metadata, options, reuse=reuse)
+            for job in jobs:
+                job.claim(replace=replace)
+            may_wait = options is not None and options.max_inflight_bytes is not None
+            if not may_wait:
+                hand_over(jobs)
+        if may_wait:
+            hand_over(jobs)
     except BaseException:
         for job in jobs:
             job.task.withdraw()
@@ -163,6 +171,7 @@ def save_each_async(
     return [job.handle for job in jobs]
 
 
+@collector.paused()
 def check(state: Any) -> None:
     """Raises what `save` would raise about a state; saves nothing, and waits for no computation.
 
