@@ -7,10 +7,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import flax_partial as fp
+
 if TYPE_CHECKING:
     import signal
 
-    import flax_partial as fp
     from flax_partial.callbacks._clock import Clock
     from flax_partial.callbacks._schedule import Retention, Schedule
 
@@ -33,9 +34,12 @@ class Failures:
         self._waiting: deque[tuple[int, BaseException]] = deque()
 
     def add(self, step: int, error: BaseException) -> None:
-        """Counts the failed checkpoint of a step, and keeps or logs its error."""
+        """Counts the failed checkpoint of a step, and keeps or logs its error.
+
+        That a device had no memory for copies does not end training: from now on none are made.
+        """
         self.count += 1
-        if self.are_raised:
+        if self.are_raised and not isinstance(error, fp.DeviceMemoryError):
             self._waiting.append((step, error))
         else:
             logger.error("A checkpoint failed; training goes on.", exc_info=error)

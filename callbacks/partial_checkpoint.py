@@ -176,7 +176,8 @@ class PartialCheckpointCallback(TrainingHooks):
           reuse_unchanged: Whether leaves that are to the byte what they were in the checkpoint
             before (frozen layers, the base of an adapter) are not written again: both checkpoints
             share the files that hold them, and either may be removed.
-          on_save_error: Whether a failed save is raised at the next hook, or logged and counted.
+          on_save_error: Whether a failed save is raised at the next hook, or logged and counted. A
+            `DeviceMemoryError` is logged in any case.
           when_behind: What becomes of a step that is due by `every_n_train_steps` or
             `train_time_interval` while the checkpoint before is still being written. Training waits
             for that ("wait"), or the step is not saved ("skip"), which is logged and counted in
