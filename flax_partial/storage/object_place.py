@@ -52,7 +52,8 @@ T = TypeVar("T")
 MARK = "commit_success.txt"
 _CONTENTS = f"{STATE}/{CONTENTS}"
 _ATTEMPTS = 50  # at what others may change meanwhile, such as who opens the next session
-_PATIENCE_SECS = 30.0  # with a process that has begun to end a session, or to remove a checkpoint
+_PATIENCE_SECS = 30.0  # of a save, with a process that has begun to end the session
+_REMOVAL_SECS = 30.0  # for which a removal is left to the process that has begun it
 _LONGEST_PAUSE_SECS = 0.5
 _MARK_LENGTH = 12
 
@@ -593,7 +594,7 @@ class ControlObjects:
         if data is None:
             return -math.inf
         at: float = control.read(data).get("at", 0.0)
-        return min(at - time.time(), 0.0) + _PATIENCE_SECS
+        return min(at - time.time(), 0.0) + _REMOVAL_SECS
 
     def _delete_all(self, session: str) -> bool:
         """Deletes a checkpoint of which it has been put that it is being removed.

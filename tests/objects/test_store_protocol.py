@@ -35,6 +35,7 @@ def _here() -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.0)
+    monkeypatch.setattr(object_place, "_REMOVAL_SECS", 0.0)
 
 
 def keys(url: str) -> list[str]:
