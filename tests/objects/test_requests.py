@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,3 +102,33 @@ def test_data_are_sent_from_where_the_arrays_are(server: S3Server) -> None:
         fp.save(server.url(), {"w": data})
     assert sum(piece.nbytes for piece in sent) == data.nbytes
     assert all(np.shares_memory(piece, data) for piece in sent)
+
+
+SAVED_BYTES = 256 * MIB
+SAVER = """
+import re, sys
+import numpy as np
+import flax_partial as fp
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+
+url, size = sys.argv[1], int(sys.argv[2])
+fp.save(url, {"first": np.ones(1 << 20, np.uint8)})
+data = np.ones(size, np.uint8)
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+fp.save(url, {"w": data})
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak of memory to reset")
+def test_saving_a_large_array_adds_little_memory(server: S3Server) -> None:
+    path = server.url()
+    command = [sys.executable, "-c", SAVER, path, str(SAVED_BYTES)]
+    added = int(subprocess.run(command, check=True, capture_output=True).stdout)
+    held = sum(map(len, server.objects.values()))
+    server.objects.clear()
+    assert held > SAVED_BYTES
+    assert added < 64 * MIB, f"{added / MIB:.0f} MiB"
