@@ -10,6 +10,7 @@ import itertools
 import re
 import threading
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from stores import Death, Killed, Request, another_process, memory, requests_thr
 from things import MOST_SECS
 
 import flax_partial as fp
+from flax_partial.loading import verify
 from flax_partial.storage import object_place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 
 DATA = np.arange(2000, dtype=np.float32)
@@ -43,13 +45,15 @@ def keys(url: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def stopped_at(method: str, ending: str, meanwhile: Callable[[], Any]) -> Iterator[list[str]]:
-    """Does something before the first such request is made, by whatever thread."""
+def stopped_at(
+    method: str, ending: str, meanwhile: Callable[[], Any], *, once: Sequence[Any] = (True,)
+) -> Iterator[list[str]]:
+    """Does something before the first such request is made, by whatever thread, once `once` is."""
     met: list[str] = []
 
     def hook(name: str, arguments: tuple[Any, ...], request: Request) -> Any:
         key = str(arguments[1]) if arguments[1:] else ""
-        if name == method and key.endswith(ending) and not met:
+        if name == method and key.endswith(ending) and once and not met:
             met.append(key)
             in_another_process(meanwhile)
         return request()
@@ -108,13 +112,16 @@ def test_saves_go_on_after_one_that_died_as_it_ended_the_session(end: Callable[[
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(("end", "held"), [(fp.finalize, {"a", "late"}), (fp.abort, None)])
+@pytest.mark.parametrize(("end", "held"), [(fp.finalize, {"a", "late", "later"}), (fp.abort, None)])
 def test_one_that_slept_before_its_verdict_begins_anew(
     end: Callable[[str], Any], held: set[str] | None
 ) -> None:
     url = memory()
     fp.save(url, {"a": DATA})
-    with stopped_at("put_new", ".verdict", lambda: fp.save(f"{url}?p=1", {"late": DATA})):
+    with (
+        stopped_at("put_new", ".verdict", lambda: fp.save(f"{url}?p=1", {"late": DATA})),
+        stopped_at("put_new", ".verdict.1", lambda: fp.save(f"{url}?p=1", {"later": DATA})),
+    ):
         end(url)
     if held is None:
         with pytest.raises(fp.NoSessionError):
@@ -122,6 +129,42 @@ def test_one_that_slept_before_its_verdict_begins_anew(
     else:
         assert set(fp.load(url)) == held
         assert fp.verify(url).ok
+
+
+@pytest.mark.usefixtures("impatient")
+def test_save_ends_one_round_of_a_finalize_and_then_no_other() -> None:
+    """Whoever decides later lists its part."""
+    url = memory()
+    fp.save(url, {"a": 1})
+    fenced, ended, fenced_anew, saved = (threading.Event() for _ in range(4))
+    ending = threading.Thread(target=lambda: fp.finalize(f"{url}?p=1"))
+
+    def hook(name: str, arguments: tuple[Any, ...], request: Request) -> Any:
+        if name == "put_new" and arguments[1].endswith(".verdict") and b"void" in arguments[2]:
+            try:
+                return request()
+            finally:
+                ended.set()
+                assert fenced_anew.wait(MOST_SECS)
+        if name == "put_new" and arguments[1].endswith(".verdict"):
+            fenced.set()
+            assert ended.wait(MOST_SECS)
+        if name == "put_new" and arguments[1].endswith(".verdict.1"):
+            fenced_anew.set()
+            assert saved.wait(MOST_SECS)
+        return request()
+
+    with requests_through(hook):
+        ending.start()
+        assert fenced.wait(MOST_SECS)
+        fp.save(url, {"late": 1})
+        saved.set()
+        ending.join(MOST_SECS)
+    assert set(fp.load(url)) == {"a", "late"}
+    assert sorted(key.partition(".")[2] for key in keys(url) if ".verdict" in key) == [
+        "verdict",
+        "verdict.1",
+    ]
 
 
 def test_save_whose_patience_ends_as_it_is_decided_is_told_what_was(
@@ -271,6 +314,27 @@ def test_remover_that_slept_leaves_the_next_session_alone() -> None:
     assert keys(url) == []
 
 
+def test_one_that_slept_before_its_verdict_changes_nothing_of_a_later_checkpoint() -> None:
+    url = memory()
+    fp.save(url, {"a": DATA})
+
+    def use_the_place_again() -> None:
+        other = f"{url}?p=1"
+        fp.finalize(other)
+        fp.remove(other)
+        fp.save(other, {"b": DATA})
+        fp.finalize(other)
+
+    with (
+        stopped_at("put_new", ".verdict", use_the_place_again),
+        pytest.raises(fp.CheckpointExistsError),
+    ):
+        fp.finalize(url)
+    assert set(fp.load(url)) == {"b"}
+    assert fp.verify(url).ok
+    assert sum(".verdict" in key for key in keys(url)) == 1
+
+
 # A place that is used again.
 
 
@@ -342,6 +406,18 @@ def test_save_that_slept_while_its_session_was_removed_and_another_begun_fails()
     assert set(fp.load(url)) == {"new"}
 
 
+def test_save_whose_verdict_is_removed_as_it_reads_it_fails() -> None:
+    url = memory()
+    fp.save(url, {"a": 1})
+    finalized: list[Any] = []
+    with (
+        stopped_at("put", "part.json", lambda: finalized.append(fp.finalize(f"{url}?p=1"))),
+        stopped_at("get", ".verdict", lambda: fp.remove(f"{url}?p=1"), once=finalized),
+        pytest.raises(fp.NoSessionError),
+    ):
+        fp.save(url, {"late": DATA})
+
+
 # Readers.
 
 
@@ -357,12 +433,18 @@ def read_by_verify(url: str, _: Shell) -> bool:
     return fp.verify(url).ok
 
 
+def read_by_verify_without_data(url: str, _: Shell) -> bool:
+    with mock.patch.object(verify, "batches", return_value=()):
+        return fp.verify(url).ok
+
+
 def read_by_show(url: str, shell: Shell) -> bool:
     return shell.json("show", url)["state"] == "finalized"
 
 
 def read_by_diff(url: str, shell: Shell) -> bool:
-    return bool(shell.json("diff", url, memory_with({"big": DATA + 1}), status=1)["changes"])
+    changes = shell.json("diff", url, memory_with({"big": DATA + 1}), status=1)["changes"]
+    return {"big": "values"}.items() <= {one["name"]: one["change"] for one in changes}.items()
 
 
 def read_by_copy(url: str, _: Shell) -> bool:
@@ -376,7 +458,10 @@ def memory_with(state: dict[str, Any]) -> str:
     return url
 
 
-READERS = (read_by_load, read_by_metadata, read_by_verify, read_by_show, read_by_diff, read_by_copy)
+READERS = (
+    *(read_by_load, read_by_metadata, read_by_verify, read_by_verify_without_data),
+    *(read_by_show, read_by_diff, read_by_copy),
+)
 CASES = [
     *((read, "gone") for read in READERS),
     *((read, "another one") for read in READERS[:3]),
