@@ -9,7 +9,7 @@ The rules, which stand here and nowhere else:
 4. A placeholder, an empty container, counts only where no part holds a leaf of its name, or
    anything inside of it.
 5. The leaves form a tree that a reader can represent (`keypaths.KeyTree`), lists without gaps.
-6. Dictionaries of custom metadata merge deeply in the order of the saves; the later value wins.
+6. Dictionaries of metadata merge deeply in the order of the saves; the later value wins.
 """
 
 import math
@@ -44,6 +44,7 @@ class MergePlan:
         where they are in the leaf itself.
       data_parts: The data files that the leaves' runs number, each called as by `data_part`.
       custom_metadata: That of all parts, merged.
+      training: What a training loop recorded of itself, of all parts, merged.
       started_ns: When the first part was saved, in nanoseconds since the epoch.
       parts: Number of parts.
       first_part: The smallest name of a part; empty without parts.
@@ -55,6 +56,7 @@ class MergePlan:
     sources: tuple[tuple[Source, ...], ...]
     data_parts: tuple[str, ...]
     custom_metadata: dict[str, Any]
+    training: dict[str, Any]
     started_ns: int
     parts: int
     first_part: str
@@ -90,6 +92,7 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
         sources=tuple(sources),
         data_parts=tuple(numbers),
         custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
+        training=merge_metadata(part.training for _, part in ordered),
         started_ns=min((part.time_ns for _, part in ordered), default=0),
         parts=len(parts),
         first_part=min(parts, default=""),

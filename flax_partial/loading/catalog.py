@@ -6,6 +6,7 @@ names count where Orbax wrote the checkpoint: `exp_1` that this package saved is
 In an object store a step is called by its number alone, and counts once it is published.
 """
 
+import difflib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -148,6 +149,14 @@ def _meant(path: AnyPath) -> str:
     return ""
 
 
+def called_alike(path: Path) -> str:
+    """Returns, as a sentence after a space, what stands beside a path that is not there."""
+    if path.exists():
+        return ""
+    close = difflib.get_close_matches(path.name, directories.names(path.parent), n=1)
+    return f" There is {path.parent / close[0]}." if close else ""
+
+
 def _listed(steps: Iterable[int]) -> str:
     """The last ones of ascending steps, as text."""
     shown = [str(step) for step in steps]
@@ -175,7 +184,9 @@ def remove(path: PathLike) -> None:
     if places.names_session(path):  # it was meant for what is unfinished, as it was a moment ago
         raise NoSessionError(f"There is no finalized checkpoint at {where.session}: abort it.")
     if isinstance(where.final, Path) and not is_finalized(where.final):
-        raise NoSessionError(f"There is no finalized checkpoint at {where.final}.")
+        raise NoSessionError(
+            f"There is no finalized checkpoint at {where.final}.{probably_meant(where.final)}"
+        )
     workers.finalizing.run(Task(lambda _: where.remove_checkpoint(), Handle[None]()))
 
 

@@ -140,15 +140,17 @@ class WorkerPool:
         self._draining: set[int] = set()
         self._idle: list[threading.Lock] = []  # each held by a worker that waits for its release
 
-    def submit(self, task: Task[Any]) -> None:
-        """Has a worker do a task, after those submitted before it."""
-        task.is_submitted = True
+    def submit(self, *tasks: Task[Any]) -> None:
+        """Has workers do tasks, after those submitted before them."""
+        for task in tasks:
+            task.is_submitted = True
         if _exit.is_near():  # no thread can be started any more, and none would be waited for
-            task.run()
+            for task in tasks:
+                task.run()
             return
         with self._lock:
-            self._queue.append(task)
-        if task.is_ready:
+            self._queue.extend(tasks)
+        for _ in range(min(self._most, sum(task.is_ready for task in tasks))):
             self._start_one()
 
     def wake(self) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 import pytest
+from no_memory import no_memory
 from stub_trainer import (
     EVERYTHING,
     PARAMS,
@@ -37,6 +38,8 @@ from flax_partial.storage import session_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+__all__ = ["no_memory"]  # a fixture
 
 pytestmark = pytest.mark.usefixtures("_logged")
 
@@ -307,7 +310,7 @@ def test_session_left_incomplete_is_dropped_and_said(
         "step 2 was not completely written, and its process has ended. There is no checkpoint in"
         in caplog.text
     )
-    assert "is of another step than 3" in caplog.text
+    assert "was not saved by callbacks in step 3" in caplog.text
 
 
 def test_session_whose_checkpoint_is_there_is_dropped(tmp_path: Path) -> None:
@@ -558,3 +561,24 @@ def test_killed_run_goes_on_from_what_was_whole(
     assert names_in(tmp_path) == ["2", "4", "6"]
     for step in (2, 4, 6):
         assert_is_step(tmp_path / str(step), step)
+
+
+def test_a_device_without_memory_for_copies_costs_one_checkpoint_and_ends_no_training(
+    tmp_path: Path, no_memory: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It reports that once the arrays are donated; what is saved later is saved without copies."""
+    callback = fitted(
+        tmp_path,
+        batches=4,
+        every_n_epochs=None,
+        every_n_train_steps=1,
+        options=fp.SaveOptions(durable=False, max_device_bytes=1 << 20),
+        at={"ready": lambda trainer: trainer.global_step == 1 and no_memory.set()},
+    )
+    assert names_in(tmp_path) == ["2", "3", "4"]
+    for step in (2, 3, 4):
+        assert_is_step(tmp_path / f"{step}", step)
+    assert callback.failed_saves == 1
+    (record,) = (one for one in caplog.records if one.exc_info)
+    assert isinstance(record.exc_info[1], fp.DeviceMemoryError)
+    assert "the checkpoint of step 1" in "".join(record.exc_info[1].__notes__)
