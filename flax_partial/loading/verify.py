@@ -37,8 +37,16 @@ def verify(path: PathLike) -> VerifyReport:
 def verify_with(path: PathLike, *, progress: Callable[[int, int], None]) -> VerifyReport:
     """Does what `verify` does, and reports after each batch how many bytes of how many are read."""
     where = places.resolve(path)
-    with collector.paused(), where.reading():
-        return _verify(where, progress)
+    report = None
+    try:
+        with collector.paused(), where.reading():
+            report = _verify(where, progress)
+            if not report.ok:
+                raise CorruptCheckpointError  # noqa: TRY301 - or what `reading` says of one that was removed
+    except CorruptCheckpointError:
+        if report is None:
+            raise
+    return report
 
 
 def _verify(where: Place, progress: Callable[[int, int], None]) -> VerifyReport:

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flax_partial.errors import CheckpointExistsError, CorruptCheckpointError, NoSessionError
 from flax_partial.format.model import Part
@@ -26,14 +26,12 @@ from flax_partial.storage import files, parts, session_dir
 from flax_partial.storage.direct_io import NewFile
 from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.local_place import LocalPart, LocalPlace
+from flax_partial.storage.locks import DirectoryLock, open_directory
 from flax_partial.storage.object_place import ABORT, ControlObjects, Listed, mark_of
 from flax_partial.storage.parts import SessionParts, is_of
 from flax_partial.storage.paths import CONTENTS, STATE
 from flax_partial.storage.place import Files, OpenSession
 from flax_partial.storage.session_dir import CONTROL
-
-if TYPE_CHECKING:
-    from flax_partial.storage.locks import DirectoryLock
 
 _DESCRIPTORS = Path("/proc/self/fd")
 _ATTEMPTS = 50  # at what others may change meanwhile
@@ -349,14 +347,22 @@ class UnlockedPlace(ControlObjects, LocalPlace):
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Raises NoSessionError where reading fails because it was removed meanwhile."""
+        held = None
+        with contextlib.suppress(OSError):  # reading it raises what is wrong
+            held = open_directory(self.final, follow=True)  # so that its inode is not used again
         before = _identity(self.final)
         try:
             with LocalPlace.reading(self):
                 yield
         except (CorruptCheckpointError, FileNotFoundError) as error:
-            if isinstance(error, NoSessionError) or _identity(self.final) == before:
+            now = _identity(self.final)
+            is_there = now is not None and before in {None, now}
+            if isinstance(error, NoSessionError) or is_there:
                 raise
             raise NoSessionError(f"{self.final} was removed while it was read.") from error
+        finally:
+            if held is not None:
+                held.close()
 
     def read_own_parts(self, *, process: int | None = None) -> SessionParts:
         """Reads the tables of the parts of the finalized checkpoint."""
