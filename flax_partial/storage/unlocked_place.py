@@ -58,9 +58,13 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         return os.path.lexists(self.final)
 
     def _is_open(self, session: Listed) -> bool:
-        """Whether a session is there. Another directory numbers its sessions from 0, too."""
-        newest = self._session_among(session.control)
-        return newest is not None and newest.id == session.id
+        """Whether a session is there, as the newest or not: after one that is dropped others begin.
+
+        Another directory numbers its sessions from 0, too.
+        """
+        only = frozenset((f"{session.number}.open",)) & session.control
+        found = self._session_among(only)
+        return found is not None and found.id == session.id
 
     def _read_verdict(self, session: str) -> bytes | None:
         """Reads a verdict, which a rename may have taken along."""
