@@ -130,9 +130,10 @@ class Tiers:
     def reconcile(self, *, begins: bool) -> str:
         """Identifies checkpoints that belong together; of several processes, in the first one.
 
+        What was uploaded whole is published: this run goes on from it, whichever tier it is of.
         Where another tier has taken the run over since this one uploaded last, what is only in this
         one is of a run that was given up: it is set aside. Where training begins, this tier takes
-        the run over, ends what others were uploading, and goes on with its own uploads.
+        the run over, drops what others had not uploaded whole, and goes on with its own uploads.
 
         Returns:
           The identity of the local tier; empty where there is none yet.
@@ -141,8 +142,10 @@ class Tiers:
           CheckpointExistsError: The local tier is that of another run's directory.
           OSError: The storage failed.
         """
-        if not begins and not self.local.is_dir():
-            return ""
+        if not begins:
+            self._publish_whole()
+            if not self.local.is_dir():
+                return ""
         self.local.mkdir(parents=True, exist_ok=True)
         mine, last = takeover.identify(self.local, self.remote), self._uploads.tier()
         if last not in ("", mine):
@@ -160,6 +163,19 @@ class Tiers:
                 f"local={str(self.local)!r} is another directory in process {jax.process_index()} "
                 "than in the first one: all have to see the same, such as on one machine."
             )
+
+    def _publish_whole(self) -> None:
+        """Publishes what was uploaded whole, or is being published; drops nothing."""
+        for step, path in unfinished(self.remote):
+            try:
+                if completeness.missing(fp.status(path), step) is None:
+                    _publish(path)
+            except (fp.NoSessionError, fp.CheckpointExistsError):
+                logger.debug("%s was published, or dropped, just now.", path)
+            except OSError as error:
+                if not _directory.is_read_only(error):
+                    raise
+                logger.warning("Left %s, which was uploaded, as it is: %s", path, error)
 
     def _set_aside(self, mine: str) -> None:
         held = checkpoints(self.local)
@@ -338,5 +354,9 @@ def _settle(path: AnyPath, step: int) -> None:
             else:
                 logger.info("Dropped %s, which another run was uploading.", path)
                 return
-        fp.finalize(path, processes=[jax.process_index()])
-        logger.info("Published %s, which another run had uploaded.", path)
+        _publish(path)
+
+
+def _publish(path: AnyPath) -> None:
+    fp.finalize(path, processes=[jax.process_index()])
+    logger.info("Published %s, which another run had uploaded.", path)

@@ -1,15 +1,18 @@
 """Real processes against a real S3 server: they race, they are killed, and its answers break.
 
     python tests/long_runs servers --endpoint http://127.0.0.1:9104 --key key --secret secret
-    python tests/long_runs servers --endpoint ... --secs 0 --kills 200 --faults 0
+    python tests/long_runs servers --endpoint ... --secs 0 --kills 200 --tiers 0 --faults 0
 
-The bucket is made if there is none. Three things are tried, each where its number is not 0:
+The bucket is made if there is none. Four things are tried, each where its number is not 0:
 
 - for `--secs`, `--processes` save, finalize, abort, remove and load one checkpoint at once, and
   another one after that: what each was told holds;
 - `--kills` times, a process that saves and finalizes one checkpoint after the other gets a SIGKILL
   at a random moment: the next one completes what was left, or goes on with it, and finds all that
   had been acknowledged; that one may be killed as it does so;
+- `--tiers` times, a run that trains with a local tier, and uploads from there, gets a SIGKILL at a
+  random moment, and now and then its machine is lost: the next one restores the newest checkpoint
+  that was whole in either tier, and goes on uploading;
 - `--faults` times, each kind of request breaks in each way, by a proxy before the server: passing
   faults are not noticed; of lasting ones the call that fails says so, and harms nothing else.
 
@@ -24,6 +27,8 @@ import contextlib
 import itertools
 import os
 import random
+import shutil
+import tempfile
 import time
 import traceback
 import urllib.request
@@ -34,6 +39,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from http import HTTPStatus
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
@@ -44,8 +50,10 @@ from s3_server import serving
 from store_faults import KINDS, REQUESTS, check_repeated, check_told
 from store_races import Call
 from stores import another_process
+from stub_trainer import begun, end_step
 
 import flax_partial as fp
+from flax_partial.callbacks import PartialCheckpointCallback
 from flax_partial.storage import object_store
 
 ANSWER_SECS = 120.0  # in which a process has to answer: a call that hangs is a fault
@@ -57,6 +65,34 @@ GROUPS = 4
 
 def value_of(leaf: str, size: int) -> np.ndarray:
     return np.full(size, sum(leaf.encode()), np.float32)
+
+
+# --- processes
+
+
+@contextlib.contextmanager
+def started(function: Callable[..., None], *each: tuple[Any, ...]) -> Iterator[list[Connection]]:
+    """Starts a process for each tuple of arguments, and ends them; yields pipes to them."""
+    pairs = [server().Pipe() for _ in each]
+    running = [
+        server().Process(target=function, args=(theirs, *arguments), daemon=True)
+        for (_, theirs), arguments in zip(pairs, each, strict=True)
+    ]
+    try:
+        for process in running:
+            process.start()
+        for _, theirs in pairs:
+            theirs.close()
+        yield [ours for ours, _ in pairs]
+    finally:
+        for process in running:
+            process.kill()
+            process.join()
+
+
+def _answer(pipe: Connection) -> Any:
+    assert pipe.poll(ANSWER_SECS), f"no answer within {ANSWER_SECS} s"
+    return pipe.recv()
 
 
 # --- races
@@ -127,7 +163,7 @@ def races(places: Iterator[str], *, processes: int, secs: float, seed: int) -> l
     """Has processes race for some seconds, at one place after the other; checks each race."""
     held: list[list[Call]] = []
     end = 0.0
-    with _started(_race, *((me,) for me in range(processes))) as pipes:
+    with started(_race, *((me,) for me in range(processes))) as pipes:
         while time.monotonic() < end or not held:
             url = next(places)
             for pipe in pipes:
@@ -137,31 +173,6 @@ def races(places: Iterator[str], *, processes: int, secs: float, seed: int) -> l
             held.append(calls)
             end = end or time.monotonic() + secs  # from when all have started
     return held
-
-
-@contextlib.contextmanager
-def _started(function: Callable[..., None], *each: tuple[Any, ...]) -> Iterator[list[Connection]]:
-    """Starts a process for each tuple of arguments, and ends them; yields pipes to them."""
-    pairs = [server().Pipe() for _ in each]
-    running = [
-        server().Process(target=function, args=(theirs, *arguments), daemon=True)
-        for (_, theirs), arguments in zip(pairs, each, strict=True)
-    ]
-    try:
-        for process in running:
-            process.start()
-        for _, theirs in pairs:
-            theirs.close()
-        yield [ours for ours, _ in pairs]
-    finally:
-        for process in running:
-            process.kill()
-            process.join()
-
-
-def _answer(pipe: Connection) -> Any:
-    assert pipe.poll(ANSWER_SECS), f"no answer within {ANSWER_SECS} s"
-    return pipe.recv()
 
 
 # --- kills
@@ -259,7 +270,7 @@ def kills(url: str, *, count: int, seed: int) -> tuple[Ledger, Counter[str]]:
     ledger, after, pause = Ledger(), Counter[str](), 0.1
     for number in range(count + 1):
         arguments = (url, ledger)
-        with _started(_train, (*arguments, chance.random() < 0.5)) as (pipe,):
+        with started(_train, (*arguments, chance.random() < 0.5)) as (pipe,):
             if number == count:
                 while ledger.note(*_answer(pipe)) != "finalized" or ledger.step < 2:
                     pass
@@ -279,6 +290,63 @@ def kills(url: str, *, count: int, seed: int) -> tuple[Ledger, Counter[str]]:
 
 def _train(pipe: Connection, url: str, ledger: Ledger, completes: bool) -> None:  # noqa: FBT001
     train(pipe, url, ledger, completes=completes)
+
+
+# --- tiers
+
+
+def train_in_tiers(pipe: Connection, url: str, local: Path, least: int) -> None:
+    """Goes on from what it restores, at least from a step; tells each step that it has saved."""
+    try:
+        callback = PartialCheckpointCallback(
+            url, local=local, every_n_train_steps=1, every_n_epochs=None, most_uploads=4
+        )
+        found = callback.restore()
+        first = found[1] if found else 0
+        assert first >= least, f"restored {first} where {least} was whole"
+        trainer = begun(callback)
+        for step in itertools.count(first + 1):
+            end_step(callback, trainer, step)
+            pipe.send(step)
+    except BaseException:  # noqa: BLE001 - it is raised where it is read
+        pipe.send(traceback.format_exc())
+
+
+def machines(run: str, directory: Path, *, count: int, seed: int) -> tuple[Counter[str], int]:
+    """Kills one run with a local tier after the other; of each fifth the machine is lost.
+
+    Returns:
+      How often what was lost; and the last step in the bucket, once a run could end.
+    """
+    chance = random.Random(seed)  # noqa: S311
+    lost: Counter[str] = Counter()
+    for _ in range(count):
+        tier = directory / f"machine{lost['machine']}"
+        with started(train_in_tiers, (run, tier, newest_of(tier, run))) as (pipe,):
+            for _ in range(chance.randint(1, 6)):
+                assert isinstance(told := _answer(pipe), int), told
+            time.sleep(chance.uniform(0, 0.3))
+        lost["process"] += 1
+        if chance.random() < 0.2:
+            shutil.rmtree(tier)
+            lost["machine"] += 1
+    tier = directory / f"machine{lost['machine']}"
+    least = newest_of(tier, run)
+    callback = PartialCheckpointCallback(run, local=tier)
+    found = callback.restore()
+    last = found[1] if found else 0
+    assert last >= least
+    callback.on_train_end(begun(callback), None)
+    held = fp.steps(run)
+    assert max(held, default=0) == last
+    for step in held:
+        state = fp.load(fp.StorePath(run) / str(step))
+        assert (state["params"]["head"]["w"] == step).all()
+    return lost, last
+
+
+def newest_of(tier: Path, run: str) -> int:
+    return max([*fp.steps(tier), *fp.steps(run)], default=0)
 
 
 # --- all of it
@@ -335,6 +403,7 @@ def main() -> int:
         secs=60.0,
         processes=8,
         kills=30,
+        tiers=30,
         faults=1,
         seed=0,
     )
@@ -357,6 +426,11 @@ def main() -> int:
             f"{chosen.kills} SIGKILLs held: {dict(after)}; {ledger.told} acknowledgements, "
             f"{ledger.step} checkpoints"
         )
+    if chosen.tiers:
+        with tempfile.TemporaryDirectory() as directory:
+            run = f"{base}/tiers"
+            lost, last = machines(run, Path(directory), count=chosen.tiers, seed=chosen.seed)
+        trials.say(f"{dict(lost)} lost in the middle of a run: all held; {last} steps")
     if chosen.faults:
         broken, told = faults(chosen.bucket, chosen.endpoint, rounds=chosen.faults)
         trials.say(f"{broken} faults did not hold; of those that last failed: {dict(told)}")
