@@ -201,6 +201,7 @@ def test_session_that_is_begun_late_hides_none_in_a_newer_directory(
     assert sorted(one.name for one in control.iterdir()) == ["0.open"]
 
 
+@pytest.mark.usefixtures("unlocked")
 def test_reader_is_told_that_what_it_reads_was_removed(tmp_path: Path) -> None:
     fp.save(tmp_path / "1", {"a": X}, options=QUICK)
     fp.finalize(tmp_path / "1")
