@@ -385,14 +385,14 @@ def faults(bucket: str, endpoint: str, *, rounds: int) -> tuple[int, Counter[str
         for request in REQUESTS:
             for kind in KINDS * rounds:
                 url = f"s3://{bucket}/{uuid.uuid4().hex}?endpoint={proxy.endpoint}"
-                fp.store_options(f"s3://{bucket}", timeout_secs=2.0, retry_secs=20.0)
+                fp.store_options(f"s3://{bucket}", timeout_secs=3.0, retry_secs=30.0)
                 tried += 2
                 try:
-                    check_repeated(proxy, url, request, kind, hang_secs=2.5)
+                    check_repeated(proxy, url, request, kind, hang_secs=3.5)
                     held += 1
-                    fp.store_options(f"s3://{bucket}", timeout_secs=1.0, retry_secs=0.2)
+                    fp.store_options(f"s3://{bucket}", timeout_secs=3.0, retry_secs=0.2)
                     url = f"s3://{bucket}/{uuid.uuid4().hex}?endpoint={proxy.endpoint}"
-                    told[check_told(proxy, url, request, kind, hang_secs=1.5) or "none"] += 1
+                    told[check_told(proxy, url, request, kind, hang_secs=3.5) or "none"] += 1
                     held += 1
                 except (AssertionError, OSError) as error:
                     trials.say(f"BROKEN {request}, {kind}: {type(error).__name__}: {error}")
