@@ -21,7 +21,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -181,7 +181,8 @@ class ControlObjects:
     def _is_open(self, session: Listed) -> bool:
         """Whether a session is there, by a listing, whose names it has."""
         names = session.control
-        return f"{session.id}.begun" in names and control.counts(session.opening, names)
+        is_begun = f"{session.id}.begun" in names and control.counts(session.opening, names)
+        return is_begun and not control.removed_session(names)  # that deletes all that is there
 
     def _put_verdict(self, wanted: Verdict) -> Verdict:
         """Puts a verdict, if there is none; returns the one that counts.
@@ -335,7 +336,8 @@ class ControlObjects:
                 )
             if time.monotonic() > deadline:  # its process has died: it ends nothing in this round
                 end = control.write_verdict(Verdict(VOID), by=uuid.uuid4().hex)
-                self.store.put_new(CONTROL + control.verdict_name(mark, session.round), end)
+                with suppress(FileNotFoundError):  # its directory may be renamed just now
+                    self.store.put_new(CONTROL + control.verdict_name(mark, session.round), end)
                 continue
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECS)
@@ -496,11 +498,9 @@ class ControlObjects:
         """
         if self._is_published():
             raise self._exists() from cause
-        names = self._control_names()
         _, verdict = self._decided(session.id)
-        is_there = self._is_open(session._replace(control=names))
-        is_removed = control.removed_session(names) == session.id
-        if not is_there or is_removed or (verdict is not None and verdict.kind == ABORT):
+        is_there = self._is_open(session._replace(control=self._control_names()))
+        if not is_there or (verdict is not None and verdict.kind == ABORT):
             raise self.no_session() from cause
 
     def decide(self, parts: Collection[str], *, committed_ns: int) -> int | None:

@@ -339,7 +339,7 @@ def test_one_that_slept_before_its_verdict_changes_nothing_of_a_later_checkpoint
 
 
 def begin_late(url: str, meanwhile: Callable[[], Any]) -> Exception | None:
-    """Saves into a place with a dropped session; sleeps just before it begins the next one."""
+    """Saves into a place without a session; sleeps just before it begins one."""
     with stopped_at("put_new", ".open", meanwhile):
         try:
             fp.save(url, {"late": DATA})
@@ -381,6 +381,30 @@ def test_session_that_is_begun_late_in_an_empty_place_counts_for_nothing() -> No
     assert begin_late(url, empty_the_place) is not None
     assert keys(url) == []
     fp.save(url, {"new": 1})
+    fp.finalize(url)
+    assert set(fp.load(url)) == {"new"}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_session_that_is_begun_in_what_a_removal_has_left_counts_for_nothing() -> None:
+    """The next one who finishes the removal deletes it."""
+    url = memory()
+
+    def use_the_place_and_die() -> None:
+        other = f"{url}?p=1"
+        fp.save(other, {"removed": 1})
+        fp.finalize(other)
+
+        def hook(name: str, arguments: tuple[Any, ...], request: Request) -> Any:
+            if name == "delete" and any(key.endswith(".removed") for key in arguments[1]):
+                raise Killed
+            return request()
+
+        with requests_through(hook), pytest.raises(Killed):
+            fp.remove(other)
+
+    assert begin_late(url, use_the_place_and_die) is not None
+    fp.save(f"{url}?p=2", {"new": DATA})
     fp.finalize(url)
     assert set(fp.load(url)) == {"new"}
 

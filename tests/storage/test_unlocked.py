@@ -140,6 +140,28 @@ def test_save_that_has_waited_for_a_verdict_has_the_finalize_list_anew(
 
 
 @pytest.mark.usefixtures("unlocked")
+def test_save_whose_patience_ends_as_the_session_is_renamed_is_told_what_was_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.0)
+    fp.save(tmp_path / "1", {"a": X}, options=QUICK)
+    place = places.resolve(tmp_path / "1")
+    put_new = DirectoryStore.put_new
+
+    def put_late(store: DirectoryStore, key: str, data: bytes) -> bool:
+        if b'"void"' in data:
+            place.decide(before, committed_ns=7)
+            Path(place.session).rename(Path(place.final))
+        return put_new(store, key, data)
+
+    with place.locked_exclusively(lambda: None):
+        before = place.read_parts().committed
+        monkeypatch.setattr(DirectoryStore, "put_new", put_late)
+        with pytest.raises(fp.CheckpointExistsError, match="finalized before this part was"):
+            fp.save(tmp_path / "1", {"late": X}, options=QUICK)
+
+
+@pytest.mark.usefixtures("unlocked")
 def test_stranger_with_the_same_number_is_not_taken_for_ones_own_session(tmp_path: Path) -> None:
     """A session that was dropped, and another one in its place: a save does not count as saved."""
     fp.save(tmp_path / "1", {"a": X}, options=QUICK)
