@@ -523,11 +523,11 @@ class ControlObjects:
         """Puts what is derived, and then the one object by which readers find the checkpoint."""
         assert self._ending is not None  # noqa: S101
         session = self._ending.id
+        named = [(name, list(pieces)) for name, pieces in root_files() if name != MARK]
+        named.append((_CONTENTS, [contents]))
         number, verdict = self._decided(session)
         if verdict is None:
             raise self.no_session()
-        named = [(name, list(pieces)) for name, pieces in root_files() if name != MARK]
-        named.append((_CONTENTS, [contents]))
         do_all([partial(self.store.put, name, pieces) for name, pieces in named])
         mark = {"flax_partial": 1, "session": session, "round": number}
         mark |= {"contents": digest(contents), "by": uuid.uuid4().hex}
@@ -605,13 +605,15 @@ class ControlObjects:
         Returns:
           False where another process has removed it by now.
         """
+        listed_at = time.monotonic()
         keys = [entry.key for entry in self.store.list()]
         last = [CONTROL + control.verdict_name(session, 0), f"{CONTROL}{session}.removed"]
         if not set(last) <= set(keys):
             return False
-        self.store.delete([MARK])
-        self.store.delete([key for key in keys if key not in last])
-        self.store.delete(last)
+        for doomed in ([MARK], [key for key in keys if key not in last], last):
+            if time.monotonic() - listed_at > _REMOVAL_SECS:  # it was stopped: look anew
+                return self._delete_all(session)
+            self.store.delete(doomed)
         return True
 
 

@@ -9,11 +9,13 @@ import contextlib
 import itertools
 import re
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
 import pytest
+import store_races
 from shell import Shell
 from stores import Death, Killed, Request, another_process, memory, requests_through
 from things import MOST_SECS
@@ -35,9 +37,9 @@ def _here() -> None:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.0)
-    monkeypatch.setattr(object_place, "_REMOVAL_SECS", 0.0)
+def impatient() -> Iterator[None]:
+    with store_races.taken_over_at_once():
+        yield
 
 
 def keys(url: str) -> list[str]:
@@ -199,7 +201,7 @@ def test_save_whose_patience_ends_as_it_is_decided_is_told_what_was(
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_removal_that_was_killed_is_a_removal_or_none(*, after: bool) -> None:
+def test_removal_that_was_killed_is_a_removal_or_none(*, after: bool, shell: Shell) -> None:
     for at in itertools.count(1):
         url = memory()
         fp.save(url, {"old": DATA})
@@ -212,6 +214,11 @@ def test_removal_that_was_killed_is_a_removal_or_none(*, after: bool) -> None:
             for gone in (fp.load, fp.status, fp.abort, fp.finalize, fp.metadata, fp.verify):
                 with pytest.raises(fp.NoSessionError):
                     gone(url)
+            run = fp.StorePath(url).parent
+            assert fp.steps(run) == []
+            assert fp.latest(run) is None
+            if run.is_dir():
+                assert shell.json("ls", run)["checkpoints"] == []
             if at % 2:
                 with pytest.raises(fp.NoSessionError):
                     fp.remove(url)
@@ -312,6 +319,29 @@ def test_remover_that_slept_leaves_the_next_session_alone() -> None:
     assert set(fp.load(url)) == {"b"}
     fp.remove(url)
     assert keys(url) == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_remover_that_was_stopped_until_another_one_had_finished_deletes_nothing_new(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = memory()
+    fp.save(url, {"a": 1})
+    fp.finalize(url)
+    now = time.monotonic
+
+    def finish_and_save() -> None:
+        fp.remove(f"{url}?p=1")
+        fp.save(f"{url}?p=1", {"new": DATA})
+        monkeypatch.setattr(time, "monotonic", lambda: now() + 60.0)
+
+    with (
+        stopped_at("delete", "commit_success.txt']", finish_and_save),
+        pytest.raises(fp.NoSessionError),
+    ):
+        fp.remove(url)
+    fp.finalize(url)
+    assert set(fp.load(url)) == {"new"}
 
 
 def test_one_that_slept_before_its_verdict_changes_nothing_of_a_later_checkpoint() -> None:
