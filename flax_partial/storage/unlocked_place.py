@@ -11,6 +11,7 @@ its session is gone, finds nothing at the paths that it has, or a session of ano
 
 import contextlib
 import errno
+import json
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -256,11 +257,17 @@ class UnlockedPlace(ControlObjects, LocalPlace):
 
     def _is_current(self) -> bool:
         """Whether the session that is being ended is the one at its path."""
-        return self._lies_at(self.session)
+        directory = self._directory
+        return directory is not None and files.identity(self.session) == directory.identity
 
     def _lies_at(self, path: Path) -> bool:
-        directory = self._directory
-        return directory is not None and files.identity(path) == directory.identity
+        """Whether it is in a directory, by its control files: some FUSE renumbers what it renames.
+
+        rclone does.
+        """
+        ending = self._ending
+        data = files.read(path / CONTROL / f"{ending.number}.open") if ending else None
+        return ending is not None and data is not None and json.loads(data)["id"] == ending.id
 
     def commit_checkpoint(
         self,
@@ -285,7 +292,8 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                     f"{self.final} was finalized by another process meanwhile."
                 ) from None
             raise
-        # From here on no save finds the path of its part any more.
+        # From here on no save finds the path of its part any more, except one that was about to
+        # make that: it leaves an empty directory, which no verdict names.
         self._remove_others(self.final / STATE)
 
     def _publish(self) -> None:

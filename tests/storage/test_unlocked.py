@@ -104,6 +104,19 @@ def test_session_goes_on_by_the_rules_it_was_begun_with(
         assert (path / "state" / "session").is_dir() == (began == "files")
 
 
+def test_part_that_comes_too_late_counts_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel may have found the path of a directory that is made when its parent was renamed."""
+    monkeypatch.setenv(locks.VARIABLE, "files")
+    name = fp.save(tmp_path / "1", {"a": X}, options=QUICK).part
+    fp.finalize(tmp_path / "1")
+    (tmp_path / "1" / "state" / f"{name}late").mkdir()
+    for chosen in ("files", "flock"):
+        monkeypatch.setenv(locks.VARIABLE, chosen)
+        assert fp.verify(tmp_path / "1").ok
+
+
 @pytest.mark.usefixtures("unlocked")
 def test_what_is_left_of_a_finalize_is_completed_and_of_an_abort_not(tmp_path: Path) -> None:
     fp.save(tmp_path / "1", {"a": X}, options=QUICK)
