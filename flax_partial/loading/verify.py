@@ -37,22 +37,15 @@ def verify(path: PathLike) -> VerifyReport:
 def verify_with(path: PathLike, *, progress: Callable[[int, int], None]) -> VerifyReport:
     """Does what `verify` does, and reports after each batch how many bytes of how many are read."""
     where = places.resolve(path)
-    report = None
-    try:
-        with collector.paused(), where.reading():
-            report = _verify(where, progress)
-            if not report.ok:
-                raise CorruptCheckpointError  # noqa: TRY301 - or what `reading` says of one that was removed
-    except CorruptCheckpointError:
-        if report is None:
-            raise
-    return report
+    with collector.paused(), where.reading():
+        return _verify(where, progress)
 
 
 def _verify(where: Place, progress: Callable[[int, int], None]) -> VerifyReport:
     try:
         checkpoint = open_checkpoint(where)
     except CorruptCheckpointError as error:
+        where.require_unremoved()
         return VerifyReport(where.final, 0, 0, {str(where.final): str(error)})
     leaves = checkpoint.contents.leaves
     bad = dict(_derived_problems(where, checkpoint.contents)) if checkpoint.contents.parts else {}
@@ -66,6 +59,8 @@ def _verify(where: Place, progress: Callable[[int, int], None]) -> VerifyReport:
                 bad[leaf.name] = str(outcome)
         done += sum(map(region_bytes, batch))
         progress(done, total)
+    if bad:
+        where.require_unremoved()
     return VerifyReport(where.final, len(leaves), total, bad)
 
 
