@@ -11,7 +11,6 @@ its session is gone, finds nothing at the paths that it has, or a session of ano
 
 import contextlib
 import errno
-import json
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -270,8 +269,8 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         rclone does.
         """
         ending = self._ending
-        data = files.read(path / CONTROL / f"{ending.number}.open") if ending else None
-        return ending is not None and data is not None and json.loads(data)["id"] == ending.id
+        data = files.read(path / CONTROL / ending.opening) if ending else None
+        return ending is not None and data is not None and control.read(data)["id"] == ending.id
 
     def commit_checkpoint(
         self,

@@ -107,7 +107,7 @@ def test_session_goes_on_by_the_rules_it_was_begun_with(
 def test_part_that_comes_too_late_counts_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel may have found the path of a directory that is made when its parent was renamed."""
+    """The kernel may have found the place of a new directory before that was renamed."""
     monkeypatch.setenv(locks.VARIABLE, "files")
     name = fp.save(tmp_path / "1", {"a": X}, options=QUICK).part
     fp.finalize(tmp_path / "1")
