@@ -202,8 +202,9 @@ def read_contents(path: str) -> tuple[Contents, CheckpointMetadata, str]:
     """
     where = resolve(path)
     if not where.is_session() or (is_there(where) and not is_session_meant(path, where)):
-        checkpoint = open_checkpoint(where)
-        return checkpoint.contents, describe_checkpoint(where, checkpoint), FINALIZED
+        with where.reading():
+            checkpoint = open_checkpoint(where)
+            return checkpoint.contents, describe_checkpoint(where, checkpoint), FINALIZED
     session = read_session(where)
     contents = Contents(
         started_ns=session.plan.started_ns,

@@ -122,10 +122,10 @@ def _newest(ordered: Iterable[tuple[str, Part]]) -> Iterable[list[_Holder]]:
             if holders is None:
                 newest[name] = [(part, leaf)]
                 continue
-            held, age = _age(holders[0][1]), _age(leaf)
-            if held < age:
+            newest_age, age = _age(holders[0][1]), _age(leaf)
+            if newest_age < age:
                 holders.clear()
-            if held <= age:
+            if newest_age <= age:
                 holders.append((part, leaf))
     return newest.values()
 
@@ -134,9 +134,9 @@ def _age(leaf: Leaf) -> tuple[bool, int]:
     return not leaf.placeholder, leaf.generation
 
 
-def _without_placeholders(held: Iterable[list[_Holder]]) -> Iterable[list[_Holder]]:
+def _without_placeholders(found: Iterable[list[_Holder]]) -> Iterable[list[_Holder]]:
     """Leaves out the placeholders inside of which something lies."""
-    listed = list(held)
+    listed = list(found)
     if not any(holders[0][1].placeholder for holders in listed):
         return listed
     tree = KeyTree()
@@ -187,8 +187,8 @@ def _whole(
     if len(holders) == 1 and len(leaf.boxes) == 1 and leaf.boxes[0].shape == leaf.shape:
         return leaf, ((data_part(part, leaf.file), leaf.boxes[0].places),), None
     chunks: dict[str, tuple[str, str, Place]] = {}
-    for name, held in holders:
-        clash = _collect(name, held, chunks)
+    for name, piece in holders:
+        clash = _collect(name, piece, chunks)
         if clash:
             conflicts.append(
                 f"Leaf {leaf.name!r}: {name} saved {clash}, which another save holds with other "

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct, structs
 
 from flax_partial.format.chunks import Shape, chunk_keys
 from flax_partial.format.keypaths import KeyPath, prefix_of
+from flax_partial.options import Compression
 
 DATA_FILE = "data"  # of a part: the chunks that its table does not hold itself
 INLINE_BYTES = 1024  # a chunk of at most so many bytes stands in the table
@@ -35,8 +36,6 @@ Run = tuple[Count, Count, Count]
 
 Place = bytes | tuple[Count, Count]
 """Where a chunk is: the bytes themselves, or their offset and length in the leaf's data file."""
-
-Compression = Literal["zstd", "blosc"]
 
 Kind = Literal[
     "jax.Array",

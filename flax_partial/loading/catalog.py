@@ -142,9 +142,9 @@ def _meant(path: AnyPath) -> str:
     if beside:
         return f" {path.parent} holds steps {_listed(beside)}."
     names = sorted(directories.names(path))[:_MOST_RUNS]
-    runs = {name: held for name in names if (held := checkpoints(path / name))}
+    runs = {name: found for name in names if (found := checkpoints(path / name))}
     if runs:
-        said = [f"{name} (steps {_listed(held)})" for name, held in runs.items()]
+        said = [f"{name} (steps {_listed(found)})" for name, found in runs.items()]
         return f" It holds runs: {', '.join(first_few(said, most=_SHOWN, count=len(said)))}."
     return ""
 

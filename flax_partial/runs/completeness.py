@@ -72,7 +72,7 @@ def closing(callbacks: Iterable[str], *, callback: str, groups: Sequence[str]) -
 
 
 def missing(status: SessionStatus, step: int) -> str | None:
-    """Says why a session is not the checkpoint of `step`; None if it lacks nothing."""
+    """Returns why a session is not the checkpoint of `step`; None if it lacks nothing."""
     strangers = [part.name for part in status.parts if recorded(part).get("step") != step]
     if strangers:
         return f"its part {strangers[0]} was not saved by callbacks in step {step}"

@@ -282,6 +282,25 @@ def test_a_call_that_raised_may_be_repeated_and_is_counted_once(tmp_path: Path) 
         assert ckpt.steps_done == 2
 
 
+@pytest.mark.parametrize("monitor", [None, "val_loss"], ids=["at-once", "waits-for-its-score"])
+def test_a_step_that_could_not_be_saved_is_saved_when_it_is_repeated(
+    tmp_path: Path, monitor: str | None
+) -> None:
+    in_the_way = tmp_path / "run" / "2.partial_save"
+    with checkpointing(tmp_path / "run", **EVERY_STEP, monitor=monitor) as ckpt:
+        ckpt.step(weights(1))
+        assert ckpt.save_now().is_dir()
+        in_the_way.touch()
+        for _ in range(2):
+            with pytest.raises(fp.CheckpointExistsError, match="is in the way"):
+                ckpt.step(weights(2))
+            assert ckpt.save_now() == tmp_path / "run" / "1"  # the newest that is finished
+        in_the_way.unlink()
+        ckpt.step(weights(2))
+        assert ckpt.save_now().is_dir()
+    assert fp.steps(tmp_path / "run") == [1, 2]
+
+
 def test_a_second_block_goes_on_counting(tmp_path: Path) -> None:
     ckpt = checkpointing(tmp_path, every_n_train_steps=100)
     for _ in range(2):

@@ -466,6 +466,17 @@ def test_checkpoint_has_the_score_of_its_own_step_wherever_validation_comes(
     assert ours.best_model_path == str(tmp_path / "run" / "4")
 
 
+@pytest.mark.parametrize(
+    ("monitor", "is_told"), [("val_accuracy", True), ("train_accuracy", False), ("val_loss", False)]
+)
+def test_monitor_that_the_sanity_check_has_not_set_is_told_after_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monitor: str, *, is_told: bool
+) -> None:
+    ours = LightningCheckpoint(tmp_path / "run", monitor=monitor, every_n_epochs=2)
+    fit(tmp_path, Validated(), ours, num_sanity_val_steps=1, max_steps=1)
+    assert ("After the first step the monitor" in caplog.text) == is_told
+
+
 @pytest.mark.parametrize("logs_late", [False, True], ids=["validation", "on_train_epoch_end"])
 def test_epoch_has_the_score_of_its_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, *, logs_late: bool

@@ -123,19 +123,20 @@ def test_what_is_left_of_a_finalize_is_completed_and_of_an_abort_not(tmp_path: P
 
 
 @pytest.mark.usefixtures("unlocked")
-def test_save_that_meets_a_fence_waits_for_the_verdict(
+def test_save_that_has_waited_for_a_verdict_has_the_finalize_list_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.05)
     fp.save(tmp_path / "1", {"a": X}, options=QUICK)
     place = places.resolve(tmp_path / "1")
     with place.locked_exclusively(lambda: None):
-        with pytest.raises(fp.StoreError, match="a finalize has begun and does not end"):
-            fp.save(tmp_path / "1", {"late": X}, options=QUICK)
-        assert len(place.read_parts().committed) == 1  # it was withdrawn
-        place.decide(place.read_parts().committed, committed_ns=7)
+        before = place.read_parts().committed
+        fp.save(tmp_path / "1", {"late": X}, options=QUICK)
+        assert place.decide(before, committed_ns=7) is None
+        assert place.decide(place.read_parts().committed, committed_ns=7) == 7
     fp.finalize(tmp_path / "1")
-    assert sorted(fp.load(tmp_path / "1")) == ["a"]
+    assert sorted(fp.load(tmp_path / "1")) == ["a", "late"]
+    assert fp.verify(tmp_path / "1").ok
 
 
 @pytest.mark.usefixtures("unlocked")
