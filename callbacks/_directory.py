@@ -98,7 +98,7 @@ def _settle_all(directory: AnyPath, live: Container[AnyPath], *, timeout_secs: f
         try:
             _settle(path, step, timeout_secs)
         except OSError as error:
-            if not _is_read_only(error):
+            if not is_read_only(error):
                 raise
             logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
 
@@ -109,7 +109,8 @@ def _is_idle(path: AnyPath, timeout_secs: float) -> bool:
     return liveness.wait_until_idle(session, timeout_secs)
 
 
-def _is_read_only(error: OSError) -> bool:
+def is_read_only(error: OSError) -> bool:
+    """Whether what failed is that this process may only read."""
     return isinstance(error, PermissionError) or error.errno == errno.EROFS
 
 

@@ -170,6 +170,7 @@ class Run:
 
         Raises:
           CheckpointInUseError: It begins, and a run of another process lives there.
+          ValueError: Not all processes see one local tier.
           OSError: The storage failed.
         """
         for other in self._others():
@@ -181,6 +182,8 @@ class Run:
                 other.leave()
         self.finalizer.wait()
         live = {checkpoint.path for checkpoint in self.open_checkpoints}
+        if self.tiers is not None:
+            self.tiers.check_is_shared(begins=begins, timeout_secs=self._timeout_secs)
         self._name = _directory.recover(
             self.directory,
             self._life,
@@ -198,17 +201,12 @@ class Run:
     def _reconcile(self, tiers: Tiers, *, begins: bool) -> None:
         """Tells which checkpoints of the two tiers belong together; the first process does."""
 
-        def act(_: object) -> str:
-            is_alone = self._life.has_begun or liveness.living(self.directory) is None
-            return tiers.reconcile(begins=begins) if is_alone else ""
+        def act(_: object) -> None:
+            if self._life.has_begun or liveness.living(self.directory) is None:
+                tiers.reconcile(begins=begins)
 
-        identity: str = fp.agree(
-            f"tiers {tiers.remote}",
-            ready=lambda: None,
-            act=act,
-            timeout_secs=self._timeout_secs,
-        )
-        tiers.check_is_shared(identity)
+        subject = f"tiers {tiers.remote}"
+        fp.agree(subject, ready=lambda: None, act=act, timeout_secs=self._timeout_secs)
 
     def go_on(self, step: int) -> None:
         """Goes on from the checkpoint of a step, which is kept until a newer one is finalized."""

@@ -18,23 +18,21 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flax_partial.errors import CheckpointExistsError, CorruptCheckpointError, NoSessionError
 from flax_partial.format.model import Part
-from flax_partial.storage import files, parts, session_dir
+from flax_partial.storage import control, files, parts, session_dir
 from flax_partial.storage.control import ABORT, Listed
 from flax_partial.storage.direct_io import NewFile
 from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.local_place import LocalPart, LocalPlace
+from flax_partial.storage.locks import DirectoryLock, open_directory
 from flax_partial.storage.object_place import ControlObjects, mark_of
 from flax_partial.storage.parts import SessionParts, is_of
 from flax_partial.storage.paths import CONTENTS, STATE
 from flax_partial.storage.place import Files, OpenSession
 from flax_partial.storage.session_dir import CONTROL
-
-if TYPE_CHECKING:
-    from flax_partial.storage.locks import DirectoryLock
 
 _DESCRIPTORS = Path("/proc/self/fd")
 _ATTEMPTS = 50  # at what others may change meanwhile
@@ -62,9 +60,14 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         return os.path.lexists(self.final)
 
     def _is_open(self, session: Listed) -> bool:
-        """Whether a session is there. Another directory numbers its sessions from 0, too."""
-        newest = self._session_among(session.control)
-        return newest is not None and newest.id == session.id
+        """Whether a session is there, as the newest or not: after one that is dropped others begin.
+
+        Another directory numbers its sessions from 0, too.
+        """
+        if session.opening not in session.control:
+            return False
+        data = self.store.get(control.CONTROL + session.opening)
+        return data is not None and control.read(data).get("id") == session.id
 
     def _read_control(self, name: str) -> bytes | None:
         """Reads a control file, which a rename may have taken along."""
@@ -249,8 +252,8 @@ class UnlockedPlace(ControlObjects, LocalPlace):
 
     def _withdraw_fences(self, session: str) -> None:
         """Removes what was put too late: into a directory that has come to the place of another."""
-        control = self.session / CONTROL
-        names = [name for name in files.listed(control) if name.startswith(f"{session}.closing.")]
+        names = files.listed(self.session / CONTROL)
+        names = [name for name in names if name.startswith(f"{session}.closing.")]
         with contextlib.suppress(OSError):  # it is in nobody's way
             self.store.delete([f"{CONTROL}/{name}" for name in names])
             os.rmdir(self.session)
@@ -306,14 +309,14 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         """
         assert self._ending is not None  # noqa: S101
         names = parts.part_names(state)
-        control = files.listed(state.parent / CONTROL) if state.parent == self.final else []
+        listed = files.listed(state.parent / CONTROL) if state.parent == self.final else []
         _, verdict = self._decided(self._ending.id)
         if verdict is None or not self._lies_at(state.parent):
             return
         doomed = [state / name for name in names if name not in verdict.parts]
         doomed += [
             self.final / CONTROL / one
-            for one in control
+            for one in listed
             if not one.endswith(".open") and ".verdict" not in one
         ]
         for one in doomed:
@@ -333,7 +336,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         should it die, they stay until a session is ended there.
         """
         names = [name for name in parts.part_names(self.state) if mark_of(name) == session]
-        control = files.listed(self.session / CONTROL)
+        listed = files.listed(self.session / CONTROL)
         if self._list_control().id != session:
             return
         # What was listed before is none of a session that has begun since.
@@ -343,8 +346,8 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         if session not in self._to_drop:
             return
         # Openings and then verdicts are removed last: else it would be open again.
-        control.sort(key=lambda name: (".verdict" in name, name.endswith(".open")))
-        self.store.delete([f"{CONTROL}/{name}" for name in control])
+        listed.sort(key=lambda name: (".verdict" in name, name.endswith(".open")))
+        self.store.delete([f"{CONTROL}/{name}" for name in listed])
         for directory in (self.session / CONTROL, self.state, self.session):
             with _busy_passed_over():
                 os.rmdir(directory)
@@ -355,6 +358,9 @@ class UnlockedPlace(ControlObjects, LocalPlace):
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Raises NoSessionError where reading fails because it was removed meanwhile."""
+        held = None
+        with contextlib.suppress(OSError):  # reading it raises what is wrong
+            held = open_directory(self.final, follow=True)  # so that its inode is not used again
         self._is_reading = _identity(self.final)
         try:
             with LocalPlace.reading(self):
@@ -363,10 +369,14 @@ class UnlockedPlace(ControlObjects, LocalPlace):
             if not isinstance(error, NoSessionError):
                 self.require_unremoved()
             raise
+        finally:
+            if held is not None:
+                held.close()
 
     def require_unremoved(self) -> None:
         """Raises NoSessionError where another directory is at the path by now, or none."""
-        if _identity(self.final) != self._is_reading:
+        now = _identity(self.final)
+        if now is None or self._is_reading not in {None, now}:
             raise NoSessionError(f"{self.final} was removed while it was read.")
 
     def read_own_parts(self, *, process: int | None = None) -> SessionParts:
