@@ -5,11 +5,13 @@ It may be one of a file system, or a prefix of an object store.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flax_partial.errors import StoreAccessError
 from flax_partial.loading import catalog
 from flax_partial.storage import directories, places
 from flax_partial.storage.object_place import StorePlace
@@ -99,11 +101,9 @@ def sweep(directory: AnyPath) -> None:
     In an object store it is what a removal has left that began some time ago.
     """
     if isinstance(directory, StorePath):
-        directories.for_each(
-            directory,
-            lambda step: StorePlace(directory / str(step)).finish_removal(),
-            _not_finalized(directory),
-        )
+        places_left = [StorePlace(directory / str(step)) for step in _not_finalized(directory)]
+        with contextlib.suppress(StoreAccessError):  # who only reads leaves it to others
+            directories.for_each(directory, StorePlace.finish_removal, places_left)
     else:
         for name in directories.names(directory):
             if _HALF_DELETED.fullmatch(name):

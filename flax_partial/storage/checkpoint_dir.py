@@ -61,15 +61,17 @@ def remove_checkpoint(where: CheckpointPath) -> None:
     if directory is None:
         raise _no_checkpoint(where)
     try:
+        is_locked = True
         try:
             directory.acquire(fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in locks.MISSING:  # else readers are told that it was removed
                 raise
+            is_locked = False
         if files.identity(where.final) != directory.identity:
             raise _no_checkpoint(where)
         doomed = files.rename_away(where.final)
-        if files.identity(doomed) != directory.identity:  # it has come to its place, without locks
+        if not is_locked and files.identity(doomed) != directory.identity:  # of another one
             files.rename_to_new(doomed, where.final)
             raise _no_checkpoint(where)
     except FileNotFoundError as error:

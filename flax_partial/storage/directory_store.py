@@ -202,7 +202,7 @@ def _named(temporary: Path, path: Path) -> bool:
             f"{medium.mount_of(path.parent) or 'The file system'} has no locks, or they are local "
             "to a machine, and it has neither hard links nor exclusive renames: nothing keeps two "
             "processes apart. If only one machine writes there, set FLAX_PARTIAL_LOCKS=flock",
-            str(path),
+            os.path.realpath(path),  # which may begin with that of a descriptor
         )
     if code not in (0, errno.EEXIST):
         raise OSError(code, os.strerror(code), str(temporary), None, str(path))

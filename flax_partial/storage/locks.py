@@ -40,6 +40,10 @@ _LOCAL_LOCKS = frozenset(
         ),
     )
 )
+# A bucket as a directory, which is renamed file by file.
+_BUCKETS = frozenset(
+    ("fuse.blobfuse2", "fuse.gcsfuse", "fuse.geesefs", "fuse.goofys", "fuse.rclone", "fuse.s3fs")
+)
 # Errors of a file system without `flock`, or without it for what is open for reading only.
 MISSING = frozenset(
     (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
@@ -47,6 +51,10 @@ MISSING = frozenset(
 _NO_LOCKS = (
     f"%s has no locks that hold between machines: control files, and leases that are renewed, take "
     f"their place. ({VARIABLE}=flock uses locks where a single machine writes.)"
+)
+_NO_RENAMES = (
+    "%s cannot rename a directory at once: a checkpoint that others read, or that a process dies "
+    "over, while it is finalized there may be damaged. Give s3:// or gs:// where it is a bucket."
 )
 
 _MOST_BYTES = 4096  # of what the text of a lock may be
@@ -161,7 +169,7 @@ def make_file(path: Path) -> FileLock:
 def are_shared(directory: Path) -> bool:
     """Whether a `flock` on a directory keeps all others out, on whatever machine.
 
-    Where it does not, that is logged once.
+    Where it does not, that is logged once, and so is where directories are not renamed at once.
 
     Args:
       directory: A directory that is there. What may not be opened is taken for one with locks.
@@ -176,6 +184,8 @@ def are_shared(directory: Path) -> bool:
     if chosen == "auto":
         mount = medium.mount_of(directory)
         is_local = mount is not None and mount.kind.lower() in _LOCAL_LOCKS
+        if mount is not None and mount.kind in _BUCKETS:
+            medium.say_once(directory, logging.WARNING, _NO_RENAMES)
         shared = not is_local and _are_there(directory)
     else:
         shared = chosen == "flock"

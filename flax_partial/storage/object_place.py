@@ -21,7 +21,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -181,7 +181,8 @@ class ControlObjects:
     def _is_open(self, session: Listed) -> bool:
         """Whether a session is there, by a listing, whose names it has."""
         names = session.control
-        return f"{session.id}.begun" in names and control.counts(session.opening, names)
+        is_begun = f"{session.id}.begun" in names and control.counts(session.opening, names)
+        return is_begun and not control.removed_session(names)  # that deletes all that is there
 
     def _put_verdict(self, wanted: Verdict) -> Verdict:
         """Puts a verdict, if there is none; returns the one that counts.
@@ -335,7 +336,8 @@ class ControlObjects:
                 )
             if time.monotonic() > deadline:  # its process has died: it ends nothing in this round
                 end = control.write_verdict(Verdict(VOID), by=uuid.uuid4().hex)
-                self.store.put_new(CONTROL + control.verdict_name(mark, session.round), end)
+                with suppress(FileNotFoundError):  # its directory may be renamed just now
+                    self.store.put_new(CONTROL + control.verdict_name(mark, session.round), end)
                 continue
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECS)
@@ -496,11 +498,9 @@ class ControlObjects:
         """
         if self._is_published():
             raise self._exists() from cause
-        names = self._control_names()
         _, verdict = self._decided(session.id)
-        is_there = self._is_open(session._replace(control=names))
-        is_removed = control.removed_session(names) == session.id
-        if not is_there or is_removed or (verdict is not None and verdict.kind == ABORT):
+        is_there = self._is_open(session._replace(control=self._control_names()))
+        if not is_there or (verdict is not None and verdict.kind == ABORT):
             raise self.no_session() from cause
 
     def decide(self, parts: Collection[str], *, committed_ns: int) -> int | None:
@@ -523,11 +523,11 @@ class ControlObjects:
         """Puts what is derived, and then the one object by which readers find the checkpoint."""
         assert self._ending is not None  # noqa: S101
         session = self._ending.id
+        named = [(name, list(pieces)) for name, pieces in root_files() if name != MARK]
+        named.append((_CONTENTS, [contents]))
         number, verdict = self._decided(session)
         if verdict is None:
             raise self.no_session()
-        named = [(name, list(pieces)) for name, pieces in root_files() if name != MARK]
-        named.append((_CONTENTS, [contents]))
         do_all([partial(self.store.put, name, pieces) for name, pieces in named])
         mark = {"flax_partial": 1, "session": session, "round": number}
         mark |= {"contents": digest(contents), "by": uuid.uuid4().hex}
@@ -605,13 +605,15 @@ class ControlObjects:
         Returns:
           False where another process has removed it by now.
         """
+        listed_at = time.monotonic()
         keys = [entry.key for entry in self.store.list()]
         last = [CONTROL + control.verdict_name(session, 0), f"{CONTROL}{session}.removed"]
         if not set(last) <= set(keys):
             return False
-        self.store.delete([MARK])
-        self.store.delete([key for key in keys if key not in last])
-        self.store.delete(last)
+        for doomed in ([MARK], [key for key in keys if key not in last], last):
+            if time.monotonic() - listed_at > _REMOVAL_SECS:  # it was stopped: look anew
+                return self._delete_all(session)
+            self.store.delete(doomed)
         return True
 
 

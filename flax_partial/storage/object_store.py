@@ -236,8 +236,7 @@ def _connect(url: Url, options: _Options) -> Any:
             },
         },
     }
-    place = config.get("endpoint") or config.get("base_url") or _endpoint_of_environment(url.scheme)
-    if place.startswith("http:"):
+    if _endpoint(url, config).startswith("http:"):
         common["client_options"]["allow_http"] = True
     try:
         if url.scheme == "s3":
@@ -256,6 +255,17 @@ def _connect(url: Url, options: _Options) -> Any:
         return obstore.store.AzureStore(url.bucket, config=config, **common)
     except BaseError as error:
         raise ValueError(f"{url}: {_said(error)}") from None
+
+
+def _endpoint(url: Url, config: Mapping[str, str]) -> str:
+    """Where the servers are; empty for those of the cloud."""
+    given = [config[name] for name in ("endpoint", "base_url") if name in config]
+    place = given[0] if given else _endpoint_of_environment(url.scheme)
+    if (given or place) and not place.startswith(
+        ("http://", "https://")
+    ):  # of which obstore panics
+        raise ValueError(f"{url}: its endpoint {place!r} has to begin with http:// or https://")
+    return place
 
 
 def _endpoint_of_environment(scheme: str) -> str:

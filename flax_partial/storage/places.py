@@ -61,8 +61,11 @@ def _local(path: PathLike) -> LocalPlace:
 
 
 def _has_no_locks(place: LocalPlace) -> bool:
-    """Whether a session is kept by control files. It goes on as it was begun, wherever that was."""
-    if os.path.isdir(place.session / CONTROL):
+    """Whether a session is kept by control files. It goes on as it was begun, wherever that was.
+
+    Of a checkpoint they say which parts count: beside these may lie what came too late.
+    """
+    if os.path.isdir(place.session / CONTROL) or os.path.isdir(place.final / CONTROL):
         return True
     directory = place.session.parent
     while not directory.exists():

@@ -260,11 +260,17 @@ class UnlockedPlace(ControlObjects, LocalPlace):
 
     def _is_current(self) -> bool:
         """Whether the session that is being ended is the one at its path."""
-        return self._lies_at(self.session)
+        directory = self._directory
+        return directory is not None and files.identity(self.session) == directory.identity
 
     def _lies_at(self, path: Path) -> bool:
-        directory = self._directory
-        return directory is not None and files.identity(path) == directory.identity
+        """Whether it is in a directory, by its control files: some FUSE renumbers what it renames.
+
+        rclone does.
+        """
+        ending = self._ending
+        data = files.read(path / CONTROL / ending.opening) if ending else None
+        return ending is not None and data is not None and control.read(data)["id"] == ending.id
 
     def commit_checkpoint(
         self,
@@ -289,7 +295,8 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                     f"{self.final} was finalized by another process meanwhile."
                 ) from None
             raise
-        # From here on no save finds the path of its part any more.
+        # From here on no save finds the path of its part any more, except one that was about to
+        # make that: it leaves an empty directory, which no verdict names.
         self._remove_others(self.final / STATE)
 
     def _publish(self) -> None:

@@ -172,11 +172,11 @@ def fsync_refused(
     patch.setattr(os, "fsync", refusing)
 
 
-def no_links(patch: pytest.MonkeyPatch) -> None:
+def no_links(patch: pytest.MonkeyPatch, code: int = errno.EPERM) -> None:
     """The file system has no hard links, as FAT, SMB and much of FUSE."""
 
     def refusing(*_: object, **__: object) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        raise OSError(code, os.strerror(code))
 
     patch.setattr(os, "link", refusing)
 

@@ -31,6 +31,7 @@ from stores import Death, Killed, Request, another_process, memory, requests_thr
 
 import flax_partial as fp
 from flax_partial.storage import object_place
+from flax_partial.storage.object_place import StorePlace
 
 EXPECTED = (
     fp.CheckpointExistsError,
@@ -196,6 +197,15 @@ def chaos(seed: int, *, delay_secs: float, kill_share: float) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def taken_over_at_once() -> Iterator[None]:
+    """Has nobody wait for those that have begun to end a session, or to remove a checkpoint."""
+    patience = mock.patch.object(object_place, "_PATIENCE_SECS", 0.0)
+    removal = mock.patch.object(StorePlace, "_left_to_remove", return_value=0.0)
+    with patience, removal:
+        yield
+
+
 def one_trial(seed: int, template: str, *, delay_secs: float, kill_share: float) -> list[Call]:
     """Races once, and checks; `template` holds `{me}`."""
 
@@ -206,7 +216,7 @@ def one_trial(seed: int, template: str, *, delay_secs: float, kill_share: float)
     with chaos(seed, delay_secs=delay_secs, kill_share=kill_share):
         calls = race(url_of, seed, removes=bool(delay_secs))
     another_process()
-    with mock.patch.multiple(object_place, _PATIENCE_SECS=0.0, _REMOVAL_SECS=0.0):
+    with taken_over_at_once():
         check(url_of(99), calls)
     return calls
 

@@ -3,12 +3,16 @@
     python tests/long_runs sweep --seed 0                     all of them; an hour on two cores
     python tests/long_runs sweep --series killed              some of them
     python tests/long_runs sweep --sample 200                 a sample of all
+    python tests/long_runs sweep --locks files                sessions kept by control files
+
+With control files only finalize follows: once there is a verdict, saves and abort are refused.
 
 The last line says how many points were tried, and at how many of them everything held.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -22,11 +26,28 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import points
 import trials
 from nursery import Nursery
+from points import Point
+from promises import Then
+
+import flax_partial as fp
+from flax_partial.storage import locks
+
+
+def _hold_unlocked(nursery: Nursery, point: Point) -> None:
+    """Tries one; an abort that is killed may have dropped the session, and left its directory."""
+    try:
+        points.hold(nursery, dataclasses.replace(point, then=Then.FINALIZE))
+    except fp.NoSessionError as error:
+        if not any("(abort, after" in note for note in error.__notes__):
+            raise
 
 
 def main() -> int:
     """Tries them; prints a line for each that did not hold, and a summary."""
-    options = trials.options(__doc__ or "", seed=0, series="", sample=0, directory=None)
+    options = trials.options(
+        __doc__ or "", seed=0, series="", sample=0, directory=None, locks="auto"
+    )
+    os.environ[locks.VARIABLE] = options.locks
     logging.getLogger("flax_partial").setLevel(logging.CRITICAL)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
@@ -36,7 +57,8 @@ def main() -> int:
         chosen = points.every(counts, names, options.seed)
         if options.sample:
             chosen = points.sample(counts, options.sample, options.seed)
-        checks = ((one.series, functools.partial(points.hold, nursery, one)) for one in chosen)
+        hold = _hold_unlocked if options.locks == "files" else points.hold
+        checks = ((one.series, functools.partial(hold, nursery, one)) for one in chosen)
         tried, held = trials.hold_all(checks)
         nursery.close()
     for name, number in tried.items():

@@ -21,6 +21,7 @@ import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback, checkpointing
 from flax_partial.cli.main import main
 from flax_partial.runs import liveness, timeline, timeline_logs
+from flax_partial.storage.object_place import StorePlace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -291,6 +292,23 @@ def test_what_a_timeline_could_not_put_is_put_later(server: S3Server) -> None:
     log.append(lines[1:])
     (run,) = timeline.read(directory)
     assert [step.number for step in run.processes[0].steps] == [1, 2]
+
+
+def test_what_a_removal_that_was_killed_has_left_is_deleted_when_the_next_run_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = memory("/run")
+    train(url, 4)
+    with requests_through(Death(5, after=True)), pytest.raises(Killed):
+        fp.remove(f"{url}/2")
+    another_process()
+    assert fp.steps(url) == [4]
+    train(url, 6)  # it began too short a time ago: it may be going on
+    assert fp.StorePath(f"{url}/2").is_dir()
+    monkeypatch.setattr(StorePlace, "_left_to_remove", lambda *_: 0.0)
+    train(url, 8)
+    assert not fp.StorePath(f"{url}/2").is_dir()
+    assert fp.steps(url) == [4, 6, 8]
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

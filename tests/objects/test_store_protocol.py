@@ -9,11 +9,13 @@ import contextlib
 import itertools
 import re
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
 import pytest
+import store_races
 from shell import Shell
 from stores import Death, Killed, Request, another_process, memory, requests_through
 from things import MOST_SECS
@@ -35,9 +37,9 @@ def _here() -> None:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.0)
-    monkeypatch.setattr(object_place, "_REMOVAL_SECS", 0.0)
+def impatient() -> Iterator[None]:
+    with store_races.taken_over_at_once():
+        yield
 
 
 def keys(url: str) -> list[str]:
@@ -199,7 +201,7 @@ def test_save_whose_patience_ends_as_it_is_decided_is_told_what_was(
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_removal_that_was_killed_is_a_removal_or_none(*, after: bool) -> None:
+def test_removal_that_was_killed_is_a_removal_or_none(*, after: bool, shell: Shell) -> None:
     for at in itertools.count(1):
         url = memory()
         fp.save(url, {"old": DATA})
@@ -212,6 +214,11 @@ def test_removal_that_was_killed_is_a_removal_or_none(*, after: bool) -> None:
             for gone in (fp.load, fp.status, fp.abort, fp.finalize, fp.metadata, fp.verify):
                 with pytest.raises(fp.NoSessionError):
                     gone(url)
+            run = fp.StorePath(url).parent
+            assert fp.steps(run) == []
+            assert fp.latest(run) is None
+            if run.is_dir():
+                assert shell.json("ls", run)["checkpoints"] == []
             if at % 2:
                 with pytest.raises(fp.NoSessionError):
                     fp.remove(url)
@@ -314,6 +321,29 @@ def test_remover_that_slept_leaves_the_next_session_alone() -> None:
     assert keys(url) == []
 
 
+@pytest.mark.usefixtures("impatient")
+def test_remover_that_was_stopped_until_another_one_had_finished_deletes_nothing_new(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = memory()
+    fp.save(url, {"a": 1})
+    fp.finalize(url)
+    now = time.monotonic
+
+    def finish_and_save() -> None:
+        fp.remove(f"{url}?p=1")
+        fp.save(f"{url}?p=1", {"new": DATA})
+        monkeypatch.setattr(time, "monotonic", lambda: now() + 60.0)
+
+    with (
+        stopped_at("delete", "commit_success.txt']", finish_and_save),
+        pytest.raises(fp.NoSessionError),
+    ):
+        fp.remove(url)
+    fp.finalize(url)
+    assert set(fp.load(url)) == {"new"}
+
+
 def test_one_that_slept_before_its_verdict_changes_nothing_of_a_later_checkpoint() -> None:
     url = memory()
     fp.save(url, {"a": DATA})
@@ -339,7 +369,7 @@ def test_one_that_slept_before_its_verdict_changes_nothing_of_a_later_checkpoint
 
 
 def begin_late(url: str, meanwhile: Callable[[], Any]) -> Exception | None:
-    """Saves into a place with a dropped session; sleeps just before it begins the next one."""
+    """Saves into a place without a session; sleeps just before it begins one."""
     with stopped_at("put_new", ".open", meanwhile):
         try:
             fp.save(url, {"late": DATA})
@@ -381,6 +411,30 @@ def test_session_that_is_begun_late_in_an_empty_place_counts_for_nothing() -> No
     assert begin_late(url, empty_the_place) is not None
     assert keys(url) == []
     fp.save(url, {"new": 1})
+    fp.finalize(url)
+    assert set(fp.load(url)) == {"new"}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_session_that_is_begun_in_what_a_removal_has_left_counts_for_nothing() -> None:
+    """The next one who finishes the removal deletes it."""
+    url = memory()
+
+    def use_the_place_and_die() -> None:
+        other = f"{url}?p=1"
+        fp.save(other, {"removed": 1})
+        fp.finalize(other)
+
+        def hook(name: str, arguments: tuple[Any, ...], request: Request) -> Any:
+            if name == "delete" and any(key.endswith(".removed") for key in arguments[1]):
+                raise Killed
+            return request()
+
+        with requests_through(hook), pytest.raises(Killed):
+            fp.remove(other)
+
+    assert begin_late(url, use_the_place_and_die) is not None
+    fp.save(f"{url}?p=2", {"new": DATA})
     fp.finalize(url)
     assert set(fp.load(url)) == {"new"}
 

@@ -161,6 +161,12 @@ def test_what_is_appended_to_parameters_is_refused(url: str, name: str, appended
     assert str(fp.StorePath(url) / appended).endswith(f"{appended}?{url.partition('?')[2]}")
 
 
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "localhost", "ftp://host", ""])
+def test_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
+    with pytest.raises(ValueError, match="has to begin with http"):
+        fp.load(f"s3://b/run/12?endpoint={endpoint}")
+
+
 @pytest.mark.parametrize(
     "query",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ KINDS = {
     **dict.fromkeys(("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "wekafs"), False),
     **dict.fromkeys(("fuse.sshfs", "fuse.glusterfs", "fuse.juicefs", "fuse.JuiceFS"), False),
 }
+BUCKETS = {"fuse.rclone", "fuse.s3fs"}
 
 
 def mounted(patch: pytest.MonkeyPatch, kind: str) -> None:
@@ -59,6 +61,9 @@ def test_type_of_the_file_system_decides(
     assert len(texts) == (0 if KINDS[kind] else 1)
     assert all(f"/scratch ({kind}) has no locks that hold between" in text for text in texts)
     assert {one.levelno for one in caplog.records if one.getMessage() in texts} <= {logging.INFO}
+    warned = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    assert len(warned) == (kind in BUCKETS)
+    assert all(f"/scratch ({kind}) cannot rename a directory at once" in text for text in warned)
 
 
 def test_the_environment_decides_before_the_type(
@@ -88,6 +93,18 @@ def test_where_names_cannot_be_put_if_absent_either_an_error_says_so(
         fp.save(tmp_path / "1", {"a": X})
 
 
+@pytest.mark.parametrize("code", ["EPERM", "ENOTSUP", "ENOSYS", "EMLINK", "EINVAL"])
+def test_without_links_an_exclusive_rename_puts_if_absent(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_systems.no_links(monkeypatch, getattr(errno, code))
+    store = DirectoryStore(tmp_path)
+    assert store.put_new("a", b"first")
+    assert not store.put_new("a", b"second")
+    assert store.get("a") == b"first"
+    assert [one.name for one in tmp_path.iterdir()] == ["a"]
+
+
 def test_session_goes_on_by_the_rules_it_was_begun_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +119,19 @@ def test_session_goes_on_by_the_rules_it_was_begun_with(
             monkeypatch.setenv(locks.VARIABLE, chosen)
             assert fp.verify(path).ok
         assert (path / "state" / "session").is_dir() == (began == "files")
+
+
+def test_part_that_comes_too_late_counts_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel may have found the place of a new directory before that was renamed."""
+    monkeypatch.setenv(locks.VARIABLE, "files")
+    name = fp.save(tmp_path / "1", {"a": X}, options=QUICK).part
+    fp.finalize(tmp_path / "1")
+    (tmp_path / "1" / "state" / f"{name}late").mkdir()
+    for chosen in ("files", "flock"):
+        monkeypatch.setenv(locks.VARIABLE, chosen)
+        assert fp.verify(tmp_path / "1").ok
 
 
 @pytest.mark.usefixtures("unlocked")
@@ -138,6 +168,28 @@ def test_save_that_has_waited_for_a_verdict_has_the_finalize_list_anew(
     fp.finalize(tmp_path / "1")
     assert sorted(fp.load(tmp_path / "1")) == ["a", "late"]
     assert fp.verify(tmp_path / "1").ok
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_save_whose_patience_ends_as_the_session_is_renamed_is_told_what_was_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.0)
+    fp.save(tmp_path / "1", {"a": X}, options=QUICK)
+    place = places.resolve(tmp_path / "1")
+    put_new = DirectoryStore.put_new
+
+    def put_late(store: DirectoryStore, key: str, data: bytes) -> bool:
+        if b'"void"' in data:
+            place.decide(before, committed_ns=7)
+            Path(place.session).rename(Path(place.final))
+        return put_new(store, key, data)
+
+    with place.locked_exclusively(lambda: None):
+        before = place.read_parts().committed
+        monkeypatch.setattr(DirectoryStore, "put_new", put_late)
+        with pytest.raises(fp.CheckpointExistsError, match="finalized before this part was"):
+            fp.save(tmp_path / "1", {"late": X}, options=QUICK)
 
 
 @pytest.mark.usefixtures("unlocked")
