@@ -130,14 +130,14 @@ def save_each_async(
 ) -> list[SaveHandle]:
     """Like `save_async` of each of several states, in one call, which costs less than one for each.
 
-    Each becomes a part of its own, with a handle and a report of its own. What is ready at once is
-    copied on its devices, or transferred, at once.
+    Each becomes a part of its own, with a handle and a report of its own. Their arrays are copied
+    on a device, or transferred from it, all at once.
 
     Args:
       path: As for `save`.
       states: What to save; as for `save` each.
       custom_metadata: Of each of them, in the same order; None for none.
-      replace: As for `save`; among these states no leaf may be there twice.
+      replace: As for `save`.
       options: As for `save_async`.
       reuse: As for `save`.
 
