@@ -24,6 +24,7 @@ import flax_partial as fp
 from flax_partial.callbacks import _rows, _stacked
 from flax_partial.callbacks._claims import Claims
 from flax_partial.callbacks._reports import BlockedTime, CheckpointReport
+from flax_partial.callbacks._restored import Closing
 from flax_partial.callbacks._timeline import devices_of
 from flax_partial.runs import completeness, liveness
 from flax_partial.subtrees import joined
@@ -98,7 +99,7 @@ class Checkpoint:
         member: Member,
         groups: Mapping[str, Leaves],
         *,
-        closing: Mapping[str, Any] | None = None,
+        closing: Closing | None = None,
     ) -> None:
         """Saves groups in the background; returns once their arrays may be donated.
 
@@ -107,21 +108,21 @@ class Checkpoint:
         Args:
           member: The callback.
           groups: Group to its leaves.
-          closing: If the callback is done, what its last part records of training. It lists, for
+          closing: If the callback is done, what its last part stores beside arrays. It lists, for
             later processes, all groups that the callback saved, too.
         """
         claimed = {name: self.claims.take(member.key, leaves) for name, leaves in groups.items()}
         named = {self._unique(member, name): leaves for name, leaves in claimed.items() if leaves}
         saves = [
-            _Save(group, leaves, completeness.saved(callback=member.key, group=group), {})
+            _Save(group, leaves, completeness.saved(callback=member.key, group=group))
             for group, leaves in named.items()
         ]
         # In other processes, the same callback may have all there is to save.
         has_parts = bool(self.claims.names) or jax.process_count() > 1
         if closing is not None and (saves or has_parts):
-            *_, last = saves = saves or [_Save("", [], {}, {})]
+            *_, last = saves = saves or [_Save("", [], {})]
             last.session.update(self._closing(member))
-            last.metadata.update(closing)
+            last.closing = closing
         for together in _handed_over(saves, member.options):
             self._save_groups(member, together)
 
@@ -162,7 +163,7 @@ class Checkpoint:
             self.error = error
         error.add_note(f"This is about the checkpoint of step {self.step}, {self.path}.")
         for member in members:
-            member.failures.add(error)
+            member.failures.add(self.step, error)
 
     def finalize(self, metrics: Mapping[str, float], *, timeout_secs: float) -> CheckpointReport:
         """Waits for all saves, in all processes, and finalizes.
@@ -182,7 +183,8 @@ class Checkpoint:
             self._wait_well()
             if metrics:
                 member = next(iter(self.members.values()))
-                scores = {"metrics": metrics, "ranked_by": self._ranked_by}
+                ranked_by = {"ranked_by": self._ranked_by} if self._ranked_by else {}
+                scores = Closing(custom_metadata={"metrics": metrics}, training=ranked_by)
                 self._save_groups(member, [_Save("", [], {}, scores)])
                 self._wait_well()
             began[0] = time.perf_counter()
@@ -300,7 +302,8 @@ class Checkpoint:
                 handles = fp.save_each_async(
                     self.path,
                     [joined(_stacked.cut(save.leaves)) if save.leaves else {} for save in saves],
-                    custom_metadata=map(self._metadata, saves),
+                    custom_metadata=[save.closing.custom_metadata for save in saves],
+                    training=map(self._training, saves),
                     options=member.options,
                     reuse=self.before if member.reuse_unchanged else None,
                 )
@@ -327,12 +330,12 @@ class Checkpoint:
 
         return finished
 
-    def _metadata(self, save: _Save) -> dict[str, Any]:
-        said = {"session": save.session} if save.session else {}
-        return {"step": self.step, "epoch": self._epoch, **said, **save.metadata}
+    def _training(self, save: _Save) -> dict[str, Any]:
+        session = {"session": save.session} if save.session else {}
+        return {"step": self.step, "epoch": self._epoch, **session, **save.closing.training}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Save:
     """What becomes one part: a group, or metadata alone.
 
@@ -340,13 +343,13 @@ class _Save:
       group: The group; "" for none.
       leaves: Its leaves.
       session: What it says of the session.
-      metadata: What it says beside that.
+      closing: What it stores beside arrays, if it is the callback's last.
     """
 
     group: str
     leaves: Leaves
     session: dict[str, Any]
-    metadata: dict[str, Any]
+    closing: Closing = Closing({}, {})  # noqa: RUF009 - frozen, of mappings that are not changed
 
 
 def _handed_over(

@@ -22,7 +22,7 @@ from flax_partial.callbacks._metrics import finite_numbers
 from flax_partial.callbacks.policies import SavedStep, ranked
 from flax_partial.runs import completeness, liveness
 from flax_partial.runs import directory as runs_directory
-from flax_partial.runs.directory import checkpoints, step_in_name
+from flax_partial.runs.directory import checkpoints, probably_meant, step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -98,7 +98,7 @@ def _settle_all(directory: AnyPath, live: Container[AnyPath], *, timeout_secs: f
         try:
             _settle(path, step, timeout_secs)
         except OSError as error:
-            if not _is_read_only(error):
+            if not is_read_only(error):
                 raise
             logger.warning("Left the unfinished checkpoint %s as it is: %s", path, error)
 
@@ -109,7 +109,8 @@ def _is_idle(path: AnyPath, timeout_secs: float) -> bool:
     return liveness.wait_until_idle(session, timeout_secs)
 
 
-def _is_read_only(error: OSError) -> bool:
+def is_read_only(error: OSError) -> bool:
+    """Whether what failed is that this process may only read."""
     return isinstance(error, PermissionError) or error.errno == errno.EROFS
 
 
@@ -268,7 +269,9 @@ def choose(
         return _at_path(which)
     if isinstance(which, int) and not isinstance(which, bool):
         if which not in held:
-            raise fp.NoSessionError(f"{directory} holds no checkpoint of step {which}: {[*held]}.")
+            raise fp.NoSessionError(
+                f"There is no checkpoint of step {which} in {directory}.{probably_meant(directory)}"
+            )
         return which, held[which]
     if which == "latest":
         return next(reversed(held.items()), None)
@@ -289,7 +292,7 @@ def choose(
 
 def _at_path(path: str | os.PathLike[str]) -> tuple[int, AnyPath]:
     described = fp.metadata(path)
-    step = described.custom_metadata.get("step")
+    step = completeness.recorded(described).get("step")
     if not isinstance(step, int):
         step = step_in_name(described.path.name)
     if step is None:
@@ -323,8 +326,8 @@ def _looked_into(held: Mapping[int, AnyPath]) -> dict[int, SavedStep]:
 def _look_into(path: AnyPath, step: int, _identity: object) -> SavedStep:
     """Reads it once: the table of contents of a large model takes a while."""
     metadata = fp.metadata(path)
-    custom = metadata.custom_metadata
-    metrics, ranked_by = custom.get("metrics"), custom.get("ranked_by")
+    metrics = metadata.custom_metadata.get("metrics")
+    ranked_by = completeness.recorded(metadata).get("ranked_by")
     return SavedStep(
         step=step,
         metrics=finite_numbers(metrics) if isinstance(metrics, Mapping) else {},

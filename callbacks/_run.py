@@ -11,7 +11,7 @@ import errno
 import functools
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import jax
@@ -30,11 +30,12 @@ from flax_partial.runs import liveness
 from flax_partial.runs.directory import make
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._preemption import Preemption
+    from flax_partial.callbacks._restored import Closing
     from flax_partial.callbacks._tiers import Tiers
     from flax_partial.runs.directory import AnyPath
 
@@ -169,6 +170,7 @@ class Run:
 
         Raises:
           CheckpointInUseError: It begins, and a run of another process lives there.
+          ValueError: Not all processes see one local tier.
           OSError: The storage failed.
         """
         for other in self._others():
@@ -180,6 +182,8 @@ class Run:
                 other.leave()
         self.finalizer.wait()
         live = {checkpoint.path for checkpoint in self.open_checkpoints}
+        if self.tiers is not None:
+            self.tiers.check_is_shared(begins=begins, timeout_secs=self._timeout_secs)
         self._name = _directory.recover(
             self.directory,
             self._life,
@@ -197,17 +201,12 @@ class Run:
     def _reconcile(self, tiers: Tiers, *, begins: bool) -> None:
         """Tells which checkpoints of the two tiers belong together; the first process does."""
 
-        def act(_: object) -> str:
-            is_alone = self._life.has_begun or liveness.living(self.directory) is None
-            return tiers.reconcile(begins=begins) if is_alone else ""
+        def act(_: object) -> None:
+            if self._life.has_begun or liveness.living(self.directory) is None:
+                tiers.reconcile(begins=begins)
 
-        identity: str = fp.agree(
-            f"tiers {tiers.remote}",
-            ready=lambda: None,
-            act=act,
-            timeout_secs=self._timeout_secs,
-        )
-        tiers.check_is_shared(identity)
+        subject = f"tiers {tiers.remote}"
+        fp.agree(subject, ready=lambda: None, act=act, timeout_secs=self._timeout_secs)
 
     def go_on(self, step: int) -> None:
         """Goes on from the checkpoint of a step, which is kept until a newer one is finalized."""
@@ -332,7 +331,7 @@ class Run:
         *,
         epoch: int,
         epoch_ends: bool,
-        closing: Mapping[str, Any],
+        closing: Closing,
     ) -> None:
         """Saves the last groups of a callback; once all are done the checkpoint is closed.
 
@@ -345,7 +344,7 @@ class Run:
           groups: Group to its leaves.
           epoch: The epoch under way, the first being 0.
           epoch_ends: Whether the step ends its epoch, whose metrics are yet to come.
-          closing: What its last part records of training.
+          closing: What its last part stores beside arrays.
         """
         with self._lock:
             if not checkpoint.members:
@@ -361,11 +360,31 @@ class Run:
             if not epoch_ends:
                 self.open_checkpoints.finish_scored()
 
-    def tell_misspelt(self, member: Member) -> None:
-        """Warns, after the first step, of a monitor that is almost the name of a metric."""
-        names = frozenset(self.open_checkpoints.metric_names)
+    def raise_failure(self, member: Member) -> None:
+        """Raises the oldest error of a callback's checkpoints that was not raised before, if any.
+
+        If that is of the step it saved last, which nobody else saves, the step may be repeated.
+        """
+        failure = member.failures.take_first()
+        if failure is None:
+            return
+        step, error = failure
+        is_alone = jax.process_count() == 1 and set(self.members) <= {member}
+        if is_alone and step == member.last_saved:
+            self.open_checkpoints.settle(before=step + 1)
+            member.take_back()
+        raise error
+
+    def tell_misspelt(self, member: Member, expected: Collection[str]) -> None:
+        """Warns, after the first step, of a monitor that is probably meant to be another metric.
+
+        Args:
+          member: The callback.
+          expected: Names of metrics that a validation will set.
+        """
+        names = {*self.open_checkpoints.metric_names, *expected}
         for monitor in member.retention.modes.keys() - names:
-            if any(is_misspelt(monitor, name) for name in names):
+            if is_misspelt(monitor, names, expected):
                 logger.warning("After the first step the monitor %s", lacking(monitor, {}, names))
 
     def check_monitor(self, member: Member) -> None:

@@ -127,39 +127,76 @@ class Tiers:
 
     # Before training.
 
-    def reconcile(self, *, begins: bool) -> str:
+    def check_is_shared(self, *, begins: bool, timeout_secs: float) -> None:
+        """Checks that all processes, which call it, see one local tier.
+
+        Args:
+          begins: Whether training begins: then the first process makes what is not there yet.
+          timeout_secs: For how many seconds to wait for other processes.
+
+        Raises:
+          ValueError: They do not; it is raised in all of them.
+        """
+        if jax.process_count() == 1:
+            return
+        identity: str = fp.agree(
+            f"local tier {self.remote}",
+            ready=lambda: None,
+            act=lambda _: self._identify() if begins else takeover.identity(self.local),
+            timeout_secs=timeout_secs,
+        )
+        others: list[int] = fp.agree(
+            f"all see the local tier {self.remote}",
+            ready=lambda: takeover.identity(self.local),
+            act=lambda found: [process for process, one in found.items() if one != identity],
+            timeout_secs=timeout_secs,
+        )
+        if others:
+            raise ValueError(
+                f"local={str(self.local)!r} is another directory in the processes {others} than in "
+                "the first one. All processes of a job have to see one local tier, as those of one "
+                "machine do; over several machines, save to the run's directory without local."
+            )
+
+    def _identify(self) -> str:
+        self.local.mkdir(parents=True, exist_ok=True)
+        return takeover.identify(self.local, self.remote)
+
+    def reconcile(self, *, begins: bool) -> None:
         """Identifies checkpoints that belong together; of several processes, in the first one.
 
+        What was uploaded whole is published: this run goes on from it, whichever tier it is of.
         Where another tier has taken the run over since this one uploaded last, what is only in this
         one is of a run that was given up: it is set aside. Where training begins, this tier takes
-        the run over, ends what others were uploading, and goes on with its own uploads.
-
-        Returns:
-          The identity of the local tier; empty where there is none yet.
+        the run over, drops what others had not uploaded whole, and goes on with its own uploads.
 
         Raises:
           CheckpointExistsError: The local tier is that of another run's directory.
           OSError: The storage failed.
         """
-        if not begins and not self.local.is_dir():
-            return ""
-        self.local.mkdir(parents=True, exist_ok=True)
-        mine, last = takeover.identify(self.local, self.remote), self._uploads.tier()
+        if not begins:
+            self._publish_whole()
+            if not self.local.is_dir():
+                return
+        mine, last = self._identify(), self._uploads.tier()
         if last not in ("", mine):
             self._set_aside(mine)
             mine = takeover.renew(self.local, self.remote)
         if begins:
             self._begin(mine)
-        return mine
 
-    def check_is_shared(self, identity: str) -> None:
-        """Raises ValueError if this process sees another local tier than the first one."""
-        found = takeover.identity(self.local)
-        if identity and found != identity:
-            raise ValueError(
-                f"local={str(self.local)!r} is another directory in process {jax.process_index()} "
-                "than in the first one: all have to see the same, such as on one machine."
-            )
+    def _publish_whole(self) -> None:
+        """Publishes what was uploaded whole, or is being published; drops nothing."""
+        for step, path in unfinished(self.remote):
+            try:
+                if completeness.missing(fp.status(path), step) is None:
+                    _publish(path)
+            except (fp.NoSessionError, fp.CheckpointExistsError):
+                logger.debug("%s was published, or dropped, just now.", path)
+            except OSError as error:
+                if not _directory.is_read_only(error):
+                    raise
+                logger.warning("Left %s, which was uploaded, as it is: %s", path, error)
 
     def _set_aside(self, mine: str) -> None:
         held = checkpoints(self.local)
@@ -338,5 +375,9 @@ def _settle(path: AnyPath, step: int) -> None:
             else:
                 logger.info("Dropped %s, which another run was uploading.", path)
                 return
-        fp.finalize(path, processes=[jax.process_index()])
-        logger.info("Published %s, which another run had uploaded.", path)
+        _publish(path)
+
+
+def _publish(path: AnyPath) -> None:
+    fp.finalize(path, processes=[jax.process_index()])
+    logger.info("Published %s, which another run had uploaded.", path)

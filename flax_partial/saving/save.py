@@ -36,6 +36,7 @@ def save(
     state: Any,
     *,
     custom_metadata: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
     replace: bool = False,
     options: SaveOptions | None = None,
     reuse: PathLike | None = None,
@@ -49,6 +50,8 @@ def save(
         empty containers, `Slice`. An empty container holds a place: other saves may fill it.
       custom_metadata: JSON values under string keys. Those of several saves merge deeply; the later
         value wins.
+      training: What a training loop records of itself, such as `{"step": 40}`: JSON values, which
+        merge as `custom_metadata` do. The callbacks store there what they resume from.
       replace: Whether leaves that the session holds already are replaced; an error otherwise.
         Replacing some rows of a leaf that is saved in `Slice`s means saving all of them again.
       options: How to write it.
@@ -71,7 +74,7 @@ def save(
         piece that is being written, of at most 64 MiB. A second interrupt does not wait.
     """
     with collector.paused():
-        (job,) = _prepare(path, [state], [custom_metadata], options, reuse=reuse)
+        (job,) = _prepare(path, [state], [custom_metadata], [training], options, reuse=reuse)
     try:
         job.claim(replace=replace)
         return workers.saving.run(job.task)
@@ -85,6 +88,7 @@ def save_async(
     state: Any,
     *,
     custom_metadata: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
     replace: bool = False,
     options: SaveOptions | None = None,
     reuse: PathLike | None = None,
@@ -98,6 +102,7 @@ def save_async(
       path: As for `save`.
       state: As for `save`.
       custom_metadata: As for `save`.
+      training: As for `save`.
       replace: As for `save`.
       options: As for `save`; `max_inflight_bytes` bounds what waits to be written.
       reuse: As for `save`.
@@ -112,6 +117,7 @@ def save_async(
         path,
         [state],
         custom_metadata=[custom_metadata],
+        training=[training],
         replace=replace,
         options=options,
         reuse=reuse,
@@ -124,6 +130,7 @@ def save_each_async(
     states: Iterable[Any],
     *,
     custom_metadata: Iterable[Mapping[str, Any] | None] | None = None,
+    training: Iterable[Mapping[str, Any] | None] | None = None,
     replace: bool = False,
     options: SaveOptions | None = None,
     reuse: PathLike | None = None,
@@ -137,6 +144,7 @@ def save_each_async(
       path: As for `save`.
       states: What to save; as for `save` each.
       custom_metadata: Of each of them, in the same order; None for none.
+      training: Of each of them, likewise.
       replace: As for `save`.
       options: As for `save_async`.
       reuse: As for `save`.
@@ -145,18 +153,17 @@ def save_each_async(
       A handle for each. The `blocked_secs` of their reports are those of this call.
 
     Raises:
-      ValueError: There are more or fewer `custom_metadata` than states.
+      ValueError: There are more or fewer `custom_metadata`, or `training`, than states.
       CheckpointExistsError: As for `save`; so are the other errors about what is passed. None of
         the states is saved then.
     """
     states = list(states)
-    metadata = [None] * len(states) if custom_metadata is None else list(custom_metadata)
-    if len(metadata) != len(states):
-        raise ValueError(f"{len(metadata)} custom_metadata for {len(states)} states")
+    metadata = _of_each(states, "custom_metadata", custom_metadata)
+    of_training = _of_each(states, "training", training)
     jobs: list[SaveJob] = []
     try:
         with collector.paused():
-            jobs = _prepare(path, states, metadata, options, reuse=reuse)
+            jobs = _prepare(path, states, metadata, of_training, options, reuse=reuse)
             for job in jobs:
                 job.claim(replace=replace)
             may_wait = options is not None and options.max_inflight_bytes is not None
@@ -169,6 +176,13 @@ def save_each_async(
             job.task.withdraw()
         raise
     return [job.handle for job in jobs]
+
+
+def _of_each(states: Sequence[Any], name: str, given: Iterable[Any] | None) -> Sequence[Any]:
+    of_each = [None] * len(states) if given is None else list(given)
+    if len(of_each) != len(states):
+        raise ValueError(f"{len(of_each)} {name} for {len(states)} states")
+    return of_each
 
 
 @collector.paused()
@@ -193,6 +207,7 @@ def _prepare(
     path: PathLike,
     states: Sequence[Any],
     custom_metadata: Sequence[Mapping[str, Any] | None],
+    training: Sequence[Mapping[str, Any] | None],
     options: SaveOptions | None,
     *,
     reuse: PathLike | None,
@@ -208,8 +223,8 @@ def _prepare(
     if not isinstance(options, SaveOptions):
         raise TypeError(f"options is a SaveOptions, not {type(options).__name__}")
     checked = []
-    for state, given in zip(states, custom_metadata, strict=True):
-        metadata = check_metadata(given)
+    for state, given, recorded in zip(states, custom_metadata, training, strict=True):
+        metadata, of_training = check_metadata(given), check_metadata(recorded, "training")
         described = describe(
             state,
             chunk_bytes=options.chunk_bytes,
@@ -217,22 +232,23 @@ def _prepare(
             share_replicas=bool(options.share_replicas),
             remember=earlier is not None,
         )
-        if not described.leaves and not metadata:
+        if not (described.leaves or metadata or of_training):
             raise EmptyStateError(
                 f"state {state!r} has no leaves, and there is no custom_metadata: there is nothing "
                 "to save."
             )
-        checked.append((described, metadata))
+        checked.append((described, metadata, of_training))
     jobs = [
         SaveJob(
             where,
             described,
             custom_metadata=metadata,
+            training=of_training,
             options=options,
             reuse=earlier,
             started=started,
         )
-        for described, metadata in checked
+        for described, metadata, of_training in checked
     ]
     if threading.current_thread() is threading.main_thread():
         for before in _of_main_thread:

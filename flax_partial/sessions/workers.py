@@ -110,10 +110,10 @@ class Task(Generic[T]):
         if not self.is_over:
             self._over.acquire()
 
-    def _end(self, tell: Callable[[], None]) -> None:
+    def _end(self, report: Callable[[], None]) -> None:
         try:
             with contextlib.suppress(InvalidStateError):
-                tell()
+                report()
         finally:
             self.is_over = True
             self._over.release()
@@ -128,10 +128,11 @@ class WorkerPool:
     def __init__(self, name: str, most: int) -> None:
         self._name = name
         self._most = most
-        self._reset()
+        self.forget_threads()
         _pools.add(self)
 
-    def _reset(self) -> None:
+    def forget_threads(self) -> None:
+        """Begins anew, as in a forked child, which has none of its parent's threads."""
         self._lock = threading.Lock()
         self._queue: deque[Task[Any]] = deque()
         self._running: dict[int, Task[Any]] = {}  # by the thread
@@ -294,10 +295,6 @@ class WorkerPool:
                 self._idle.append(gate)
             gate.acquire(timeout=_IDLE_SECS)
         raise AssertionError
-
-    def forget_threads(self) -> None:
-        """Begins anew in a forked child, which has none of its parent's threads."""
-        self._reset()
 
 
 _pools: "weakref.WeakSet[WorkerPool]" = weakref.WeakSet()

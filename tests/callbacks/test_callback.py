@@ -41,7 +41,7 @@ def assert_is_step(path: Path, step: int) -> None:
     for got, want in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
-    assert fp.metadata(path).custom_metadata["step"] == step
+    assert fp.metadata(path).training["step"] == step
 
 
 def names_in(directory: Path) -> list[str]:
@@ -448,8 +448,9 @@ def test_metrics_of_the_whole_epoch_are_stored(tmp_path: Path) -> None:
     metrics = {"loss": float("nan"), "text": "high"}
     at = {"on_train_epoch_end": validate}
     fitted(tmp_path, monitor="val_loss", streamed=EVERYTHING, metrics=lambda _: metrics, at=at)
-    custom = fp.metadata(tmp_path / "2").custom_metadata
-    assert (custom["step"], custom["epoch"], custom["metrics"]) == (2, 0, {"val_loss": 0.25})
+    found = fp.metadata(tmp_path / "2")
+    assert (found.training["step"], found.training["epoch"]) == (2, 0)
+    assert found.custom_metadata == {"metrics": {"val_loss": 0.25}}
     assert_is_step(tmp_path / "2", 2)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
+import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -17,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import servers
+from s3_server import Fault, S3Server, serving
 from stub_trainer import begun, end_step, fitted, new_state, restored
 from test_callback import assert_is_step
 from things import until
@@ -29,6 +29,7 @@ from flax_partial.runs.directory import checkpoints
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+MARK = "commit_success.txt"  # of a checkpoint in a store, put last
 OFTEN: dict[str, Any] = {"every_n_epochs": None, "every_n_train_steps": 1}
 
 
@@ -269,42 +270,56 @@ def test_nothing_is_published_by_who_was_taken_over(remote: Any, tmp_path: Path)
 # --- killed
 
 
-_TRAINS = """
-import sys
-from stub_trainer import begun, end_step
-from flax_partial.callbacks import PartialCheckpointCallback
-
-callback = PartialCheckpointCallback(sys.argv[1], local=sys.argv[2], every_n_epochs=None,
-                                     every_n_train_steps=1, most_uploads=9)
-found = callback.restore()
-trainer = begun(callback)
-for step in range((found[1] if found else 0) + 1, 1000):
-    end_step(callback, trainer, step)
-    print(step, flush=True)
-"""
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with serving() as found:
+        yield found
 
 
-def test_killed_anywhere_it_goes_on_uploading(tmp_path: Path) -> None:
-    local, remote = tmp_path / "local", tmp_path / "remote"
-    for _ in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _TRAINS, remote, local],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        for _ in range(4):
-            assert process.stdout.readline()
-        process.kill()
-        process.communicate()
-    last = fp.steps(local)[-1]
-    callback = tiered(remote, local)
-    assert restored(callback)[1] == last
+def test_killed_anywhere_it_goes_on_uploading(server: S3Server, tmp_path: Path) -> None:
+    lost, last = servers.machines(server.url("/run"), tmp_path, count=3, seed=1)
+    assert lost["process"] == 3
+    assert last >= 3
+
+
+def kill_while_it_uploads(server: S3Server, url: str, local: Path, step: int, request: str) -> None:
+    """Lets a run train until a request of the upload of a step is made, which is not answered."""
+    pattern = rf"^PUT .*{fp.StorePath(url).name}/{step}/.*{request}"
+    server.faults = [Fault(pattern, "hang", secs=60)]
+    with servers.started(servers.train_in_tiers, (url, local, servers.newest_of(local, url))) as (
+        pipe,
+    ):
+        for _ in range(2):
+            assert isinstance(told := pipe.recv(), int), told
+        until(lambda: any(re.search(pattern, line) for line in server.log))
+    server.faults = []
+
+
+@pytest.mark.parametrize("machine", ["there", "lost"])
+def test_killed_as_they_upload_runs_over_http_are_followed_by_one_that_goes_on(
+    server: S3Server, machine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, local = server.url(f"/{machine}"), tmp_path / "local"
+    kill_while_it_uploads(server, url, local, 2, "part.json")
+    assert fp.steps(url) == [1]
+    kill_while_it_uploads(server, url, local, 3, MARK)
+    assert fp.steps(url) == [1, 2]
+    newest = fp.steps(local)[-1]
+    assert newest >= 3
+    caplog.set_level(logging.INFO)
+    if machine == "lost":
+        shutil.rmtree(local)
+    callback = tiered(url, local)
+    step = restored(callback)[1]
+    assert step == 3 if machine == "lost" else step >= newest  # of 3 all but the mark was up
     trainer = begun(callback)
+    end_step(callback, trainer, step + 1)
     callback.on_train_end(trainer, None)
-    assert steps_in(remote)[-1] == last
-    for step in steps_in(remote):
-        assert_is_step(remote / str(step), step)
+    held = fp.steps(url)
+    assert held[:3] == [1, 2, 3]
+    assert held[-1] == step + 1
+    for one in held:
+        assert_is_step(fp.StorePath(url) / str(one), one)
 
 
 def test_a_copy_that_was_stopped_goes_on_where_it_was(remote: Any, tmp_path: Path) -> None:

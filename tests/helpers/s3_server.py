@@ -1,7 +1,8 @@
 """A small S3 on loopback, in memory: counts requests, and breaks those that it is told to.
 
 It answers what Amazon's answers, as far as checkpoints ask: objects, ranges, listings, conditions,
-uploads in pieces, deletion of many. It checks the name of a key, and no signature.
+uploads in pieces, deletion of many. It checks the name of a key, and no signature. Before another
+server, as a proxy, it passes on what it does not break.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import uuid
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, unquote
@@ -64,13 +66,15 @@ class S3Server(ThreadingHTTPServer):
       latency: Seconds that each request takes.
       minds_conditions: Whether `If-None-Match` is honoured.
       log: "METHOD path?query" of each request.
+      upstream: Host and port of the server that answers; empty where this one does.
     """
 
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, upstream: str = "") -> None:
+        super().__init__(("127.0.0.1", 0), _Proxy if upstream else _Handler)
+        self.upstream = upstream
         self.lock = threading.Lock()
         self.objects: dict[str, bytes] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
@@ -114,8 +118,8 @@ class S3Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving() -> Iterator[S3Server]:
-    with S3Server() as server:
+def serving(upstream: str = "") -> Iterator[S3Server]:
+    with S3Server(upstream) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -159,17 +163,20 @@ class _Handler(BaseHTTPRequestHandler):
             fault = server.fault_of(line)
             if fault is not None and not self._broken(fault):
                 return
-            if f"Credential={server.key}/" not in self.headers.get("Authorization", ""):
-                self._error(403)
-            elif inner:
-                getattr(self, f"_{self._kind(inner).lower()}")()
-            elif self.command == "GET":
-                self._list(bucket)
-            else:
-                self._delete_many(bucket)
+            self._carry_out(bucket, inner)
         finally:
             with server.lock:
                 server.now -= 1
+
+    def _carry_out(self, bucket: str, inner: str) -> None:
+        if f"Credential={self.server.key}/" not in self.headers.get("Authorization", ""):
+            self._error(403)
+        elif inner:
+            getattr(self, f"_{self._kind(inner).lower()}")()
+        elif self.command == "GET":
+            self._list(bucket)
+        else:
+            self._delete_many(bucket)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _request  # noqa: N815 - names of http.server
 
@@ -205,11 +212,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._cut()
             return
         self.send_response(status)
-        self.send_header("Last-Modified", DATE)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        if "Content_Length" not in headers:
-            self.send_header("Content-Length", str(len(body)))
+        shown = {"Last-Modified": DATE, "Content-Length": str(len(body))}
+        shown |= {name.replace("_", "-").title(): value for name, value in headers.items()}
+        for name, value in shown.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -338,3 +344,20 @@ class _Handler(BaseHTTPRequestHandler):
                     "<LastModified>2026-11-26T00:00:00.000Z</LastModified></Contents>"
                 )
         self._xml("".join(parts) + "</ListBucketResult>")
+
+
+class _Proxy(_Handler):
+    """Passes requests on as they are: `Host` too, so that signatures hold."""
+
+    _OWN = ("connection", "date", "keep-alive", "server", "transfer-encoding")
+
+    def _carry_out(self, _bucket: str, _inner: str) -> None:
+        connection = HTTPConnection(self.server.upstream, timeout=60)
+        try:
+            connection.request(self.command, self.path, self.body, dict(self.headers))
+            answer = connection.getresponse()
+            body = answer.read()
+        finally:
+            connection.close()
+        kept = {n: value for n, value in answer.getheaders() if n.lower() not in self._OWN}
+        self._answer(answer.status, body, **kept)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-from s3_server import Fault, S3Server, serving
+from s3_server import S3Server, serving
+from store_faults import KINDS, REQUESTS, STATE, check_repeated, check_told
 from stores import another_process
 
 import flax_partial as fp
@@ -15,27 +15,6 @@ from flax_partial.storage import object_store, store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-DATA = np.random.default_rng(0).standard_normal(3 << 19).astype(np.float32)  # 6 MiB
-STATE: dict[str, Any] = {"w": DATA, "b": np.ones(2000, np.float32), "step": 3}
-
-REQUESTS = {
-    "data": "POST .*uploads",
-    "a piece": "PUT .*partNumber",
-    "the upload's end": "POST .*uploadId",
-    "a part's table": "PUT .*part.json",
-    "a listing": "GET .*list-type",
-    "a session's opening": "PUT .*open",
-    "a fence": "PUT .*closing",
-    "a verdict": "PUT .*verdict",
-    "a root file": "PUT .*contents.json",
-    "the mark": "PUT .*commit_success",
-    "reading a table": "GET .*part.json",
-    "reading the mark": "GET .*commit_success",
-    "reading the contents": "GET .*contents.json",
-    "reading data": "GET .*/data",
-}
-KINDS = ("503", "500", "429", "reset", "lost", "torn", "slow", "hang")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +34,8 @@ def _small_pieces(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def is_sampled(request: str, kind: str) -> bool:
-    """Each kind at each request takes minutes; each kind and each request is tried here."""
-    return (list(REQUESTS).index(request) + KINDS.index(kind)) % 3 == 0
+    """Each kind at each request takes minutes, in `long_runs/servers.py`; each of both is tried."""
+    return (list(REQUESTS).index(request) + KINDS.index(kind)) % 4 == 0
 
 
 CASES = [(request, kind) for request in REQUESTS for kind in KINDS if is_sampled(request, kind)]
@@ -64,41 +43,27 @@ CASES = [(request, kind) for request in REQUESTS for kind in KINDS if is_sampled
 
 @pytest.mark.parametrize(("request_", "kind"), CASES)
 def test_what_passes_is_repeated(server: S3Server, request_: str, kind: str) -> None:
-    url = server.url()
-    times = 1 if kind in ("hang", "slow") else 2
-    secs = 0.8 if kind == "hang" else 0.05
-    server.faults = [Fault(REQUESTS[request_], kind, times=times, secs=secs)]
-    fp.save(url, STATE)
-    another_process()
-    fp.finalize(url)
-    got = fp.load(url)
-    assert (got["w"] == DATA).all()
-    assert got["step"] == 3
-    server.faults = []
-    assert fp.verify(url).ok
+    check_repeated(server, server.url(), request_, kind)
 
 
-@pytest.mark.parametrize("request_", ["data", "a part's table", "a listing", "the mark"])
-def test_what_does_not_pass_ends_and_names_the_object(server: S3Server, request_: str) -> None:
-    url = server.url()
+@pytest.mark.parametrize(
+    ("request_", "kind", "call"),
+    [
+        ("data", "503", "save"),
+        ("a part's table", "lost", "save"),
+        ("a listing", "torn", "save"),
+        ("the mark", "reset", "finalize"),
+        ("reading data", "hang", "load"),
+    ],
+)
+def test_what_does_not_pass_ends_and_names_the_object(
+    server: S3Server, request_: str, kind: str, call: str
+) -> None:
     fp.store_options("s3://bucket", timeout_secs=0.3, retry_secs=0.2)
-    fp.save(url, {"first": 1})
-    server.faults = [Fault(REQUESTS[request_], "503", times=10**6)]
     begun = time.monotonic()
-
-    def save_and_finalize() -> None:
-        fp.save(url, STATE)
-        fp.finalize(url)
-
-    with pytest.raises(fp.StoreError, match=r"s3://bucket/.*: ") as caught:
-        save_and_finalize()
-    assert isinstance(caught.value, OSError)
+    assert check_told(server, server.url(), request_, kind) == call
     assert time.monotonic() - begun < 10
-    server.faults = []
-    another_process()
-    fp.finalize(url)
-    held = {"first"} | (set(STATE) if request_ == "the mark" else set())
-    assert set(fp.load(url)) == held
+    assert issubclass(fp.StoreError, OSError)
 
 
 def test_wrong_key_fails_at_once(server: S3Server) -> None:

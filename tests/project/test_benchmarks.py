@@ -165,6 +165,8 @@ CONTENDERS = {  # of each scenario that the pages name: how long it takes, in s
         "plain read, large arrays": 0.3,
     },
     "train_loop": {"flax_partial": 0.04, "Orbax v1, async": 0.8, "no checkpoints": 0.01},
+    "reuse": {"flax_partial": 0.4, "flax_partial, reuse": 0.2},
+    "compression": {"plain, float32": 0.3, "blosc, float32": 0.5},
     "memory": {"flax_partial": 9e7, "Orbax v1.partial": 1e8, "Orbax v1, one whole save": 3e9},
 }
 
@@ -208,6 +210,8 @@ def test_all_figures_of_the_pages_are_made_from_one_run(tmp_path: Path) -> None:
     assert "**5 &times;**" in texts["docs/index.md"]
     assert "| 2 s + 2 s | 100 ms + 100 ms |" in texts["README.md"]
     assert "| `stream` | flax_partial: total, in s" not in texts["README.md"]
+    assert "| flax_partial, reuse | 1 | 200 ms | 200 ms |" in texts["docs/performance.md"]
+    assert "| blosc, float32 | 1 | 500 ms | 500 ms |" in texts["docs/performance.md"]
     again = pages.write([run_of(*CONTENDERS, commit="c0ffee")], root)
     assert (again, texts_of(root)) == (written, texts)
 
