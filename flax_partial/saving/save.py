@@ -150,7 +150,7 @@ def save_each_async(
       reuse: As for `save`.
 
     Returns:
-      A handle for each. The `blocked_secs` of their reports are those of this call.
+      A handle for each. The `blocked_secs` of their reports add up to the time of this call.
 
     Raises:
       ValueError: There are more or fewer `custom_metadata`, or `training`, than states.
