@@ -278,7 +278,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         """
         ending = self._ending
         data = files.read(path / CONTROL / ending.opening) if ending else None
-        return ending is not None and data is not None and control.read(data)["id"] == ending.id
+        return ending is not None and data is not None and control.read(data).get("id") == ending.id
 
     def commit_checkpoint(
         self,
