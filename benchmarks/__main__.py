@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ from benchmarks import pages, plots, report
 from benchmarks.harness import run_scenario
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
@@ -58,28 +61,50 @@ def main() -> None:
 
 
 def run_all(
-    builds: Iterable[Callable[..., Scenario]],
+    builds: Sequence[Callable[..., Scenario]],
     arguments: argparse.Namespace,
     console: Console,
     machine: dict[str, Any],
+    *,
+    shares: Sequence[int] = (),
+    ends_at: float = math.inf,
 ) -> list[report.Result]:
     """Runs scenarios as the options of `make_parser` say; returns what they measured.
 
     Prints each result, and writes JSON after each, so that an interrupted run keeps what it
     measured; draws all of them at the end.
+
+    Args:
+      builds: Each builds a scenario.
+      arguments: The options.
+      console: Where to print.
+      machine: What the figures depend on.
+      shares: Of each scenario, its share of the time that is left; by default all the same.
+      ends_at: When to end, on the monotonic clock; what there is no time for is left out.
     """
     results = []
+    shares = shares or [1] * len(builds)
     with console.status("") as status:
-        for build in builds:
+        for number, build in enumerate(builds):
+            begun = time.monotonic()
+            if begun > ends_at:
+                names = ", ".join(build(small=True).name for build in builds[number:])
+                console.print(f"[yellow]Left out, for there was no time: {names}.[/yellow]")
+                break
             outcome = run_scenario(
                 build,
                 small=arguments.small,
                 rounds=arguments.rounds,
                 directory=arguments.directory,
                 say=status.update,
+                ends_at=begun + (ends_at - begun) * shares[number] / sum(shares[number:]),
             )
             results.append(report.as_result(outcome))
             report.print_result(results[-1], console)
+            console.print(f"{outcome.scenario.name} took {time.monotonic() - begun:,.0f} s.")
+            if outcome.left_out:
+                turns = ", ".join(f"{name}: {n}" for name, n in Counter(outcome.left_out).items())
+                console.print(f"[yellow]Turns for which there was no time: {turns}.[/yellow]")
             report.write_json(results, arguments.json, machine=machine)
     written = [arguments.json, *plots.draw(results, arguments.json.with_suffix(".png"))]
     console.print(f"Written: {', '.join(map(str, written))}")

@@ -171,6 +171,12 @@ def by_layer(path: Path, state: Tree, *, options: fp.SaveOptions | None = None) 
     return [fp.save_async(path, {name: one}, options=options) for name, one in state.items()]
 
 
+def together(path: Path, state: Tree, *, options: fp.SaveOptions | None = None) -> list[Any]:
+    """Begins to save each layer, all by one call."""
+    layers = [{name: one} for name, one in state.items()]
+    return [*fp.save_each_async(path, layers, options=options)]
+
+
 def by_orbax(path: Path, state: Tree) -> list[Any]:
     """Begins to save everything in one call of Orbax."""
     return [ocp.save_async(path, state)]

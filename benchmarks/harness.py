@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import statistics
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -140,11 +142,15 @@ class Outcome:
       scenario: The scenario.
       is_small: Whether a fraction of its work was done, for which no target stands.
       rounds: By contender, the metrics of each of its rounds, in order.
+      turns: By contender, for how long its last turn took, in seconds.
+      left_out: The contenders of turns for which there was no time.
     """
 
     scenario: Scenario
     is_small: bool
     rounds: dict[str, list[Metrics]] = field(default_factory=dict)
+    turns: dict[str, float] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     def median(self, figure: Figure) -> float | None:
         """Returns the median of a figure, None where it was not measured."""
@@ -179,6 +185,7 @@ def run_scenario(
     rounds: int,
     directory: Path,
     say: Callable[[str], None],
+    ends_at: float = math.inf,
 ) -> Outcome:
     """Runs all rounds of a scenario.
 
@@ -188,6 +195,8 @@ def run_scenario(
       rounds: How many rounds; a contender may limit its own.
       directory: Where on disk the checkpoints are written; emptied of them after each turn.
       say: Called with what runs at present.
+      ends_at: When to end, on the monotonic clock: no turn is begun then, or if the one before it
+        of the same contender took longer than what is left.
 
     Returns:
       What was measured.
@@ -201,7 +210,7 @@ def run_scenario(
         outcome = Outcome(scenario, is_small=small)
         with _prepared(scenario, directory, say):
             for number in range(rounds):
-                _run_round(outcome, number, rounds, places, say)
+                _run_round(outcome, number, rounds, places, say, ends_at)
     return outcome
 
 
@@ -216,19 +225,25 @@ def _warm_up(
                 _take_turn(contender, places[contender.medium], check=True)
 
 
-def _run_round(
+def _run_round(  # noqa: PLR0917
     outcome: Outcome,
     number: int,
     rounds: int,
     places: Mapping[Medium, Path],
     say: Callable[[str], None],
+    ends_at: float,
 ) -> None:
     for contender in _rotated(outcome.scenario.contenders, number):
         limit = rounds if contender.max_rounds is None else contender.max_rounds
         if number < limit and contender.medium in places:
+            begun = time.monotonic()
+            if begun + outcome.turns.get(contender.name, 0) > ends_at:
+                outcome.left_out.append(contender.name)
+                continue
             say(f"{outcome.scenario.name}, round {number + 1} of {rounds}: {contender.name}")
             metrics = _take_turn(contender, places[contender.medium], check=number == 0)
             outcome.rounds.setdefault(contender.name, []).append(metrics)
+            outcome.turns[contender.name] = time.monotonic() - begun
 
 
 def _take_turn(contender: Contender, place: Path, *, check: bool) -> Metrics:

@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,8 @@ def _blocks(runs: Sequence[dict[str, Any]]) -> Iterable[tuple[str, str, str]]:
     others = [run for run in runs if not _is_of_accelerator(run)]
     for name, page, made_of, render in (
         ("targets", "docs/performance.md", others, _targets),
+        ("reuse", "docs/performance.md", others, partial(_contenders, "reuse")),
+        ("compression", "docs/performance.md", others, partial(_contenders, "compression")),
         ("accelerators", "docs/performance.md", on_accelerators, _targets),
         ("first page", "docs/index.md", others, _first_page),
         ("beside Orbax", "README.md", others, _beside_orbax),
@@ -130,6 +133,13 @@ def _targets(results: Results) -> str:
     ]
     header = ["scenario", "ratio of medians", "measured", "target", ""]
     return f"{_provenance(results)}\n\n{_table([header, *rows])}"
+
+
+def _contenders(scenario: str, results: Results) -> str:
+    """A row for each contender of a scenario, a column for each metric: the medians."""
+    if scenario not in results:
+        raise NotMeasuredError(scenario)
+    return f"{_provenance(results, scenario)}\n\n{_table(report.medians(results[scenario]))}"
 
 
 def _first_page(results: Results) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import UNITS, cell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from benchmarks.report import Result
 
+_STYLE = Path(__file__).resolve().parents[1] / "docs" / "matplotlibrc"
 _MIB = 1 << 20
 _DPI = 120
 _LEAST_RATIO = 1e-3  # what is nothing, or less, cannot be drawn
 _OURS, _PEER, _MET, _NOT_MET = "tab:blue", "tab:gray", "tab:green", "tab:red"
+_ROUND = "tab:orange"  # is seen on bars, on a light page and on a dark one
 
 
 def draw(results: Sequence[Result], path: Path) -> list[Path]:
@@ -25,13 +27,14 @@ def draw(results: Sequence[Result], path: Path) -> list[Path]:
       What was written; nothing without matplotlib.
     """
     try:
-        import matplotlib as mpl  # noqa: F401 - an optional dependency
+        import matplotlib as mpl
     except ImportError:
         return []
     path.parent.mkdir(parents=True, exist_ok=True)
-    _draw_medians(results, path)
     beside = path.with_name(f"{path.stem}_targets{path.suffix}")
-    return [path, beside] if _draw_targets(results, beside) else [path]
+    with mpl.rc_context(fname=_STYLE):
+        _draw_medians(results, path)
+        return [path, beside] if _draw_targets(results, beside) else [path]
 
 
 def _draw_medians(results: Sequence[Result], path: Path) -> None:
@@ -55,7 +58,7 @@ def _fill_panel(panel: Any, result: Result) -> None:
         each = [metrics[shown] / scale for metrics in contender["rounds"] if shown in metrics]
         color = _OURS if name.startswith("flax_partial") else _PEER
         panel.barh(name, value / scale, color=color, alpha=0.7)
-        panel.plot(each, [name] * len(each), ".", color="black", markersize=3)
+        panel.plot(each, [name] * len(each), ".", color=_ROUND, markersize=3)
         end = (max([value / scale, *each]), name)
         panel.annotate(
             cell(shown, value), end, xytext=(5, 0), textcoords="offset points", va="center"
@@ -83,7 +86,7 @@ def _draw_targets(results: Sequence[Result], path: Path) -> bool:
         color = _MET if margin >= 1 else _NOT_MET
         bar = panel.barh(text, margin - 1, left=1, color=color)
         panel.bar_label(bar, [f"{margin:.3g}"], padding=3)
-    panel.axvline(1, color="black", linewidth=1)
+    panel.axvline(1, color="gray", linewidth=1)
     panel.set_xscale("log")
     panel.set(xlabel="times better than the bound (log)")
     panel.margins(x=0.15, y=0.01)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from concurrent import futures
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,6 +24,7 @@ import flax_partial as fp
 from flax_partial.callbacks import _rows, _stacked
 from flax_partial.callbacks._claims import Claims
 from flax_partial.callbacks._reports import BlockedTime, CheckpointReport
+from flax_partial.callbacks._restored import Closing
 from flax_partial.callbacks._timeline import devices_of
 from flax_partial.runs import completeness, liveness
 from flax_partial.subtrees import joined
@@ -97,7 +99,7 @@ class Checkpoint:
         member: Member,
         groups: Mapping[str, Leaves],
         *,
-        closing: Mapping[str, Any] | None = None,
+        closing: Closing | None = None,
     ) -> None:
         """Saves groups in the background; returns once their arrays may be donated.
 
@@ -106,21 +108,23 @@ class Checkpoint:
         Args:
           member: The callback.
           groups: Group to its leaves.
-          closing: If the callback is done, what its last part records of training. It lists, for
+          closing: If the callback is done, what its last part stores beside arrays. It lists, for
             later processes, all groups that the callback saved, too.
         """
         claimed = {name: self.claims.take(member.key, leaves) for name, leaves in groups.items()}
         named = {self._unique(member, name): leaves for name, leaves in claimed.items() if leaves}
-        for at, (group, leaves) in enumerate(named.items(), start=1):
-            is_last = closing is not None and at == len(named)
-            saved = completeness.saved(callback=member.key, group=group)
-            listed = self._closing(member) if is_last else {}
-            said = {"session": {**saved, **listed}, **((is_last and closing) or {})}
-            self._save_group(member, group, leaves, said)
+        saves = [
+            _Save(group, leaves, completeness.saved(callback=member.key, group=group))
+            for group, leaves in named.items()
+        ]
         # In other processes, the same callback may have all there is to save.
         has_parts = bool(self.claims.names) or jax.process_count() > 1
-        if closing is not None and not named and has_parts:
-            self._save_group(member, "", [], {"session": self._closing(member), **closing})
+        if closing is not None and (saves or has_parts):
+            *_, last = saves = saves or [_Save("", [], {})]
+            last.session.update(self._closing(member))
+            last.closing = closing
+        for together in _handed_over(saves, member.options):
+            self._save_groups(member, together)
 
     def written(self) -> tuple[int, int]:
         """Returns how many bytes of how many, of those that this process saves, are written."""
@@ -159,7 +163,7 @@ class Checkpoint:
             self.error = error
         error.add_note(f"This is about the checkpoint of step {self.step}, {self.path}.")
         for member in members:
-            member.failures.add(error)
+            member.failures.add(self.step, error)
 
     def finalize(self, metrics: Mapping[str, float], *, timeout_secs: float) -> CheckpointReport:
         """Waits for all saves, in all processes, and finalizes.
@@ -179,8 +183,9 @@ class Checkpoint:
             self._wait_well()
             if metrics:
                 member = next(iter(self.members.values()))
-                scores = {"metrics": metrics, "ranked_by": self._ranked_by}
-                self._save_group(member, "", [], scores)
+                ranked_by = {"ranked_by": self._ranked_by} if self._ranked_by else {}
+                scores = Closing(custom_metadata={"metrics": metrics}, training=ranked_by)
+                self._save_groups(member, [_Save("", [], {}, scores)])
                 self._wait_well()
             began[0] = time.perf_counter()
             return sorted(self.claims.names)
@@ -288,13 +293,33 @@ class Checkpoint:
             self._groups.setdefault(member.key, []).append(name)
             return name
 
-    def _save_group(
-        self, member: Member, group: str, leaves: Leaves, metadata: Mapping[str, Any]
-    ) -> None:
-        """Begins to save a group, or metadata alone; an error fails the checkpoint."""
+    def _save_groups(self, member: Member, saves: Sequence[_Save]) -> None:
+        """Begins to save groups, or metadata alone; an error fails the checkpoint."""
         if self.error is not None:
             return
-        where, has_leaves = devices_of(leaves), bool(leaves)  # which `finished` must not keep
+        try:
+            with TraceAnnotation("flax_partial.save_async", group=",".join(s.group for s in saves)):
+                handles = fp.save_each_async(
+                    self.path,
+                    [joined(_stacked.cut(save.leaves)) if save.leaves else {} for save in saves],
+                    custom_metadata=[save.closing.custom_metadata for save in saves],
+                    training=map(self._training, saves),
+                    options=member.options,
+                    reuse=self.before if member.reuse_unchanged else None,
+                )
+        except Exception as error:  # noqa: BLE001 - the callback decides what follows
+            self.fail(error, [member])
+            return
+        for save, handle in zip(saves, handles, strict=True):
+            self._handles.append((member, handle))
+            if save.leaves:
+                self._sizes[save.group] = sum(_bytes_of(leaf) for _, leaf in save.leaves)
+                self._saves[save.group] = handle
+            handle.add_done_callback(self._when_saved(member, save))
+
+    def _when_saved(self, member: Member, save: _Save) -> Callable[[Future[fp.SaveReport]], None]:
+        # Which must not keep the leaves.
+        group, where, has_leaves = save.group, devices_of(save.leaves), bool(save.leaves)
 
         def finished(handle: Future[fp.SaveReport]) -> None:
             error = handle.exception()
@@ -303,26 +328,41 @@ class Checkpoint:
             elif has_leaves:
                 self._recorder.saved(self.step, group, where, handle.result())
 
-        try:
-            with TraceAnnotation("flax_partial.save_async", group=group):
-                handle = fp.save_async(
-                    self.path,
-                    joined(_stacked.cut(leaves)) if leaves else {},
-                    custom_metadata=self._metadata(metadata),
-                    options=member.options,
-                    reuse=self.before if member.reuse_unchanged else None,
-                )
-        except Exception as error:  # noqa: BLE001 - the callback decides what follows
-            self.fail(error, [member])
-            return
-        self._handles.append((member, handle))
-        if leaves:
-            self._sizes[group] = sum(_bytes_of(leaf) for _, leaf in leaves)
-            self._saves[group] = handle
-        handle.add_done_callback(finished)
+        return finished
 
-    def _metadata(self, more: Mapping[str, Any]) -> dict[str, Any]:
-        return {"step": self.step, "epoch": self._epoch, **more}
+    def _training(self, save: _Save) -> dict[str, Any]:
+        session = {"session": save.session} if save.session else {}
+        return {"step": self.step, "epoch": self._epoch, **session, **save.closing.training}
+
+
+@dataclass(slots=True)
+class _Save:
+    """What becomes one part: a group, or metadata alone.
+
+    Attributes:
+      group: The group; "" for none.
+      leaves: Its leaves.
+      session: What it says of the session.
+      closing: What it stores beside arrays, if it is the callback's last.
+    """
+
+    group: str
+    leaves: Leaves
+    session: dict[str, Any]
+    closing: Closing = Closing({}, {})  # noqa: RUF009 - frozen, of mappings that are not changed
+
+
+def _handed_over(
+    saves: Sequence[_Save], options: fp.SaveOptions | None
+) -> Iterable[Sequence[_Save]]:
+    """Returns what each call saves: everything, but rows at their turn where memory is bounded.
+
+    A row is cut out by the call that saves it, which may wait until those before it are written.
+    """
+    is_bounded = options is not None and options.max_inflight_bytes is not None
+    if is_bounded and any(isinstance(leaf, _rows.Row) for one in saves for _, leaf in one.leaves):
+        return [[one] for one in saves]
+    return [saves] if saves else []
 
 
 def _bytes_of(leaf: Any) -> int:

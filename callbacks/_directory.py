@@ -22,7 +22,7 @@ from flax_partial.callbacks._metrics import finite_numbers
 from flax_partial.callbacks.policies import SavedStep, ranked
 from flax_partial.runs import completeness, liveness
 from flax_partial.runs import directory as runs_directory
-from flax_partial.runs.directory import checkpoints, step_in_name
+from flax_partial.runs.directory import checkpoints, probably_meant, step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -269,7 +269,9 @@ def choose(
         return _at_path(which)
     if isinstance(which, int) and not isinstance(which, bool):
         if which not in held:
-            raise fp.NoSessionError(f"{directory} holds no checkpoint of step {which}: {[*held]}.")
+            raise fp.NoSessionError(
+                f"There is no checkpoint of step {which} in {directory}.{probably_meant(directory)}"
+            )
         return which, held[which]
     if which == "latest":
         return next(reversed(held.items()), None)
@@ -290,7 +292,7 @@ def choose(
 
 def _at_path(path: str | os.PathLike[str]) -> tuple[int, AnyPath]:
     described = fp.metadata(path)
-    step = described.custom_metadata.get("step")
+    step = completeness.recorded(described).get("step")
     if not isinstance(step, int):
         step = step_in_name(described.path.name)
     if step is None:
@@ -324,8 +326,8 @@ def _looked_into(held: Mapping[int, AnyPath]) -> dict[int, SavedStep]:
 def _look_into(path: AnyPath, step: int, _identity: object) -> SavedStep:
     """Reads it once: the table of contents of a large model takes a while."""
     metadata = fp.metadata(path)
-    custom = metadata.custom_metadata
-    metrics, ranked_by = custom.get("metrics"), custom.get("ranked_by")
+    metrics = metadata.custom_metadata.get("metrics")
+    ranked_by = completeness.recorded(metadata).get("ranked_by")
     return SavedStep(
         step=step,
         metrics=finite_numbers(metrics) if isinstance(metrics, Mapping) else {},

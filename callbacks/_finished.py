@@ -11,8 +11,7 @@ import numpy as np
 from flax_partial.callbacks import _state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from flax_partial.callbacks._restored import Closing
     from flax_partial.callbacks._state import StateFn
 
 
@@ -27,18 +26,16 @@ class Finished:
       step: The step.
       epoch: Its epoch, the first being 0.
       tree: The state right after it; NumPy's arrays, which may change, are copies.
-      closing: What else is saved of training then.
+      closing: What else is saved then.
     """
 
     step: int
     epoch: int
     tree: Any
-    closing: Mapping[str, Any]
+    closing: Closing
 
     @classmethod
-    def of(
-        cls, trainer: Any, module: Any, state_fn: StateFn | None, closing: Mapping[str, Any]
-    ) -> Finished:
+    def of(cls, trainer: Any, module: Any, state_fn: StateFn | None, closing: Closing) -> Finished:
         """Keeps a step that has just been finished."""
         tree = jax.tree.map(_copied, _state.take(trainer, module, state_fn))
         return cls(trainer.global_step, trainer.current_epoch, tree, closing)

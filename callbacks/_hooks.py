@@ -21,7 +21,7 @@ from flax_partial.callbacks._copies import Copyable
 from flax_partial.callbacks._metrics import send
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._metrics import OnMetrics
@@ -49,8 +49,13 @@ def in_training(hook: _HookT) -> _HookT:
 
 
 class TrainingHooks(Copyable):
-    """The hooks of a callback, which is made by its subclass out of a user's options."""
+    """The hooks of a callback, which is made by its subclass out of a user's options.
 
+    Attributes:
+      expected_metrics: Names of metrics that a validation is known to set, from before the first.
+    """
+
+    expected_metrics: Collection[str] = ()
     finalizer: FinalizeHook
     restored: Progress | None = None
     is_idle = False
@@ -156,7 +161,7 @@ class TrainingHooks(Copyable):
             self._run.advance(step)
             self._look(trainer)
             if is_first:
-                self._run.tell_misspelt(member)
+                self._run.tell_misspelt(member, self.expected_metrics)
             self._reach(step, "on_train_batch_end")
             if self._saver.is_due(trainer, step, epoch_ends=trainer.is_last_batch):
                 self._saver.save(trainer, module, epoch_ends=trainer.is_last_batch)
@@ -257,7 +262,7 @@ class TrainingHooks(Copyable):
             yield
         finally:
             self._run.add_blocked(time.perf_counter() - begun, hook)
-        self._member.failures.raise_first()
+        self._run.raise_failure(self._member)
         if trainer is not None:
             self._send_costs(trainer)
 

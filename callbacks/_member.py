@@ -7,10 +7,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import flax_partial as fp
+
 if TYPE_CHECKING:
     import signal
 
-    import flax_partial as fp
     from flax_partial.callbacks._clock import Clock
     from flax_partial.callbacks._schedule import Retention, Schedule
 
@@ -30,25 +31,28 @@ class Failures:
             raise ValueError(f"on_save_error is {on_save_error!r}; it must be 'raise' or 'warn'.")
         self.count = 0
         self.are_raised = on_save_error == "raise"
-        self._waiting: deque[BaseException] = deque()
+        self._waiting: deque[tuple[int, BaseException]] = deque()
 
-    def add(self, error: BaseException) -> None:
-        """Counts a failed checkpoint, and keeps or logs its error."""
+    def add(self, step: int, error: BaseException) -> None:
+        """Counts the failed checkpoint of a step, and keeps or logs its error.
+
+        That a device had no memory for copies does not end training: from now on none are made.
+        """
         self.count += 1
-        if self.are_raised:
-            self._waiting.append(error)
+        if self.are_raised and not isinstance(error, fp.DeviceMemoryError):
+            self._waiting.append((step, error))
         else:
             logger.error("A checkpoint failed; training goes on.", exc_info=error)
 
-    def raise_first(self) -> None:
-        """Raises the oldest error that was not raised before, if there is one."""
-        if self._waiting:
-            raise self._waiting.popleft()
+    def take_first(self) -> tuple[int, BaseException] | None:
+        """Returns the oldest error that was not raised before, with its step; None without one."""
+        return self._waiting.popleft() if self._waiting else None
 
     def log_all(self) -> None:
         """Logs the errors that can no longer be raised, because another one is under way."""
         while self._waiting:
-            logger.error("Another checkpoint has failed, too.", exc_info=self._waiting.popleft())
+            _, error = self._waiting.popleft()
+            logger.error("Another checkpoint has failed, too.", exc_info=error)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -91,6 +95,7 @@ class Member:
     skipped: int = 0
     has_checked: bool = False
     has_finished_step: bool = False
+    _saved_before: int | None = field(default=None, init=False)
     _has_warned: bool = field(default=False, init=False)
 
     @property
@@ -111,7 +116,12 @@ class Member:
 
     def saved(self, step: int) -> None:
         """Notes that a step was saved."""
+        self._saved_before = self.last_saved
         self.last_saved, self.last_skipped = step, None
+
+    def take_back(self) -> None:
+        """Notes that the step that was saved last has failed, and may be saved again."""
+        self.last_saved = self._saved_before
 
     def warn_once(self, message: str) -> None:
         """Logs that its monitor scores nothing, the first time only: every step may lack it."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CLOSE = 0.75  # of the letters of a misspelt word; "step" and "epoch" have less in common
+_SHORTEST = 3  # letters of a word that is short for another
 
 
 def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -82,19 +83,40 @@ def _is_same(value: Any, other: Any) -> bool:
     return data is not None and type(other) is type(value) and data() == other.data_ptr()
 
 
-def is_misspelt(monitor: str, name: str) -> bool:
-    """Whether a monitor is probably meant to be the metric of that name.
+def is_misspelt(monitor: str, names: Iterable[str], expected: Iterable[str]) -> bool:
+    """Whether a monitor that is no metric so far is probably meant to be one of them.
 
     Of two metrics of one model mostly a whole word differs: "loss" and "val_loss", "loss_step" and
-    "loss_epoch". Such a one may come yet.
+    "loss_epoch". Such a one may come yet, unless all are known that begin with its first word.
+
+    Args:
+      monitor: The metric that should score a checkpoint.
+      names: Those that the trainer has.
+      expected: Those that it will have once it has validated: "val_loss", "val_accuracy".
     """
-    words, others = (re.split(r"[^a-z0-9]+", one.lower()) for one in (monitor, name))
+    first, *more = _words(monitor)
+    kinds = {words[0] for words in map(_words, expected) if len(words) > 1}
+    return bool(more and first in kinds) or any(
+        _is_almost([first, *more], _words(name)) for name in {*names, *expected}
+    )
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", name.lower())
+
+
+def _is_almost(words: list[str], others: list[str]) -> bool:
     differ = [pair for pair in zip(words, others, strict=False) if pair[0] != pair[1]]
     return "".join(words) == "".join(others) or (
-        len(words) == len(others)
-        and len(differ) == 1
-        and difflib.SequenceMatcher(None, *differ[0]).ratio() >= _CLOSE
+        len(words) == len(others) and len(differ) == 1 and _is_close(*differ[0])
     )
+
+
+def _is_close(word: str, other: str) -> bool:
+    """Whether two words differ by a few letters, or one is short for the other: "acc"."""
+    short, long = sorted((word, other), key=len)
+    is_short_for = len(short) >= _SHORTEST and long.startswith(short)
+    return is_short_for or difflib.SequenceMatcher(None, word, other).ratio() >= _CLOSE
 
 
 def lacking(monitor: str, metrics: Mapping[str, Any], known: Iterable[str]) -> str:

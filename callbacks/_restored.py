@@ -32,12 +32,25 @@ class Progress:
         return {_PROGRESS: done}
 
 
-def progress_of(metadata: Mapping[str, Any], step: int) -> Progress:
-    """Returns how far training was at the checkpoint of a step, given its custom metadata.
+@dataclass(frozen=True)
+class Closing:
+    """What the last part that a callback saves in a step stores beside arrays.
+
+    Attributes:
+      training: What to resume from: the progress, and the states of extras.
+      custom_metadata: The user's own.
+    """
+
+    training: Mapping[str, Any]
+    custom_metadata: Mapping[str, Any]
+
+
+def progress_of(recorded: Mapping[str, Any], step: int) -> Progress:
+    """Returns how far training was at the checkpoint of a step, given what is recorded of training.
 
     What was written by others, or by earlier versions, has at most the epoch that was under way.
     """
-    stored = metadata.get(_PROGRESS)
-    known = stored if isinstance(stored, dict) else {"epochs_done": metadata.get("epoch")}
+    stored = recorded.get(_PROGRESS)
+    known = stored if isinstance(stored, dict) else {"epochs_done": recorded.get("epoch")}
     done = (known.get(name) for name in ("epochs_done", "steps_of_epoch"))
     return Progress(step, *(one if isinstance(one, int) else 0 for one in done))

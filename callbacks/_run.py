@@ -11,7 +11,7 @@ import errno
 import functools
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import jax
@@ -30,11 +30,12 @@ from flax_partial.runs import liveness
 from flax_partial.runs.directory import make
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from flax_partial.callbacks._leaves import Leaves
     from flax_partial.callbacks._member import Member
     from flax_partial.callbacks._preemption import Preemption
+    from flax_partial.callbacks._restored import Closing
     from flax_partial.callbacks._tiers import Tiers
     from flax_partial.runs.directory import AnyPath
 
@@ -330,7 +331,7 @@ class Run:
         *,
         epoch: int,
         epoch_ends: bool,
-        closing: Mapping[str, Any],
+        closing: Closing,
     ) -> None:
         """Saves the last groups of a callback; once all are done the checkpoint is closed.
 
@@ -343,7 +344,7 @@ class Run:
           groups: Group to its leaves.
           epoch: The epoch under way, the first being 0.
           epoch_ends: Whether the step ends its epoch, whose metrics are yet to come.
-          closing: What its last part records of training.
+          closing: What its last part stores beside arrays.
         """
         with self._lock:
             if not checkpoint.members:
@@ -359,11 +360,31 @@ class Run:
             if not epoch_ends:
                 self.open_checkpoints.finish_scored()
 
-    def tell_misspelt(self, member: Member) -> None:
-        """Warns, after the first step, of a monitor that is almost the name of a metric."""
-        names = frozenset(self.open_checkpoints.metric_names)
+    def raise_failure(self, member: Member) -> None:
+        """Raises the oldest error of a callback's checkpoints that was not raised before, if any.
+
+        If that is of the step it saved last, which nobody else saves, the step may be repeated.
+        """
+        failure = member.failures.take_first()
+        if failure is None:
+            return
+        step, error = failure
+        is_alone = jax.process_count() == 1 and set(self.members) <= {member}
+        if is_alone and step == member.last_saved:
+            self.open_checkpoints.settle(before=step + 1)
+            member.take_back()
+        raise error
+
+    def tell_misspelt(self, member: Member, expected: Collection[str]) -> None:
+        """Warns, after the first step, of a monitor that is probably meant to be another metric.
+
+        Args:
+          member: The callback.
+          expected: Names of metrics that a validation will set.
+        """
+        names = {*self.open_checkpoints.metric_names, *expected}
         for monitor in member.retention.modes.keys() - names:
-            if any(is_misspelt(monitor, name) for name in names):
+            if is_misspelt(monitor, names, expected):
                 logger.warning("After the first step the monitor %s", lacking(monitor, {}, names))
 
     def check_monitor(self, member: Member) -> None:

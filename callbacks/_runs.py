@@ -47,8 +47,8 @@ class Runs:
             self._by_directory[directory] = run
         elif run.places != ((directory,) if tiers is None else (directory, tiers.remote)):
             raise ValueError(
-                f"Another callback saves into {run.places[-1]} by way of {directory}: all of a "
-                "hook have to agree on that."
+                f"Another callback saves into {run.places[-1]} by way of {directory}: give all "
+                "callbacks of a hook the same directory and local=."
             )
         return run
 

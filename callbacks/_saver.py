@@ -14,7 +14,7 @@ from flax_partial.callbacks import _state
 from flax_partial.callbacks._finished import Finished
 from flax_partial.callbacks._groups import joined_name
 from flax_partial.callbacks._leaves import flatten
-from flax_partial.callbacks._restored import Progress
+from flax_partial.callbacks._restored import Closing, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -177,7 +177,7 @@ class StepSaver:
         take: Callable[[Claims], Any],
         step: int,
         epoch: int,
-        closing: Mapping[str, Any],
+        closing: Closing,
         *,
         epoch_ends: bool,
     ) -> None:
@@ -205,10 +205,13 @@ class StepSaver:
             return _state.take(trainer, module, self._state_fn)
         return _state.pure(self.find(trainer, module))
 
-    def _closing(self, trainer: Any, *, epoch_ends: bool) -> Mapping[str, Any]:
-        """Returns what is saved of training after a step, beside the arrays."""
+    def _closing(self, trainer: Any, *, epoch_ends: bool) -> Closing:
+        """Returns what is saved after a step, beside the arrays."""
         step, epoch = trainer.global_step, trainer.current_epoch
         steps_of_epoch = 0 if epoch_ends else step - self.epoch_began
         progress = Progress(step, epoch + epoch_ends, steps_of_epoch)
         of_step = getattr(trainer, "custom_metadata", {})
-        return {**self._custom_metadata, **of_step, **progress.metadata, **self._extras.metadata()}
+        return Closing(
+            training={**progress.metadata, **self._extras.metadata()},
+            custom_metadata={**self._custom_metadata, **of_step},
+        )

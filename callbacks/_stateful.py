@@ -1,7 +1,7 @@
 """Objects with a state of their own: iterators of data, random numbers, whatever is no array.
 
-A checkpoint holds their states as text in its custom metadata, so that the tree of arrays is as the
-user made it, here and for Orbax:
+A checkpoint holds their states as text in what it records of training, so that the tree of arrays
+is as the user made it, here and for Orbax:
 
     {"extras": {"data": {"0": "...", "1": "..."}}}
 
@@ -62,19 +62,19 @@ class Extras:
         return {_EXTRAS: states}
 
     def find(
-        self, metadata: Mapping[str, Any], *, partial: bool, keep_missing: bool
+        self, recorded: Mapping[str, Any], *, partial: bool, keep_missing: bool
     ) -> dict[str, str]:
-        """Returns what is stored of each of them that can be set, given custom metadata.
+        """Returns what is stored of each of them that can be set.
 
         Args:
-          metadata: The checkpoint's.
+          recorded: What the checkpoint records of training.
           partial: Whether it may hold others.
           keep_missing: Whether it may lack some, which then stay as they are.
 
         Raises:
           TargetMismatchError: It differs in what is not allowed.
         """
-        stored, session = (_dict(metadata.get(key)) for key in (_EXTRAS, "session"))
+        stored, session = (_dict(recorded.get(key)) for key in (_EXTRAS, "session"))
         then = session.get("processes", 1)
         now, process = jax.process_count(), str(jax.process_index())
         found = {}

@@ -66,7 +66,8 @@ class CluCheckpoint(LoopCheckpoint, PeriodicAction):
         super().__init__(every_steps=every_steps, every_secs=every_secs, on_steps=on_steps)
         if every_steps is None and every_secs is None and not self._on_steps:
             raise ValueError(
-                "every_steps, every_secs and on_steps are all left out: nothing would be saved."
+                "every_steps, every_secs and on_steps are all left out: nothing would be saved. "
+                "Give one of them."
             )
         schedule = {"every_n_epochs": None, "every_n_train_steps": 1}  # of those it is called for
         scheduled = cast("LoopOptions", {**options, **schedule})

@@ -115,6 +115,8 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
         steps = self.params.get("steps")
         # Of several in one execution, Keras names the last there could have been.
         done = batch + 1 if steps is None else min(batch + 1, steps)
+        if not self.callback.expected_metrics and _has_own_steps(self.model):
+            self.callback.expected_metrics = [f"val_{name}" for name in logs or ()]
         self._loop.step(self._step_of_epoch + done, logs, is_last_batch=done == steps)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -146,6 +148,12 @@ class KerasCheckpoint(LoopCheckpoint, keras.callbacks.Callback):
 
     def _set_initial_epoch(self, epoch: int | None) -> None:
         self.model._initial_epoch = epoch  # noqa: SLF001 - as Keras's own BackupAndRestore does
+
+
+def _has_own_steps(model: keras.Model) -> bool:
+    """Whether Keras's own steps compute its metrics: then a validation has those of training."""
+    kind = type(model)
+    return kind.train_step is keras.Model.train_step and kind.test_step is keras.Model.test_step
 
 
 @contextlib.contextmanager

@@ -101,6 +101,10 @@ class LightningCheckpoint(PartialCheckpointCallback, Callback):
         elif trainer.global_step == 0 or "which" in self._resume:
             self._go_on(trainer, module, self._resume)
 
+    def on_sanity_check_end(self, trainer: Any, module: Any) -> None:
+        """Remembers which metrics a validation sets."""
+        self.expected_metrics = tuple(trainer.callback_metrics)
+
     @in_training
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int

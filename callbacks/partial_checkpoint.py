@@ -30,11 +30,13 @@ from flax_partial.callbacks._tiers import best, choose, tiers_of
 from flax_partial.callbacks._unrestored import unrestored
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.progress import Bar
+from flax_partial.runs import completeness
 from flax_partial.runs.directory import checked, probably_meant
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
+    from collections.abc import Set as AbstractSet
     from datetime import timedelta
 
     from flax_partial.callbacks._groups import GroupBy
@@ -46,8 +48,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What is stored of each checkpoint beside `custom_metadata`, in the same place.
-_OWN = ("step", "epoch", "session", "progress", "extras", "metrics", "ranked_by")
 _STEP_LEAF = "checkpoint_step"  # that earlier versions added to the tree, for themselves
 
 
@@ -157,7 +157,7 @@ class PartialCheckpointCallback(TrainingHooks):
             its name ("loss", "accuracy"), and refuses any other.
           save_top_k: Keep so many of the best checkpoints, and the newest 5 whose score is not
             known (`BestN` of `keep` takes another number). -1: all are kept, whatever else is said.
-          keep_every_n_steps: Keep the first checkpoint at or after each n-th step.
+          keep_every_n_steps: Keep the first checkpoint at or after each n-th step, and step 0.
           keep_time_interval: Keep the oldest checkpoint, and after it always the first that is
             finalized so much later than the one kept before.
           save_on_preemption: When the process gets SIGTERM, save the step under way once it is
@@ -176,7 +176,8 @@ class PartialCheckpointCallback(TrainingHooks):
           reuse_unchanged: Whether leaves that are to the byte what they were in the checkpoint
             before (frozen layers, the base of an adapter) are not written again: both checkpoints
             share the files that hold them, and either may be removed.
-          on_save_error: Whether a failed save is raised at the next hook, or logged and counted.
+          on_save_error: Whether a failed save is raised at the next hook, or logged and counted. A
+            `DeviceMemoryError` is logged in any case.
           when_behind: What becomes of a step that is due by `every_n_train_steps` or
             `train_time_interval` while the checkpoint before is still being written. Training waits
             for that ("wait"), or the step is not saved ("skip"), which is logged and counted in
@@ -265,6 +266,11 @@ class PartialCheckpointCallback(TrainingHooks):
     def skipped_saves(self) -> int:
         """Number of steps that were due and not saved, since the one before was on its way."""
         return self._member.skipped
+
+    @property
+    def monitors(self) -> AbstractSet[str]:
+        """The metrics that rank its checkpoints."""
+        return self._member.retention.modes.keys()
 
     @property
     def reports(self) -> tuple[CheckpointReport, ...]:
@@ -417,9 +423,10 @@ class PartialCheckpointCallback(TrainingHooks):
         if self._is_training and not discard_later:
             self._run.check_none_later(step, path)
         described = fp.metadata(path)
-        progress = progress_of(described.custom_metadata, step)
+        recorded = completeness.recorded(described)
+        progress = progress_of(recorded, step)
         extras = self._extras.find(
-            described.custom_metadata,
+            recorded,
             partial=options["partial"] or target is None,
             keep_missing=options["keep_missing"],
         )
@@ -458,10 +465,9 @@ class PartialCheckpointCallback(TrainingHooks):
 def _checked(custom_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns a copy of a run's metadata; whether a value can be stored is checked by the save."""
     metadata = dict(custom_metadata or {})
-    if own := sorted(metadata.keys() & set(_OWN)):
+    if "metrics" in metadata:
         raise ValueError(
-            f"custom_metadata has {own[0]!r}, which is stored with each checkpoint anyway. "
-            f"Names that are in use: {', '.join(_OWN)}."
+            "custom_metadata has 'metrics': that is where the metrics of each step are stored."
         )
     return metadata
 

@@ -118,7 +118,7 @@ class BestN:
 
 @dataclass(frozen=True)
 class EveryNSteps:
-    """Keeps the first checkpoint at or after each n-th step.
+    """Keeps the first checkpoint at or after each n-th step, and step 0.
 
     Whether one is kept depends on no later one: what is kept once is kept for good.
 
@@ -138,7 +138,7 @@ class EveryNSteps:
         first: dict[int, int] = {}
         for one in saved:
             first.setdefault(one.step // self.steps, one.step)
-        return {step for period, step in first.items() if period > 0}
+        return {step for period, step in first.items() if period > 0 or step == 0}
 
 
 @dataclass(frozen=True)

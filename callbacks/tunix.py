@@ -21,6 +21,8 @@ from tunix.sft.hooks import TrainingHooks
 if TYPE_CHECKING:
     import os
 
+_METRICS = frozenset({"loss", "eval_loss"})
+
 
 class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
     """Checkpoints the model that a `PeftTrainer` trains, and goes on from the newest checkpoint.
@@ -56,6 +58,12 @@ class TunixCheckpoint(LoopCheckpoint, TrainingHooks):
           ValueError: An option has a value that makes no sense, alone or with another.
         """
         self._loop = Loop(directory, lambda: self._state, options)
+        unknown = self.callback.monitors - _METRICS
+        if unknown:
+            raise ValueError(
+                f"monitor={min(unknown)!r}: the metrics that tunix reports are "
+                f"{' and '.join(map(repr, sorted(_METRICS)))}."
+            )
         self._resume = resume_options(resume)
         self._state: Any = None
 

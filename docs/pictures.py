@@ -70,8 +70,10 @@ def leave_a_killed_run(home: Path) -> None:
 def draw_timeline(home: str) -> None:
     """Has flax-partial draw a checkpoint that was on its way while training went on."""
     command = [sys.executable, "-m", "flax_partial", "timeline", "runs/lm/16", "--out"]
-    subprocess.run([*command, PICTURES / "timeline.new.png"], cwd=home, check=True)
-    (PICTURES / "timeline.new.png").replace(PICTURES / "timeline.png")
+    environment = os.environ | {"MATPLOTLIBRC": str(ROOT / "docs" / "matplotlibrc")}
+    picture = PICTURES / "timeline.new.png"
+    subprocess.run([*command, picture], cwd=home, env=environment, check=True)
+    picture.replace(PICTURES / "timeline.png")
 
 
 def on_terminal(command: str, home: str) -> str:

@@ -5,6 +5,7 @@ from flax_partial.errors import (
     CheckpointExistsError,
     CheckpointInUseError,
     CorruptCheckpointError,
+    DeviceMemoryError,
     EmptyStateError,
     ForkedProcessError,
     IncompleteCheckpointError,
@@ -37,7 +38,7 @@ from flax_partial.reports import (
     SessionStatus,
     VerifyReport,
 )
-from flax_partial.saving.save import check, save, save_async
+from flax_partial.saving.save import check, save, save_async, save_each_async
 from flax_partial.sessions.handles import FinalizeHandle, SaveHandle
 from flax_partial.storage.object_store import store_options
 from flax_partial.storage.store_path import StorePath
@@ -48,6 +49,7 @@ __all__ = [
     "CheckpointInUseError",
     "CheckpointMetadata",
     "CorruptCheckpointError",
+    "DeviceMemoryError",
     "EmptyStateError",
     "FinalizeHandle",
     "ForkedProcessError",
@@ -83,6 +85,7 @@ __all__ = [
     "remove",
     "save",
     "save_async",
+    "save_each_async",
     "status",
     "steps",
     "store_options",

@@ -1,9 +1,10 @@
-"""Keeps Python's cycle collector still while a table of contents is read or made.
+"""Keeps Python's cycle collector still while a table of contents is read or made, or a save begins.
 
 Thousands of small objects without cycles are made then, and each few of them start a collection
 that walks through all objects of the process. Where a training loop has loaded JAX and its like,
 such a walk takes 20 to 60 ms, holds the interpreter lock for as long, and finds nothing: finalizing
-2,048 leaves took 150 ms with them and 80 ms without.
+2,048 leaves took 150 ms with them and 80 ms without. Of 40 calls of `save_async` with 2,000 leaves
+three had one.
 """
 
 import gc

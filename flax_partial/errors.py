@@ -11,6 +11,7 @@
     ├── CorruptCheckpointError  (ValueError)         bytes on disk are not those that were written
     ├── TargetMismatchError     (ValueError)         the checkpoint does not fit the target
     ├── ForkedProcessError      (RuntimeError)       a forked child of a process that used JAX
+    ├── DeviceMemoryError       (MemoryError)        a device had no memory for a copy it made
     └── StoreError              (OSError)            a request to an object store failed for good
         └── StoreAccessError    (PermissionError)    it refused, or there are no credentials
 
@@ -66,6 +67,10 @@ class TargetMismatchError(PartialCheckpointError, ValueError):
 
 class ForkedProcessError(PartialCheckpointError, RuntimeError):
     """A call that writes, in a forked child of a process that had used JAX; nothing was written."""
+
+
+class DeviceMemoryError(PartialCheckpointError, MemoryError):
+    """A device had no memory for a copy of what is saved, and told so when the arrays were gone."""
 
 
 class StoreError(PartialCheckpointError, OSError):

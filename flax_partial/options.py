@@ -1,9 +1,13 @@
 """How a save is written."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+Compression = Literal["zstd", "blosc"]
+"""Codecs of chunks."""
 
 _LEAST_BYTES = {"max_inflight_bytes": 1, "max_device_bytes": 0, "chunk_bytes": 1}
-COMPRESSIONS = (None, "zstd", "blosc")
+COMPRESSIONS = (None, *get_args(Compression))
 
 
 @dataclass(frozen=True, slots=True)

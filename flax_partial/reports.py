@@ -83,6 +83,7 @@ class PartStatus:
       leaves: Names of its leaves.
       bytes: Array data in it, in bytes.
       custom_metadata: What was passed with this save.
+      training: What a training loop recorded of itself with this save.
     """
 
     name: str
@@ -91,6 +92,7 @@ class PartStatus:
     leaves: tuple[str, ...]
     bytes: int
     custom_metadata: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class SessionStatus:
       bytes: Array data in the committed parts, in bytes, replaced leaves included.
       processes: Indices of the processes that have committed parts, ascending.
       custom_metadata: That of all parts, merged as finalize would merge it.
+      training: What a training loop recorded of itself, merged likewise.
     """
 
     path: AnyPath
@@ -116,6 +119,7 @@ class SessionStatus:
     bytes: int
     processes: tuple[int, ...]
     custom_metadata: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,9 @@ class CheckpointMetadata:
       started_at: When its first part was written, in seconds since the epoch.
       committed_at: When it was finalized, in seconds since the epoch.
       parts: Number of saves it was made of; 0 where Orbax wrote it.
+      training: What a training loop recorded of itself. The callbacks store `step`, `epoch`,
+        `progress` (epochs done, steps of the epoch under way) and the states of `extras`; up to
+        version 0.1 they did in `custom_metadata`.
       left_out: Items of a checkpoint of Orbax's that are not read: name -> why not.
     """
 
@@ -163,6 +170,7 @@ class CheckpointMetadata:
     committed_at: float
     parts: int
     left_out: Mapping[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

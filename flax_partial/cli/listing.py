@@ -12,6 +12,7 @@ from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
 from flax_partial.loading import catalog
 from flax_partial.loading.catalog import is_finalized
+from flax_partial.runs.completeness import recorded
 from flax_partial.runs.directory import unfinished
 from flax_partial.storage import directories
 from flax_partial.storage.parts import part_names
@@ -162,6 +163,12 @@ def require_something(path: str) -> None:
     raise WrongUseError(f"there is no checkpoint at {path}; {parent} has {has}")
 
 
+def runs_in(directory: AnyPath) -> str:
+    """Returns which runs a directory without checkpoints holds, to be added to that; or nothing."""
+    meant = catalog.probably_meant(directory)
+    return f".{meant}" if meant else ""
+
+
 def absent(path: AnyPath) -> str:
     """Returns a sentence: nothing is at the path; with names beside it that are like its own."""
     close = text.close(path.name, directories.names(path.parent))
@@ -229,17 +236,16 @@ def _entry(path: AnyPath) -> Entry | None:
 
 def _finalized(path: AnyPath) -> Entry:
     found = fp.metadata(places.resolve(str(path)).final)
-    metadata = found.custom_metadata
     is_whole = is_finalized(path)
     return Entry(
         name=path.name,
         state=places.FINALIZED if is_whole else places.DAMAGED,
         format=places.written_by(found),
-        step=_step(path, metadata),
+        step=_step(path, recorded(found)),
         written_at=found.committed_at,
         bytes=found.bytes,
         leaves=len(found.leaves),
-        metrics=_numbers(metadata.get("metrics")),
+        metrics=_numbers(found.custom_metadata.get("metrics")),
         problem=None if is_whole else "_CHECKPOINT_METADATA or state/_METADATA is missing",
     )
 
@@ -255,7 +261,7 @@ def _unfinished(path: AnyPath) -> Entry | None:
     return Entry(
         name=path.name,
         state=places.UNFINISHED,
-        step=_step(where.final, status.custom_metadata),
+        step=_step(where.final, recorded(status)),
         written_at=max((part.written_at for part in status.parts), default=None),
         bytes=status.bytes,
         leaves=len(status.leaves),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flax_partial import __version__
+from flax_partial.cli import text
 from flax_partial.cli.commands import (
     abort,
     completion,
@@ -55,8 +56,16 @@ _COMMANDS = (
 )
 
 
+_LONGEST_COMMAND = 4 + max(len(name) for name, _, _ in _COMMANDS)  # and its indent
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     """Folds texts, and leaves examples as they are."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Adds an argument, and room for the names of commands, which are further to the right."""
+        super().add_argument(action)
+        self._action_max_length = max(self._action_max_length, _LONGEST_COMMAND)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
@@ -82,7 +91,9 @@ def main(arguments: Sequence[str]) -> int:
     """
     try:
         parser = new_parser()
-        parsed = parser.parse_args(arguments)
+        parsed, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            _refuse(unknown[0], parsed.command if "command" in parsed else parser)
         if "run" not in parsed:
             parser.print_help(sys.stderr)
             return WRONG_USE
@@ -122,8 +133,18 @@ def new_parser() -> argparse.ArgumentParser:
         )
         module.add(command)
         command.add_argument("--json", **as_json, default=argparse.SUPPRESS)  # else: not given here
-        command.set_defaults(run=module.run, parser=parser)
+        command.set_defaults(run=module.run, parser=parser, command=command)
     return parser
+
+
+def _refuse(argument: str, parser: argparse.ArgumentParser) -> NoReturn:
+    """Ends the program, and names the option that is most like one that a parser does not have."""
+    if not argument.startswith("-"):
+        parser.error(f"{argument} is one argument too many")
+    name = argument.partition("=")[0]
+    actions = parser._actions  # noqa: SLF001 - argparse has no public name for it
+    close = text.close(name, [each for action in actions for each in action.option_strings])
+    parser.error(f"there is no option {name}" + (f"; there is {close[0]}" if close else ""))
 
 
 def _examples(*calls: str) -> str:

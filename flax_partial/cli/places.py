@@ -140,18 +140,16 @@ class Session:
 
         Also empty where no callback saves into it: then it is not known what is to come.
         """
-        metadata = self.status.custom_metadata
-        if metadata == users_metadata(metadata):
+        recorded = completeness.recorded(self.status)
+        if not completeness.is_by_callbacks(recorded):
             return ""
-        return completeness.missing(self.status, metadata.get("step", -1)) or ""
+        return completeness.missing(self.status, recorded.get("step", -1)) or ""
 
 
-def users_metadata(custom_metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Custom metadata without what the callback keeps there to recover from a crash."""
-    session = custom_metadata.get("session")  # perhaps the user's own, and of any type
-    if isinstance(session, dict) and isinstance(session.get("saved"), dict):
-        return {key: value for key, value in custom_metadata.items() if key != "session"}
-    return dict(custom_metadata)
+def shown(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata without what callbacks keep to recover from a crash."""
+    hidden = "session" if completeness.is_by_callbacks(metadata) else None
+    return {key: value for key, value in metadata.items() if key != hidden}
 
 
 def read_session(where: Place, known: dict[str, Part] | None = None) -> Session:
@@ -204,14 +202,16 @@ def read_contents(path: str) -> tuple[Contents, CheckpointMetadata, str]:
     """
     where = resolve(path)
     if not where.is_session() or (is_there(where) and not is_session_meant(path, where)):
-        checkpoint = open_checkpoint(where)
-        return checkpoint.contents, describe_checkpoint(where, checkpoint), FINALIZED
+        with where.reading():
+            checkpoint = open_checkpoint(where)
+            return checkpoint.contents, describe_checkpoint(where, checkpoint), FINALIZED
     session = read_session(where)
     contents = Contents(
         started_ns=session.plan.started_ns,
         committed_ns=max((part.time_ns for part in session.parts.values()), default=0),
         parts=len(session.parts),
         custom_metadata=session.plan.custom_metadata,
+        training=session.plan.training,
         leaves=session.plan.leaves,
     )
     return contents, described(where, contents), UNFINISHED

@@ -85,6 +85,7 @@ class _Rest(Struct, omit_defaults=True):
 
     Attributes:
       custom_metadata: The checkpoint's.
+      training: What it records of training.
       strings: Values of strings.
       binary: Values of bytes; base64 in JSON.
       empty: Kinds of other leaves without data.
@@ -95,6 +96,7 @@ class _Rest(Struct, omit_defaults=True):
     """
 
     custom_metadata: dict[str, Any] = {}
+    training: dict[str, Any] = {}
     strings: dict[str, str] = {}
     binary: dict[str, bytes] = {}
     empty: dict[str, Kind] = {}
@@ -113,11 +115,13 @@ class Stored:
       offsets: Name of each tensor to where in the file its bytes begin.
       custom_metadata: The checkpoint's that a file of ours was made of; of another file, what its
         header says.
+      training: What such a checkpoint records of training.
     """
 
     leaves: tuple[Leaf, ...]
     offsets: dict[str, int]
     custom_metadata: dict[str, Any]
+    training: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +192,14 @@ def lay_out(arrays: Sequence[Leaf], metadata: dict[str, str]) -> Layout:
     return Layout(header, offsets, len(header) + end)
 
 
-def metadata_of(leaves: Sequence[Leaf], custom_metadata: dict[str, Any]) -> dict[str, str]:
+def metadata_of(
+    leaves: Sequence[Leaf], custom_metadata: dict[str, Any], training: dict[str, Any]
+) -> dict[str, str]:
     """Returns what is no tensor, as the texts that a header may hold.
 
     `format` is what libraries that load models look for. `flax_partial` is JSON, a `_Rest`.
     """
-    rest = _Rest(custom_metadata)
+    rest = _Rest(custom_metadata, training)
     rest.strings = {leaf.name: leaf.text for leaf in leaves if leaf.kind == STRING}
     rest.binary = {leaf.name: leaf.data for leaf in leaves if leaf.kind == BYTES}
     rest.empty = {leaf.name: leaf.kind for leaf in leaves if leaf.kind in _EMPTY_KINDS}
@@ -260,7 +266,7 @@ def parse(header: bytes, file_bytes: int) -> Stored:
     leaves += [_named(name, BYTES, rest, data=data) for name, data in rest.binary.items()]
     leaves += [_named(name, kind, rest) for name, kind in rest.empty.items()]
     offsets = {name: begin + tensor.data_offsets[0] for name, tensor in tensors.items()}
-    return Stored(tuple(leaves), offsets, rest.custom_metadata)
+    return Stored(tuple(leaves), offsets, rest.custom_metadata, rest.training)
 
 
 def _require_whole(tensors: Mapping[str, _Tensor], data_bytes: int) -> None:

@@ -12,7 +12,7 @@ from flax_partial.errors import first_few
 from flax_partial.format import model as kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from flax_partial.format.model import Leaf
 
@@ -90,9 +90,11 @@ def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def custom_metadata(table: Mapping[str, Any]) -> str:
-    """Custom metadata as JSON, shortened; empty if there is none."""
-    return _shortened(json.dumps(table, ensure_ascii=False), _LONGEST_METADATA) if table else ""
+def metadata(custom: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a line of what each table holds, if it holds anything, as JSON and shortened."""
+    for name, table in (("training", training), ("custom metadata", custom)):
+        if table:
+            yield f"{name}: {_shortened(json.dumps(table, ensure_ascii=False), _LONGEST_METADATA)}"
 
 
 def common_prefix(names: Sequence[str]) -> str:

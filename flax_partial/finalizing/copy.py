@@ -85,8 +85,9 @@ def _parts_of(here: Place) -> Mapping[str, Part]:
     if here.read_contents() is None:
         raise NoSessionError(f"There is no checkpoint of flax_partial at {here.final}.")
     found = here.read_own_parts()
-    if found.damaged:
-        raise CorruptCheckpointError("\n".join(found.damaged.values()))
+    lost = [f"{name} in {here.final} has no table of contents" for name in found.torn]
+    if found.damaged or lost:
+        raise CorruptCheckpointError("\n".join([*found.damaged.values(), *lost]))
     return found.committed
 
 
@@ -177,10 +178,13 @@ def _copy_part(
     sizes = data_file_bytes(part.leaves)
     for file, size in sizes.items():
         path = data_path(data_part(name, file))
-        files.require(path, size)
-        with files.open(path) as data, _as_file(data, size, check) as source:
-            check()
-            new.copy(source, file)
+        try:
+            files.require(path, size)
+            with files.open(path) as data, _as_file(data, size, check) as source:
+                check()
+                new.copy(source, file)
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{path}: {error}") from error
     check()
     table = encode_part(replace(part, durable=True))
     new.commit(table, has_data_file=bool(sizes), durable=True)

@@ -38,6 +38,7 @@ def status_of(final: AnyPath, found: SessionParts) -> SessionStatus:
         bytes=sum(part.bytes for part in parts.values()),
         processes=tuple(sorted({part.process for part in parts.values()})),
         custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
+        training=merge_metadata(part.training for _, part in ordered),
     )
 
 
@@ -49,4 +50,5 @@ def _part_status(name: str, part: Part) -> PartStatus:
         leaves=tuple(leaf.name for leaf in part.leaves),
         bytes=part.bytes,
         custom_metadata=part.custom_metadata,
+        training=part.training,
     )

@@ -61,6 +61,7 @@ def derive(
         committed_ns=committed_ns,
         parts=plan.parts,
         custom_metadata=plan.custom_metadata,
+        training=plan.training,
         leaves=leaves,
         data_parts=plan.data_parts,
         first_part=plan.first_part,

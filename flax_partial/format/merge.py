@@ -9,7 +9,7 @@ The rules, which stand here and nowhere else:
 4. A placeholder, an empty container, counts only where no part holds a leaf of its name, or
    anything inside of it.
 5. The leaves form a tree that a reader can represent (`keypaths.KeyTree`), lists without gaps.
-6. Dictionaries of custom metadata merge deeply in the order of the saves; the later value wins.
+6. Dictionaries of metadata merge deeply in the order of the saves; the later value wins.
 """
 
 import math
@@ -44,6 +44,7 @@ class MergePlan:
         where they are in the leaf itself.
       data_parts: The data files that the leaves' runs number, each called as by `data_part`.
       custom_metadata: That of all parts, merged.
+      training: What a training loop recorded of itself, of all parts, merged.
       started_ns: When the first part was saved, in nanoseconds since the epoch.
       parts: Number of parts.
       first_part: The smallest name of a part; empty without parts.
@@ -55,6 +56,7 @@ class MergePlan:
     sources: tuple[tuple[Source, ...], ...]
     data_parts: tuple[str, ...]
     custom_metadata: dict[str, Any]
+    training: dict[str, Any]
     started_ns: int
     parts: int
     first_part: str
@@ -90,6 +92,7 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
         sources=tuple(sources),
         data_parts=tuple(numbers),
         custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
+        training=merge_metadata(part.training for _, part in ordered),
         started_ns=min((part.time_ns for _, part in ordered), default=0),
         parts=len(parts),
         first_part=min(parts, default=""),
@@ -119,10 +122,10 @@ def _newest(ordered: Iterable[tuple[str, Part]]) -> Iterable[list[_Holder]]:
             if holders is None:
                 newest[name] = [(part, leaf)]
                 continue
-            held, age = _age(holders[0][1]), _age(leaf)
-            if held < age:
+            newest_age, age = _age(holders[0][1]), _age(leaf)
+            if newest_age < age:
                 holders.clear()
-            if held <= age:
+            if newest_age <= age:
                 holders.append((part, leaf))
     return newest.values()
 
@@ -131,9 +134,9 @@ def _age(leaf: Leaf) -> tuple[bool, int]:
     return not leaf.placeholder, leaf.generation
 
 
-def _without_placeholders(held: Iterable[list[_Holder]]) -> Iterable[list[_Holder]]:
+def _without_placeholders(found: Iterable[list[_Holder]]) -> Iterable[list[_Holder]]:
     """Leaves out the placeholders inside of which something lies."""
-    listed = list(held)
+    listed = list(found)
     if not any(holders[0][1].placeholder for holders in listed):
         return listed
     tree = KeyTree()
@@ -184,8 +187,8 @@ def _whole(
     if len(holders) == 1 and len(leaf.boxes) == 1 and leaf.boxes[0].shape == leaf.shape:
         return leaf, ((data_part(part, leaf.file), leaf.boxes[0].places),), None
     chunks: dict[str, tuple[str, str, Place]] = {}
-    for name, held in holders:
-        clash = _collect(name, held, chunks)
+    for name, piece in holders:
+        clash = _collect(name, piece, chunks)
         if clash:
             conflicts.append(
                 f"Leaf {leaf.name!r}: {name} saved {clash}, which another save holds with other "

@@ -1,4 +1,4 @@
-"""Custom metadata: which values JSON can hold, and how that of several saves is merged."""
+"""Custom metadata, and those of training: which values JSON can hold, how several saves merge."""
 
 import json
 import math
@@ -17,8 +17,14 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def check_metadata(value: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns custom metadata as JSON would give it back.
+def check_metadata(
+    value: Mapping[str, Any] | None, name: str = "custom_metadata"
+) -> dict[str, Any]:
+    """Returns metadata as JSON would give it back.
+
+    Args:
+      value: The metadata.
+      name: What an error calls it.
 
     Raises:
       UnsupportedLeafError: Some value would not come back as it is; the error says where it stands.
@@ -26,13 +32,13 @@ def check_metadata(value: Mapping[str, Any] | None) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise UnsupportedLeafError(f"custom_metadata is a dict, not a {type(value).__name__}.")
+        raise UnsupportedLeafError(f"{name} is a dict, not a {type(value).__name__}.")
     try:
-        checked = {k: _json_value(v, f"[{k!r}]") for k, v in _with_text_keys(value, "")}
+        checked = {k: _json_value(v, f"{name}[{k!r}]") for k, v in _with_text_keys(value, name)}
         to_json(checked)
     except (ValueError, RecursionError) as error:  # lone surrogates, integers too long for Python
         raise UnsupportedLeafError(
-            f"custom_metadata cannot be written as JSON: {type(error).__name__}: {error}. "
+            f"{name} cannot be written as JSON: {type(error).__name__}: {error}. "
             "Save what is not text, a number of common size, or of common depth as a leaf."
         ) from error
     return checked
@@ -47,7 +53,7 @@ def _json_value(value: object, where: str) -> Any:
     if is_plain or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise UnsupportedLeafError(
-        f"custom_metadata{where} is {value!r}, a {type(value).__name__} that JSON cannot hold. "
+        f"{where} is {value!r}, a {type(value).__name__} that JSON cannot hold. "
         "Convert it to dicts, lists, strings, finite numbers, bools and None."
     )
 
@@ -55,7 +61,7 @@ def _json_value(value: object, where: str) -> Any:
 def _with_text_keys(value: Mapping[Any, Any], where: str) -> Iterator[tuple[str, Any]]:
     for key, item in value.items():
         if not isinstance(key, str):
-            raise UnsupportedLeafError(f"custom_metadata{where} has key {key!r}: keys are strings.")
+            raise UnsupportedLeafError(f"{where} has key {key!r}: keys are strings.")
         yield key, item
 
 

@@ -7,7 +7,7 @@ hundred thousand of each.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -17,6 +17,7 @@ from msgspec import Meta, Struct, structs
 
 from flax_partial.format.chunks import Shape, chunk_keys
 from flax_partial.format.keypaths import KeyPath, prefix_of
+from flax_partial.options import Compression
 
 DATA_FILE = "data"  # of a part: the chunks that its table does not hold itself
 INLINE_BYTES = 1024  # a chunk of at most so many bytes stands in the table
@@ -35,8 +36,6 @@ Run = tuple[Count, Count, Count]
 
 Place = bytes | tuple[Count, Count]
 """Where a chunk is: the bytes themselves, or their offset and length in the leaf's data file."""
-
-Compression = Literal["zstd", "blosc"]
 
 Kind = Literal[
     "jax.Array",
@@ -237,6 +236,7 @@ class Part:
       leaves: What it holds.
       bytes: Array data in it, in bytes.
       durable: Whether its data files were on the disk when it was committed.
+      training: What a training loop recorded of itself with it.
     """
 
     process: int
@@ -245,6 +245,7 @@ class Part:
     leaves: tuple[Leaf, ...]
     bytes: int
     durable: bool = False
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +263,7 @@ class Contents:
         wrote it.
       has_inline: Whether the chunks that stand in the parts' tables stand in this one, too, as
         version 2 of the format did not have it.
+      training: What a training loop recorded of itself, of all parts, merged.
     """
 
     started_ns: int
@@ -272,6 +274,7 @@ class Contents:
     data_parts: tuple[str, ...] = ()
     first_part: str = ""
     has_inline: bool = True
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def data_file_bytes(leaves: Iterable[Leaf]) -> dict[int, int]:

@@ -80,11 +80,10 @@ def rows_of(cut: Slice, shape: Shape, rank: int) -> dict[int, Rows]:
             "start and size are integers, and axis is one of the array's; or all three are tuples "
             "of the same length, of different axes.",
         )
-    for axis, held in rows.items():
-        if held.start < 0 or held.start + shape[axis] > held.size or not shape[axis]:
+    for axis, (start, size) in rows.items():
+        if start < 0 or start + shape[axis] > size or not shape[axis]:
             raise SliceError(
-                f"is a Slice of rows {held.start} to {held.start + shape[axis]} of {held.size} "
-                f"along axis {axis}",
+                f"is a Slice of rows {start} to {start + shape[axis]} of {size} along axis {axis}",
                 "Give at least one row, all of them inside the leaf.",
             )
     return rows

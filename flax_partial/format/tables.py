@@ -60,6 +60,9 @@ _DATA_FILE = r"(p[0-9]{1,9}/)?[^/]+(/data\.[1-9][0-9]{0,8})?"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+_NOTHING = Raw(b"{}")
+
+
 class _Head(Struct, gc=False):
     """What every reader reads of a table, of whatever version."""
 
@@ -79,6 +82,7 @@ class _PartTable(Struct, gc=False, omit_defaults=True, kw_only=True):
     custom_metadata: Raw
     shardings: tuple[Raw, ...]
     leaves: tuple[Leaf, ...]
+    training: Raw = _NOTHING
 
 
 class _ContentsTable(Struct, gc=False, omit_defaults=True):
@@ -93,6 +97,7 @@ class _ContentsTable(Struct, gc=False, omit_defaults=True):
     leaves: tuple[Leaf, ...]
     data_parts: tuple[Annotated[str, Meta(pattern=f"^{_DATA_FILE}$")], ...]
     first_part: str
+    training: Raw = _NOTHING
 
 
 _HEAD_DECODER = msgspec.json.Decoder(_Head)
@@ -113,6 +118,7 @@ def encode_part(part: Part) -> bytes:
             bytes=part.bytes,
             durable=part.durable,
             custom_metadata=Raw(to_json(part.custom_metadata)),
+            training=_raw(part.training),
             shardings=shardings.texts,
             leaves=_with_entries(part.leaves),
         ),
@@ -130,6 +136,7 @@ def encode_contents(contents: Contents) -> bytes:
             committed_ns=contents.committed_ns,
             parts=contents.parts,
             custom_metadata=Raw(to_json(contents.custom_metadata)),
+            training=_raw(contents.training),
             shardings=shardings.texts,
             leaves=_with_entries(contents.leaves),
             data_parts=contents.data_parts,
@@ -249,6 +256,7 @@ def _part_of(body: memoryview, hook: _Hook) -> Part:
         bytes=table.bytes,
         durable=table.durable,
         custom_metadata=_object_of(table.custom_metadata),
+        training=_object_of(table.training),
         leaves=table.leaves,
     )
 
@@ -263,6 +271,7 @@ def _contents_of(body: memoryview, hook: _Hook) -> Contents:
         committed_ns=table.committed_ns,
         parts=table.parts,
         custom_metadata=_object_of(table.custom_metadata),
+        training=_object_of(table.training),
         leaves=table.leaves,
         data_parts=table.data_parts,
         first_part=table.first_part,
@@ -270,12 +279,17 @@ def _contents_of(body: memoryview, hook: _Hook) -> Contents:
     )
 
 
+def _raw(training: dict[str, Any]) -> Raw:
+    """What is optional: a table without it is as earlier versions wrote it."""
+    return Raw(to_json(training)) if training else _NOTHING
+
+
 def _object_of(raw: Raw) -> dict[str, Any]:
     """Decodes an object that a user gave as JSON: numbers are Python's, of any length."""
     text = bytes(raw)
     value = json.loads(text)
     if not isinstance(value, dict):
-        raise CorruptCheckpointError("custom_metadata, or a sharding, is not an object")
+        raise CorruptCheckpointError("custom_metadata, training, or a sharding, is not an object")
     if _SURROGATE.search(text):
         to_json(value)  # fails where it is a lone one, which no text or name can hold
     return value

@@ -6,6 +6,7 @@ names count where Orbax wrote the checkpoint: `exp_1` that this package saved is
 In an object store a step is called by its number alone, and counts once it is published.
 """
 
+import difflib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -141,11 +142,19 @@ def _meant(path: AnyPath) -> str:
     if beside:
         return f" {path.parent} holds steps {_listed(beside)}."
     names = sorted(directories.names(path))[:_MOST_RUNS]
-    runs = {name: held for name in names if (held := checkpoints(path / name))}
+    runs = {name: found for name in names if (found := checkpoints(path / name))}
     if runs:
-        said = [f"{name} (steps {_listed(held)})" for name, held in runs.items()]
+        said = [f"{name} (steps {_listed(found)})" for name, found in runs.items()]
         return f" It holds runs: {', '.join(first_few(said, most=_SHOWN, count=len(said)))}."
     return ""
+
+
+def called_alike(path: Path) -> str:
+    """Returns, as a sentence after a space, what stands beside a path that is not there."""
+    if path.exists():
+        return ""
+    close = difflib.get_close_matches(path.name, directories.names(path.parent), n=1)
+    return f" There is {path.parent / close[0]}." if close else ""
 
 
 def _listed(steps: Iterable[int]) -> str:
@@ -175,7 +184,9 @@ def remove(path: PathLike) -> None:
     if places.names_session(path):  # it was meant for what is unfinished, as it was a moment ago
         raise NoSessionError(f"There is no finalized checkpoint at {where.session}: abort it.")
     if isinstance(where.final, Path) and not is_finalized(where.final):
-        raise NoSessionError(f"There is no finalized checkpoint at {where.final}.")
+        raise NoSessionError(
+            f"There is no finalized checkpoint at {where.final}.{probably_meant(where.final)}"
+        )
     workers.finalizing.run(Task(lambda _: where.remove_checkpoint(), Handle[None]()))
 
 

@@ -42,6 +42,9 @@ class Checkpoint(Protocol):
         """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf.
 
         An `OSError` where the system refused to read it.
+
+        Raises:
+          NoSessionError: It was removed meanwhile.
         """
         ...
 
@@ -63,12 +66,15 @@ class OwnCheckpoint:
         ]
         from_runs = iter(self._read(in_runs, has_runs=True))
         from_database = iter(self._read(in_database, has_runs=False))
-        return [
+        outcomes = [
             _read_inline(region)
             if region[0].boxes[0].places
             else next(from_runs if region[0].runs else from_database)
             for region in regions
         ]
+        if any(isinstance(outcome, Exception) for outcome in outcomes):
+            self._where.require_unremoved()
+        return outcomes
 
     def _read(self, regions: Sequence[Region], *, has_runs: bool) -> list[np.ndarray | Exception]:
         if not regions:
@@ -174,7 +180,9 @@ def _nothing_to_load(where: Place) -> NoSessionError:
         return NoSessionError(
             f"{where.final} is not finalized: its parts are in {where.session}. Finalize it first."
         )
-    meant = catalog.probably_meant(where.final) if isinstance(where.final, Path) else ""
+    meant = ""
+    if isinstance(where.final, Path):
+        meant = catalog.probably_meant(where.final) or catalog.called_alike(where.final)
     return NoSessionError(f"There is no checkpoint at {where.final}.{meant}")
 
 
@@ -193,6 +201,7 @@ def described(where: Place, contents: Contents) -> CheckpointMetadata:
         path=where.final,
         leaves=leaves,
         custom_metadata=contents.custom_metadata,
+        training=contents.training,
         bytes=sum(leaf.bytes for leaf in leaves.values()),
         started_at=contents.started_ns / 1e9,
         committed_at=contents.committed_ns / 1e9,

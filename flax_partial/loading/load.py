@@ -18,7 +18,7 @@ import numpy as np
 from jax import tree_util
 
 from flax_partial import collector, leaf_types
-from flax_partial.errors import CorruptCheckpointError, TargetMismatchError
+from flax_partial.errors import CorruptCheckpointError, TargetMismatchError, first_few
 from flax_partial.format import keypaths
 from flax_partial.format.keypaths import ATTRIBUTE, KeyPath
 from flax_partial.format.model import Leaf, Region
@@ -40,6 +40,7 @@ _PARTIAL = "partial=True lets the target lack leaves"
 _KEEP_MISSING = "keep_missing=True lets the checkpoint lack leaves, which stay as they are"
 _CAST = "cast=True converts dtypes"
 _MOST_COMPARED = 2500  # pairs of names, in a fraction of a second
+_MOST_MEANT = 3  # pairs that a message shows
 _PIECE_BYTES = 96 << 20  # of a load that reports progress, or fills an accelerator
 
 Outcomes = Sequence[np.ndarray | Exception]
@@ -70,12 +71,13 @@ def load(
         None reads everything. Orbax's own terms are understood: what its `metadata` returns, `int`,
         `float`, `str` and `np.ndarray` for values of these types, and `...` for a leaf or subtree
         that is not to be read, which then stands in the result.
-      partial: Whether `target` may lack leaves of the checkpoint; those are not read.
+      partial: Whether `target` may lack leaves of the checkpoint, or have None there; those are not
+        read.
       keep_missing: Whether the checkpoint may lack leaves of `target`; those stay as they are.
       cast: Whether a dtype that differs is converted; an error otherwise.
-      sharding: Where arrays of JAX's go of which `target` does not say it, or all without a target:
-        "default", uncommitted to the default device; "saved", to the devices that they were saved
-        from, in the same way, for which these have to be here.
+      sharding: Where JAX arrays are put if `target` does not state it, or if there is no target:
+        "default", uncommitted on the default device; "saved", on the devices that they were saved
+        from, with the same sharding, which requires that these devices are here.
       restack: From how the checkpoint stacks layers to how the target does:
         `{Stack("decoder.layers", (0, 1)): Stack("decoder.layers_{}")}`; a name with `{}` may stand
         for its `Stack`. Of parameters and moments alike each device reads its own layers only.
@@ -105,63 +107,39 @@ def load(
     where = places.resolve(path)
     if target is None and (restack or renames):
         raise ValueError("restack and renames say where the target has something: pass a target.")
+    as_saved = sharding == "saved"
     with collector.paused(), where.reading():
-        return _load(
+        checkpoint = open_checkpoint(where)
+        if target is None:
+            require_items(checkpoint, None)
+            for name, why in checkpoint.composition.others.items():
+                _LOG.warning("%s was not loaded: %s.", where.final / name, why)
+            leaves = checkpoint.contents.leaves
+            readings = [as_placed(_as_saved(leaf, as_sharded=as_saved)) for leaf in leaves]
+            return _nested(leaves, _read(where, checkpoint, readings, progress))
+        target = orbax_terms.tree_of(target)
+        if leaf_types.are_registered():
+            keypaths.values_of(target)  # whose message names what JAX cannot flatten
+        key_paths, values, structure = keypaths.flatten(leaf_types.unwrapped(target))
+        checkpoint = chosen(checkpoint, where, key_paths)
+        require_items(checkpoint, key_paths if partial else None)
+        by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
+        readings = _plan(
             where,
-            target,
+            checkpoint.contents.leaves,
+            zip(
+                key_paths, map(shared_reads.spread, values) if share_reads else values, strict=True
+            ),
+            Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
             partial=partial,
             keep_missing=keep_missing,
             cast=cast,
-            as_sharded=sharding == "saved",
-            restack=restack,
-            renames=renames,
-            share_reads=share_reads,
-            progress=progress,
+            as_sharded=as_saved,
         )
-
-
-def _load(
-    where: Place,
-    target: Any,
-    *,
-    partial: bool,
-    keep_missing: bool,
-    cast: bool,
-    as_sharded: bool,
-    restack: Mapping[Stack | str, Stack | str] | None,
-    renames: Mapping[str, str] | None,
-    share_reads: bool,
-    progress: Callable[[int, int], None] | None,
-) -> Any:
-    checkpoint = open_checkpoint(where)
-    if target is None:
-        require_items(checkpoint, None)
-        for name, why in checkpoint.composition.others.items():
-            _LOG.warning("%s was not loaded: %s.", where.final / name, why)
-        leaves = checkpoint.contents.leaves
-        readings = [as_placed(_as_saved(leaf, as_sharded=as_sharded)) for leaf in leaves]
-        return _nested(leaves, _read(checkpoint, readings, progress))
-    target = orbax_terms.tree_of(target)
-    if leaf_types.are_registered():
-        keypaths.values_of(target)  # whose message names what JAX cannot flatten
-    key_paths, values, structure = keypaths.flatten(leaf_types.unwrapped(target))
-    checkpoint = chosen(checkpoint, where, key_paths)
-    require_items(checkpoint, key_paths if partial else None)
-    by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
-    readings = _plan(
-        where,
-        checkpoint.contents.leaves,
-        zip(key_paths, map(shared_reads.spread, values) if share_reads else values, strict=True),
-        Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
-        partial=partial,
-        keep_missing=keep_missing,
-        cast=cast,
-        as_sharded=as_sharded,
-    )
-    loaded = _read(checkpoint, readings, progress)
-    if share_reads:
-        loaded = shared_reads.gathered(loaded, values)
-    return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, loaded))
+        loaded = _read(where, checkpoint, readings, progress)
+        if share_reads:
+            loaded = shared_reads.gathered(loaded, values)
+        return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, loaded))
 
 
 def _as_saved(leaf: Leaf, *, as_sharded: bool) -> Placement:
@@ -193,7 +171,8 @@ def _plan(
     lacking: list[str] = []
     for key_path, value in wanted:
         source = arrangement.find(key_path, value)
-        if value is orbax_terms.PLACEHOLDER:
+        is_none = isinstance(source, Source) and _fits_by_cast(source.leaf, None)
+        if value is orbax_terms.PLACEHOLDER or (partial and value is None and not is_none):
             skipped.update(source.names if isinstance(source, Source) else [key_path.name])
             source, planned = None, placing.as_it_is(key_path, value)
         elif isinstance(source, str):
@@ -236,7 +215,7 @@ def _plan(
 def _meant(lacking: Sequence[str], leaves: Sequence[Leaf], found: Container[str]) -> list[str]:
     """Returns a hint for what the target calls otherwise than the checkpoint, if that is likely.
 
-    Only where few leaves differ: of many it takes long to tell which are alike.
+    Only where few leaves differ: comparing many names takes long.
     """
     others = [leaf.name for leaf in leaves if leaf.name not in found]
     if not 0 < len(lacking) * len(others) <= _MOST_COMPARED:
@@ -247,7 +226,8 @@ def _meant(lacking: Sequence[str], leaves: Sequence[Leaf], found: Container[str]
             return [f"The checkpoint has such leaves below {root!r}: pass {{{root!r}: target}}."]
     close = {name: difflib.get_close_matches(name, others, n=1) for name in lacking}
     likely = [f"{names[0]!r} for {name!r}" for name, names in close.items() if names]
-    return [f"The checkpoint has {', '.join(likely)}."] if likely else []
+    shown = first_few(likely, most=_MOST_MEANT, count=len(likely))
+    return [f"The checkpoint has {', '.join(shown)}."] if likely else []
 
 
 def _bare(name: str) -> str:
@@ -289,6 +269,7 @@ def _find(path: KeyPath, by_name: Mapping[str, Leaf]) -> Leaf | None:
 
 
 def _read(
+    where: Place,
     checkpoint: Checkpoint,
     readings: Sequence[Reading],
     progress: Callable[[int, int], None] | None,
@@ -314,7 +295,10 @@ def _read(
         if isinstance(error, OSError):
             raise error
     if errors:
-        raise CorruptCheckpointError("\n".join(dict.fromkeys(map(str, errors))))
+        raise CorruptCheckpointError(
+            f"{where.final} is damaged: load an earlier one, or without these leaves.\n  "
+            + "\n  ".join(dict.fromkeys(map(str, errors)))
+        )
     return values
 
 

@@ -186,10 +186,13 @@ def _read_tree(item: Item) -> Tree:
 def _read_array(item: Item) -> Tree:
     """A tree of one leaf, whose name its handler chose: the array alone."""
     tree = orbax_tree.read(item.path)
-    if len(tree.leaves) != 1:
-        raise CorruptCheckpointError(f"{item.path}: {len(tree.leaves)} leaves are no single array.")
+    if len(tree.leaves) != 1 or len(tree.stores) != 1:
+        raise CorruptCheckpointError(
+            f"{item.path}: leaves: {len(tree.leaves)}, arrays: {len(tree.stores)}; it is no single "
+            "array."
+        )
     leaf = replace(tree.leaves[0], texts=(), key_kinds="")
-    return Tree([leaf], dict(zip([leaf.name], tree.stores.values(), strict=False)))
+    return Tree([leaf], dict(zip([leaf.name], tree.stores.values(), strict=True)))
 
 
 def _read_key(item: Item) -> Tree:

@@ -7,8 +7,8 @@ up layer by layer, and read in as few boxes as that takes: no leaf is assembled.
 
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,32 +37,15 @@ def as_placed(placement: Placement) -> Reading:
     return Reading([(leaf, *box) for box in boxes], lambda data: build(leaf, data))
 
 
-class Source(ABC):
-    """What a leaf of the target is loaded from.
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A leaf of the target that is stored as it is wanted.
 
     Attributes:
-      leaf: The leaf as it is wanted.
+      leaf: The leaf.
     """
 
     leaf: Leaf
-
-    @property
-    @abstractmethod
-    def names(self) -> Sequence[str]:
-        """Names of the leaves that are read."""
-
-    @abstractmethod
-    def reading(self, placement: Placement) -> Reading:
-        """Reads what a placement of `leaf` needs."""
-
-
-class Stored(Source):
-    """A leaf that is stored as it is wanted."""
-
-    __slots__ = ("leaf",)
-
-    def __init__(self, leaf: Leaf) -> None:
-        self.leaf = leaf
 
     @property
     def names(self) -> Sequence[str]:
@@ -74,7 +57,7 @@ class Stored(Source):
         return as_placed(placement)
 
 
-class Restacked(Source):
+class Restacked:
     """A leaf as the target stacks it, whose layers are stored otherwise.
 
     Attributes:
@@ -152,6 +135,10 @@ class Restacked(Source):
         return np.moveaxis(array, self._stored_axes, range(len(self._stored_axes)))
 
 
+Source = Stored | Restacked
+"""What a leaf of the target is loaded from."""
+
+
 class _Gather:
     """One box of a restacked leaf: what to read for it.
 
@@ -177,8 +164,8 @@ class _Gather:
                 boxes = [(around, whole)]  # they lie in the same chunks, which are read anyhow
             for (first, size), box in boxes:
                 inside = (range(at, at + length) for at, length in zip(first, size, strict=True))
-                held = {row: rows[row] for row in itertools.product(*inside) if row in rows}
-                self._rows.append((first, held))
+                wanted = {row: rows[row] for row in itertools.product(*inside) if row in rows}
+                self._rows.append((first, wanted))
                 self.regions.append((stored, *box))
 
     def assembled(self, data: Sequence[np.ndarray]) -> np.ndarray:

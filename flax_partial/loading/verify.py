@@ -45,6 +45,7 @@ def _verify(where: Place, progress: Callable[[int, int], None]) -> VerifyReport:
     try:
         checkpoint = open_checkpoint(where)
     except CorruptCheckpointError as error:
+        where.require_unremoved()
         return VerifyReport(where.final, 0, 0, {str(where.final): str(error)})
     leaves = checkpoint.contents.leaves
     bad = dict(_derived_problems(where, checkpoint.contents)) if checkpoint.contents.parts else {}
@@ -58,6 +59,8 @@ def _verify(where: Place, progress: Callable[[int, int], None]) -> VerifyReport:
                 bad[leaf.name] = str(outcome)
         done += sum(map(region_bytes, batch))
         progress(done, total)
+    if bad:
+        where.require_unremoved()
     return VerifyReport(where.final, len(leaves), total, bad)
 
 

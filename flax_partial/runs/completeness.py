@@ -1,10 +1,10 @@
 """What parts record of their checkpoint, so that a later process can tell if all are there.
 
-Each part carries, as custom metadata, the step that it belongs to and the group that it holds. The
-last part that a callback saves in a step, which may hold no leaf, lists all its groups. Merged over
-the parts of a session this is
+Each part carries, in what it records of training, the step that it belongs to and the group that it
+holds. The last part that a callback saves in a step, which may hold no leaf, lists all its groups.
+Merged over the parts of a session this is
 
-    {"step": 40, "epoch": 3, "metrics": {"loss": 2.1},
+    {"step": 40, "epoch": 3,
      "session": {"processes": 1, "callbacks": ["params", "opt_state"],
                  "saved": {"params": {"0": {"params.blocks.0": true, ...}}, ...},
                  "expected": {"params": {"0": ["params.blocks.0", ...]}, ...}}}
@@ -15,14 +15,40 @@ listed its groups, all of them were saved, and all parts are of the session's ow
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from flax_partial.reports import SessionStatus
+
+
+class Recorded(Protocol):
+    """What describes a part, a session or a checkpoint."""
+
+    @property
+    def custom_metadata(self) -> dict[str, Any]:
+        """The user's own."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What a training loop recorded of itself."""
+
+
+def recorded(of: Recorded) -> dict[str, Any]:
+    """Returns what is recorded of training.
+
+    Callbacks did that in the custom metadata up to version 0.1. A loop without them may do so.
+    """
+    return of.training or of.custom_metadata
+
+
+def is_by_callbacks(recorded: Mapping[str, Any]) -> bool:
+    """Whether callbacks have recorded it, and so what is to come."""
+    session = recorded.get("session")  # perhaps the user's own, and of any type
+    return isinstance(session, dict) and isinstance(session.get("saved"), dict)
 
 
 def saved(*, callback: str, group: str) -> dict[str, Any]:
@@ -46,11 +72,11 @@ def closing(callbacks: Iterable[str], *, callback: str, groups: Sequence[str]) -
 
 
 def missing(status: SessionStatus, step: int) -> str | None:
-    """Says why a session is not the checkpoint of `step`; None if it lacks nothing."""
-    strangers = [part.name for part in status.parts if part.custom_metadata.get("step") != step]
+    """Returns why a session is not the checkpoint of `step`; None if it lacks nothing."""
+    strangers = [part.name for part in status.parts if recorded(part).get("step") != step]
     if strangers:
-        return f"its part {strangers[0]} is of another step than {step}"
-    session = status.custom_metadata.get("session", {})
+        return f"its part {strangers[0]} was not saved by callbacks in step {step}"
+    session = recorded(status).get("session", {})
     if "callbacks" not in session:
         return f"step {step} was not completely written"
     if not session.get("saved"):

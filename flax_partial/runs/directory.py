@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from flax_partial.loading import catalog
 from flax_partial.storage import directories, places
+from flax_partial.storage.object_place import StorePlace
 from flax_partial.storage.store_path import AnyPath, StorePath
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ def unfinished(directory: AnyPath) -> list[tuple[int, AnyPath]]:
     if isinstance(directory, Path):
         names = map(_SESSION.fullmatch, sorted(directories.names(directory)))
         return [(int(name[1]), directory / name[1]) for name in names if name]
-    finalized = catalog.checkpoints(directory)
-    steps = [step for step in catalog.names_by_step(directory) if step not in finalized]
+    steps = _not_finalized(directory)
     are_sessions = directories.for_each(
         directory, lambda step: places.resolve(directory / str(step)).is_session(), steps
     )
@@ -88,13 +88,23 @@ def unfinished(directory: AnyPath) -> list[tuple[int, AnyPath]]:
     return [(step, directory / str(step)) for step, is_session in pairs if is_session]
 
 
+def _not_finalized(directory: AnyPath) -> list[int]:
+    finalized = catalog.checkpoints(directory)
+    return [step for step in catalog.names_by_step(directory) if step not in finalized]
+
+
 def sweep(directory: AnyPath) -> None:
     """Deletes what is left of checkpoints and sessions whose removal was interrupted.
 
-    Of one in an object store nothing is deleted: what is left is either a session, which is settled
-    as such, or objects that no reader sees.
+    In an object store it is what a removal has left that began some time ago.
     """
-    if isinstance(directory, Path):
+    if isinstance(directory, StorePath):
+        directories.for_each(
+            directory,
+            lambda step: StorePlace(directory / str(step)).finish_removal(),
+            _not_finalized(directory),
+        )
+    else:
         for name in directories.names(directory):
             if _HALF_DELETED.fullmatch(name):
                 # Another process may be deleting it, too.

@@ -218,8 +218,9 @@ class Lease:
                 "Took over %s/%s from a process that has died: %s.",
                 *(self._store.url, self._name, watch.described()),
             )
-        self._delete_older()
         _held.add(self)
+        with contextlib.suppress(OSError):  # the next one deletes them
+            self._delete_older()
         # A daemon, so that a process whose main thread has ended does not stay for it.
         arguments = (weakref.ref(self), self._stop, self._pace.renew_secs)
         name = "flax_partial-lease"

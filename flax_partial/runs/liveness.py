@@ -84,11 +84,12 @@ class Life:
 
     def _lock(self) -> locks.FileLock:
         lock = locks.make_file(Path(self._directory, FOLDER, _FILE))
-        if not _wait(lock, _INSTANT_SECS, "for who looks whether a run lives"):
-            who = _described(lock)
-            lock.close()
-            raise self._taken(who)
-        lock.write(json.dumps(leases.about_this_process()))
+        with contextlib.ExitStack() as if_it_fails:
+            if_it_fails.callback(lock.close)  # the error may be kept, and it refers to the lock
+            if not _wait(lock, _INSTANT_SECS, "for who looks whether a run lives"):
+                raise self._taken(_described(lock))
+            lock.write(json.dumps(leases.about_this_process()))
+            if_it_fails.pop_all()
         _locked.add(lock)
         return lock
 

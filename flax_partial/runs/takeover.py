@@ -7,7 +7,7 @@ A tier is a directory on the disk of one machine, with an identity that it keeps
 The run's directory, which may be in an object store, holds an object for each run that has begun to
 upload there, put if absent, with the next number:
 
-    <directory>/timeline/uploads.7  {"tier": "6f0c...", "host": "node7", "process": 4711}
+    <directory>/timeline/uploads.7  {"tier": "6f0c...", "host": "node7", "process": 4711, ...}
 
 Of two tiers the one with the larger number may upload. The other one finds that out: an upload
 opens its session, and then lists these objects. Who takes over puts its own, and then lists the
@@ -18,13 +18,11 @@ one is about to publish is published before, or dropped.
 from __future__ import annotations
 
 import json
-import os
-import re
-import socket
 import uuid
 from typing import TYPE_CHECKING
 
 from flax_partial.errors import CheckpointExistsError, StoreError
+from flax_partial.runs import leases
 from flax_partial.runs.timeline import FOLDER
 from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.store_path import StorePath
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from flax_partial.storage.store_path import AnyPath
 
 _TIER = f"{FOLDER}/tier.json"
-_NAME = re.compile(r"uploads\.([1-9][0-9]*)")
+_UPLOADS = f"{FOLDER}/uploads"  # the names of these objects, without their numbers
 _ATTEMPTS = 50
 
 
@@ -83,9 +81,7 @@ class Uploads:
         return DirectoryStore(self._directory)
 
     def _newest(self) -> int:
-        _, objects = self._store.children(f"{FOLDER}/")
-        names = (entry.key.rpartition("/")[2] for entry in objects)
-        return max((int(found[1]) for name in names if (found := _NAME.fullmatch(name))), default=0)
+        return max(leases.numbers(self._store, _UPLOADS), default=0)
 
     def tier(self) -> str:
         """Returns the identity of the tier that took the directory over last; empty if none did."""
@@ -94,10 +90,10 @@ class Uploads:
 
     def take_over(self, tier: str) -> int:
         """Has a tier be the one that uploads; returns the number by which it is known."""
-        about = {"tier": tier, "host": socket.gethostname(), "process": os.getpid()}
         for _ in range(_ATTEMPTS):
             number = self._newest() + 1
-            data = json.dumps(about | {"by": uuid.uuid4().hex}).encode()
+            about = {"tier": tier, **leases.about_this_process(), "by": uuid.uuid4().hex}
+            data = json.dumps(about).encode()
             if self._store.put_new(_key(number), data):
                 return number
         raise StoreError(f"{self._directory}: others take it over all the time")
@@ -108,7 +104,7 @@ class Uploads:
 
 
 def _key(number: int) -> str:
-    return f"{FOLDER}/uploads.{number}"
+    return f"{_UPLOADS}.{number}"
 
 
 def _read(data: bytes | None) -> dict[str, str]:

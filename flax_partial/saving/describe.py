@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from msgspec import structs
 
-from flax_partial import collector, leaf_types
+from flax_partial import leaf_types
 from flax_partial.distributed import agreement
 from flax_partial.format import keypaths
 from flax_partial.format import model as kinds
@@ -81,8 +81,7 @@ def describe(
     key = keys_on_the_way(structure), structure, how, agreement.count()
     tree = _known_trees.get(key)
     if tree is None or (tree.text and tree.text != str(structure)):
-        with collector.paused():
-            described = _anew(state, how)
+        described = _anew(state, how)
         if any(keypaths.INT_KEY in leaf.key_kinds for leaf in described.leaves):
             described.tree.text = str(structure)
     else:

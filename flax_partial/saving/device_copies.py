@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from flax_partial.errors import DeviceMemoryError
 from flax_partial.saving.device_room import Device, DeviceRoom
 from flax_partial.sessions import workers
 from flax_partial.sessions.handles import Handle
@@ -31,7 +32,7 @@ from flax_partial.sessions.workers import Task
 
 PINNED_HOST = "pinned_host"
 _Form = tuple[tuple[int, ...], np.dtype]  # the shape and dtype of an array
-_Program = Callable[[list[jax.Array]], list[jax.Array]]
+_Program = Callable[[list[list[jax.Array]]], list[list[jax.Array]]]
 
 _PACKED_BYTES = 256 * 1024  # a larger array is copied by itself: its transfer is worth its cost
 # What one function copies: bounds how long it takes to compile, and what a device gives back late.
@@ -46,16 +47,40 @@ class Copy:
     """Memory on a device that holds copies of arrays: of one, or packed of many.
 
     Attributes:
-      array: The memory; once it was transferred, that on the host.
+      array: The memory; once its transfer was issued, that on the host.
       device: The device.
       size: In bytes.
       originals: The arrays, each with where its bytes begin; weak, so that they may be freed.
+      on_device: The memory on the device while it is being transferred; else None.
+      is_lost: Whether the device had no memory for it, which it said once the arrays were gone.
     """
 
     array: jax.Array
     device: Device
     size: int
     originals: "Sequence[tuple[int, weakref.ref[jax.Array]]]"
+    on_device: jax.Array | None = None
+    is_lost: bool = False
+
+    def to_host(self) -> np.ndarray:
+        """Returns the memory, in C order; waits until it is on the host.
+
+        Raises:
+          DeviceMemoryError: The device had no memory for it.
+        """
+        if self.is_lost:
+            raise DeviceMemoryError(
+                f"{self.device} had no memory for a copy of {self.size} bytes, and reported that "
+                "after the arrays were donated or freed. No copies are made on it any more; "
+                "SaveOptions(max_device_bytes=) bounds what they take."
+            )
+        on_device = self.on_device
+        try:
+            return np.asarray(self.array, order="C")
+        except jax.errors.JaxRuntimeError:
+            if on_device is None:
+                raise
+            return np.asarray(on_device, order="C")
 
     def read_originals(self) -> np.ndarray | None:
         """Returns the bytes of the arrays themselves; None if some were freed or donated."""
@@ -87,7 +112,7 @@ class Packed:
 
     def to_host(self) -> np.ndarray:
         """Returns the array, a view of the memory; waits until that is computed."""
-        data = np.asarray(self.copy.array)
+        data = self.copy.to_host()
         size = math.prod(self.shape) * self.dtype.itemsize
         return data[self.start : self.start + size].view(self.dtype).reshape(self.shape)
 
@@ -96,87 +121,122 @@ Copied = Copy | Packed
 
 
 @dataclass(slots=True)
-class _Batch:
-    """Arrays on one device that are copied at once.
+class _Bundle:
+    """Arrays of one save that are copied at once on one device.
 
     Attributes:
-      device: Where they are.
-      packs: Whether into one buffer.
-      positions: Of each among all arrays.
+      save: Position of the save.
+      packs: Whether into one buffer; else each into its own.
+      positions: Of each among all arrays of the save.
       forms: Shape and dtype of each.
       size: In bytes.
     """
 
-    device: Device
+    save: int
     packs: bool
     positions: list[int] = field(default_factory=list)
     forms: list[_Form] = field(default_factory=list)
     size: int = 0
 
 
+@dataclass(slots=True)
+class _Batch:
+    """What one function copies: arrays on one device, of one save or of several.
+
+    Attributes:
+      device: Where they are.
+      bundles: The arrays, by save and by whether they are packed.
+      count: Number of arrays.
+      size: In bytes.
+    """
+
+    device: Device
+    bundles: dict[tuple[int, bool], _Bundle] = field(default_factory=dict)
+    count: int = 0
+    size: int = 0
+
+
 def copy(
-    owner: Hashable, arrays: Sequence[jax.Array], *, room: DeviceRoom, limit: int | None
-) -> tuple[dict[int, Copied], list[Copy]]:
-    """Copies arrays on their devices, as far as there is room; waits for nothing.
+    saves: Sequence[tuple[Hashable, Sequence[jax.Array]]], *, room: DeviceRoom, limit: int | None
+) -> list[tuple[dict[int, Copied], list[Copy]]]:
+    """Copies arrays of saves on their devices, as far as there is room; waits for nothing.
 
     Args:
-      owner: Holds the room.
-      arrays: Each on one device.
+      saves: What holds the room of each save, and its arrays, each on one device.
       room: Where room is taken for the copies.
       limit: As `DeviceRoom.take` has it.
 
     Returns:
-      Position -> copy of each array that was copied; the memory of the copies, each once. What has
-      no room, is of a kind that cannot be copied, or for which the function is not compiled yet, is
-      left out; so is what the device takes no memory for after all.
+      Of each save: position -> copy of each array that was copied; the memory of the copies, each
+      once. What has no room, is of a kind that cannot be copied, or for which the function is not
+      compiled yet, is left out; so is what the device takes no memory for after all.
     """
-    copied: dict[int, Copied] = {}
-    copies: list[Copy] = []
-    for batch in _batches(arrays):
+    done: list[tuple[dict[int, Copied], list[Copy]]] = [({}, []) for _ in saves]
+    for batch in _batches([arrays for _, arrays in saves]):
         program = _programs.get(batch)
-        if program is None or not room.take(owner, batch.device, batch.size, limit=limit):
+        bundles = [*batch.bundles.values()]
+        sizes = [(saves[bundle.save][0], bundle.size) for bundle in bundles]
+        if program is None or not room.take(sizes, batch.device, limit=limit):
             continue
+        arrays = [[saves[one.save][1][at] for at in one.positions] for one in bundles]
         try:
-            made = program([arrays[at] for at in batch.positions])
+            made = program(arrays)
         except Exception:  # noqa: BLE001 - out of memory; any other error is raised by a transfer as well
-            room.give_back(owner, batch.device, batch.size)
+            for owner, size in sizes:
+                room.give_back(owner, batch.device, size)
             continue
-        if batch.packs:
-            starts = _starts(batch.forms)
-            originals = [
-                (start, weakref.ref(arrays[at]))
-                for start, at in zip(starts, batch.positions, strict=True)
-            ]
-            (whole,) = one = [Copy(made[0], batch.device, batch.size, originals)]
-            for at, start, form in zip(batch.positions, starts, batch.forms, strict=True):
-                copied[at] = Packed(whole, start, *form)
-        else:
-            one = [
-                Copy(array, batch.device, array.nbytes, [(0, weakref.ref(arrays[at]))])
-                for array, at in zip(made, batch.positions, strict=True)
-            ]
-            copied |= zip(batch.positions, one, strict=True)
-        copies += one
-    return copied, copies
+        for bundle, originals, results in zip(bundles, arrays, made, strict=True):
+            _note(done[bundle.save], bundle, originals, results, batch.device)
+    return done
 
 
-def _batches(arrays: Sequence[jax.Array]) -> Iterator[_Batch]:
+def _note(
+    done: tuple[dict[int, Copied], list[Copy]],
+    bundle: _Bundle,
+    arrays: Sequence[jax.Array],
+    made: Sequence[jax.Array],
+    device: Device,
+) -> None:
+    """Adds copies that were made to those of a save."""
+    copied, copies = done
+    known = map(weakref.ref, arrays)
+    if not bundle.packs:
+        one_each = [
+            Copy(array, device, array.nbytes, [(0, original)])
+            for array, original in zip(made, known, strict=True)
+        ]
+        copied.update(zip(bundle.positions, one_each, strict=True))
+        copies += one_each
+        return
+    starts = _starts(bundle.forms)
+    whole = Copy(made[0], device, bundle.size, [*zip(starts, known, strict=True)])
+    copies.append(whole)
+    for at, start, form in zip(bundle.positions, starts, bundle.forms, strict=True):
+        copied[at] = Packed(whole, start, *form)
+
+
+def _batches(saves: Sequence[Sequence[jax.Array]]) -> Iterator[_Batch]:
     """Sorts arrays into batches, the same for each list of the same shapes on the same devices."""
-    open_: dict[tuple[Device, bool], _Batch] = {}
-    for at, array in enumerate(arrays):
-        form = array.shape, array.dtype
-        place, (size, packs) = place_of(array.sharding), _size_of(*form)
-        if not size or not place.can_copy:
-            continue
-        key = place.device, packs
-        batch = open_.get(key)
-        if batch is None or len(batch.forms) == _MOST_ARRAYS or batch.size + size > _MOST_BYTES:
-            if batch is not None:
-                yield batch
-            batch = open_[key] = _Batch(place.device, packs)
-        batch.positions.append(at)
-        batch.forms.append(form)
-        batch.size += size
+    open_: dict[Device, _Batch] = {}
+    for save, arrays in enumerate(saves):
+        for at, array in enumerate(arrays):
+            form = array.shape, array.dtype
+            place, (size, packs) = place_of(array.sharding), _size_of(*form)
+            if not size or not place.can_copy:
+                continue
+            batch = open_.get(place.device)
+            if batch is None or batch.count == _MOST_ARRAYS or batch.size + size > _MOST_BYTES:
+                if batch is not None:
+                    yield batch
+                batch = open_[place.device] = _Batch(place.device)
+            bundle = batch.bundles.get((save, packs))
+            if bundle is None:
+                bundle = batch.bundles[save, packs] = _Bundle(save, packs)
+            bundle.positions.append(at)
+            bundle.forms.append(form)
+            bundle.size += size
+            batch.count += 1
+            batch.size += size
     yield from open_.values()
 
 
@@ -302,7 +362,8 @@ class _Programs:
         self._compiled: dict[Hashable, _Program | None] = {}  # None: not yet, or not possible
 
     def get(self, batch: _Batch) -> _Program | None:
-        key = batch.device, batch.packs, tuple(batch.forms)
+        bundles = batch.bundles.values()
+        key = batch.device, *((one.packs, tuple(one.forms)) for one in bundles)
         try:
             return self._compiled[key]
         except KeyError:
@@ -318,9 +379,17 @@ class _Programs:
 
     def _compile(self, key: Hashable, batch: _Batch) -> None:
         sharding = SingleDeviceSharding(batch.device)
-        wanted = [jax.ShapeDtypeStruct(*form, sharding=sharding) for form in batch.forms]
-        function = jax.jit(_pack if batch.packs else _copy)
-        self._compiled[key] = function.lower(wanted).compile()
+        bundles = [*batch.bundles.values()]
+        ways = [_pack if one.packs else _copy for one in bundles]
+
+        def make(arrays: list[list[jax.Array]]) -> list[list[jax.Array]]:
+            return [way(of_one) for way, of_one in zip(ways, arrays, strict=True)]
+
+        wanted = [
+            [jax.ShapeDtypeStruct(*form, sharding=sharding) for form in one.forms]
+            for one in bundles
+        ]
+        self._compiled[key] = jax.jit(make).lower(wanted).compile()
 
 
 _programs = _Programs()

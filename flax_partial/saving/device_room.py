@@ -8,7 +8,7 @@ its memory.
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -89,21 +89,24 @@ class DeviceRoom:
         known = self._devices.get(device)
         return known is not None and known.has_seen_steps
 
-    def take(self, owner: Hashable, device: Device, size: int, *, limit: int | None) -> bool:
-        """Takes memory for a copy, if there is room for it; returns whether.
+    def take(
+        self, sizes: Sequence[tuple[Hashable, int]], device: Device, *, limit: int | None
+    ) -> bool:
+        """Takes memory for copies, if there is room for all of them; returns whether.
 
         Args:
-          owner: Holds it until it is given back.
+          sizes: What holds some of it until it is given back, and how much, in bytes.
           device: The device.
-          size: In bytes.
           limit: What all copies on it may take, in bytes; None for what training leaves.
         """
+        size = sum(size for _, size in sizes)
         with self._lock:
             known = self._devices.setdefault(device, _OnDevice())
             room = _room_beside_training(device, known) if limit is None else limit
             if known.has_failed or known.total + size > room:
                 return False
-            known.held[owner] = known.held.get(owner, 0) + size
+            for owner, part in sizes:
+                known.held[owner] = known.held.get(owner, 0) + part
             known.total += size
             known.most = max(known.most, known.total)
             return True

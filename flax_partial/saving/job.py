@@ -1,7 +1,7 @@
 """One save, from its claims to its commit.
 
-`claim` and `take_snapshot` are the caller's: short steps in memory, which `release` undoes. `write`
-is a worker's, and undoes itself where it fails.
+`claim` and `hand_over` are the caller's: short steps in memory, which `release` undoes. The rest is
+a worker's, and undoes itself where it fails.
 """
 
 import contextlib
@@ -12,8 +12,9 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from flax_partial.saving.describe import Described
 from flax_partial.saving.device_copies import Copy
 from flax_partial.saving.device_room import DeviceRoom
 from flax_partial.saving.memory_budget import MemoryBudget
-from flax_partial.saving.write import link_held, write_part
+from flax_partial.saving.write import HostBoxes, link_held, write_part
 from flax_partial.sessions import registry, workers
 from flax_partial.sessions.handles import Handle, SaveHandle
 from flax_partial.sessions.workers import Task
@@ -51,18 +52,19 @@ class SaveJob:
         described: Described,
         *,
         custom_metadata: dict[str, Any],
+        training: dict[str, Any],
         options: SaveOptions,
         reuse: LocalPlace | None,
         started: float,
     ) -> None:
         self.session = registry.begin_save(where, self)
         self.is_background = False
-        self._leaves: Sequence[Leaf] = described.leaves
-        self._sources: snapshot.Boxes = described.sources
+        self.leaves: Sequence[Leaf] = described.leaves
+        self.sources: snapshot.Boxes = described.sources
         self._sizes = described.sizes
         self._tree = described.tree
         self._arrays = described.arrays  # that may be remembered; none without `reuse`
-        self._options = options
+        self.options = options
         self._reuse = reuse
         self._held: sharing.Held = []  # open files that hold some of them
         self._reused_bytes = 0
@@ -72,6 +74,7 @@ class SaveJob:
             process=agreement.index(),
             time_ns=0,
             custom_metadata=custom_metadata,
+            training=training,
             leaves=(),
             bytes=sum(described.sizes),
             durable=options.durable,
@@ -81,7 +84,8 @@ class SaveJob:
         self._blocked_secs = 0.0  # of a save in the background; the other kind is all blocked
         self._budget_secs = 0.0
         self._device_bytes = 0
-        self._moving: Task[None] | None = None  # of copies from devices to the host
+        self._copies: Sequence[Copy] = ()  # on devices
+        self._moving: Task[None] | None = None  # of those to the host
         self.handle = SaveHandle()
         self.task: Task[SaveReport] = Task(
             self._run,
@@ -98,61 +102,52 @@ class SaveJob:
         self.session.require_not_aborted()
         self.session.raise_unseen()
         tree = self._tree
-        self._leaves, time_ns = self.session.claim(
-            self, self._leaves, replace=replace, is_tree=tree.is_tree
+        self.leaves, time_ns = self.session.claim(
+            self, self.leaves, replace=replace, is_tree=tree.is_tree
         )
         tree.is_tree = True
         self._part = dataclasses.replace(self._part, time_ns=time_ns)
-        if self._reuse is not None and self._options.checksum:
+        if self._reuse is not None and self.options.checksum:
             self._held = sharing.hold_files(
-                self._reuse, self._arrays, self._leaves, durable=self._options.durable
+                self._reuse, self._arrays, self.leaves, durable=self.options.durable
             )
             held = {at for one, _ in self._held for at in one.leaves}
             self._reused_bytes = sum(self._sizes[at] for at in held)
-            self._sources = [() if at in held else boxes for at, boxes in enumerate(self._sources)]
+            self.sources = [() if at in held else boxes for at, boxes in enumerate(self.sources)]
         self._reach("entered_at")
 
-    def take_snapshot(self) -> None:
-        """Makes what is to be written safe from the caller, within the memory budgets."""
+    def keep_copies(self, sources: snapshot.Boxes, copies: Sequence[Copy]) -> None:
+        """Has copies that were made on devices saved, in place of what they are copies of."""
+        self.sources, self._copies = sources, copies
+        self._device_bytes = sum(copied.size for copied in copies)
+
+    def enter_budget(self) -> None:
+        """Waits until what was not copied on a device fits into the memory budget."""
         self.is_background = True
-        with TraceAnnotation("flax_partial.snapshot"):
-            copies = self._copy_on_devices()
-        limit = self._options.max_inflight_bytes
         left = self._part.bytes - self._reused_bytes - self._device_bytes
+        limit = self.options.max_inflight_bytes
         self._budget_secs = _budget.acquire(self, left, limit=limit)
         self._reach("admitted_at")
-        with TraceAnnotation("flax_partial.snapshot"):
-            self._sources = snapshot.detach(self._sources)
+
+    def end_call(self) -> None:
+        """Has copies leave the devices; from here on the caller may do what it likes."""
         self._reach("taken_at")
-        if copies:
+        if self._copies:
             self.task.is_ready = False
-            moving = self._moving = Task(lambda _: self._move(copies), Handle[None]())
+            moving = self._moving = Task(lambda _: self._move(), Handle[None]())
             submit = partial(workers.moving.submit, moving)
+            limit = self.options.max_inflight_bytes
             _budget.request(self, self._device_bytes, limit=limit, granted=submit)
         if not self.note_if_computed():
             _uncomputed.append(self)
         ended = _last_call[0] = time.perf_counter()
         self._blocked_secs = ended - self._started
 
-    def _copy_on_devices(self) -> Sequence[Copy]:
-        limit = self._options.max_device_bytes
-        devices = snapshot.copying_devices(self._sources, limit=limit)
-        if not devices:
-            return ()
-        unknown = frozenset(device for device in devices if not _room.has_seen_steps(device))
-        directory = self.session.where.final.parent
-        for device, at, array in snapshot.first_on_each(self._sources, unknown):
-            name = directory, self._leaves[at].name
-            _room.note_save(device, name, session=self.session, array=array)
-        self._sources, copies = snapshot.copy(self._sources, owner=self, room=_room, limit=limit)
-        self._device_bytes = sum(copied.size for copied in copies)
-        return copies
-
-    def _move(self, copies: Sequence[Copy]) -> None:
-        """Brings copies to the host; then the save can be written."""
+    def _move(self) -> None:
+        """Brings copies to the host; what has arrived is written while others are on the way."""
         _wait_for_a_pause()
         with contextlib.suppress(Exception):  # what failed fails again as it is written
-            snapshot.move(copies, owner=self, room=_room)
+            snapshot.move(self._copies, owner=self, room=_room, issued=self._end_moving)
         self._end_moving()
 
     def _end_moving(self) -> None:
@@ -170,16 +165,16 @@ class SaveJob:
 
     def _let_go(self) -> None:
         """Lets go of the snapshot."""
-        self._sources = ()
+        self.sources = self._copies = ()
         held, self._held = self._held, []
         for _, file in held:
             file.close()
         _room.release(self)
-        _budget.release(self, limit=self._options.max_inflight_bytes)
+        _budget.release(self, limit=self.options.max_inflight_bytes)
 
     def note_if_computed(self) -> bool:
         """Notes when the arrays were computed, if they are; returns whether."""
-        is_computed = snapshot.is_computed(self._sources)
+        is_computed = snapshot.is_computed(self.sources)
         if is_computed:
             self._instants.setdefault("ready_at", time.perf_counter())
         return is_computed
@@ -209,10 +204,10 @@ class SaveJob:
         with session.where.full_disk_explained(lambda: self._needed_bytes):
             session.require_not_aborted()
             task.check()
-            with session.entered(durable=self._options.durable) as opened:
+            with session.entered(durable=self.options.durable) as opened:
                 self._name = self._new_name(opened.mark)
                 try:
-                    first = self._leaves[0].name if self._leaves else ""
+                    first = self.leaves[0].name if self.leaves else ""
                     with TraceAnnotation("flax_partial.save", first=first):
                         self._write(task)
                 except BaseException:
@@ -226,7 +221,7 @@ class SaveJob:
         return SaveReport(
             path=session.where.final,
             part=self._name,
-            leaves=len(self._leaves),
+            leaves=len(self.leaves),
             bytes=self._part.bytes,
             reused_bytes=self._reused_bytes,
             blocked_secs=self._blocked_secs or ended - self._started,
@@ -243,22 +238,29 @@ class SaveJob:
 
     def _write(self, task: Task[SaveReport]) -> None:
         new = self.session.where.create_part(self._name)
-        durable = self._options.durable
+        durable = self.options.durable
         linked = link_held(new, self._held)
-        left = [at for at in range(len(self._leaves)) if at not in linked]
+        left = [at for at in range(len(self.leaves)) if at not in linked]
         data = self._host_data(left)
         task.check()
+
+        def check() -> None:
+            task.check()
+            self._note_arrival()
+
         with TraceAnnotation("flax_partial.write"):
             written = write_part(
                 new,
                 data,
                 first_file=1 + len(self._held),
                 earlier=sharing.find_earlier(self.session, self._reuse),
-                checksum=self._options.checksum,
+                checksum=self.options.checksum,
                 durable=durable,
-                check=task.check,
+                check=check,
             )
-        self._reach("written_at")
+        written_at = self._reach("written_at")
+        for name in ("ready_at", "copied_at"):
+            self._instants.setdefault(name, written_at)
         self._reused_bytes += sum(self._sizes[left[at]] for at in written.reused)
         done = linked | dict(zip(left, written.leaves, strict=True))
         part = dataclasses.replace(self._part, leaves=tuple(done[at] for at in sorted(done)))
@@ -271,27 +273,35 @@ class SaveJob:
         with TraceAnnotation("flax_partial.commit"):
             new.commit(table, has_data_file=has_data_file, durable=durable)
         self._reach("committed_at")
-        if self._options.checksum:
+        if self.options.checksum:
             sharing.remember(self.session.where, self._name, part, self._arrays)
 
-    def _host_data(self, positions: Sequence[int]) -> list[tuple[Leaf, list[np.ndarray]]]:
-        """Waits until some of the leaves are computed, and brings them into the host's memory."""
+    def _host_data(self, positions: Sequence[int]) -> HostBoxes:
+        """Brings some of the leaves into the host's memory.
+
+        What is on its way there, from a snapshot, is waited for as it is written.
+        """
         with TraceAnnotation("flax_partial.wait"):
             if self._moving is not None and not self.task.is_ready:  # the interpreter is ending
                 self._moving.wait()
-            snapshot.wait_until_computed(self._sources)
-        self._instants.setdefault("ready_at", time.perf_counter())
+            snapshot.wait_until_computed(self.sources, first=self.is_background)
+        self.note_if_computed()
         note_computed()
         with TraceAnnotation("flax_partial.copy"):
-            data = [
-                (
-                    self._leaves[at],
-                    [snapshot.to_host(source) for source in self._sources[at]],
-                )
-                for at in positions
-            ]
-        self._reach("copied_at")
+            data = [(self.leaves[at], self._host_data_of(at)) for at in positions]
+        self._note_arrival()
         return data
+
+    def _host_data_of(self, at: int) -> Iterable[np.ndarray]:
+        sources = self.sources[at]
+        if self.is_background:
+            return snapshot.OnTheWay(sources)
+        return [snapshot.to_host(source) for source in sources]
+
+    def _note_arrival(self) -> None:
+        """Notes when all data of a snapshot is on the host, if it is."""
+        if "copied_at" not in self._instants and self.note_if_computed():
+            self._reach("copied_at")
 
     def _reach(self, name: str) -> float:
         """Notes that the save is at one of the instants of its report; returns the time."""
@@ -304,6 +314,47 @@ class SaveJob:
         for name in ("admitted_at", "taken_at"):  # a `save` waits for neither
             at.setdefault(name, at["entered_at"])
         return SaveTimes(**{name: epoch + instant for name, instant in at.items()})
+
+
+def hand_over(jobs: Sequence[SaveJob]) -> None:
+    """Makes what saves are to write safe from the caller, and has workers write it.
+
+    What saves hand over together is copied and transferred by one call of JAX each. Only where the
+    host's memory is bounded they come one after the other: each may wait for what those before it
+    hold until it is written.
+    """
+    if not jobs:
+        return
+    with TraceAnnotation("flax_partial.snapshot"):
+        _copy_on_devices(jobs)
+    is_bounded = jobs[0].options.max_inflight_bytes is not None
+    for together in [[job] for job in jobs] if is_bounded else [jobs]:
+        for job in together:
+            job.enter_budget()
+        with TraceAnnotation("flax_partial.snapshot"):
+            detached = iter(snapshot.detach(chain.from_iterable(job.sources for job in together)))
+            for job in together:
+                job.sources = list(islice(detached, len(job.sources)))
+        for job in together:
+            job.end_call()
+        workers.saving.submit(*[job.task for job in together])
+
+
+def _copy_on_devices(jobs: Sequence[SaveJob]) -> None:
+    limit = jobs[0].options.max_device_bytes
+    devices = snapshot.copying_devices(
+        chain.from_iterable(job.sources for job in jobs), limit=limit
+    )
+    if not devices:
+        return
+    unknown = frozenset(device for device in devices if not _room.has_seen_steps(device))
+    for job in jobs:
+        for device, at, array in snapshot.first_on_each(job.sources, unknown):
+            name = job.session.where.final.parent, job.leaves[at].name
+            _room.note_save(device, name, session=job.session, array=array)
+    copied = snapshot.copy([(job, job.sources) for job in jobs], room=_room, limit=limit)
+    for job, (sources, copies) in zip(jobs, copied, strict=True):
+        job.keep_copies(sources, copies)
 
 
 def _is_listed(leaf: Leaf) -> bool:

@@ -6,7 +6,7 @@ file becomes, by a link, one of the new part's. What is compared are digests: th
 be saved, which are taken here, and those in the earlier part's table of contents.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +120,7 @@ class Earlier:
                 if digest and isinstance(place, tuple):
                     held.chunks[number] = _Chunk(file, digest, place)
 
-    def plan(self, leaves: Sequence[Leaf], data: Sequence[Sequence[np.ndarray]]) -> Plan:
+    def plan(self, leaves: Sequence[Leaf], data: Sequence[Iterable[np.ndarray]]) -> Plan:
         """Finds what need not be written; reads data only as far as it is what was saved before.
 
         Args:
@@ -150,7 +150,7 @@ def _numbers(leaf: Leaf) -> Iterator[int]:
         yield from chunk_numbers(box.start, box.shape, leaf.chunk, leaf.shape)
 
 
-def _is_same(chunks: Sequence[_Chunk], leaf: Leaf, arrays: Sequence[np.ndarray]) -> bool:
+def _is_same(chunks: Sequence[_Chunk], leaf: Leaf, arrays: Iterable[np.ndarray]) -> bool:
     digests = (digest for array in arrays for digest in digests_of(array, leaf.chunk))
     return all(chunk.digest == digest for chunk, digest in zip(chunks, digests, strict=True))
 

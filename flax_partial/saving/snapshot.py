@@ -5,7 +5,7 @@ written over. They wait for no computation. `move` brings copies from the device
 `to_host` gives the data. Both may wait.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,7 @@ Boxes = Sequence[Sequence[Held]]
 _Described = Sequence[Sequence[Any]]  # boxes none of which was copied yet
 
 
-def copying_devices(sources: _Described, *, limit: int | None) -> frozenset[Device]:
+def copying_devices(sources: Iterable[Sequence[Any]], *, limit: int | None) -> frozenset[Device]:
     """Finds the devices with some of the boxes on which copies may be made.
 
     Args:
@@ -61,39 +61,49 @@ def first_on_each(
 
 
 def copy(
-    sources: _Described, *, owner: object, room: DeviceRoom, limit: int | None
-) -> tuple[Boxes, Sequence[Copy]]:
-    """Copies arrays on their devices, as far as there is room.
+    saves: Sequence[tuple[Hashable, _Described]], *, room: DeviceRoom, limit: int | None
+) -> list[tuple[Boxes, Sequence[Copy]]]:
+    """Copies arrays on their devices, as far as there is room, those of all saves at once.
 
     Args:
-      sources: The leaves' boxes.
-      owner: Holds the room.
+      saves: What holds the room of each save, and its leaves' boxes.
       room: What the devices have of it.
       limit: As in `copying_devices`.
 
     Returns:
-      The boxes, with copies in place of what was copied; the memory of those copies.
+      Of each save: the boxes, with copies in place of what was copied; the memory of those copies.
     """
-    arrays, places = [], []
-    for at, boxes in enumerate(sources):
-        for number, source in enumerate(boxes):
-            if not isinstance(source, np.ndarray):
-                arrays.append(source)
-                places.append((at, number))
-    copied, copies = device_copies.copy(owner, arrays, room=room, limit=limit)
-    if not copied:
-        return sources, ()
+    places = [
+        [
+            (at, number)
+            for at, boxes in enumerate(sources)
+            for number, source in enumerate(boxes)
+            if not isinstance(source, np.ndarray)
+        ]
+        for _, sources in saves
+    ]
+    arrays = [
+        (owner, [sources[at][number] for at, number in of_one])
+        for (owner, sources), of_one in zip(saves, places, strict=True)
+    ]
+    done = device_copies.copy(arrays, room=room, limit=limit)
+    return [
+        (_replaced(sources, {of_one[at]: one for at, one in copied.items()}), copies)
+        for (_, sources), of_one, (copied, copies) in zip(saves, places, done, strict=True)
+    ]
+
+
+def _replaced(sources: _Described, copied: dict[tuple[int, int], Copied]) -> Boxes:
+    """The boxes, with copies in place of some."""
     ours: list[Sequence[Held]] = list(sources)
-    for position, one in copied.items():
-        at, number = places[position]
-        if len(ours[at]) == 1:
-            ours[at] = (one,)
-        else:
-            ours[at] = [*ours[at][:number], one, *ours[at][number + 1 :]]
-    return ours, copies
+    for (at, number), one in copied.items():
+        ours[at] = [*ours[at][:number], one, *ours[at][number + 1 :]]
+    return ours
 
 
-def move(copies: Sequence[Copy], *, owner: object, room: DeviceRoom) -> None:
+def move(
+    copies: Sequence[Copy], *, owner: object, room: DeviceRoom, issued: Callable[[], None]
+) -> None:
     """Transfers copies to the host, and gives back what they hold of the devices, one by one.
 
     A device may say only when a copy is waited for that it had no memory for it. The arrays
@@ -104,12 +114,17 @@ def move(copies: Sequence[Copy], *, owner: object, room: DeviceRoom) -> None:
       copies: The copies; those whose transfer fails stay as they are.
       owner: Holds the room.
       room: Where it is given back.
+      issued: Called once all transfers are issued: what has arrived can be read.
     """
     made = [one for one in copies if _is_made(one, room)]
     for one, array in zip(made, _transferred([one.array for one in made]), strict=True):
-        array.block_until_ready()
-        copied, one.array = one.array, array
-        copied.delete()
+        one.on_device, one.array = one.array, array
+    issued()
+    for one in made:
+        one.array.block_until_ready()
+        copied, one.on_device = one.on_device, None
+        if copied is not None:
+            copied.delete()
         room.give_back(owner, one.device, one.size)
 
 
@@ -122,14 +137,16 @@ def _is_made(one: Copy, room: DeviceRoom) -> bool:
             return False
         room.close(one.device)
         data = one.read_originals()
-        if data is not None:
+        if data is None:
+            one.is_lost = True
+        else:
             array = data.view(one.array.dtype).reshape(one.array.shape)
             one.array = jax.device_put(array, _pinned_host(one.array.sharding))
         return False
     return True
 
 
-def detach(sources: Boxes) -> list[Sequence[Held]]:
+def detach(sources: Iterable[Sequence[Held]]) -> list[Sequence[Held]]:
     """Makes boxes that were not copied safe from donation, deletion and overwriting.
 
     Small arrays that are ready are copied. On a CPU, a large one that is ready is viewed, which is
@@ -186,11 +203,19 @@ def is_computed(sources: Boxes) -> bool:
         return True
 
 
-def wait_until_computed(sources: Boxes) -> None:
-    """Waits until all arrays are computed and, if they are in pinned host memory, transferred."""
+def wait_until_computed(sources: Boxes, *, first: bool = False) -> None:
+    """Waits until arrays are computed and, if they are in pinned host memory, transferred.
+
+    Args:
+      sources: The leaves' boxes.
+      first: Whether to wait for the first one only: a step's arrays are computed all at once, and
+        transferred one after the other.
+    """
     for array in _arrays(sources):
         if not _is_ready(array):  # asking takes half the time of waiting for nothing
             array.block_until_ready()
+        if first:
+            return
 
 
 def _arrays(sources: Boxes) -> Iterator[jax.Array]:
@@ -214,6 +239,24 @@ def _is_ready(array: jax.Array) -> bool:
 
 def to_host(source: Held) -> np.ndarray:
     """Returns a box's data in C order; waits until it is computed and transferred."""
-    if isinstance(source, Packed):
+    if isinstance(source, (Packed, Copy)):
         return source.to_host()
-    return np.asarray(source.array if isinstance(source, Copy) else source, order="C")
+    return np.asarray(source, order="C")
+
+
+class OnTheWay:
+    """The data of a leaf's boxes, each of which is waited for when it is first come to."""
+
+    __slots__ = ("_sources",)
+
+    def __init__(self, sources: Sequence[Held]) -> None:
+        self._sources = [to_host(one) if isinstance(one, np.ndarray) else one for one in sources]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yields the data of each box, in C order."""
+        for at, source in enumerate(self._sources):
+            if not isinstance(source, np.ndarray):
+                self._sources[at] = data = to_host(source)
+                yield data
+            else:
+                yield source

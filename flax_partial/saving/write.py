@@ -12,7 +12,7 @@ the part, `data.1` and so on. Either checkpoint may go, and the other one still 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice, repeat
@@ -28,6 +28,7 @@ from flax_partial.format.model import (
     Leaf,
     Place,
     data_file_bytes,
+    size_of,
 )
 from flax_partial.saving.reuse import Earlier, Plan, Shared
 from flax_partial.sessions import workers
@@ -40,7 +41,9 @@ _BESIDE_BYTES = 4 << 20
 _TOO_FEW_WRITERS = 2  # to cut a save among them
 _LEAST_FILE_BYTES = 64 << 20
 
-HostBoxes = Sequence[tuple[Leaf, Sequence[np.ndarray]]]
+HostBoxes = Sequence[tuple[Leaf, Iterable[np.ndarray]]]
+"""Leaves, each with the data of its boxes, which may have to be waited for."""
+
 Digests = tuple[str, ...]
 
 
@@ -125,7 +128,7 @@ def _most_files(part: NewPart, *, durable: bool) -> int:
 
 def _cut(positions: Sequence[int], boxes: HostBoxes, most: int) -> list[list[int]]:
     """Cuts positions of leaves, in their order, into groups of about the same size in bytes."""
-    sizes = [sum(array.nbytes for array in boxes[at][1]) for at in positions]
+    sizes = [_bytes_of_boxes(boxes[at][0]) for at in positions]
     total = sum(sizes)
     files = max(1, min(most, total // _LEAST_FILE_BYTES))
     groups: list[list[int]] = [[] for _ in range(files)]
@@ -188,7 +191,7 @@ def _write_file(
     One that is not alone has as many threads beside it as there are to be.
     """
     large = [one for one in boxes if not _is_inline(one[0])]
-    size = sum(array.nbytes for _, data in large for array in data)
+    size = sum(_bytes_of_boxes(leaf) for leaf, _ in large)
     if not size:
         return tuple([_inline(leaf, data, checksum=checksum) for leaf, data in boxes])
     new = part.new_file(file, expected_bytes=size, durable=durable, check=check)
@@ -198,7 +201,7 @@ def _write_file(
             found = digests.result()
     else:
         places = _write_data(new, large)
-        found = _digests(large) if checksum else [[() for _ in data] for _, data in large]
+        found = _digests(large) if checksum else [[() for _ in leaf.boxes] for leaf, _ in large]
     done = map(_with_chunks, [leaf for leaf, _ in large], found, places, repeat(file))
     return tuple(
         [
@@ -216,7 +219,7 @@ def _write_data(new: Sink, boxes: HostBoxes) -> list[list[tuple[Place, ...]]]:
     """Writes chunks into a data file; returns where they are."""
     with new:
         encoded = encoded_chunks(
-            [(leaf, array) for leaf, data in boxes for array in data if leaf.compression]
+            (leaf, array) for leaf, data in boxes if leaf.compression for array in data
         )
         places = [
             [tuple(_places(leaf, array, new, encoded)) for array in data] for leaf, data in boxes
@@ -225,11 +228,16 @@ def _write_data(new: Sink, boxes: HostBoxes) -> list[list[tuple[Place, ...]]]:
     return places
 
 
+def _bytes_of_boxes(leaf: Leaf) -> int:
+    """Size of a leaf's boxes, in bytes, which does not wait for them."""
+    return sum(size_of(leaf.dtype, box.shape) for box in leaf.boxes)
+
+
 def _is_inline(leaf: Leaf) -> bool:
     return leaf.compression is None and leaf.chunk_bytes <= INLINE_BYTES
 
 
-def _inline(leaf: Leaf, data: Sequence[np.ndarray], *, checksum: bool) -> Leaf:
+def _inline(leaf: Leaf, data: Iterable[np.ndarray], *, checksum: bool) -> Leaf:
     """A leaf whose chunks, if it has any, stand in the table."""
     boxes = []
     for box, array in zip(leaf.boxes, data, strict=True):

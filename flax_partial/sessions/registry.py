@@ -87,8 +87,9 @@ class Session:
                     leaves, replace=replace, is_tree=is_tree, visible=self._newest_generation
                 )
                 self._pending[save] = claimed
-            except (KeyConflictError, OSError):  # it has claimed nothing
+            except (KeyConflictError, OSError) as error:  # it has claimed nothing
                 self._are_claims_torn = False
+                error.add_note(f"This is about {self.where.session}.")
                 raise
             self._are_claims_torn = False
             self._last_time_ns = max(time.time_ns(), self._last_time_ns + 1)

@@ -110,10 +110,10 @@ class Task(Generic[T]):
         if not self.is_over:
             self._over.acquire()
 
-    def _end(self, tell: Callable[[], None]) -> None:
+    def _end(self, report: Callable[[], None]) -> None:
         try:
             with contextlib.suppress(InvalidStateError):
-                tell()
+                report()
         finally:
             self.is_over = True
             self._over.release()
@@ -128,10 +128,11 @@ class WorkerPool:
     def __init__(self, name: str, most: int) -> None:
         self._name = name
         self._most = most
-        self._reset()
+        self.forget_threads()
         _pools.add(self)
 
-    def _reset(self) -> None:
+    def forget_threads(self) -> None:
+        """Begins anew, as in a forked child, which has none of its parent's threads."""
         self._lock = threading.Lock()
         self._queue: deque[Task[Any]] = deque()
         self._running: dict[int, Task[Any]] = {}  # by the thread
@@ -139,15 +140,17 @@ class WorkerPool:
         self._draining: set[int] = set()
         self._idle: list[threading.Lock] = []  # each held by a worker that waits for its release
 
-    def submit(self, task: Task[Any]) -> None:
-        """Has a worker do a task, after those submitted before it."""
-        task.is_submitted = True
+    def submit(self, *tasks: Task[Any]) -> None:
+        """Has workers do tasks, after those submitted before them."""
+        for task in tasks:
+            task.is_submitted = True
         if _exit.is_near():  # no thread can be started any more, and none would be waited for
-            task.run()
+            for task in tasks:
+                task.run()
             return
         with self._lock:
-            self._queue.append(task)
-        if task.is_ready:
+            self._queue.extend(tasks)
+        for _ in range(min(self._most, sum(task.is_ready for task in tasks))):
             self._start_one()
 
     def wake(self) -> None:
@@ -292,10 +295,6 @@ class WorkerPool:
                 self._idle.append(gate)
             gate.acquire(timeout=_IDLE_SECS)
         raise AssertionError
-
-    def forget_threads(self) -> None:
-        """Begins anew in a forked child, which has none of its parent's threads."""
-        self._reset()
 
 
 _pools: "weakref.WeakSet[WorkerPool]" = weakref.WeakSet()

@@ -14,7 +14,6 @@ are gathered in a buffer of ours. Nothing large is copied.
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 from collections.abc import Callable
@@ -64,6 +63,7 @@ class NewFile:
         Raises:
           OSError: It cannot be created.
         """
+        self._path = path
         self._descriptor, self._is_direct = _create(
             path, is_direct=durable and expected_bytes >= _DIRECT_BYTES
         )
@@ -160,9 +160,17 @@ class NewFile:
         self._buffer.is_free = True
 
     def _fall_back(self) -> None:
-        """Goes on through the page cache, which takes blocks, or pieces of them, from anywhere."""
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        """Goes on through the page cache, which takes blocks, or pieces of them, from anywhere.
+
+        The file is opened anew: a server of FUSE, such as mergerfs, keeps the flags that it was
+        opened with.
+        """
+        cached = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.lseek(cached, os.lseek(self._descriptor, 0, os.SEEK_CUR), os.SEEK_SET)
+            os.dup2(cached, self._descriptor, inheritable=False)
+        finally:
+            os.close(cached)
         self._fell_back = True
 
 

@@ -34,8 +34,6 @@ class DirectoryStore:
       root: The directory.
     """
 
-    condition = "link(2), or renameat2(2) with RENAME_NOREPLACE"
-
     def __init__(self, root: Path, *, durable: bool = True) -> None:
         """Uses a directory.
 
@@ -50,11 +48,6 @@ class DirectoryStore:
     def url(self) -> str:
         """The directory's path."""
         return str(self.root)
-
-    @property
-    def server(self) -> str:
-        """The file system."""
-        return f"device {os.stat(self.root).st_dev}"
 
     def below(self, prefix: str) -> "Store":
         """Returns the store of a directory below."""
@@ -101,6 +94,9 @@ class DirectoryStore:
             if _named(temporary, self.root / key):
                 return True
         return files.holds(self.root / key, (data,))
+
+    def require_conditions(self, key: str) -> None:
+        """Asks nothing: link(2) replaces no file, nor does renameat2(2) with RENAME_NOREPLACE."""
 
     @contextlib.contextmanager
     def _written(self, key: str, pieces: Iterable[bytes | memoryview]) -> Iterator[Path]:

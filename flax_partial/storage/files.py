@@ -19,6 +19,8 @@ from flax_partial.storage import system
 from flax_partial.storage.paths import DELETED_SUFFIX, CheckpointPath
 
 _NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT))
+_CHANGED = frozenset((errno.ENOENT, errno.ENOTEMPTY))  # by another process, since it was listed
+_ATTEMPTS = 50
 _WRITE_BYTES = 1 << 20
 _NAME_BYTES = 255  # the longest name that file systems take
 NOT_EXCLUSIVE = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
@@ -270,11 +272,15 @@ def remove_renamed(directory: Path, doomed: Path) -> None:
 
 
 def remove_tree(directory: Path) -> None:
-    """Deletes a directory and all in it, if it is there."""
-    try:
-        shutil.rmtree(directory)
-    except FileNotFoundError:
-        return
+    """Deletes a directory and all in it, if it is there, also while others change it."""
+    attempts = _ATTEMPTS
+    while os.path.lexists(directory):
+        try:
+            shutil.rmtree(directory)
+        except OSError as error:
+            attempts -= 1
+            if error.errno not in _CHANGED or not attempts:
+                raise
 
 
 @contextmanager

@@ -147,6 +147,9 @@ class LocalPlace(CheckpointPath):
         """Locks the checkpoint's directory, shared."""
         return checkpoint_dir.reading(self.final)
 
+    def require_unremoved(self) -> None:
+        """It is locked while it is read."""
+
     def read_contents(self) -> Contents | None:
         """Reads the table of contents, and looks whether it is that of the parts beside it."""
         path = self.final / STATE / CONTENTS

@@ -1,31 +1,30 @@
 """A checkpoint in an object store: nothing is locked or renamed, and one conditional put decides.
 
-A session lies where the checkpoint will be. Below `state/session/` are its control objects, each of
-which is put once, and whose names are never used again until the checkpoint is removed:
-
-    <n>.open               {"id": SESSION}: a session begins; the one with the largest n counts
-    SESSION.closing.TOKEN  a process is about to end it: a save that sees one waits for the verdict
-    SESSION.withdrawn.PART the save of that part has failed: it does not count
-    SESSION.verdict        the parts that the checkpoint is made of, or that the session is dropped
+A session lies where the checkpoint will be. Below `state/session/` are its control objects, which
+`control` lists.
 
 Each step puts something and then looks for what others have put, so that of two at least one sees
 the other. A save puts its data, its table `part.json`, and then lists the control objects: no
 process is ending the session, or it waits for the verdict and returns that. Finalize puts
 `closing`, then lists the parts, checks them, puts the verdict if there is none, derives the root
 files from the verdict's parts alone, and puts `commit_success.txt`, if there is none, last. Any
-number may finalize at once: they write the same bytes. One that died is completed by the next.
+number may finalize at once: they write the same bytes. One that died after its verdict is completed
+by the next. Of one that died before it, or takes too long, a save that waits decides the round: its
+verdict is that this process ends nothing, who then has to put `closing`, and to list, anew.
 
-Readers lock nothing. Who removes a checkpoint deletes `commit_success.txt` first.
+Readers lock nothing. Who removes a checkpoint puts `removed`, deletes `commit_success.txt`, then
+all else, and `removed` last, with the verdict. From its first step on nobody publishes it again; a
+save waits for its last one, or does what is left where that does not come.
 """
 
-import json
+import math
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -39,7 +38,8 @@ from flax_partial.format.digests import digest
 from flax_partial.format.merge import Source, merge
 from flax_partial.format.model import Contents, Part, Region
 from flax_partial.format.tables import decode_contents, decode_part
-from flax_partial.storage import object_data
+from flax_partial.storage import control, object_data
+from flax_partial.storage.control import ABORT, CONTROL, FINALIZE, VOID, Listed, Verdict
 from flax_partial.storage.object_data import StoreDataFiles, StorePart, do_all
 from flax_partial.storage.parts import SessionParts, decoded, is_of, oldest_first, own_name
 from flax_partial.storage.paths import CONTENTS, PART_PREFIX, PART_TABLE, STATE
@@ -50,37 +50,12 @@ from flax_partial.storage.store_path import AnyPath, StorePath
 T = TypeVar("T")
 
 MARK = "commit_success.txt"
-_CONTROL = f"{STATE}/session/"
 _CONTENTS = f"{STATE}/{CONTENTS}"
-ABORT, _FINALIZE = "abort", "finalize"
 _ATTEMPTS = 50  # at what others may change meanwhile, such as who opens the next session
-_PATIENCE_SECS = 30.0  # of a save, for the verdict of who has begun to end the session
+_PATIENCE_SECS = 30.0  # of a save, with a process that has begun to end the session
+_REMOVAL_SECS = 30.0  # for which a removal is left to the process that has begun it
 _LONGEST_PAUSE_SECS = 0.5
 _MARK_LENGTH = 12
-
-
-class Listed(NamedTuple):
-    """A session as it was listed.
-
-    Attributes:
-      number: Which of the place's sessions it is.
-      id: Its name; empty where there is none.
-      control: Names of the control objects.
-    """
-
-    number: int
-    id: str
-    control: frozenset[str]
-
-    @property
-    def has_verdict(self) -> bool:
-        """Whether it is decided how it ends."""
-        return f"{self.id}.verdict" in self.control
-
-    @property
-    def is_closing(self) -> bool:
-        """Whether a process is about to end it."""
-        return any(name.startswith(f"{self.id}.closing.") for name in self.control)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +63,12 @@ class Opened:
     """A session that this process saves into; see `OpenSession`.
 
     Attributes:
-      number: Which of the place's sessions it is.
+      opening: Name of the control object that it was opened by.
       mark: Its name, with which the names of its parts begin.
       is_new: Whether this process has made it.
     """
 
-    number: int
+    opening: str
     mark: str
     is_new: bool = False
 
@@ -102,15 +77,6 @@ class Opened:
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """How a session ended."""
-
-    kind: str
-    parts: tuple[str, ...] = ()
-    committed_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -124,6 +90,7 @@ class _Known:
       opened: The sessions that it saves, or has saved, into, by their marks.
       ended: The marks of those that were finalized or dropped.
       sources: Of the finalized checkpoint, where the chunks of each leaf lie, by its name.
+      rounds: How many rounds of a session are known to have ended nothing.
       vacant: The listing by which there was no session to save into; used once.
     """
 
@@ -133,6 +100,7 @@ class _Known:
     opened: dict[str, Opened] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
     sources: dict[str, Sequence[Source]] | None = None
+    rounds: dict[str, int] = field(default_factory=dict)
     vacant: Listed | None = None
 
 
@@ -152,6 +120,7 @@ class ControlObjects:
         self.store = store
         self._known = _Known()
         self._ending: Listed | None = None
+        self._fence = ""  # the last one that this one has put
         self._to_drop: set[str] = set()  # sessions of which this one has put that they are dropped
 
     # Who and what.
@@ -165,69 +134,88 @@ class ControlObjects:
         raise StoreError(f"{self.final}: its sessions change all the time")
 
     def _control_names(self) -> frozenset[str]:
-        return _names_of_control(self.store.list(_CONTROL))
+        return control.names_of(self.store.list(CONTROL))
 
-    def _session_among(self, control: frozenset[str]) -> Listed | None:
-        """Finds the newest session; None where it is being removed."""
-        numbers = [int(name.removesuffix(".open")) for name in control if name.endswith(".open")]
-        if not numbers:
-            return Listed(-1, "", control)
-        opening = self.store.get(f"{_CONTROL}{max(numbers)}.open")
-        return None if opening is None else Listed(max(numbers), _read(opening)["id"], control)
+    def _session_among(self, names: frozenset[str]) -> Listed | None:
+        """Finds the newest session; None where what was listed is gone by now."""
+        opening = control.newest_opening(names)
+        if not opening or control.removed_session(names):
+            return Listed("", "", names)
+        data = self.store.get(CONTROL + opening)
+        return None if data is None else self._listed(opening, _id_in(data), names)
+
+    def _listed(self, opening: str, session: str, names: frozenset[str]) -> Listed | None:
+        """Adds to a session that was listed how it ended; None where its verdict is gone by now."""
+        number, verdict = self._decided(session, names)
+        is_gone = verdict is None and control.verdict_name(session, number) in names
+        return None if is_gone else Listed(opening, session, names, number, verdict)
+
+    def _decided(
+        self, session: str, names: Collection[str] | None = None
+    ) -> tuple[int, Verdict | None]:
+        """Finds the round that a session is in, and its verdict; None where there is none.
+
+        Args:
+          session: Its name.
+          names: Those that were listed: others are not asked for. None: whatever is there.
+        """
+        number = self._known.rounds.get(session, 0)
+        while names is None or control.verdict_name(session, number) in names:
+            verdict = self._read_verdict(session, number)
+            if verdict is None or verdict.kind != VOID:
+                return number, verdict
+            number += 1
+            self._known.rounds[session] = number
+        return number, None
+
+    def _read_verdict(self, session: str, number: int) -> Verdict | None:
+        data = self._read_control(control.verdict_name(session, number))
+        return None if data is None else control.read_verdict(data)
+
+    def _read_control(self, name: str) -> bytes | None:
+        return self.store.get(CONTROL + name)
 
     def _is_published(self) -> bool:
         return self.store.size(MARK) is not None
 
     def _is_open(self, session: Listed) -> bool:
-        """Whether a session that was listed is there, by a newer listing."""
-        return f"{session.number}.open" in session.control
+        """Whether a session is there, by a listing, whose names it has."""
+        names = session.control
+        return f"{session.id}.begun" in names and control.counts(session.opening, names)
 
-    def _read_verdict(self, session: str) -> bytes | None:
-        return self.store.get(f"{_CONTROL}{session}.verdict")
+    def _put_verdict(self, wanted: Verdict) -> Verdict:
+        """Puts a verdict, if there is none; returns the one that counts.
 
-    def _verdict(self, session: str) -> Verdict | None:
-        data = self._read_verdict(session)
-        if data is None:
-            return None
-        read = _read(data)
-        return Verdict(read["kind"], tuple(read.get("parts", ())), read.get("committed_ns", 0))
-
-    def _put_verdict(self, session: Listed, verdict: Verdict) -> Verdict:
-        """Puts a verdict if there is none; returns the one that counts.
+        Where that ends nothing, since a save has waited for too long, the next round begins.
 
         Raises:
           NoSessionError: The whole checkpoint was removed while this process slept.
         """
-        key = f"{_CONTROL}{session.id}.verdict"
-        value = {"kind": verdict.kind, "parts": verdict.parts, "committed_ns": verdict.committed_ns}
-        if self.store.put_new(key, _write(value | {"by": uuid.uuid4().hex})):
+        session = self._ending
+        assert session is not None  # noqa: S101
+        key = CONTROL + control.verdict_name(session.id, session.round)
+        if self.store.put_new(key, control.write_verdict(wanted, by=uuid.uuid4().hex)):
             if not self._is_open(session._replace(control=self._control_names())):
                 self.store.delete([key])
                 raise self.no_session()
-            if verdict.kind == ABORT:
+            if wanted.kind == ABORT:
                 self._to_drop.add(session.id)
-            return verdict
-        found = self._verdict(session.id)
+            return wanted
+        found = self._read_verdict(session.id, session.round)
         if found is None:
             raise self.no_session()
+        if found.kind == VOID:
+            self._ending = session._replace(round=session.round + 1)
+            self._put_fence()
         return found
 
-    def _require_conditions(self, key: str) -> None:
-        """Finds out a server that ignores conditions: it replaces what is there.
-
-        Raises:
-          StoreError: It does.
-        """
-        if self.store.server in _tried:
-            return
-        if self.store.put_new(key, _write({"by": uuid.uuid4().hex})):
-            self.store.delete([key])
-            raise StoreError(
-                f"{self.final}: the server ignores {self.store.condition!r}, by which an object "
-                "is put only if there is none. Without that nothing can be committed safely: use a "
-                "server that honours it."
-            )
-        _tried.add(self.store.server)
+    def _put_fence(self) -> None:
+        """Has saves wait for how the session ends that this process is ending."""
+        session = self._ending
+        assert session is not None  # noqa: S101
+        fence = f"{CONTROL}{session.id}.closing.{session.round}.{uuid.uuid4().hex}"
+        self._fence = fence
+        self.store.put(fence, [control.write({"at": time.time()})])
 
     # Saving.
 
@@ -238,15 +226,20 @@ class ControlObjects:
         session, is_published = _together(self._list_control, self._is_published)
         if is_published:
             raise self._exists()
-        if session.id and not session.has_verdict:
-            return self._opened(session.number, session.id)
-        if session.id:
-            self._require_dropped(session)
+        if session.id and session.verdict is None:
+            return self._opened(session)
+        self._require_dropped(session)
         self._known.vacant = session
         return None
 
-    def _opened(self, number: int, mark: str) -> Opened:
-        return self._known.opened.setdefault(mark, Opened(number, mark))
+    def _opened(self, session: Listed) -> Opened:
+        self._begin(session)
+        return self._known.opened.setdefault(session.id, Opened(session.opening, session.id))
+
+    def _begin(self, session: Listed) -> None:
+        """Puts the object that shows a session in listings, should its process have died before."""
+        if f"{session.id}.begun" not in session.control:
+            self.store.put(f"{CONTROL}{session.id}.begun", [b"{}"])
 
     def enter(self, known: OpenSession | None) -> OpenSession:
         """Opens a session if there is none."""
@@ -255,16 +248,20 @@ class ControlObjects:
         vacant, self._known.vacant = self._known.vacant, None
         for _ in range(_ATTEMPTS):
             session, vacant = vacant or self._list_control_unpublished(), None
-            if session.id and not session.has_verdict:
-                return self._opened(session.number, session.id)
+            if session.id and session.verdict is None:
+                return self._opened(session)
+            removed = control.removed_session(session.control)
+            if removed:
+                self._finish_removal(removed)
+                continue
+            self._require_dropped(session)
             if session.id:
-                self._require_dropped(session)
                 self._drop(session.id)
-            number, mark = session.number + 1, uuid.uuid4().hex[:_MARK_LENGTH]
-            key = f"{_CONTROL}{number}.open"
-            if self.store.put_new(key, _write({"id": mark})):
-                self._require_conditions(key)
-                return self._known.opened.setdefault(mark, Opened(number, mark, is_new=True))
+            opening, mark = session.next_opening, uuid.uuid4().hex[:_MARK_LENGTH]
+            if self.store.put_new(CONTROL + opening, control.write({"id": mark})):
+                self.store.require_conditions(CONTROL + opening)
+                self._begin(Listed(opening, mark, frozenset()))
+                return self._known.opened.setdefault(mark, Opened(opening, mark, is_new=True))
         raise StoreError(f"{self.final}: its sessions change all the time")
 
     def _list_control_unpublished(self) -> Listed:
@@ -274,8 +271,7 @@ class ControlObjects:
 
     def _require_dropped(self, session: Listed) -> None:
         """Raises CheckpointExistsError if the session that ended last was not dropped."""
-        verdict = self._verdict(session.id)
-        if verdict is not None and verdict.kind == _FINALIZE:
+        if session.verdict is not None and session.verdict.kind == FINALIZE:
             raise CheckpointExistsError(
                 f"{self.final} is being finalized. If its process has ended, call finalize "
                 "again, which completes it."
@@ -305,42 +301,55 @@ class ControlObjects:
     def _settle(self, name: str) -> None:
         """Returns once a part counts: the session is not being ended, or its verdict has the part.
 
-        It has to be the last thing that a save does, after its table is there.
+        It has to be the last thing that a save does, after its table is there. Where the round has
+        ended without a verdict since then, whoever ends the session lists that table: it counts.
         """
         mark = mark_of(name)
-        number = self._known.opened[mark].number
+        opening = self._known.opened[mark].opening
         deadline = time.monotonic() + _PATIENCE_SECS
-        pause = 0.01
+        pause, first = 0.01, None
         while True:
-            session = Listed(number, mark, self._control_names())
+            session = Listed(opening, mark, self._control_names())
             is_there = self._is_open(session)
-            if is_there and not session.has_verdict and not session.is_closing:
-                return
-            verdict = self._verdict(mark)
+            if is_there:
+                listed = self._listed(*session[:3])
+                if listed is None:
+                    continue
+                session = listed
+                first = session.round if first is None else first
+                if not session.verdict and (session.round > first or not session.is_closing):
+                    return
+            verdict = session.verdict if is_there else self._decided(mark)[1]
             if verdict is not None and name in verdict.parts:
                 return
             if verdict is not None or not is_there:
                 self._known.ended.add(mark)
                 self._known.tabled.discard(name)  # it may be deleted, since it does not count
-                if verdict is not None and verdict.kind == _FINALIZE:
+                if verdict is not None and verdict.kind == FINALIZE:
                     raise CheckpointExistsError(
                         f"{self.final} was finalized before this part was written."
                     )
+                self._delete_late(session)
                 raise NoSessionError(
                     f"The session of {self.final} was aborted before this part was written."
                 )
-            if time.monotonic() > deadline:
-                raise StoreError(
-                    f"{self.final}: a finalize has begun and does not end. If its process has "
-                    "ended, call finalize again, or abort; then save this part again."
-                )
+            if time.monotonic() > deadline:  # its process has died: it ends nothing in this round
+                end = control.write_verdict(Verdict(VOID), by=uuid.uuid4().hex)
+                self.store.put_new(CONTROL + control.verdict_name(mark, session.round), end)
+                continue
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECS)
+
+    def _delete_late(self, session: Listed) -> None:
+        """Deletes what has opened a session too late, into a place that has another one by now."""
+        if control.session_before(session.opening) and not self._is_open(session):
+            late = (session.opening, f"{session.id}.begun")
+            self.store.delete([f"{CONTROL}{name}" for name in late])
 
     def remove_part(self, name: str) -> None:
         """Withdraws a part; deletes it only where no process can have decided that it counts."""
         if name in self._known.tabled:
-            self.store.put(f"{_CONTROL}{mark_of(name)}.withdrawn.{own_name(name)}", [b"{}"])
+            self.store.put(f"{CONTROL}{mark_of(name)}.withdrawn.{own_name(name)}", [b"{}"])
             self._known.tabled.discard(name)
         else:
             entries = self.store.list(f"{STATE}/{name}/")
@@ -362,10 +371,8 @@ class ControlObjects:
     def is_session(self) -> bool:
         """Whether there is an unfinished checkpoint."""
         session, is_published = _together(self._list_control, self._is_published)
-        if not session.id or is_published:
-            return False
-        verdict = self._verdict(session.id) if session.has_verdict else None
-        return verdict is None or verdict.kind == _FINALIZE
+        is_dropped = session.verdict is not None and session.verdict.kind == ABORT
+        return bool(session.id) and not is_published and not is_dropped
 
     def no_session(self) -> NoSessionError:
         """The error for a session that is not there."""
@@ -382,13 +389,13 @@ class ControlObjects:
     ) -> SessionParts:
         """Reads the tables of all parts of the session, or of those that a verdict names."""
         entries = self.store.list(f"{STATE}/")
-        session = self._session_among(_names_of_control(entries))
+        session = self._session_among(control.names_of(entries))
         if session is None or not session.id:
             return SessionParts()
         self._known.sizes.update(entries)
         keys = {entry.key for entry in entries}
-        verdict = self._verdict(session.id) if session.has_verdict else None
-        if verdict is not None and verdict.kind == _FINALIZE:
+        verdict = session.verdict
+        if verdict is not None and verdict.kind == FINALIZE:
             return self._read(verdict.parts, known, decided_ns=verdict.committed_ns)
         prefix = f"{session.id}.withdrawn."
         withdrawn = {name.removeprefix(prefix) for name in session.control}
@@ -407,13 +414,6 @@ class ControlObjects:
         found = self._read([name for name in names if name not in torn], known)
         found.torn.extend(torn)
         return found
-
-    def read_own_parts(self, *, process: int | None = None) -> SessionParts:
-        """Reads the tables of the parts of the finalized checkpoint."""
-        mark = self.store.get(MARK)
-        verdict = self._verdict(_read(mark)["session"]) if mark else None
-        parts = () if verdict is None else verdict.parts
-        return self._read([one for one in parts if process is None or is_of(process, one)], None)
 
     def _read(
         self,
@@ -467,22 +467,20 @@ class ControlObjects:
         session = self._list_control()
         if not session.id or self._is_published():
             raise self.no_session()
-        if session.has_verdict:
-            verdict = self._verdict(session.id)
-            if verdict is None or verdict.kind == ABORT:
-                self._drop(session.id)  # which another process has begun
-                raise self.no_session()
-        fence = f"{_CONTROL}{session.id}.closing.{uuid.uuid4().hex}"
-        if not session.has_verdict:
-            self.store.put_new(fence, _write({"at": time.time()}))
+        is_decided = session.verdict is not None
+        if session.verdict is not None and session.verdict.kind == ABORT:
+            self._drop(session.id)  # which another process has begun
+            raise self.no_session()
+        self._begin(session)
         self._ending = session
         try:
-            if not session.has_verdict:
-                self._require_conditions(fence)
+            if not is_decided:
+                self._put_fence()
+                self.store.require_conditions(self._fence)
             yield
         except Exception as error:
-            if not session.has_verdict and self._verdict(session.id) is None:
-                self.store.delete([fence])  # saves go on
+            if not is_decided and self._decided(session.id)[1] is None:
+                self.store.delete([self._fence])  # saves go on
             if isinstance(error, CorruptCheckpointError):
                 self._require_undecided(session, error)
             raise
@@ -498,17 +496,19 @@ class ControlObjects:
         """
         if self._is_published():
             raise self._exists() from cause
-        verdict = self._verdict(session.id)
-        is_there = self._is_open(session._replace(control=self._control_names()))
-        if not is_there or (verdict is not None and verdict.kind == ABORT):
+        names = self._control_names()
+        _, verdict = self._decided(session.id)
+        is_there = self._is_open(session._replace(control=names))
+        is_removed = control.removed_session(names) == session.id
+        if not is_there or is_removed or (verdict is not None and verdict.kind == ABORT):
             raise self.no_session() from cause
 
     def decide(self, parts: Collection[str], *, committed_ns: int) -> int | None:
         """Puts the verdict."""
-        assert self._ending is not None  # noqa: S101
-        wanted = Verdict(_FINALIZE, tuple(sorted(parts)), committed_ns)
-        found = self._put_verdict(self._ending, wanted)
+        wanted = Verdict(FINALIZE, tuple(sorted(parts)), committed_ns)
+        found = self._put_verdict(wanted)
         if found.kind == ABORT:
+            assert self._ending is not None  # noqa: S101
             self._drop(self._ending.id)
             raise self.no_session()
         return committed_ns if found is wanted else None
@@ -523,39 +523,43 @@ class ControlObjects:
         """Puts what is derived, and then the one object by which readers find the checkpoint."""
         assert self._ending is not None  # noqa: S101
         session = self._ending.id
+        number, verdict = self._decided(session)
+        if verdict is None:
+            raise self.no_session()
         named = [(name, list(pieces)) for name, pieces in root_files() if name != MARK]
         named.append((_CONTENTS, [contents]))
         do_all([partial(self.store.put, name, pieces) for name, pieces in named])
-        mark = {"flax_partial": 1, "session": session, "contents": digest(contents)}
-        is_mine = self.store.put_new(MARK, _write(mark | {"by": uuid.uuid4().hex}))
+        mark = {"flax_partial": 1, "session": session, "round": number}
+        mark |= {"contents": digest(contents), "by": uuid.uuid4().hex}
+        is_mine = self.store.put_new(MARK, control.write(mark))
         entries = self.store.list(f"{STATE}/")
-        if f"{_CONTROL}{session}.verdict" not in {entry.key for entry in entries}:
+        names = control.names_of(entries)
+        is_removed = control.removed_session(names) == session
+        if is_removed or control.verdict_name(session, number) not in names:
             self.store.delete([MARK] if is_mine else [])  # removed while this process slept
             raise self.no_session()
         if not is_mine:
             raise CheckpointExistsError(f"{self.final} was finalized by another process meanwhile.")
-        self._sweep(session, entries)
+        self._sweep(session, entries, kept=verdict.parts)
 
-    def _sweep(self, session: str, entries: Sequence[Entry]) -> None:
-        """Deletes what does not count; the verdict stays, for who still sleeps."""
-        verdict = self._verdict(session)
-        kept = set(verdict.parts) if verdict else set()
-        if not kept:
-            return
+    def _sweep(self, session: str, entries: Sequence[Entry], *, kept: Collection[str]) -> None:
+        """Deletes what does not count; the verdicts stay, for who still sleeps."""
         doomed = [
             entry.key
             for entry in entries
             if ((name := _part_of(entry.key)) and name not in kept)
-            or entry.key.startswith(f"{_CONTROL}{session}.closing.")
-            or ".withdrawn." in entry.key.removeprefix(_CONTROL).partition("/")[0]
+            or entry.key.startswith(f"{CONTROL}{session}.closing.")
+            or ".withdrawn." in entry.key.removeprefix(CONTROL).partition("/")[0]
         ]
         self.store.delete(doomed)
 
     def remove_session(self) -> None:
         """Puts the verdict that the session is dropped, and deletes its parts."""
         assert self._ending is not None  # noqa: S101
-        found = self._put_verdict(self._ending, Verdict(ABORT))
-        if found.kind == _FINALIZE:
+        found = Verdict(VOID)
+        while found.kind == VOID:
+            found = self._put_verdict(Verdict(ABORT))
+        if found.kind == FINALIZE:
             raise CheckpointExistsError(
                 f"{self.final} is finalized, or about to be: call finalize again, and remove it."
             )
@@ -570,6 +574,46 @@ class ControlObjects:
         ]
         self.store.delete(doomed)
 
+    # A checkpoint that is being removed.
+
+    def _finish_removal(self, session: str) -> bool:
+        """Waits until a checkpoint is removed; goes on with that if its process does not.
+
+        Returns:
+          Whether this process has done it.
+        """
+        pause = 0.01
+        while (left := self._left_to_remove(session)) > 0:
+            time.sleep(min(pause, left))
+            pause = min(1.5 * pause, _LONGEST_PAUSE_SECS)
+        return left > -math.inf and self._delete_all(session)
+
+    def _left_to_remove(self, session: str) -> float:
+        """For how many seconds it is another process's to remove a checkpoint; -inf if it has."""
+        data = self.store.get(f"{CONTROL}{session}.removed")
+        if data is None:
+            return -math.inf
+        at: float = control.read(data).get("at", 0.0)
+        return min(at - time.time(), 0.0) + _REMOVAL_SECS
+
+    def _delete_all(self, session: str) -> bool:
+        """Deletes a checkpoint of which it has been put that it is being removed.
+
+        First the mark: from then on no reader takes what is left for a checkpoint. Last what tells
+        others that it is being removed: until then no session begins.
+
+        Returns:
+          False where another process has removed it by now.
+        """
+        keys = [entry.key for entry in self.store.list()]
+        last = [CONTROL + control.verdict_name(session, 0), f"{CONTROL}{session}.removed"]
+        if not set(last) <= set(keys):
+            return False
+        self.store.delete([MARK])
+        self.store.delete([key for key in keys if key not in last])
+        self.store.delete(last)
+        return True
+
 
 class StorePlace(ControlObjects):
     """Where a checkpoint is, or will be, in an object store; see `Place`."""
@@ -577,6 +621,7 @@ class StorePlace(ControlObjects):
     def __init__(self, final: StorePath) -> None:
         super().__init__(final.store)
         self.final = self.session = final
+        self._mark: bytes | None = None  # of the checkpoint that it reads
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StorePlace) and self.final == other.final
@@ -592,27 +637,45 @@ class StorePlace(ControlObjects):
         try:
             yield
         except (CorruptCheckpointError, FileNotFoundError) as error:
-            if isinstance(error, NoSessionError) or self._is_published():
-                raise
-            raise NoSessionError(f"{self.final} was removed while it was read.") from error
+            if not isinstance(error, NoSessionError):
+                self.require_unremoved()
+            raise
+
+    def require_unremoved(self) -> None:
+        """Raises NoSessionError where what was read is gone, or another one is in its place."""
+        mark = self.store.get(MARK)
+        is_another = self._mark is not None and mark != self._mark
+        if mark is None or is_another or control.removed_session(self._control_names()):
+            raise NoSessionError(f"{self.final} was removed while it was read.")
 
     def read_contents(self) -> Contents | None:
         """Reads the mark and the table of contents, and whether they belong together."""
         mark, data = _together(lambda: self.store.get(MARK), self.contents_bytes)
         if mark is None:
             return None
+        self._mark = mark
         where = f"{self.final}/{_CONTENTS}"
-        if data is None:
+        wanted = control.read(mark).get("contents")
+        if data is None or digest(data) != wanted:
             data = self.contents_bytes()  # it was finalized between these two looks
         if data is None:
             raise CorruptCheckpointError(f"{where} is missing.")
-        if digest(data) != _read(mark).get("contents"):
+        if digest(data) != wanted:
             raise CorruptCheckpointError(f"{where} is not what was finalized.")
         return decode_contents(data, where=where)
 
     def contents_bytes(self) -> bytes | None:
         """Returns the table of contents as it is stored."""
         return self.store.get(_CONTENTS)
+
+    def read_own_parts(self) -> SessionParts:
+        """Reads the tables of the parts of the finalized checkpoint."""
+        mark = control.read(self.store.get(MARK) or b"{}")
+        number = mark.get("round", 0)
+        verdict = self._read_verdict(mark["session"], number) if "session" in mark else None
+        if verdict is None:
+            self.require_unremoved()
+        return self._read(() if verdict is None else verdict.parts, None)
 
     def holds(self, name: str, pieces: Iterable[bytes]) -> bool:
         """Whether a derived object has just this content; the mark is this place's own."""
@@ -637,17 +700,30 @@ class StorePlace(ControlObjects):
         return object_data.read_stored(self.store, self._known.sources, regions)
 
     def remove_checkpoint(self) -> None:
-        """Deletes the mark first: from then on no reader takes what is left for a checkpoint."""
-        if not self._is_published():
-            raise NoSessionError(f"There is no checkpoint at {self.final}.")
-        self.store.delete([MARK])
-        keys = [entry.key for entry in self.store.list()]
-        self.store.delete(sorted(keys, key=lambda key: not key.startswith(_CONTROL)))
+        """Puts that it is being removed, and deletes it."""
+        mark = self.store.get(MARK)
+        gone = NoSessionError(f"There is no checkpoint at {self.final}.")
+        if mark is None:
+            self.finish_removal()
+            raise gone
+        session = _session_of(mark)
+        removed = f"{CONTROL}{session}.removed"
+        told = control.write({"at": time.time(), "by": uuid.uuid4().hex})
+        if session and not self.store.put_new(removed, told):
+            if not self._finish_removal(session):
+                raise gone
+        elif not session or not self._delete_all(session):
+            if self.store.get(MARK) != mark:
+                self.store.delete([removed])
+                raise gone  # another process has removed it just now
+            self.store.delete([MARK])  # another program's, or one that has lost its verdict
+            self.store.delete([entry.key for entry in self.store.list()])
 
-
-def _names_of_control(entries: Iterable[Entry]) -> frozenset[str]:
-    keys = (entry.key for entry in entries if entry.key.startswith(_CONTROL))
-    return frozenset(key.removeprefix(_CONTROL) for key in keys)
+    def finish_removal(self) -> None:
+        """Deletes what a removal has left that began some time ago, and was killed."""
+        session = control.removed_session(self._control_names())
+        if session and self._left_to_remove(session) <= 0:
+            self._delete_all(session)
 
 
 def mark_of(name: str) -> str:
@@ -669,25 +745,20 @@ def _part_of(key: str) -> str:
     return ""
 
 
-def _read(data: bytes) -> dict[str, Any]:
+def _id_in(data: bytes) -> str:
+    """The session that an object which opened it names."""
+    return str(control.read(data).get("id"))
+
+
+def _session_of(mark: bytes) -> str:
+    """The session that became a checkpoint, by its mark; empty where another program wrote that."""
     try:
-        read = json.loads(data)
-    except ValueError:
-        read = None
-    if not isinstance(read, dict):
-        raise CorruptCheckpointError(f"a control object holds {data[:100]!r}, which is no JSON")
-    return read
-
-
-def _write(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value).encode()
+        return str(control.read(mark).get("session", ""))
+    except CorruptCheckpointError:
+        return ""
 
 
 def _together(one: Callable[[], T], other: Callable[[], Any]) -> tuple[T, Any]:
     """Does two requests side by side."""
     first, second = do_all([one, other])
     return first, second
-
-
-# The servers that were found to honour conditions.
-_tried: set[str] = set()

@@ -28,11 +28,14 @@ from flax_partial.errors import (
     StoreError,
     how_to_install,
 )
+from flax_partial.storage.paths import SESSION_SUFFIX
 from flax_partial.storage.store import MOST_REQUESTS, PIECE_BYTES, Entry, cut
 
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "az", "memory")
+# Parameters whose values may have them.
+_HAVE_SLASHES = re.compile("endpoint|url|uri|path|file|credential|account|key|token|arn")
 _CONDITIONS = {"gs": "x-goog-if-generation-match: 0"}  # the others: If-None-Match
 _AWS_CREDENTIALS = (
     "access_key_id",
@@ -84,6 +87,7 @@ _options: dict[str, _Options] = {"": _Options()}
 _lock = threading.Lock()
 _clients: dict[object, Any] = {}
 _memories: dict[str, Any] = {}
+_honour_conditions: list[Any] = []  # clients of servers that were tried
 
 
 def store_options(
@@ -161,6 +165,7 @@ def parse(text: str) -> Url:
     scheme, _, rest = text.partition("://")
     path, _, query = rest.partition("?")
     bucket, _, key = path.partition("/")
+    _require_no_path(text, query)
     key = key.rstrip("/")
     segments = key.split("/") if key else []
     if not bucket or any(one in ("", ".", "..") or not one.isprintable() for one in segments):
@@ -169,6 +174,19 @@ def parse(text: str) -> Url:
             "s3://bucket/run/12, without empty segments, '.', '..' and control characters"
         )
     return Url(scheme, bucket, key, query)
+
+
+def _require_no_path(text: str, query: str) -> None:
+    """Raises ValueError for what was appended to a URL after its parameters, such as a step."""
+    name, _, value = query.rpartition("&")[2].partition("=")
+    before, slash, last = value.rpartition("/")
+    is_step = bool(before) and last.removesuffix(SESSION_SUFFIX).isdecimal()
+    if slash and (is_step or not _HAVE_SLASHES.search(name)):
+        url = text.removesuffix(f"/{last}")
+        raise ValueError(
+            f"URL {text!r} has {'/' + last!r} after its parameters, where it belongs to {name!r}. "
+            f"To name what is in {url!r} use fp.StorePath(url) / {last!r}, or put it before the '?'"
+        )
 
 
 def open_store(url: Url) -> "ObjectStore":
@@ -325,8 +343,6 @@ class ObjectStore:
         self._retry_secs = retry_secs
         self._process = os.getpid()
         self.url = str(root)
-        self.server = f"{id(client)} {root.scheme}"
-        self.condition = _CONDITIONS.get(root.scheme, "If-None-Match: *")
 
     def below(self, prefix: str) -> "ObjectStore":
         """Returns the store whose root is `prefix`."""
@@ -420,6 +436,29 @@ class ObjectStore:
                 return found == data
             time.sleep(_PAUSE_SECS * 2**attempt)
         raise failure or StoreError(f"{self._name(key)}: puts of others are in conflict with it")
+
+    def require_conditions(self, key: str) -> None:
+        """Finds out a server that ignores conditions: it replaces what is there."""
+        from obstore import put
+        from obstore.exceptions import AlreadyExistsError
+
+        def replaces() -> bool:
+            with contextlib.suppress(AlreadyExistsError):
+                put(self._client, self._prefix + key, b"{}", mode="create", use_multipart=False)
+                return True
+            return False
+
+        if self._client in _honour_conditions:
+            return
+        if self._do(key, replaces):
+            self.delete([key])
+            condition = _CONDITIONS.get(self._root.scheme, "If-None-Match: *")
+            raise StoreError(
+                f"{self.url}: the server ignores {condition!r}, by which an object is put only if "
+                "there is none. Without that nothing can be committed safely: use a server that "
+                "honours it."
+            )
+        _honour_conditions.append(self._client)
 
     def list(self, prefix: str = "") -> Sequence[Entry]:
         """Returns all objects below a prefix."""

@@ -309,6 +309,10 @@ class Place(Protocol):
         """Keeps the checkpoint from being removed meanwhile, or reports that it was."""
         ...
 
+    def require_unremoved(self) -> None:
+        """Raises NoSessionError if the checkpoint was removed since `reading` began."""
+        ...
+
     def read_contents(self) -> Contents | None:
         """Reads the table of contents; None where there is no checkpoint of this package.
 

@@ -196,6 +196,10 @@ def _no_directory(where: CheckpointPath, error: NotADirectoryError) -> OSError:
 
 def no_session(where: CheckpointPath) -> NoSessionError:
     """The error for a session that is not there."""
+    if _is_run(where.final):
+        return NoSessionError(
+            f"No unfinished checkpoint: {where.final} is a run's directory, not a checkpoint."
+        )
     if os.path.lexists(where.final):
         return NoSessionError(f"No unfinished checkpoint: {where.final} is finalized already.")
     return NoSessionError(f"No unfinished checkpoint at {where.session}. Save something first.")
@@ -203,11 +207,23 @@ def no_session(where: CheckpointPath) -> NoSessionError:
 
 def require_absent(where: CheckpointPath) -> None:
     """Raises CheckpointExistsError if anything is at the final path."""
-    if os.path.lexists(where.final):
+    if not os.path.lexists(where.final):
+        return
+    if _is_run(where.final):
         raise CheckpointExistsError(
-            f"{where.final} exists already, finalized or made by another program. "
-            "Use another path, or remove it first."
+            f"{where.final} is a run's directory, which holds checkpoints: save into a path below "
+            f"it, such as {where.final / 'STEP'}."
         )
+    raise CheckpointExistsError(
+        f"{where.final} exists already, finalized or made by another program. "
+        "Use another path, or remove it first."
+    )
+
+
+def _is_run(directory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return any((entry / STATE).is_dir() for entry in directory.iterdir())
+    return False
 
 
 def is_session(where: CheckpointPath) -> bool:

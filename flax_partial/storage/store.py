@@ -41,16 +41,6 @@ class Store(Protocol):
         """Where the root is, for messages; without a slash at its end."""
         ...
 
-    @property
-    def server(self) -> str:
-        """Names what serves it: all stores of one server honour the same conditions."""
-        ...
-
-    @property
-    def condition(self) -> str:
-        """What asks for a put only if nothing is there, as its protocol calls it."""
-        ...
-
     def below(self, prefix: str) -> "Store":
         """Returns the store whose root is `prefix`, a key without a slash at its end."""
         ...
@@ -89,6 +79,14 @@ class Store(Protocol):
 
         Of several that call it one gets True, if `data` is unlike that of all others. It gets it,
         too, if the answer was lost, and another request found what the first one had put.
+        """
+        ...
+
+    def require_conditions(self, key: str) -> None:
+        """Makes sure that `put_new` keeps what is there, by an object that may be deleted if not.
+
+        Raises:
+          StoreError: The server ignores conditions.
         """
         ...
 

@@ -18,22 +18,21 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flax_partial.errors import CheckpointExistsError, CorruptCheckpointError, NoSessionError
 from flax_partial.format.model import Part
-from flax_partial.storage import files, parts, session_dir
+from flax_partial.storage import control, files, parts, session_dir
+from flax_partial.storage.control import ABORT, Listed
 from flax_partial.storage.direct_io import NewFile
 from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.local_place import LocalPart, LocalPlace
-from flax_partial.storage.object_place import ABORT, ControlObjects, Listed, mark_of
+from flax_partial.storage.locks import DirectoryLock, open_directory
+from flax_partial.storage.object_place import ControlObjects, mark_of
 from flax_partial.storage.parts import SessionParts, is_of
 from flax_partial.storage.paths import CONTENTS, STATE
 from flax_partial.storage.place import Files, OpenSession
 from flax_partial.storage.session_dir import CONTROL
-
-if TYPE_CHECKING:
-    from flax_partial.storage.locks import DirectoryLock
 
 _DESCRIPTORS = Path("/proc/self/fd")
 _ATTEMPTS = 50  # at what others may change meanwhile
@@ -53,6 +52,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         ControlObjects.__init__(self, DirectoryStore(session))
         self._one_at_a_time = threading.RLock()  # of this process ends a session
         self._directory: DirectoryLock | None = None  # of the session that it ends
+        self._is_reading: tuple[int, int] | None = None  # the directory
 
     # Who and what.
 
@@ -60,14 +60,22 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         return os.path.lexists(self.final)
 
     def _is_open(self, session: Listed) -> bool:
-        """Whether a session is there. Another directory numbers its sessions from 0, too."""
-        newest = self._session_among(session.control)
-        return newest is not None and newest.id == session.id
+        """Whether a session is there, as the newest or not: after one that is dropped others begin.
 
-    def _read_verdict(self, session: str) -> bytes | None:
-        """Reads a verdict, which a rename may have taken along."""
-        name = f"{CONTROL}/{session}.verdict"
+        Another directory numbers its sessions from 0, too.
+        """
+        if session.opening not in session.control:
+            return False
+        data = self.store.get(control.CONTROL + session.opening)
+        return data is not None and control.read(data).get("id") == session.id
+
+    def _read_control(self, name: str) -> bytes | None:
+        """Reads a control file, which a rename may have taken along."""
+        name = f"{CONTROL}/{name}"
         return files.read(self.session / name) or files.read(self.final / name)
+
+    def _begin(self, session: Listed) -> None:
+        """Puts nothing: the directory of a session is never used for another one."""
 
     def no_session(self) -> NoSessionError:
         """The error for a session that is not there."""
@@ -90,10 +98,9 @@ class UnlockedPlace(ControlObjects, LocalPlace):
             return known
         self._require_ours()
         session = self._list_control()
-        if session.id and not session.has_verdict:
-            return self._opened(session.number, session.id)
-        if session.id:
-            self._require_dropped(session)
+        if session.id and session.verdict is None:
+            return self._opened(session)
+        self._require_dropped(session)
         return None
 
     def _require_ours(self) -> None:
@@ -241,13 +248,12 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         found = self._list_control()
         if not session or found.id != session:
             return False
-        verdict = self._verdict(session) if found.has_verdict else None
-        return verdict is None or verdict.kind != ABORT
+        return found.verdict is None or found.verdict.kind != ABORT
 
     def _withdraw_fences(self, session: str) -> None:
         """Removes what was put too late: into a directory that has come to the place of another."""
-        control = self.session / CONTROL
-        names = [name for name in files.listed(control) if name.startswith(f"{session}.closing.")]
+        names = files.listed(self.session / CONTROL)
+        names = [name for name in names if name.startswith(f"{session}.closing.")]
         with contextlib.suppress(OSError):  # it is in nobody's way
             self.store.delete([f"{CONTROL}/{name}" for name in names])
             os.rmdir(self.session)
@@ -303,13 +309,16 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         """
         assert self._ending is not None  # noqa: S101
         names = parts.part_names(state)
-        control = files.listed(state.parent / CONTROL) if state.parent == self.final else []
-        verdict = self._verdict(self._ending.id)
+        listed = files.listed(state.parent / CONTROL) if state.parent == self.final else []
+        _, verdict = self._decided(self._ending.id)
         if verdict is None or not self._lies_at(state.parent):
             return
         doomed = [state / name for name in names if name not in verdict.parts]
-        ends = (".open", ".verdict")
-        doomed += [self.final / CONTROL / one for one in control if not one.endswith(ends)]
+        doomed += [
+            self.final / CONTROL / one
+            for one in listed
+            if not one.endswith(".open") and ".verdict" not in one
+        ]
         for one in doomed:
             with contextlib.suppress(OSError):  # its save may just be writing, and fails
                 files.remove_tree(one) if one.is_dir() else one.unlink()
@@ -327,7 +336,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         should it die, they stay until a session is ended there.
         """
         names = [name for name in parts.part_names(self.state) if mark_of(name) == session]
-        control = files.listed(self.session / CONTROL)
+        listed = files.listed(self.session / CONTROL)
         if self._list_control().id != session:
             return
         # What was listed before is none of a session that has begun since.
@@ -336,9 +345,9 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                 session_dir.remove_part(self, name)
         if session not in self._to_drop:
             return
-        ends = (".open", ".verdict")  # removed last, and in this order: else it would be open again
-        control.sort(key=lambda name: (name.endswith(ends), name.endswith(ends[1])))
-        self.store.delete([f"{CONTROL}/{name}" for name in control])
+        # Openings and then verdicts are removed last: else it would be open again.
+        listed.sort(key=lambda name: (".verdict" in name, name.endswith(".open")))
+        self.store.delete([f"{CONTROL}/{name}" for name in listed])
         for directory in (self.session / CONTROL, self.state, self.session):
             with _busy_passed_over():
                 os.rmdir(directory)
@@ -349,20 +358,33 @@ class UnlockedPlace(ControlObjects, LocalPlace):
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Raises NoSessionError where reading fails because it was removed meanwhile."""
-        before = _identity(self.final)
+        held = None
+        with contextlib.suppress(OSError):  # reading it raises what is wrong
+            held = open_directory(self.final, follow=True)  # so that its inode is not used again
+        self._is_reading = _identity(self.final)
         try:
             with LocalPlace.reading(self):
                 yield
         except (CorruptCheckpointError, FileNotFoundError) as error:
-            if isinstance(error, NoSessionError) or _identity(self.final) == before:
-                raise
-            raise NoSessionError(f"{self.final} was removed while it was read.") from error
+            if not isinstance(error, NoSessionError):
+                self.require_unremoved()
+            raise
+        finally:
+            if held is not None:
+                held.close()
+
+    def require_unremoved(self) -> None:
+        """Raises NoSessionError where another directory is at the path by now, or none."""
+        now = _identity(self.final)
+        if now is None or self._is_reading not in {None, now}:
+            raise NoSessionError(f"{self.final} was removed while it was read.")
 
     def read_own_parts(self, *, process: int | None = None) -> SessionParts:
         """Reads the tables of the parts of the finalized checkpoint."""
         found = LocalPlace.read_own_parts(self, process=process)
         names = files.listed(self.final / CONTROL)
-        ended = [self._verdict(name.removesuffix(".verdict")) for name in names]
+        sessions = {name.partition(".verdict")[0] for name in names if ".verdict" in name}
+        ended = [self._decided(session)[1] for session in sessions]
         kept = {name for verdict in ended if verdict for name in verdict.parts}
         if not kept:  # it was finalized under locks: all parts in it count
             return found

@@ -27,6 +27,7 @@ from stub_trainer import (
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
 from flax_partial.runs import completeness
+from flax_partial.saving import save
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +41,7 @@ def assert_is_step(path: Path, step: int) -> None:
     for got, want in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
-    assert fp.metadata(path).custom_metadata["step"] == step
+    assert fp.metadata(path).training["step"] == step
 
 
 def names_in(directory: Path) -> list[str]:
@@ -200,6 +201,43 @@ def test_groups_are_layers_by_default_and_whatever_group_by_says(tmp_path: Path)
     assert roots.reports[0].groups == ("opt_state", "params", "seen")
     for directory in ("layers", "roots"):
         assert_is_step(tmp_path / directory / "2", 2)
+
+
+@pytest.mark.parametrize(
+    ("stacked", "limit", "calls"),
+    [
+        pytest.param(None, None, [2], id="at once"),
+        pytest.param(None, 1 << 30, [2], id="at once where memory is bounded"),
+        pytest.param({"params.blocks": 0}, None, [6], id="rows at once"),
+        pytest.param({"params.blocks": 0}, 1 << 30, [1] * 6, id="rows at their turn"),
+    ],
+)
+def test_groups_that_are_due_together_are_handed_over_by_one_call(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stacked: dict[str, int] | None,
+    limit: int | None,
+    calls: list[int],
+) -> None:
+    found: list[int] = []
+    hand_over = save.hand_over
+
+    def counted(jobs: Any) -> None:
+        found.append(len(jobs))
+        hand_over(jobs)
+
+    monkeypatch.setattr(save, "hand_over", counted)
+    layers = {"params": {"blocks": {"w": np.ones((5, 3))}, "head": np.ones(3)}}
+    callback = fitted(
+        tmp_path,
+        batches=1,
+        state_fn=lambda *_: layers,
+        stacked=stacked,
+        options=fp.SaveOptions(durable=False, max_inflight_bytes=limit),
+    )
+    (report,) = callback.reports
+    assert found == calls
+    assert len(report.saves) == sum(calls)
 
 
 def test_state_fn_says_what_is_saved(tmp_path: Path) -> None:
@@ -410,8 +448,9 @@ def test_metrics_of_the_whole_epoch_are_stored(tmp_path: Path) -> None:
     metrics = {"loss": float("nan"), "text": "high"}
     at = {"on_train_epoch_end": validate}
     fitted(tmp_path, monitor="val_loss", streamed=EVERYTHING, metrics=lambda _: metrics, at=at)
-    custom = fp.metadata(tmp_path / "2").custom_metadata
-    assert (custom["step"], custom["epoch"], custom["metrics"]) == (2, 0, {"val_loss": 0.25})
+    found = fp.metadata(tmp_path / "2")
+    assert (found.training["step"], found.training["epoch"]) == (2, 0)
+    assert found.custom_metadata == {"metrics": {"val_loss": 0.25}}
     assert_is_step(tmp_path / "2", 2)
 
 

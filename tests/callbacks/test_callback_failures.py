@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import signal
 import tempfile
 import threading
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 import pytest
+from no_memory import no_memory
 from stub_trainer import (
     EVERYTHING,
     PARAMS,
@@ -29,6 +29,7 @@ from stub_trainer import (
     run_program,
 )
 from test_callback import assert_is_step, names_in, wait_for_leaves
+from things import files_of_at_most
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
@@ -37,6 +38,8 @@ from flax_partial.storage import session_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+__all__ = ["no_memory"]  # a fixture
 
 pytestmark = pytest.mark.usefixtures("_logged")
 
@@ -49,10 +52,8 @@ def _logged(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.fixture
 def _full_disk() -> Iterator[None]:
     """No file may grow over 1 MiB: larger groups fail in the background, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_of_at_most(2**20):
+        yield
 
 
 class StateError(Exception):
@@ -309,7 +310,7 @@ def test_session_left_incomplete_is_dropped_and_said(
         "step 2 was not completely written, and its process has ended. There is no checkpoint in"
         in caplog.text
     )
-    assert "is of another step than 3" in caplog.text
+    assert "was not saved by callbacks in step 3" in caplog.text
 
 
 def test_session_whose_checkpoint_is_there_is_dropped(tmp_path: Path) -> None:
@@ -560,3 +561,24 @@ def test_killed_run_goes_on_from_what_was_whole(
     assert names_in(tmp_path) == ["2", "4", "6"]
     for step in (2, 4, 6):
         assert_is_step(tmp_path / str(step), step)
+
+
+def test_a_device_without_memory_for_copies_costs_one_checkpoint_and_ends_no_training(
+    tmp_path: Path, no_memory: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It reports that once the arrays are donated; what is saved later is saved without copies."""
+    callback = fitted(
+        tmp_path,
+        batches=4,
+        every_n_epochs=None,
+        every_n_train_steps=1,
+        options=fp.SaveOptions(durable=False, max_device_bytes=1 << 20),
+        at={"ready": lambda trainer: trainer.global_step == 1 and no_memory.set()},
+    )
+    assert names_in(tmp_path) == ["2", "3", "4"]
+    for step in (2, 3, 4):
+        assert_is_step(tmp_path / f"{step}", step)
+    assert callback.failed_saves == 1
+    (record,) = (one for one in caplog.records if one.exc_info)
+    assert isinstance(record.exc_info[1], fp.DeviceMemoryError)
+    assert "the checkpoint of step 1" in "".join(record.exc_info[1].__notes__)

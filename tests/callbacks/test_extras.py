@@ -156,7 +156,7 @@ def test_states_of_another_number_of_processes_are_not_taken_for_ones_own(tmp_pa
         "extras": {"data": {"0": "7", "1": "9"}},
         "session": {"processes": 2},
     }
-    fp.save(tmp_path / "1", WEIGHTS, custom_metadata=metadata)
+    fp.save(tmp_path / "1", WEIGHTS, training=metadata)
     fp.finalize(tmp_path / "1")
     found: list[Any] = []
     with checkpointing(tmp_path, extras={"data": (lambda: 0, found.append)}) as ckpt:

@@ -61,6 +61,9 @@ def test_options_without_a_meaning_are_refused(options: Any, kind: Any, message:
     [
         pytest.param({"keep_every_n_steps": 4}, [4, 8, 10], id="multiples"),
         pytest.param({"keep_every_n_steps": 3}, [4, 6, 10], id="the first at or after a multiple"),
+        pytest.param(
+            {"keep_every_n_steps": 4, "save_initial": True}, [0, 4, 8, 10], id="the initial state"
+        ),
         pytest.param({"keep_every_n_steps": 4, "keep_last": 2}, [4, 8, 10], id="and the newest"),
         pytest.param({"keep_every_n_steps": 8, "save_top_k": 1}, [4, 8, 10], id="and the best"),
         pytest.param({"keep_time_interval": HOUR}, [2, 10], id="all within an hour"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pydoc
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +71,12 @@ def test_metadata_of_the_run_and_of_the_step_are_stored(tmp_path: Path) -> None:
         ckpt.step(new_state(), custom_metadata={"tokens": 5, "who": "step"})
         ckpt.step(new_state())
     first, second = (fp.metadata(tmp_path / step).custom_metadata for step in "12")
-    assert (first["commit"], first["tokens"], first["who"]) == ("abc", 5, "step")
-    assert (second["commit"], second["who"]) == ("abc", "run")
-    assert "tokens" not in second
-    with pytest.raises(ValueError, match="custom_metadata has 'epoch'"):
-        checkpointing(tmp_path, custom_metadata={"epoch": 1})
+    assert first == {"commit": "abc", "tokens": 5, "who": "step"}
+    assert second == of_run  # and nothing of the callback's
+    for_orbax = json.loads((tmp_path / "1" / "_CHECKPOINT_METADATA").read_text())
+    assert for_orbax["custom_metadata"] == first
+    with pytest.raises(ValueError, match="custom_metadata has 'metrics'"):
+        checkpointing(tmp_path, custom_metadata={"metrics": {}})
 
 
 def test_a_loop_over_cells_is_ended_by_close(
@@ -107,7 +109,7 @@ def test_the_initial_state_is_saved_once_and_restored(tmp_path: Path) -> None:
             assert_equal(ckpt.restore(new_state()), first)
             assert ckpt.steps_done == 0
     assert fp.steps(tmp_path) == [0]
-    assert fp.metadata(tmp_path / "0").custom_metadata["progress"]["epochs_done"] == 0
+    assert fp.metadata(tmp_path / "0").training["progress"]["epochs_done"] == 0
     with checkpointing(tmp_path, save_initial=True, every_n_train_steps=1) as ckpt:
         ckpt.restore(new_state())
         ckpt.step(new_state())

@@ -186,9 +186,9 @@ def test_epochs_are_saved_with_the_metrics_of_the_epoch(tmp_path: Path) -> None:
                 ckpt.step(new_state(), metrics={"loss": 9.0})
             ckpt.end_epoch(epoch, metrics={"accuracy": epoch})
     assert fp.steps(tmp_path) == [4, 8]
-    custom = fp.metadata(tmp_path / "8").custom_metadata
-    assert custom["metrics"] == {"loss": 9.0, "accuracy": 3.0}
-    assert custom["epoch"] == 3
+    found = fp.metadata(tmp_path / "8")
+    assert found.custom_metadata == {"metrics": {"loss": 9.0, "accuracy": 3.0}}
+    assert found.training["epoch"] == 3
 
 
 def test_streamed_layers_are_saved_once_and_before_the_step_is_done(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from orbax.checkpoint import v1 as ocp
 from stub_trainer import Loop, begun, fitted, new_state
 from test_callback import names_in
 
@@ -64,6 +66,41 @@ class BestOfTheNewest:
 )
 def test_policy_keeps(policy: Any, kept: set[int]) -> None:
     assert set(policy.keep(saved(dict(LOSSES)))) == kept
+
+
+theirs = ocp.training.preservation_policies
+
+
+def loss_of(metrics: dict[str, float]) -> float:
+    return metrics["loss"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "of_orbax"),
+    [
+        (LatestN(3), theirs.LatestN(3)),
+        (EveryNSteps(4), theirs.EveryNSteps(4)),
+        (EveryInterval(timedelta(minutes=3)), theirs.EveryNSeconds(180)),
+        (BestN(3, "loss", "min"), theirs.BestN(get_metric_fn=loss_of, reverse=True, n=3)),
+        (BestN(4, "loss", "max"), theirs.BestN(get_metric_fn=loss_of, n=4)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_policy_keeps_what_orbaxs_own_does(policy: Any, of_orbax: Any) -> None:
+    losses = [5, 2, 4, 3, 7, 10, 11, 3, 8, 3, None, 7]  # some are equal, one is not known
+    steps = saved({step: loss and float(loss) for step, loss in enumerate(losses)})
+    infos = [
+        SimpleNamespace(
+            step=one.step,
+            time=datetime.fromtimestamp(one.finalized_at or 0, tz=UTC),
+            metrics=dict(one.metrics) or None,
+        )
+        for one in steps
+    ]
+    are_kept = of_orbax.should_preserve(infos, context=None)
+    assert set(policy.keep(steps)) == {
+        one.step for one, is_kept in zip(steps, are_kept, strict=True) if is_kept
+    }
 
 
 @pytest.mark.parametrize(

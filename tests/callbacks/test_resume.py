@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,7 +247,18 @@ def test_an_epoch_that_ended_with_its_checkpoint_is_done(tmp_path: Path) -> None
     with checkpointing(tmp_path) as ckpt:
         ckpt.restore(weights(0))
         assert (ckpt.steps_done, ckpt.epochs_done, ckpt.step_in_epoch) == (4, 2, 0)
-        assert fp.metadata(tmp_path / "4").custom_metadata["epoch"] == 1
+        assert fp.metadata(tmp_path / "4").training["epoch"] == 1
+
+
+def test_the_progress_that_earlier_versions_stored_among_custom_metadata_is_read(
+    tmp_path: Path,
+) -> None:
+    progress = {"epochs_done": 2, "steps_of_epoch": 3}
+    fp.save(tmp_path / "9", weights(9), custom_metadata={"step": 9, "progress": progress})
+    fp.finalize(tmp_path / "9")
+    with checkpointing(tmp_path) as ckpt:
+        ckpt.restore(weights(0))
+        assert (ckpt.steps_done, ckpt.epochs_done, ckpt.step_in_epoch) == (9, 2, 3)
 
 
 def test_of_what_others_wrote_only_the_step_is_known(tmp_path: Path) -> None:
@@ -267,6 +280,25 @@ def test_a_call_that_raised_may_be_repeated_and_is_counted_once(tmp_path: Path) 
         with pytest.raises(fp.UnsupportedLeafError):
             ckpt.step({"w": object()})
         assert ckpt.steps_done == 2
+
+
+@pytest.mark.parametrize("monitor", [None, "val_loss"], ids=["at-once", "waits-for-its-score"])
+def test_a_step_that_could_not_be_saved_is_saved_when_it_is_repeated(
+    tmp_path: Path, monitor: str | None
+) -> None:
+    in_the_way = tmp_path / "run" / "2.partial_save"
+    with checkpointing(tmp_path / "run", **EVERY_STEP, monitor=monitor) as ckpt:
+        ckpt.step(weights(1))
+        assert ckpt.save_now().is_dir()
+        in_the_way.touch()
+        for _ in range(2):
+            with pytest.raises(fp.CheckpointExistsError, match="is in the way"):
+                ckpt.step(weights(2))
+            assert ckpt.save_now() == tmp_path / "run" / "1"  # the newest that is finished
+        in_the_way.unlink()
+        ckpt.step(weights(2))
+        assert ckpt.save_now().is_dir()
+    assert fp.steps(tmp_path / "run") == [1, 2]
 
 
 def test_a_second_block_goes_on_counting(tmp_path: Path) -> None:
@@ -339,12 +371,21 @@ def test_what_was_probably_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptu
         ("lm", f"It is a run: its newest checkpoint is {tmp_path}/lm/2, its steps are 1, 2."),
         ("mt", f"checkpoint is {tmp_path}/mt/7, its steps are ..., 3, 4, 5, 6, 7."),
         ("lm/3", f"{tmp_path}/lm holds steps 1, 2."),
+        ("lmm", f"There is {tmp_path}/lm."),
         ("lm/2/state/x", f"lies in the checkpoint {tmp_path}/lm/2."),
         ("", "It holds runs: lm (steps 1, 2), mt (steps ..., 3, 4, 5, 6, 7)."),
     ):
         with pytest.raises(fp.NoSessionError) as told:
             fp.load(tmp_path / path)
         assert said in str(told.value)
+    for call, error, said in (
+        (fp.status, fp.NoSessionError, "lm is a run's directory"),
+        (fp.abort, fp.NoSessionError, "lm is a run's directory"),
+        (fp.remove, fp.NoSessionError, f"It is a run: its newest checkpoint is {tmp_path}/lm/2"),
+        (partial(fp.save, state={"w": 1}), fp.CheckpointExistsError, f"as {tmp_path}/lm/STEP."),
+    ):
+        with pytest.raises(error, match=re.escape(said)):
+            call(tmp_path / "lm")
     caplog.set_level(logging.INFO, logger="flax_partial")
     assert PartialCheckpointCallback(tmp_path).restore() is None
     assert "It holds runs: lm (steps 1, 2)" in caplog.text

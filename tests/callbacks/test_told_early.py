@@ -98,6 +98,7 @@ MONITORS: dict[str, tuple[str, list[str], str | None]] = {
     "another separator": ("val/loss", ["val_loss"], "val_loss"),
     "none": ("evalacc", ["eval_acc", "loss"], "eval_acc"),
     "capitals": ("Loss", ["loss"], "loss"),
+    "short for it": ("val_acc", ["val_accuracy"], "val_accuracy"),
     "comes after a validation": ("val_loss", ["loss"], None),
     "comes with the epoch": ("train_loss_epoch", ["train_loss_step", "train_loss"], None),
     "there is none yet": ("loss", [], None),

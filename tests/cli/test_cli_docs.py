@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DOCUMENT = ROOT / "docs" / "cli.md"
 # Maps of names of the user's own.
-_FREE = {"custom_metadata", "metrics", "sharding", "bad", "widened", "blocked_secs"}
+_FREE = {"custom_metadata", "training", "metrics", "sharding", "bad", "widened", "blocked_secs"}
 
 
 def plain(text: str, home: Path) -> list[str]:

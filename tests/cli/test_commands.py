@@ -129,6 +129,11 @@ def test_names_and_metadata_cannot_act_on_a_terminal(tmp_path: Path, shell: Shel
 
 def test_ls_of_an_empty_directory_is_fine(tmp_path: Path, shell: Shell) -> None:
     assert shell.run("ls", tmp_path) == f"no checkpoints in {tmp_path}\n"
+    write(tmp_path / "run" / "3", {"a": 1})
+    runs = "It holds runs: run (steps 3)."
+    assert shell.run("ls", tmp_path) == f"no checkpoints in {tmp_path}. {runs}\n"
+    shell.run("latest", tmp_path, status=PROBLEM)
+    assert shell.error.endswith(f"step. {runs}\n")
     assert shell.json("ls", tmp_path, "--monitor", "loss")["checkpoints"] == []
 
 
@@ -418,14 +423,26 @@ def test_session_key_of_the_user_means_nothing(session: Any, tmp_path: Path, she
     assert shell.json("show", tmp_path / "c")["custom_metadata"] == {"session": session}
 
 
-def test_what_the_callback_keeps_is_not_shown_as_custom_metadata(
-    tmp_path: Path, shell: Shell
+@pytest.mark.parametrize(
+    ("field", "label"),
+    [
+        pytest.param("training", "training", id="now"),
+        pytest.param("custom_metadata", "custom metadata", id="up to version 0.1"),
+    ],
+)
+def test_what_callbacks_keep_to_recover_is_not_shown(
+    field: str, label: str, tmp_path: Path, shell: Shell
 ) -> None:
     saved = completeness.saved(callback="params", group="g")
-    path = begin(tmp_path / "c", {"a": np.ones(2)}, step=3, session=saved)
+    path = tmp_path / "c"
+    fp.save(path, {"a": np.ones(2)}, **{field: {"step": 3, "session": saved}})
+    shell.run("finalize", path, status=PROBLEM)
+    assert "(step 3)" in shell.error
     for command in ("status", "show"):
-        assert shell.json(command, path)["custom_metadata"] == {"step": 3}
-        assert 'custom metadata: {"step": 3}\n' in shell.run(command, path)
+        assert shell.json(command, path)[field] == {"step": 3}
+        assert f'{label}: {{"step": 3}}\n' in shell.run(command, path)
+    (found,) = shell.json("ls", tmp_path)["checkpoints"]
+    assert found["step"] == 3
     shell.run("finalize", path, "--anyway")
     shell.run("export", path, tmp_path / "file")
     assert b"params" not in (tmp_path / "file").read_bytes()

@@ -38,6 +38,26 @@ def test_help_has_a_line_for_each_argument_and_examples_that_are_calls(
         assert isinstance(new_parser().parse_args(arguments), argparse.Namespace)
 
 
+@pytest.mark.parametrize(
+    ("line", "program", "said"),
+    [
+        ("ls run --jsn", "flax-partial ls", "there is no option --jsn; there is --json"),
+        ("--jsn ls run", "flax-partial ls", "there is no option --jsn; there is --json"),
+        ("show run --deth=2", "flax-partial show", "there is no option --deth; there is --depth"),
+        ("ls run --quietly", "flax-partial ls", "there is no option --quietly\n"),
+        ("ls run another", "flax-partial ls", "another is one argument too many"),
+        ("--jsn", "flax-partial", "there is no option --jsn; there is --json"),
+    ],
+)
+def test_what_a_command_does_not_have_is_named_with_what_is_most_like_it(
+    line: str, program: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == WRONG_USE
+    assert f"{program}: error: {said}" in capsys.readouterr().err
+
+
 COMPLETE = """
 source "$1"; shift
 read -ra spec <<< "$(complete -p flax-partial)"

@@ -293,7 +293,7 @@ def test_each_process_saves_what_it_holds_of_each_row_of_a_stacked_leaf(
         cells = [f"params.pipeline.{repeat}.3" for repeat in range(worker.REPEATS)]
         assert groups[3] == ("params.layers.6", "params.layers.7", *cells)
     assert fp.verify(path).ok
-    (said,) = fp.metadata(path).custom_metadata["session"]["expected"].values()
+    (said,) = fp.metadata(path).training["session"]["expected"].values()
     assert sorted(said) == ["0", "1", "2", "3"]  # also who has nothing to save says that it is done
     two.call("load_stacked", path, "rows over all", (2, 2))
     values = worker.stacked_values()

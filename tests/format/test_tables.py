@@ -79,6 +79,7 @@ parts = st.builds(
     leaves=st.lists(leaves(), min_size=1, max_size=3).map(tuple),
     bytes=st.integers(0, 2**60),
     durable=st.booleans(),
+    training=st.dictionaries(_texts, st.integers(), max_size=2),
 )
 
 

@@ -84,7 +84,7 @@ PIECES: dict[str, tuple[list[Part], Any]] = {
         [part(0, held_open("a", kind=LIST)), part(1, text("y", "a", "k"))],
         {"a": {"k": "y"}},
     ),
-    "filled by nobody": ([part(0, held_open("a"), text("x", "b"))], {"a": {}, "b": "x"}),
+    "never filled": ([part(0, held_open("a"), text("x", "b"))], {"a": {}, "b": "x"}),
     "held open twice": ([part(0, held_open("a")), part(1, held_open("a"))], {"a": {}}),
     "the root": ([part(0, held_open()), part(1, text("x", "a"))], {"a": "x"}),
 }

@@ -182,15 +182,19 @@ def no_links(patch: pytest.MonkeyPatch) -> None:
 
 
 def o_direct_refused_late(patch: pytest.MonkeyPatch) -> None:
-    """A file is opened with O_DIRECT, and cannot be written so."""
-    real = os.writev
+    """A file is opened with O_DIRECT, and cannot be written so; a server keeps that flag."""
+    real, real_fcntl = os.writev, fcntl.fcntl
 
     def refusing(descriptor: int, views: Any) -> int:
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return real(descriptor, views)
 
+    def keeping(descriptor: int, command: int, argument: int = 0) -> int:
+        return 0 if command == fcntl.F_SETFL else real_fcntl(descriptor, command, argument)
+
     patch.setattr(os, "writev", refusing)
+    patch.setattr(fcntl, "fcntl", keeping)
 
 
 def no_flock(patch: pytest.MonkeyPatch, code: int = errno.ENOSYS) -> None:

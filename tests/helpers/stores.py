@@ -12,7 +12,10 @@ from typing import Any
 from flax_partial.sessions import registry
 from flax_partial.storage.object_store import ObjectStore
 
-METHODS = ("get", "get_into", "put", "put_new", "list", "children", "size", "delete")
+METHODS = (
+    *("get", "get_into", "put", "put_new", "require_conditions"),
+    *("list", "children", "size", "delete"),
+)
 Request = Callable[[], Any]
 
 

@@ -106,6 +106,19 @@ def test_partial_target_reads_only_what_it_names(tmp_path: Path) -> None:
         fp.load(tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    "unwanted", [{"opt_state": None}, {"params": {"w": None}}], ids=["subtree", "leaf"]
+)
+def test_partial_target_has_none_where_it_wants_nothing(tmp_path: Path, unwanted: Any) -> None:
+    saved = {"params": {"w": np.ones(2)}, "opt_state": {"mu": np.ones(2)}, "ema": None}
+    fp.save(tmp_path / "c", saved)
+    fp.finalize(tmp_path / "c")
+    target = saved | unwanted
+    with pytest.raises(fp.TargetMismatchError):
+        fp.load(tmp_path / "c", target)
+    trees.assert_same(fp.load(tmp_path / "c", target, partial=True), target)
+
+
 def test_partial_target_cannot_name_what_is_not_there(path: Path) -> None:
     with pytest.raises(fp.TargetMismatchError, match="'absent'"):
         fp.load(path, {"absent": 0}, partial=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -214,6 +215,45 @@ BREAKS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
         fp.UnsupportedLeafError,
     ),
 }
+
+
+ODD = (None, [], {}, "x", 3, -1, True, [None], {"a": None}, 2**70)
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("_CHECKPOINT_METADATA", ""),
+        ("_CHECKPOINT_METADATA", "item_handlers"),
+        ("_CHECKPOINT_METADATA", "init_timestamp_nsecs"),
+        ("tree/_METADATA", ""),
+        ("tree/_METADATA", "tree_metadata"),
+        ("key/jax_random_key/_METADATA", "tree_metadata"),
+        ("key/jax_random_key_metadata/metadata", ""),
+        ("array/_METADATA", "tree_metadata"),
+        ("array/_sharding", ""),
+        ("array/array_metadatas/process_0", "array_metadatas"),
+        ("plain/a/.zarray", ""),
+        ("plain/a/.zarray", "shape"),
+        ("plain/a/.zarray", "dtype"),
+        ("plain/a/.zarray", "compressor"),
+    ],
+)
+def test_json_of_any_shape_is_an_error_of_ours_or_makes_no_difference(
+    file: str, key: str, tmp_path: Path
+) -> None:
+    names = ("tree", "array", "key", "json")
+    step = saved(tmp_path, **{name: ITEMS[name][0] for name in names})
+    with v0.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
+        checkpointer.save(step / "plain", {"a": np.arange(3.0)})
+    table = json.loads((step / file).read_text())
+    assert not key or key in table
+    for odd in ODD:
+        (step / file).write_text(json.dumps({**table, key: odd} if key else odd))
+        for read in (fp.load, fp.metadata, fp.verify):
+            with contextlib.suppress(fp.PartialCheckpointError):
+                read(step)
+        assert fp.steps(tmp_path) in ([3], [])
 
 
 def edit(item: Path, file: str, old: str, new: str) -> None:

@@ -122,6 +122,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "feature of tomorrow": {"requires": ["tomorrow"]},
     "features as text": {"requires": "tomorrow"},
     "metadata as a list": {"custom_metadata": [1]},
+    "training as a list": {"training": [1]},
     "shardings that are none": {"shardings": ["x", 3]},
     "shardings as a dict": {"shardings": {"0": 1}},
     "one long sharding of a thousand leaves": {"shardings": [{"a": "x" * (1 << 17)}]},

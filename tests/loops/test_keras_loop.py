@@ -239,6 +239,39 @@ def test_the_best_is_known_by_the_name_of_the_metric(
         KerasCheckpoint(tmp_path, monitor="val_speed")
 
 
+@pytest.mark.parametrize(
+    ("monitor", "is_told"),
+    [("val_speed", True), ("val_los", True), ("val_loss", False), ("learning_rate", False)],
+)
+def test_monitor_that_no_validation_sets_is_told_after_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monitor: str, *, is_told: bool
+) -> None:
+    told = []
+
+    class Listen(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+            told.append("After the first step the monitor" in caplog.text)
+
+    fit(new_model(), KerasCheckpoint(tmp_path, monitor=monitor, mode="min"), Listen(), epochs=1)
+    assert told[0] == is_told
+
+
+def test_of_steps_of_ones_own_no_metrics_are_expected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(keras.Sequential):  # type: ignore[misc]
+        def test_step(self, *arguments: Any) -> Any:
+            logs, state = super().test_step(*arguments)
+            return logs | {"recall": logs["loss"]}, state
+
+    model = Own([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mse")
+    checkpoints = KerasCheckpoint(tmp_path, monitor="val_recall")
+    fit(model, checkpoints, epochs=1)
+    assert "the monitor" not in caplog.text
+    assert checkpoints.callback.best_model_score is not None
+
+
 WITH_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "PrecisionAtRecall": (0.5,),
     "RecallAtPrecision": (0.5,),

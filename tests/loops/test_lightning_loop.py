@@ -143,9 +143,9 @@ def test_it_is_a_callback_of_lightnings(tmp_path: Path) -> None:
     trainer = fit(tmp_path, Lit(), callback)
     assert callback in trainer.callbacks
     assert trainer.global_step == BATCHES * EPOCHS
-    custom = fp.metadata(fp.latest(tmp_path / "run") or "").custom_metadata
-    assert custom["epoch"] == EPOCHS - 1
-    assert set(custom["metrics"]) == {"loss", "val_loss"}
+    found = fp.metadata(fp.latest(tmp_path / "run") or "")
+    assert found.training["epoch"] == EPOCHS - 1
+    assert set(found.custom_metadata["metrics"]) == {"loss", "val_loss"}
     assert_equal(saved(tmp_path / "run"), uninterrupted())
 
 
@@ -464,6 +464,17 @@ def test_checkpoint_has_the_score_of_its_own_step_wherever_validation_comes(
     expected = {step: VAL_LOSSES.get(step) for step in range(1, 11)}
     assert scores(tmp_path / "run") == pytest.approx(expected, nan_ok=True)
     assert ours.best_model_path == str(tmp_path / "run" / "4")
+
+
+@pytest.mark.parametrize(
+    ("monitor", "is_told"), [("val_accuracy", True), ("train_accuracy", False), ("val_loss", False)]
+)
+def test_monitor_that_the_sanity_check_has_not_set_is_told_after_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monitor: str, *, is_told: bool
+) -> None:
+    ours = LightningCheckpoint(tmp_path / "run", monitor=monitor, every_n_epochs=2)
+    fit(tmp_path, Validated(), ours, num_sanity_val_steps=1, max_steps=1)
+    assert ("After the first step the monitor" in caplog.text) == is_told
 
 
 @pytest.mark.parametrize("logs_late", [False, True], ids=["validation", "on_train_epoch_end"])

@@ -74,6 +74,11 @@ def test_every_nth_step_and_the_last_are_saved(tmp_path: Path) -> None:
     assert_equal(state, train(None))
 
 
+def test_monitor_that_tunix_does_not_report_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'val_loss': .* are 'eval_loss' and 'loss'"):
+        TunixCheckpoint(tmp_path, monitor="val_loss")
+
+
 @pytest.mark.parametrize(("rounds", "stop_at"), [(None, 1), (None, 5), (2, 5), (2, 12)])
 def test_stopped_and_trained_again_ends_bit_identical(
     tmp_path: Path, rounds: int | None, stop_at: int

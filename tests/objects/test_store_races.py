@@ -24,6 +24,11 @@ def test_what_racing_processes_are_told_holds(seed: int) -> None:
     store_races.check(url, calls)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_what_they_are_told_holds_where_requests_are_slow_and_processes_die(seed: int) -> None:
+    store_races.one_trial(seed, memory() + "?p={me}", delay_secs=0.005, kill_share=0.03)
+
+
 def finalize_while_a_save_is_written(url: str) -> str:
     """Lets a finalize list the parts just before a save puts its table; what the save was told."""
     another_process()

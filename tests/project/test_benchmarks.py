@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 harness: Any = importlib.import_module("benchmarks.harness")
 report: Any = importlib.import_module("benchmarks.report")
 pages: Any = importlib.import_module("benchmarks.pages")
+runs: Any = importlib.import_module("benchmarks.__main__")
 
 OURS = harness.Figure("ours")
 PEER = harness.Figure("peer")
@@ -115,6 +117,37 @@ def test_contenders_take_turns_in_rotated_order_and_use_what_was_prepared(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_what_there_is_no_time_for_is_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each scenario has its share of what is left; a turn has to fit by what its last one took."""
+    now, said = [0.0], StringIO()
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(harness, "time", clock)
+    monkeypatch.setattr(runs, "time", clock)
+    monkeypatch.setattr(runs.plots, "draw", lambda *_: [])
+
+    def build(name: str, secs: float, *, small: bool) -> Any:  # noqa: ARG001
+        def run(path: Path) -> dict[str, float]:
+            path.mkdir()
+            now[0] += secs
+            return {"total": secs}
+
+        return harness.Scenario(name, "", (harness.Contender(f"of {name}", run),), ())
+
+    results = runs.run_all(
+        [partial(build, name, secs) for name, secs in (("one", 4), ("two", 13), ("three", 1))],
+        SimpleNamespace(small=True, rounds=3, directory=tmp_path / "s", json=tmp_path / "json"),
+        Console(file=said, width=200),
+        {},
+        shares=[2, 1, 1],
+        ends_at=20,
+    )
+    assert [len(one["contenders"][f"of {one['name']}"]["rounds"]) for one in results] == [2, 1]
+    assert "Turns for which there was no time: of one: 1." in said.getvalue()
+    assert "Left out, for there was no time: three." in said.getvalue()
+
+
 PAGES = ("README.md", "docs/index.md", "docs/performance.md")
 CONTENDERS = {  # of each scenario that the pages name: how long it takes, in s
     "many_small": {"flax_partial": 0.1, "Orbax v1.partial": 2.0},
@@ -132,6 +165,8 @@ CONTENDERS = {  # of each scenario that the pages name: how long it takes, in s
         "plain read, large arrays": 0.3,
     },
     "train_loop": {"flax_partial": 0.04, "Orbax v1, async": 0.8, "no checkpoints": 0.01},
+    "reuse": {"flax_partial": 0.4, "flax_partial, reuse": 0.2},
+    "compression": {"plain, float32": 0.3, "blosc, float32": 0.5},
     "memory": {"flax_partial": 9e7, "Orbax v1.partial": 1e8, "Orbax v1, one whole save": 3e9},
 }
 
@@ -175,6 +210,8 @@ def test_all_figures_of_the_pages_are_made_from_one_run(tmp_path: Path) -> None:
     assert "**5 &times;**" in texts["docs/index.md"]
     assert "| 2 s + 2 s | 100 ms + 100 ms |" in texts["README.md"]
     assert "| `stream` | flax_partial: total, in s" not in texts["README.md"]
+    assert "| flax_partial, reuse | 1 | 200 ms | 200 ms |" in texts["docs/performance.md"]
+    assert "| blosc, float32 | 1 | 500 ms | 500 ms |" in texts["docs/performance.md"]
     again = pages.write([run_of(*CONTENDERS, commit="c0ffee")], root)
     assert (again, texts_of(root)) == (written, texts)
 
@@ -218,10 +255,19 @@ def test_a_block_that_is_not_there_once_is_an_error(copies: int) -> None:
 def test_what_accelerators_are_measured_by_runs_on_cpu_devices(tmp_path: Path) -> None:
     """All of it, with a fraction of the work: each contender measured, each target printed."""
     (tmp_path / "benchmarks").symlink_to(Path(__file__).parents[2] / "benchmarks")
-    options = ("--allow-cpu", "--small", "--rounds", "1", "--directory", "scratch")
+    options = ("--allow-cpu", "--small", "--rounds", "1", "--minutes", "99")
     (tmp_path / "scratch").mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *options, "--json", "gpu.json"],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            *options,
+            "--directory",
+            "scratch",
+            "--json",
+            "gpu.json",
+        ],
         cwd=tmp_path,
         env={
             **os.environ,

@@ -100,6 +100,18 @@ def test_code_is_as_wide_as_the_site_has_room_for(page: Path) -> None:
     assert [line for line in lines if len(line) > CODE_WIDTH] == []
 
 
+LOOP = re.compile(r"\bckpt\.step\(|\.fit\(|checkpoints\(step|trainer\.train\(|on_train_batch_end\(")
+WAYS = (r"restore\(|[Gg]o(es|ing)? on\b", r"\bbest\b", r"\b[Gg]o(es|ing)? back\b")
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
+def test_page_with_a_loop_says_how_it_goes_on_and_back_and_evaluates_the_best(page: Path) -> None:
+    text = page.read_text()
+    if any(LOOP.search(block.code) for block in blocks_of(text)):
+        words = " ".join(text.split())
+        assert [way for way in WAYS if not re.search(way, words)] == []
+
+
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
 def test_figures_say_of_which_version_they_are(page: Path) -> None:
     text = page.read_text()

@@ -30,12 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trees
+from no_memory import no_memory
 from things import MOST_SECS, until
 
 import flax_partial as fp
 from flax_partial.saving import device_copies, device_room, job, snapshot
 from flax_partial.sessions import workers
-from flax_partial.storage import session_dir
+from flax_partial.storage import direct_io, session_dir
+
+__all__ = ["no_memory"]  # a fixture
 
 MIB = 1 << 20
 ON_DEVICE = fp.SaveOptions(durable=False, max_device_bytes=64 * MIB)
@@ -213,44 +216,6 @@ def test_out_of_memory_on_the_device_falls_back(
     assert_nothing_held()
 
 
-class NotMade:
-    """Stands in for what a device returns that finds out late that it has no memory for it."""
-
-    def __init__(self, like: jax.ShapeDtypeStruct, place: jax.Array, told: threading.Event) -> None:
-        self.told = told
-        self.shape, self.dtype, self.sharding = like.shape, like.dtype, place.sharding
-        self.nbytes = like.size * like.dtype.itemsize
-
-    def is_ready(self) -> bool:
-        return True
-
-    def block_until_ready(self) -> None:
-        assert self.told.wait(MOST_SECS)
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-
-    def __array__(self, *_: object, **__: object) -> np.ndarray:
-        self.block_until_ready()
-        raise AssertionError
-
-
-@pytest.fixture
-def no_memory(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Copies are dispatched, and fail as they are waited for, once this is set."""
-    told = threading.Event()
-
-    def get(batch: Any) -> Any:
-        program = device_copies._pack if batch.packs else device_copies._copy  # noqa: SLF001
-
-        def make(arrays: list[jax.Array]) -> list[NotMade]:
-            return [NotMade(like, arrays[0], told) for like in jax.eval_shape(program, arrays)]
-
-        return make
-
-    monkeypatch.setattr(device_copies._programs, "get", get)  # noqa: SLF001
-    monkeypatch.setattr(job, "_room", device_room.DeviceRoom())
-    return told
-
-
 def test_out_of_memory_that_is_reported_late_falls_back_to_arrays_that_live(
     tmp_path: Path, no_memory: threading.Event
 ) -> None:
@@ -272,7 +237,7 @@ def test_out_of_memory_that_is_reported_after_the_donation_fails_that_save_alone
     failing = fp.save_async(tmp_path / "c", {"w": w}, options=ON_DEVICE)
     w.delete()
     no_memory.set()
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+    with pytest.raises(fp.DeviceMemoryError, match="had no memory for a copy of 400000 bytes"):
         failing.result(MOST_SECS)
     saved = {"v": jnp.arange(100_000.0)}
     value = saved["v"]
@@ -282,6 +247,89 @@ def test_out_of_memory_that_is_reported_after_the_donation_fails_that_save_alone
     assert again.result(MOST_SECS).device_bytes == 0
     fp.finalize(tmp_path / "c")
     assert (fp.load(tmp_path / "c")["v"] == np.arange(100_000.0)).all()
+    assert_nothing_held()
+
+
+class Arriving:
+    """Stands in for memory on the host to which a transfer is on its way, until it is let through.
+
+    Where it fails, what was on the device is read.
+    """
+
+    def __init__(self, array: jax.Array, arrives: threading.Event, *, fails: bool = False) -> None:
+        self.array, self.arrives, self.fails = array, arrives, fails
+        self.shape, self.dtype, self.nbytes = array.shape, array.dtype, array.nbytes
+
+    def is_ready(self) -> bool:
+        return self.arrives.is_set()
+
+    def block_until_ready(self) -> None:
+        assert self.arrives.wait(MOST_SECS)
+        if self.fails:
+            raise jax.errors.JaxRuntimeError("INTERNAL: no luck")
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        self.block_until_ready()
+        return np.asarray(self.array)
+
+
+@pytest.fixture
+def appended(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The first number of each leaf that is written into a data file."""
+    found: list[float] = []
+    append = direct_io.NewFile.append
+
+    def note(self: Any, data: np.ndarray) -> int:
+        found.append(float(data.view(np.float32)[0]))
+        return append(self, data)
+
+    monkeypatch.setattr(direct_io.NewFile, "append", note)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("limit", "fails"),
+    [
+        pytest.param(64 * MIB, False, id="copied"),
+        pytest.param(64 * MIB, True, id="copied, and one transfer fails"),
+        pytest.param(0, False, id="directly"),
+    ],
+)
+def test_what_has_arrived_is_written_while_the_rest_is_on_its_way(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    appended: list[float],
+    limit: int,
+    *,
+    fails: bool,
+) -> None:
+    state = {name: jnp.full(100_000, float(number)) for number, name in enumerate("abc")}
+    compiled(tmp_path / "warm", state)
+    appended.clear()
+    arrives = [threading.Event() for _ in state]
+    arrives[0].set()
+    transfer = snapshot._transferred  # noqa: SLF001
+
+    def transferred(sources: list[Any]) -> list[Any]:
+        arrays = transfer(sources)
+        return [
+            Arriving(array, event, fails=fails and event is arrives[-1])
+            for array, event in zip(arrays, arrives, strict=False)
+        ]
+
+    monkeypatch.setattr(snapshot, "_transferred", transferred)
+    monkeypatch.setattr(snapshot, "_taken_on_host", lambda _: False)
+    options = fp.SaveOptions(durable=False, checksum=False, max_device_bytes=limit)
+    handle = fp.save_async(tmp_path / "c", state, options=options)
+    for number, event in enumerate(arrives):
+        event.set()
+        until(lambda: len(appended) > number)  # noqa: B023 - called at once
+        assert appended == [0.0, 1.0, 2.0][: number + 1]
+    report = handle.result(MOST_SECS)
+    times = report.times
+    assert times.ready_at <= times.copied_at <= times.written_at
+    fp.finalize(tmp_path / "c")
+    trees.assert_whole(tmp_path / "c", state)
     assert_nothing_held()
 
 
@@ -332,7 +380,7 @@ def most(room: device_room.DeviceRoom, device: Memory, *, owner: str = "trial") 
     low, high = 0, 2000
     while low < high:
         middle = (low + high + 1) // 2
-        if room.take(owner, device, middle, limit=None):
+        if room.take([(owner, middle)], device, limit=None):
             room.give_back(owner, device, middle)
             low = middle
         else:
@@ -379,7 +427,7 @@ def test_copies_that_raise_the_peak_themselves_take_no_room_away(
     device = Memory()
     device.peak = 700
     train(room, device, 2)
-    assert room.take("a", device, 500, limit=None)
+    assert room.take([("a", 500)], device, limit=None)
     device.peak = 1200  # training and the copy at once
     assert most(room, device, owner="a") == 300
     room.release("a")
@@ -399,11 +447,11 @@ def test_a_step_that_needs_more_than_any_before_takes_the_room(
 
 def test_room_is_each_devices_own(room: device_room.DeviceRoom) -> None:
     first, second = Memory(), Memory()
-    assert room.take("a", first, 10, limit=10)
-    assert not room.take("b", first, 1, limit=10)
-    assert room.take("b", second, 10, limit=10)
+    assert room.take([("a", 10)], first, limit=10)
+    assert not room.take([("b", 1)], first, limit=10)
+    assert room.take([("b", 10)], second, limit=10)
     room.give_back("a", first, 4)
-    assert room.take("b", first, 4, limit=10)
+    assert room.take([("b", 4)], first, limit=10)
     room.release("b")
     assert (room.held(first), room.held(second)) == (6, 0)
     room.give_back("b", first, 4)  # after its release

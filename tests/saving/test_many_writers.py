@@ -16,6 +16,7 @@ from things import MOST_SECS, QUICK, stored
 
 import flax_partial as fp
 from flax_partial.saving import write
+from flax_partial.saving.describe import describe
 from flax_partial.sessions import workers
 from flax_partial.storage import local_place, medium
 
@@ -122,7 +123,8 @@ def test_leaves_are_cut_in_their_order_by_their_bytes(
     monkeypatch: pytest.MonkeyPatch, sizes: list[int], most: int, groups: list[list[int]]
 ) -> None:
     monkeypatch.setattr(write, "_LEAST_FILE_BYTES", 1)
-    boxes: Any = [(None, [np.zeros(size, np.uint8)]) for size in sizes]
+    arrays = [np.zeros(size, np.uint8) for size in sizes]
+    boxes: Any = [(leaf, []) for leaf in describe(arrays, chunk_bytes=64, compression=None).leaves]
     assert write._cut(range(len(sizes)), boxes, most) == groups  # noqa: SLF001
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from things import files_of_at_most
 
 from flax_partial.storage import direct_io
 from flax_partial.storage.direct_io import NewFile
@@ -101,13 +101,8 @@ def test_short_writes_are_continued(
 
 def test_error_of_writing_is_raised_and_closes_the_file(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write(tmp_path / "data", [(0, 1 << 20), (0, 1 << 20)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_of_at_most(1 << 20), pytest.raises(OSError, match="File too large"):
+        write(tmp_path / "data", [(0, 1 << 20), (0, 1 << 20)])
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 

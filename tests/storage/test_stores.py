@@ -143,6 +143,35 @@ def test_urls_that_name_nothing_are_refused(url: str) -> None:
         fp.StorePath(url)
 
 
+@pytest.mark.parametrize(
+    ("url", "name", "appended"),
+    [
+        ("s3://b/run?region=eu-north-1", "region", "5"),
+        ("s3://b/run?region=eu-north-1", "region", "best"),
+        ("s3://b/run?region=x&endpoint=http://127.0.0.1:9000", "endpoint", "5"),
+        ("s3://b/run?endpoint=http://127.0.0.1:9000", "endpoint", "0005.partial_save"),
+        ("gs://b/run?service_account=/home/me/key.json", "service_account", "5"),
+    ],
+)
+def test_what_is_appended_to_parameters_is_refused(url: str, name: str, appended: str) -> None:
+    for call in (fp.load, fp.steps, lambda url: fp.save(url, {"a": 1})):
+        with pytest.raises(ValueError, match=rf"belongs to '{name}'.*StorePath\(url\) / '") as told:
+            call(f"{url}/{appended}")
+        assert repr(f"/{appended}") in str(told.value)
+    assert str(fp.StorePath(url) / appended).endswith(f"{appended}?{url.partition('?')[2]}")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("endpoint=https://gateway/s3", "service_account=/home/me/key.json"),
+        *("session_token=a/b", "endpoint=http://127.0.0.1:9000&region=a"),
+    ],
+)
+def test_parameters_that_hold_slashes_are_taken(query: str) -> None:
+    assert parse(f"s3://b/run?{query}").query == query
+
+
 def test_a_path_works_like_a_path() -> None:
     name = uuid.uuid4().hex
     path = fp.StorePath(f"memory://{name}/run?x=y") / "12"

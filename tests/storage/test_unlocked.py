@@ -15,9 +15,10 @@ import stress
 from things import QUICK, X
 
 import flax_partial as fp
-from flax_partial.storage import directory_store, locks, medium, object_place, places
+from flax_partial.storage import directory_store, files, locks, medium, object_place, places
 from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.medium import Mount
+from flax_partial.storage.object_place import Listed, Verdict
 from flax_partial.storage.place import OpenSession
 from flax_partial.storage.unlocked_place import UnlockedPlace
 
@@ -123,19 +124,20 @@ def test_what_is_left_of_a_finalize_is_completed_and_of_an_abort_not(tmp_path: P
 
 
 @pytest.mark.usefixtures("unlocked")
-def test_save_that_meets_a_fence_waits_for_the_verdict(
+def test_save_that_has_waited_for_a_verdict_has_the_finalize_list_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.05)
     fp.save(tmp_path / "1", {"a": X}, options=QUICK)
     place = places.resolve(tmp_path / "1")
     with place.locked_exclusively(lambda: None):
-        with pytest.raises(fp.StoreError, match="a finalize has begun and does not end"):
-            fp.save(tmp_path / "1", {"late": X}, options=QUICK)
-        assert len(place.read_parts().committed) == 1  # it was withdrawn
-        place.decide(place.read_parts().committed, committed_ns=7)
+        before = place.read_parts().committed
+        fp.save(tmp_path / "1", {"late": X}, options=QUICK)
+        assert place.decide(before, committed_ns=7) is None
+        assert place.decide(place.read_parts().committed, committed_ns=7) == 7
     fp.finalize(tmp_path / "1")
-    assert sorted(fp.load(tmp_path / "1")) == ["a"]
+    assert sorted(fp.load(tmp_path / "1")) == ["a", "late"]
+    assert fp.verify(tmp_path / "1").ok
 
 
 @pytest.mark.usefixtures("unlocked")
@@ -202,6 +204,30 @@ def test_session_that_is_begun_late_hides_none_in_a_newer_directory(
 
 
 @pytest.mark.usefixtures("unlocked")
+def test_abort_beside_which_a_session_begins_has_dropped_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp.save(tmp_path / "1", {"a": X}, options=QUICK)
+    put = UnlockedPlace._put_verdict  # noqa: SLF001
+    is_open = UnlockedPlace._is_open  # noqa: SLF001
+
+    def begin_and_look(place: UnlockedPlace, session: Listed) -> bool:
+        UnlockedPlace(place.final, place.session).enter(None)
+        return is_open(place, session._replace(control=place._control_names()))  # noqa: SLF001
+
+    def put_verdict(place: UnlockedPlace, verdict: Verdict) -> Verdict:
+        with monkeypatch.context() as patch:
+            patch.setattr(UnlockedPlace, "_is_open", begin_and_look)
+            return put(place, verdict)
+
+    monkeypatch.setattr(UnlockedPlace, "_put_verdict", put_verdict)
+    fp.abort(tmp_path / "1")
+    control = tmp_path / "1.partial_save" / "state" / "session"
+    assert len(list(control.glob("*.open"))) == 2
+    assert fp.status(tmp_path / "1").leaves == ()
+
+
+@pytest.mark.usefixtures("unlocked")
 def test_reader_is_told_that_what_it_reads_was_removed(tmp_path: Path) -> None:
     fp.save(tmp_path / "1", {"a": X}, options=QUICK)
     fp.finalize(tmp_path / "1")
@@ -214,6 +240,72 @@ def test_reader_is_told_that_what_it_reads_was_removed(tmp_path: Path) -> None:
 
     with pytest.raises(fp.NoSessionError, match="was removed while it was read"):
         read()
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_verify_beside_a_removal_reports_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp.save(tmp_path / "1", {"a": X}, options=QUICK)
+    fp.finalize(tmp_path / "1")
+    other_systems.no_flock(monkeypatch)
+    read = UnlockedPlace.read_own_parts
+
+    def remove_and_read(place: UnlockedPlace) -> object:
+        fp.remove(tmp_path / "1")
+        return read(place)
+
+    monkeypatch.setattr(UnlockedPlace, "read_own_parts", remove_and_read)
+    with pytest.raises(fp.NoSessionError, match="was removed while it was read"):
+        fp.verify(tmp_path / "1")
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_removals_beside_each_other_remove_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is told that there is none, even if it is removed, or another, at the last moment."""
+    other_systems.no_flock(monkeypatch)
+    rename = files.rename_away
+
+    def remove(*, then_save: bool) -> None:
+        monkeypatch.setattr(files, "rename_away", rename)
+        fp.remove(tmp_path / "1")
+        if then_save:
+            fp.save(tmp_path / "1", {"b": X}, options=QUICK)
+            fp.finalize(tmp_path / "1")
+
+    for then_save in (False, True):
+        fp.save(tmp_path / "1", {"a": X}, options=QUICK)
+        fp.finalize(tmp_path / "1")
+
+        def late(directory: Path, *, then_save: bool = then_save) -> Path:
+            remove(then_save=then_save)
+            return rename(directory)
+
+        monkeypatch.setattr(files, "rename_away", late)
+        with pytest.raises(fp.NoSessionError, match="There is no checkpoint"):
+            fp.remove(tmp_path / "1")
+        assert [one.name for one in tmp_path.iterdir()] == ["1"] * then_save
+    assert sorted(fp.load(tmp_path / "1")) == ["b"]
+
+
+def test_tree_that_others_change_meanwhile_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as by a save into a session's directory that was finalized and is being removed."""
+    tree = tmp_path / "1" / "state"
+    tree.mkdir(parents=True)
+    remove, late = os.rmdir, ["late"]
+
+    def make_and_remove(path: object, **how: int) -> None:
+        if late:
+            (tree / late.pop()).mkdir()
+        remove(path, **how)
+
+    monkeypatch.setattr(os, "rmdir", make_and_remove)
+    files.remove_tree(tmp_path / "1")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_all_at_once_is_as_if_one_after_the_other(

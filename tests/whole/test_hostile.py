@@ -87,7 +87,7 @@ _hostile = st.recursive(
 
 
 def stored_names(tree: Any, *keys: str) -> Iterator[str]:
-    """What each leaf is called in the database: keys that give the same are at odds."""
+    """What each leaf is called in the database: keys that give the same name conflict."""
     if not isinstance(tree, dict):
         name = ".".join(keys)
         yield "" if name in {"", "/"} else name if name.endswith("/") else name + "/"
@@ -352,7 +352,7 @@ def test_other_file_system_through_a_link(tmp_path: Path) -> None:
         works(Path(directory) / "d")
 
 
-def as_somebody_else(path: Path) -> list[str]:
+def as_another_user(path: Path) -> list[str]:
     """What saving, finalizing and reading come to for a user who may not write here."""
     calls: list[Callable[[], Any]] = [
         lambda: fp.save(path / "new", {"a": X}),
@@ -376,7 +376,7 @@ def _outcome(call: Any) -> str:
     return "ok"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_user_without_permission_is_told_so_and_changes_nothing(apart: Isolated) -> None:
     """What may not be read is not called damaged."""
     with tempfile.TemporaryDirectory() as name:
@@ -388,7 +388,7 @@ def test_user_without_permission_is_told_so_and_changes_nothing(apart: Isolated)
         (part / "data").chmod(0)
         fp.save(directory / "session", {"a": X})
         with unchanged(directory):
-            outcomes = apart.value(as_somebody_else, directory)
+            outcomes = apart.value(as_another_user, directory)
         assert outcomes == ["PermissionError"] * 4 + ["ok"]
         fp.finalize(directory / "session")
 

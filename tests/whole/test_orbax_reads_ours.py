@@ -136,7 +136,7 @@ def test_orbax_reads_into_a_target(reader: Any, case: tuple[Path, Any]) -> None:
     path, state = case
     target = side.map_leaves(side.abstract, state)
     if reader is side.read_v0_standard and side.has_strings(target):
-        pytest.skip("StandardCheckpointer takes no target with strings, whoever saved them")
+        pytest.skip("StandardCheckpointer takes no target with strings")
     side.assert_same(reader(path, target), side.map_leaves(side.as_orbax, state))
 
 
@@ -380,7 +380,7 @@ def test_metrics_of_an_attempt_to_finalize_are_made_anew(tmp_path: Path) -> None
     assert list(fp.verify(tmp_path / "c").bad) == ["metrics/metrics"]
 
 
-def test_directory_of_metrics_that_is_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+def test_directory_of_metrics_that_something_else_made_is_left_alone(tmp_path: Path) -> None:
     fp.save(tmp_path / "c", {"a": 1}, options=QUICK)
     (tmp_path / "c.partial_save" / "metrics").mkdir()
     (tmp_path / "c.partial_save" / "metrics" / "mine").write_text("precious")

@@ -4,7 +4,6 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import GOOD, Output
 from flax_partial.cli.safetensors import Layout
 from flax_partial.errors import UnsupportedLeafError, first_few
-from flax_partial.format.model import Leaf
+from flax_partial.format.model import Contents, Leaf
 from flax_partial.loading.checkpoint import Checkpoint
 from flax_partial.storage import directories, system
 from flax_partial.storage.store_path import AnyPath
@@ -44,8 +43,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     with places.open_finalized(path) as checkpoint:
         leaves = selection.chosen(checkpoint.contents.leaves, options.only, options.skip)
         arrays = safetensors.ordered(leaves)
-        metadata = places.users_metadata(checkpoint.contents.custom_metadata)
-        layout = _lay_out(arrays, leaves, metadata)
+        layout = _lay_out(arrays, leaves, checkpoint.contents)
         with directories.new_file(target) as descriptor, out.bar("Exporting") as progress:
             _write(descriptor, layout.header, 0)
             _write_tensors(descriptor, layout, arrays, checkpoint, progress)
@@ -79,9 +77,7 @@ def _target(path: str) -> AnyPath:
     return target
 
 
-def _lay_out(
-    arrays: Sequence[Leaf], leaves: Sequence[Leaf], custom_metadata: dict[str, Any]
-) -> Layout:
+def _lay_out(arrays: Sequence[Leaf], leaves: Sequence[Leaf], contents: Contents) -> Layout:
     """Lays the file out.
 
     Raises:
@@ -93,8 +89,9 @@ def _lay_out(
             "safetensors cannot hold these leaves; leave them out with --skip:\n  "
             + "\n  ".join(first_few(problems, most=_MOST_NAMED, count=len(problems)))
         )
+    metadata, training = places.shown(contents.custom_metadata), places.shown(contents.training)
     try:
-        return safetensors.lay_out(arrays, safetensors.metadata_of(leaves, custom_metadata))
+        return safetensors.lay_out(arrays, safetensors.metadata_of(leaves, metadata, training))
     except ValueError as error:
         raise UnsupportedLeafError(f"Too much for one safetensors file: {error}.") from error
 

@@ -5,6 +5,7 @@ import argparse
 import flax_partial as fp
 from flax_partial.cli import listing, places, text
 from flax_partial.cli.output import GOOD, Output, picked
+from flax_partial.runs import completeness
 
 EXAMPLES = (
     "finalize runs/lm/400",
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     if not options.anyway:
         places.require_ended(session.where)
     if session.lacking and not options.anyway:
-        step = session.status.custom_metadata.get("step")
+        step = completeness.recorded(session.status).get("step")
         raise fp.IncompleteCheckpointError(
             f"{session.where.session} (step {step}) is not complete: {session.lacking}. A trainer "
             "could not resume from it. Abort it, or finalize what is there with --anyway."

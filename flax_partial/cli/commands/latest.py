@@ -24,7 +24,8 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     directory = listing.directory(options.dir)
     name = listing.newest(directory)
     if name is None:
-        raise fp.IncompleteCheckpointError(f"{directory} has no finalized checkpoint of a step")
+        said = f"{directory} has no finalized checkpoint of a step"
+        raise fp.IncompleteCheckpointError(said + listing.runs_in(directory))
     path = str(directory.absolute() / name)
     out.json(path=path)
     out.line(path)

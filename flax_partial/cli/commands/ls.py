@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     latest, best = listing.latest(entries), listing.best(entries, options.monitor, options.mode)
     out.json(directory=directory.absolute(), latest=latest, best=best, checkpoints=entries)
     if not entries:
-        out.line(f"no checkpoints in {directory}")
+        out.line(f"no checkpoints in {directory}{listing.runs_in(directory)}")
     marked = {"latest": latest, "best": best}
     out.table(_COLUMNS, [_row(entry, time.time(), marked) for entry in entries])
     for entry in entries:

@@ -133,12 +133,12 @@ def _states(session: Session) -> Iterator[Session]:
 def _lines(session: Session, now: float) -> list[tuple[str, str]]:
     """What stands above the table, each line with its style."""
     status, plan = session.status, session.plan
-    metadata = text.custom_metadata(places.users_metadata(status.custom_metadata))
+    metadata = text.metadata(places.shown(status.custom_metadata), places.shown(status.training))
     lacking = [session.lacking] if session.lacking else []
     lacking += first_few(plan.missing, most=_MOST_LISTED, count=len(plan.missing))
     conflicts = first_few(plan.conflicts, most=_MOST_LISTED, count=len(plan.conflicts))
     found = [(str(session.where.session), STRONG), (_summary(status, now), WAITING)]
-    found += [(f"custom metadata: {metadata}", "")] if metadata else []
+    found += [(line, "") for line in metadata]
     found += [(f"not complete: {leaf}", WAITING) for leaf in lacking]
     found += [(f"conflict: {conflict}", BAD) for conflict in conflicts]
     found += [(f"damaged: {part}", BAD) for part in status.damaged]
@@ -183,7 +183,8 @@ def _as_json(session: Session) -> dict[str, Any]:
     ]
     return {
         **picked(status, "path", "bytes", "processes", "torn", "damaged"),
-        "custom_metadata": places.users_metadata(status.custom_metadata),
+        "custom_metadata": places.shown(status.custom_metadata),
+        "training": places.shown(status.training),
         "state": places.UNFINISHED,
         "leaves": len(status.leaves),
         "lacking": [*lacking, *session.plan.missing],

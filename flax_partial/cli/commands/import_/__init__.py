@@ -37,12 +37,14 @@ class _Source(NamedTuple):
       leaves: Its leaves.
       read: Returns the data of each region of some, or why it cannot be read.
       custom_metadata: Those of the checkpoint to be made.
+      training: What it is to record of training.
     """
 
     format: str
     leaves: Sequence[Leaf]
     read: Callable[[Sequence[Region]], list[np.ndarray | Exception]]
     custom_metadata: dict[str, Any]
+    training: dict[str, Any]
 
 
 EXAMPLES = (
@@ -75,7 +77,10 @@ def run(options: argparse.Namespace, out: Output) -> bool:
         leaves = selection.chosen(source.leaves, options.only, options.skip)
         if not leaves:
             raise WrongUseError(f"{options.sources[0]} holds nothing")
-        checked = check_metadata(source.custom_metadata)
+        checked = {
+            name: check_metadata(getattr(source, name), name)
+            for name in ("custom_metadata", "training")
+        }
         with _removed_on_failure(where), out.bar("Importing") as progress:
             _copy(source, leaves, where, checked, progress)
             done = fp.finalize(where.final)
@@ -115,7 +120,8 @@ def _opened(paths: Sequence[str], out: Output) -> Iterator[_Source]:
     directories = [source for source in sources if source.is_dir()]
     if not directories:
         with contextlib.closing(SafetensorsFiles(sources)) as files:
-            yield _Source(_SAFETENSORS, files.leaves, files.read, files.custom_metadata)
+            metadata = files.custom_metadata, files.training
+            yield _Source(_SAFETENSORS, files.leaves, files.read, *metadata)
         return
     if len(sources) > 1:
         raise WrongUseError(f"{directories[0]} is a directory: only files can be several")
@@ -125,9 +131,8 @@ def _opened(paths: Sequence[str], out: Output) -> Iterator[_Source]:
             raise WrongUseError(f"{path} is a checkpoint of flax_partial already: copy it by cp -r")
         contents = checkpoint.contents
         step = listing.step_in_name(places.given(path).name)
-        named = {} if step is None else {"step": step}
-        metadata = named | contents.custom_metadata
-        yield _Source(places.ORBAX, contents.leaves, checkpoint.read, metadata)
+        metadata = contents.custom_metadata, {} if step is None else {"step": step}
+        yield _Source(places.ORBAX, contents.leaves, checkpoint.read, *metadata)
 
 
 @contextmanager
@@ -145,7 +150,7 @@ def _copy(
     source: _Source,
     leaves: Sequence[Leaf],
     where: Place,
-    metadata: dict[str, Any],
+    metadata: Mapping[str, dict[str, Any]],
     progress: Callable[[int, int], None],
 ) -> None:
     """Reads and saves batch by batch, each as a part.
@@ -155,15 +160,15 @@ def _copy(
     """
     targets = {leaf.name: _target_leaf(leaf) for leaf in leaves}
     rest = [leaf for leaf in leaves if not leaf.is_array]
-    if rest or metadata:
-        _save(where, rest, [() for _ in rest], metadata)
+    if rest or any(metadata.values()):
+        _save(where, rest, [() for _ in rest], **metadata)
     for batch in pieces.in_batches(leaves, progress):
         by_leaf = _by_leaf(batch, source.read(batch))
         parts = [
             targets[name].with_boxes(tuple(Box(start, data.shape) for start, data in found))
             for name, found in by_leaf.items()
         ]
-        _save(where, parts, [[data for _, data in found] for found in by_leaf.values()], {})
+        _save(where, parts, [[data for _, data in found] for found in by_leaf.values()])
 
 
 def _by_leaf(
@@ -196,7 +201,9 @@ def _save(
     where: Place,
     leaves: list[Leaf],
     sources: Sequence[Sequence[np.ndarray]],
-    metadata: dict[str, Any],
+    *,
+    custom_metadata: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
 ) -> None:
     """Saves boxes of leaves as a part: what `fp.save` does, whose arrays are whole ones of JAX's.
 
@@ -206,7 +213,8 @@ def _save(
     job = SaveJob(
         where,
         Described(KnownTree(), leaves, [*sources], sizes),
-        custom_metadata=metadata,
+        custom_metadata=custom_metadata or {},
+        training=training or {},
         options=fp.SaveOptions(),
         reuse=None,
         started=time.perf_counter(),

@@ -22,6 +22,7 @@ class SafetensorsFiles:
     Attributes:
       leaves: Of all files.
       custom_metadata: Of all files; the first one counts where they differ.
+      training: Likewise, what they record of training.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -34,6 +35,7 @@ class SafetensorsFiles:
         """
         self.leaves: list[Leaf] = []
         self.custom_metadata: dict[str, Any] = {}
+        self.training: dict[str, Any] = {}
         self._places: dict[str, tuple[BinaryIO, int]] = {}
         with contextlib.ExitStack() as opened:
             for path in paths:
@@ -60,6 +62,7 @@ class SafetensorsFiles:
             raise KeyConflictError(f"{path}: {twice[0]!r} is in another file, too.")
         self.leaves += stored.leaves
         self.custom_metadata = stored.custom_metadata | self.custom_metadata
+        self.training = stored.training | self.training
         self._places |= {name: (file, at) for name, at in stored.offsets.items()}
 
     def _read(self, leaf: Leaf, start: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:

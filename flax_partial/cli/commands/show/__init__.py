@@ -48,10 +48,11 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     contents, described, state = places.read_contents(path)
     leaves = selection.chosen(contents.leaves, options.only, options.skip)
     is_finalized = state == places.FINALIZED
-    users_own = places.users_metadata(contents.custom_metadata)
+    users_own, training = places.shown(contents.custom_metadata), places.shown(contents.training)
     out.json(
         **picked(described, "path", "started_at", "parts", "bytes"),
         custom_metadata=users_own,
+        training=training,
         state=state,
         format=places.written_by(described) if is_finalized else places.OURS,
         written_at=described.committed_at,
@@ -60,9 +61,8 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     )
     out.line(str(where.final if is_finalized else where.session), STRONG)
     out.line(_summary(described, state))
-    metadata = text.custom_metadata(users_own)
-    if metadata:
-        out.line(f"custom metadata: {metadata}")
+    for line in text.metadata(users_own, training):
+        out.line(line)
     out.line("")
     out.table(_COLUMNS, [*_rows(leaves, described, options.depth)])
     for name, why in described.left_out.items():

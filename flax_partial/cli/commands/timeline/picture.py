@@ -34,7 +34,7 @@ _COLOURS = {
     layout.QUEUES: "#e5e5e5",
     layout.COPIES: "#4292c6",
     layout.WRITES: "#41ab5d",
-    layout.COMMITS: "#00572a",
+    layout.COMMITS: "#1a7a3c",
 }
 _ROW_INCHES, _WIDTH_INCHES, _MOST_INCHES = 0.19, 11.0, 60.0
 _MOST_LABELLED = 400
@@ -100,7 +100,7 @@ class _Drawing:
         axes.tick_params(axis="y", length=0)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
-        axes.grid(axis="x", color="#eeeeee", zorder=0)
+        axes.grid(axis="x", color="#80808022", zorder=0)
         axes.set_axisbelow(True)
         unit = "ms" if self._unit > 1 else "s"
         axes.set_xlabel(f"{unit} since step {self._chart.step} began")
@@ -111,7 +111,7 @@ class _Drawing:
             self._ticks.append((self._y + len(lane.saves) / 2, lane.title))
             for save in lane.saves:
                 self._draw_save(save)
-            self._axes.axhline(self._y + 0.25, color="#cccccc", lw=0.6)
+            self._axes.axhline(self._y + 0.25, color="#80808066", lw=0.6)
             self._y += 0.5
         self._draw_end(track)
 
@@ -121,7 +121,7 @@ class _Drawing:
             if step.number == self._chart.step:
                 colour = _OWN_STEP_COLOUR
             left, width = self._bar((step.began_at, step.ended_at), 1.3, colour)
-            self._text(left + width / 2, f"{step.number}", 0.65, ha="center")
+            self._text(left + width / 2, f"{step.number}", 0.65, ha="center", color="black")
         for hold in track.holds:
             left, width = self._bar((hold.began_at, hold.ended_at), 0.6, _HELD_COLOUR, shift=0.7)
             if width > _NAMED_SHARE * self._right:
