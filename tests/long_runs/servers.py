@@ -3,7 +3,7 @@
     python tests/long_runs servers --endpoint http://127.0.0.1:9104 --key key --secret secret
     python tests/long_runs servers --endpoint ... --secs 0 --kills 200 --tiers 0 --faults ''
 
-The bucket is made if there is none. Four things are tried, each where its option is not 0, or empty:
+The bucket is made if there is none. Of these four, each is tried whose option is not 0, or empty:
 
 - for `--secs`, `--processes` save, finalize, abort, remove and load one checkpoint at once, and
   another one after that: what each was told holds;
