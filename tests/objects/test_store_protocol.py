@@ -301,6 +301,21 @@ def test_one_of_those_who_wait_for_a_removal_that_died_takes_it_over(
 
 
 @pytest.mark.usefixtures("impatient")
+def test_one_that_slept_before_it_took_a_removal_over_deletes_nothing_new() -> None:
+    url = memory()
+    fp.save(url, {"old": 1})
+    fp.finalize(url)
+    with requests_through(Death(4, after=True)), pytest.raises(Killed):
+        fp.remove(url)
+    another_process()
+    with stopped_at("put_new", ".removed.1", lambda: fp.save(f"{url}?p=2", {"other": DATA})):
+        fp.save(f"{url}?p=1", {"new": DATA})
+    fp.finalize(url)
+    assert set(fp.load(url)) == {"new", "other"}
+    assert not [key for key in keys(url) if ".removed" in key]
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("killed_at", ["contents", "nothing"])
 def test_one_that_slept_before_it_published_what_is_removed_does_not(killed_at: str) -> None:
     url = memory()
