@@ -136,7 +136,7 @@ def test_one_that_slept_before_its_verdict_begins_anew(
 
 @pytest.mark.usefixtures("impatient")
 def test_save_ends_one_round_of_a_finalize_and_then_no_other() -> None:
-    """Whoever decides later lists its part."""
+    """A process that decides later lists its part."""
     url = memory()
     fp.save(url, {"a": 1})
     fenced, ended, fenced_anew, saved = (threading.Event() for _ in range(4))
