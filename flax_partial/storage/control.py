@@ -83,11 +83,17 @@ def verdict_name(session: str, number: int) -> str:
 
 def newest_opening(names: Collection[str]) -> str:
     """Name of the object that opened the newest session; empty where there is none."""
-    return max(
-        (name for name in names if _OPENING.fullmatch(name) and counts(name, names)),
-        key=lambda name: (_number(name), name),
-        default="",
-    )
+    return newest([name for name in names if is_opening(name) and counts(name, names)])
+
+
+def newest(openings: Iterable[str]) -> str:
+    """That with the largest number; empty where there is none."""
+    return max(openings, key=lambda name: (_number(name), name), default="")
+
+
+def is_opening(name: str) -> bool:
+    """Whether it is the name of an object that opens a session."""
+    return _OPENING.fullmatch(name) is not None
 
 
 def counts(opening: str, names: Collection[str]) -> bool:

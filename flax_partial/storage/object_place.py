@@ -139,11 +139,14 @@ class ControlObjects:
 
     def _session_among(self, names: frozenset[str]) -> Listed | None:
         """Finds the newest session; None where what was listed is gone by now."""
-        opening = control.newest_opening(names)
+        opening = self._newest_opening(names)
         if not opening or control.removed_session(names):
             return Listed("", "", names)
         data = self.store.get(CONTROL + opening)
         return None if data is None else self._listed(opening, _id_in(data), names)
+
+    def _newest_opening(self, names: Collection[str]) -> str:
+        return control.newest_opening(names)
 
     def _listed(self, opening: str, session: str, names: frozenset[str]) -> Listed | None:
         """Adds to a session that was listed how it ended; None where its verdict is gone by now."""
