@@ -734,8 +734,9 @@ class StorePlace(ControlObjects):
             if not self._finish_removal(session):
                 raise gone
         elif not session or not self._delete_all(session, 0):
-            if self.store.get(MARK) != mark:
-                raise gone  # another process has removed it just now
+            is_lost = not session or self._read_verdict(session, 0) is None
+            if not is_lost or self.store.get(MARK) != mark:
+                raise gone  # another process removes it, or has done so just now
             self.store.delete([MARK])  # another program's, or one that has lost its verdict
             self.store.delete([entry.key for entry in self.store.list()])
 
