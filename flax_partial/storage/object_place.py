@@ -9,12 +9,14 @@ process is ending the session, or it waits for the verdict and returns that. Fin
 `closing`, then lists the parts, checks them, puts the verdict if there is none, derives the root
 files from the verdict's parts alone, and puts `commit_success.txt`, if there is none, last. Any
 number may finalize at once: they write the same bytes. One that died after its verdict is completed
-by the next. Of one that died before it, or takes too long, a save that waits decides the round: its
-verdict is that this process ends nothing, who then has to put `closing`, and to list, anew.
+by the next. Where one dies before it, or takes too long, a save that waits puts the verdict of this
+round, that it ends nothing: the session goes on, and a process that ends it has to put `closing`,
+and to list the parts, anew.
 
-Readers lock nothing. Who removes a checkpoint puts `removed`, deletes `commit_success.txt`, then
-all else, and `removed` last, with the verdict. From its first step on nobody publishes it again; a
-save waits for its last one, or does what is left where that does not come.
+Readers lock nothing. A removal puts `removed`, deletes `commit_success.txt`, then all else, and
+last `removed` with the verdict: from its first step on the checkpoint is not published again. A
+save that finds `removed` waits until it is gone; where that takes too long, one process takes the
+removal over.
 """
 
 import time
@@ -305,7 +307,7 @@ class ControlObjects:
         """Returns once a part counts: the session is not being ended, or its verdict has the part.
 
         It has to be the last thing that a save does, after its table is there. Where the round has
-        ended without a verdict since then, whoever ends the session lists that table: it counts.
+        ended without a verdict since then, what ends the session later lists that table: it counts.
         """
         mark = mark_of(name)
         opening = self._known.opened[mark].opening
@@ -732,8 +734,9 @@ class StorePlace(ControlObjects):
             if not self._finish_removal(session):
                 raise gone
         elif not session or not self._delete_all(session, 0):
-            if self.store.get(MARK) != mark:
-                raise gone  # another process has removed it just now
+            is_lost = not session or self._read_verdict(session, 0) is None
+            if not is_lost or self.store.get(MARK) != mark:
+                raise gone  # another process removes it, or has done so just now
             self.store.delete([MARK])  # another program's, or one that has lost its verdict
             self.store.delete([entry.key for entry in self.store.list()])
 

@@ -177,7 +177,8 @@ def check(url: str, calls: list[Call]) -> None:
 def held_by(url: str) -> set[str]:
     """What is in the checkpoint, which has to be whole; nothing where there is none."""
     try:
-        assert fp.verify(url).ok
+        report = fp.verify(url)
+        assert report.ok, report.bad
         return set(fp.load(url))
     except fp.NoSessionError:
         return set()

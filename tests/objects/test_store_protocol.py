@@ -136,7 +136,7 @@ def test_one_that_slept_before_its_verdict_begins_anew(
 
 @pytest.mark.usefixtures("impatient")
 def test_save_ends_one_round_of_a_finalize_and_then_no_other() -> None:
-    """Whoever decides later lists its part."""
+    """A process that decides later lists its part."""
     url = memory()
     fp.save(url, {"a": 1})
     fenced, ended, fenced_anew, saved = (threading.Event() for _ in range(4))
@@ -298,6 +298,21 @@ def test_one_of_those_who_wait_for_a_removal_that_died_takes_it_over(
         other.join(MOST_SECS)
     fp.finalize(url)
     assert set(fp.load(url)) == {"new", "other"}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_one_that_slept_before_it_took_a_removal_over_deletes_nothing_new() -> None:
+    url = memory()
+    fp.save(url, {"old": 1})
+    fp.finalize(url)
+    with requests_through(Death(4, after=True)), pytest.raises(Killed):
+        fp.remove(url)
+    another_process()
+    with stopped_at("put_new", ".removed.1", lambda: fp.save(f"{url}?p=2", {"other": DATA})):
+        fp.save(f"{url}?p=1", {"new": DATA})
+    fp.finalize(url)
+    assert set(fp.load(url)) == {"new", "other"}
+    assert not [key for key in keys(url) if ".removed" in key]
 
 
 @pytest.mark.usefixtures("impatient")
