@@ -11,7 +11,7 @@
     ├── CorruptCheckpointError  (ValueError)         bytes on disk are not those that were written
     ├── TargetMismatchError     (ValueError)         the checkpoint does not fit the target
     ├── ForkedProcessError      (RuntimeError)       a forked child of a process that used JAX
-    ├── DeviceMemoryError       (MemoryError)        a device had no memory for a copy it made
+    ├── DeviceMemoryError       (MemoryError)        a device had no memory for a copy
     └── StoreError              (OSError)            a request to an object store failed for good
         └── StoreAccessError    (PermissionError)    it refused, or there are no credentials
 

@@ -53,7 +53,15 @@ _BOUNDS = frozenset(
     for name in (
         *("callback_flax", "plain_loop", "progress", "commands", "cli_terminal", "distributed"),
         *("chunks", "keypaths", "ocdbt", "orbax_format", "second_reader", "tables"),
-        *("load_target", "orbax_is_read", "background", "sharded", "direct_io", "roundtrip"),
+        *(
+            "load_target",
+            "many_small",
+            "orbax_is_read",
+            "background",
+            "sharded",
+            "direct_io",
+            "roundtrip",
+        ),
     )
 )
 _GONE = _BOUNDS - {path.stem for path in Path(__file__).parent.rglob("test_*.py")}
@@ -97,6 +105,15 @@ def apart() -> Iterator[Isolated]:
     process = Isolated()
     yield process
     process.end()
+
+
+@pytest.fixture(scope="module")
+def wide_types() -> Iterator[None]:
+    """Lets JAX have 64 bits, so that every dtype takes part."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)  # noqa: FBT003 - JAX's own signature
+    yield
+    jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture(autouse=True)

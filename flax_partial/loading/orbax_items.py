@@ -119,7 +119,7 @@ def find(path: Path, *, is_meant: bool) -> Items | None:
     Args:
       path: The checkpoint, or an item in it.
       is_meant: Whether it is named as one: then no mark is needed, such as handlers that
-        are called by themselves do not leave.
+        are called by themselves do not leave, nor an item that is read here.
 
     Returns:
       None where no checkpoint is, or one that is not finished, or one without any such item.
@@ -140,10 +140,13 @@ def find(path: Path, *, is_meant: bool) -> Items | None:
     names = [name for name in _directories(path) if name != deleted]
     if not (is_marked or _looks_like_step(path, names, is_meant=is_meant)):
         return None  # a directory of checkpoints, perhaps
-    return _of_step(path, names, table, handlers if isinstance(handlers, dict) else {})
+    by_item = handlers if isinstance(handlers, dict) else {}
+    items = _of_step(path, names, table, by_item)
+    is_foreign = is_meant and by_item and items.others
+    return items if items.found or is_foreign else None
 
 
-def _of_step(path: Path, names: Sequence[str], table: Table, handlers: Table) -> Items | None:
+def _of_step(path: Path, names: Sequence[str], table: Table, handlers: Table) -> Items:
     found: list[Item] = []
     others: dict[str, str] = {}
     metrics = None
@@ -159,7 +162,7 @@ def _of_step(path: Path, names: Sequence[str], table: Table, handlers: Table) ->
                 metrics = read_json(item.path)
             except CorruptCheckpointError as error:
                 others[name] = str(error)
-    return Items(table, tuple(found), others, metrics) if found else None
+    return Items(table, tuple(found), others, metrics)
 
 
 def is_of_msgpack(path: Path) -> bool:

@@ -118,6 +118,9 @@ def find(path: Path) -> OrbaxCheckpoint | None:
                 "restore it with Orbax, and save it anew."
             )
         return None
+    if not items.found:
+        named = "; ".join(f"{name!r}, {why}" for name, why in items.others.items())
+        raise UnsupportedLeafError(f"{path} has no item that is read here: {named}.")
     trees, broken, others = _read_items(items)
     is_alone = len(trees) + len(broken) == 1
     leaves: list[Leaf] = []

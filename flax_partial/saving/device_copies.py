@@ -164,7 +164,7 @@ def copy(
     Args:
       saves: What holds the room of each save, and its arrays, each on one device.
       room: Where room is taken for the copies.
-      limit: As `DeviceRoom.take` has it.
+      limit: As `DeviceRoom.most` has it.
 
     Returns:
       Of each save: position -> copy of each array that was copied; the memory of the copies, each
@@ -172,11 +172,14 @@ def copy(
       compiled yet, is left out; so is what the device takes no memory for after all.
     """
     done: list[tuple[dict[int, Copied], list[Copy]]] = [({}, []) for _ in saves]
+    most: dict[Device, int] = {}
     for batch in _batches([arrays for _, arrays in saves]):
+        if batch.device not in most:
+            most[batch.device] = room.most(batch.device, limit=limit)
         program = _programs.get(batch)
         bundles = [*batch.bundles.values()]
         sizes = [(saves[bundle.save][0], bundle.size) for bundle in bundles]
-        if program is None or not room.take(sizes, batch.device, limit=limit):
+        if program is None or not room.take(sizes, batch.device, most=most[batch.device]):
             continue
         arrays = [[saves[one.save][1][at] for at in one.positions] for one in bundles]
         try:

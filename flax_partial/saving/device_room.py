@@ -89,21 +89,30 @@ class DeviceRoom:
         known = self._devices.get(device)
         return known is not None and known.has_seen_steps
 
-    def take(
-        self, sizes: Sequence[tuple[Hashable, int]], device: Device, *, limit: int | None
-    ) -> bool:
+    def most(self, device: Device, *, limit: int | None) -> int:
+        """What all copies on a device may take, in bytes; asks it, which takes long.
+
+        Args:
+          device: The device.
+          limit: What they may take, if it is given; None for what training leaves.
+        """
+        if limit is not None:
+            return limit
+        with self._lock:
+            return _room_beside_training(device, self._devices.setdefault(device, _OnDevice()))
+
+    def take(self, sizes: Sequence[tuple[Hashable, int]], device: Device, *, most: int) -> bool:
         """Takes memory for copies, if there is room for all of them; returns whether.
 
         Args:
           sizes: What holds some of it until it is given back, and how much, in bytes.
           device: The device.
-          limit: What all copies on it may take, in bytes; None for what training leaves.
+          most: What all copies on it may take, in bytes.
         """
         size = sum(size for _, size in sizes)
         with self._lock:
             known = self._devices.setdefault(device, _OnDevice())
-            room = _room_beside_training(device, known) if limit is None else limit
-            if known.has_failed or known.total + size > room:
+            if known.has_failed or known.total + size > most:
                 return False
             for owner, part in sizes:
                 known.held[owner] = known.held.get(owner, 0) + part

@@ -68,7 +68,7 @@ class SaveJob:
         self._reuse = reuse
         self._held: sharing.Held = []  # open files that hold some of them
         self._reused_bytes = 0
-        self._started = started
+        self.started = started
         self._instants = {"called_at": started}  # those of `SaveTimes`, on the monotonic clock
         self._part = Part(
             process=agreement.index(),
@@ -129,8 +129,13 @@ class SaveJob:
         self._budget_secs = _budget.acquire(self, left, limit=limit)
         self._reach("admitted_at")
 
-    def end_call(self) -> None:
-        """Has copies leave the devices; from here on the caller may do what it likes."""
+    def end_call(self, blocked_secs: float) -> None:
+        """Has copies leave the devices; from here on the caller may do what it likes.
+
+        Args:
+          blocked_secs: For how long the save has held its caller.
+        """
+        self._blocked_secs = blocked_secs
         self._reach("taken_at")
         if self._copies:
             self.task.is_ready = False
@@ -140,8 +145,6 @@ class SaveJob:
             _budget.request(self, self._device_bytes, limit=limit, granted=submit)
         if not self.note_if_computed():
             _uncomputed.append(self)
-        ended = _last_call[0] = time.perf_counter()
-        self._blocked_secs = ended - self._started
 
     def _move(self) -> None:
         """Brings copies to the host; what has arrived is written while others are on the way."""
@@ -224,7 +227,7 @@ class SaveJob:
             leaves=len(self.leaves),
             bytes=self._part.bytes,
             reused_bytes=self._reused_bytes,
-            blocked_secs=self._blocked_secs or ended - self._started,
+            blocked_secs=self._blocked_secs or ended - self.started,
             budget_secs=self._budget_secs,
             write_secs=ended - began,
             committed_at=times.committed_at,
@@ -328,6 +331,7 @@ def hand_over(jobs: Sequence[SaveJob]) -> None:
     with TraceAnnotation("flax_partial.snapshot"):
         _copy_on_devices(jobs)
     is_bounded = jobs[0].options.max_inflight_bytes is not None
+    began = jobs[0].started
     for together in [[job] for job in jobs] if is_bounded else [jobs]:
         for job in together:
             job.enter_budget()
@@ -335,8 +339,10 @@ def hand_over(jobs: Sequence[SaveJob]) -> None:
             detached = iter(snapshot.detach(chain.from_iterable(job.sources for job in together)))
             for job in together:
                 job.sources = list(islice(detached, len(job.sources)))
+        ended = _last_call[0] = time.perf_counter()
         for job in together:
-            job.end_call()
+            job.end_call((ended - began) / len(together))
+        began = ended
         workers.saving.submit(*[job.task for job in together])
 
 

@@ -137,20 +137,20 @@ def save_each_async(
 ) -> list[SaveHandle]:
     """Like `save_async` of each of several states, in one call, which costs less than one for each.
 
-    Each becomes a part of its own, with a handle and a report of its own. What is ready at once is
-    copied on its devices, or transferred, at once.
+    Each becomes a part of its own, with a handle and a report of its own. Their arrays are copied
+    on a device, or transferred from it, all at once.
 
     Args:
       path: As for `save`.
       states: What to save; as for `save` each.
       custom_metadata: Of each of them, in the same order; None for none.
       training: Of each of them, likewise.
-      replace: As for `save`; among these states no leaf may be there twice.
+      replace: As for `save`.
       options: As for `save_async`.
       reuse: As for `save`.
 
     Returns:
-      A handle for each. The `blocked_secs` of their reports are those of this call.
+      A handle for each. The `blocked_secs` of their reports add up to the time of this call.
 
     Raises:
       ValueError: There are more or fewer `custom_metadata`, or `training`, than states.

@@ -10,7 +10,8 @@ They lie below `state/session/`. Each is put once:
     SESSION.withdrawn.PART       the save of that part has failed: it does not count
     SESSION.verdict[.ROUND]      the parts that the checkpoint is made of; or that it is dropped; or
                                  that no process ends it in that round: the next round begins
-    SESSION.removed              its finalized checkpoint is being removed
+    SESSION.removed[.TAKEN]      a process removes its finalized checkpoint; the last one does that
+                                 has taken over from one that died
 
 When a checkpoint is removed all of these go, and names like `0.open` are used again. What holds the
 name of a session in its own never is: a process that slept meanwhile finds by it that its session
@@ -82,11 +83,17 @@ def verdict_name(session: str, number: int) -> str:
 
 def newest_opening(names: Collection[str]) -> str:
     """Name of the object that opened the newest session; empty where there is none."""
-    return max(
-        (name for name in names if _OPENING.fullmatch(name) and counts(name, names)),
-        key=lambda name: (_number(name), name),
-        default="",
-    )
+    return newest([name for name in names if is_opening(name) and counts(name, names)])
+
+
+def newest(openings: Iterable[str]) -> str:
+    """That with the largest number; empty where there is none."""
+    return max(openings, key=lambda name: (_number(name), name), default="")
+
+
+def is_opening(name: str) -> bool:
+    """Whether it is the name of an object that opens a session."""
+    return _OPENING.fullmatch(name) is not None
 
 
 def counts(opening: str, names: Collection[str]) -> bool:
@@ -109,8 +116,19 @@ def removed_session(names: Collection[str]) -> str:
 
     Its first verdict is deleted last, with the object that says so.
     """
-    ended = (name.removesuffix(".removed") for name in names if name.endswith(".removed"))
+    ended = (name.partition(".removed")[0] for name in names if ".removed" in name)
     return next((session for session in ended if verdict_name(session, 0) in names), "")
+
+
+def removed_name(session: str, taken: int) -> str:
+    """Name of what a process puts that removes a checkpoint, after so many that have died."""
+    return f"{session}.removed.{taken}" if taken else f"{session}.removed"
+
+
+def times_taken(session: str, names: Collection[str]) -> int:
+    """How many processes have taken a removal over."""
+    prefix = f"{session}.removed."
+    return max((int(name.removeprefix(prefix)) for name in names if prefix in name), default=0)
 
 
 def read(data: bytes) -> dict[str, Any]:

@@ -17,7 +17,6 @@ all else, and `removed` last, with the verdict. From its first step on nobody pu
 save waits for its last one, or does what is left where that does not come.
 """
 
-import math
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -138,11 +137,14 @@ class ControlObjects:
 
     def _session_among(self, names: frozenset[str]) -> Listed | None:
         """Finds the newest session; None where what was listed is gone by now."""
-        opening = control.newest_opening(names)
+        opening = self._newest_opening(names)
         if not opening or control.removed_session(names):
             return Listed("", "", names)
         data = self.store.get(CONTROL + opening)
         return None if data is None else self._listed(opening, _id_in(data), names)
+
+    def _newest_opening(self, names: Collection[str]) -> str:
+        return control.newest_opening(names)
 
     def _listed(self, opening: str, session: str, names: frozenset[str]) -> Listed | None:
         """Adds to a session that was listed how it ended; None where its verdict is gone by now."""
@@ -576,43 +578,60 @@ class ControlObjects:
 
     # A checkpoint that is being removed.
 
-    def _finish_removal(self, session: str) -> bool:
-        """Waits until a checkpoint is removed; goes on with that if its process does not.
+    def _finish_removal(self, session: str, *, waits: bool = True) -> bool:
+        """Waits until a checkpoint is removed; takes that over from a process that does not end it.
 
         Returns:
           Whether this process has done it.
         """
         pause = 0.01
-        while (left := self._left_to_remove(session)) > 0:
-            time.sleep(min(pause, left))
+        while True:
+            names = self._control_names()
+            if control.removed_session(names) != session:
+                return False
+            taken = control.times_taken(session, names)
+            left = self._left_to_remove(control.removed_name(session, taken))
+            if left <= 0 and self._begin_removal(session, taken + 1):
+                return self._delete_all(session, taken + 1)
+            if not waits:
+                return False
+            time.sleep(min(pause, max(left, 0.0)))
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECS)
-        return left > -math.inf and self._delete_all(session)
 
-    def _left_to_remove(self, session: str) -> float:
-        """For how many seconds it is another process's to remove a checkpoint; -inf if it has."""
-        data = self.store.get(f"{CONTROL}{session}.removed")
-        if data is None:
-            return -math.inf
-        at: float = control.read(data).get("at", 0.0)
+    def _begin_removal(self, session: str, taken: int) -> bool:
+        """Puts that this process removes a checkpoint; returns whether no other one does."""
+        told = control.write({"at": time.time(), "by": uuid.uuid4().hex})
+        return self.store.put_new(CONTROL + control.removed_name(session, taken), told)
+
+    def _left_to_remove(self, name: str) -> float:
+        """For how many seconds it is that process's to remove a checkpoint which has put this."""
+        data = self.store.get(CONTROL + name)
+        at: float = control.read(data or b"{}").get("at", 0.0)
         return min(at - time.time(), 0.0) + _REMOVAL_SECS
 
-    def _delete_all(self, session: str) -> bool:
-        """Deletes a checkpoint of which it has been put that it is being removed.
+    def _delete_all(self, session: str, taken: int) -> bool:
+        """Deletes a checkpoint of which this process has put that it removes it.
 
         First the mark: from then on no reader takes what is left for a checkpoint. Last what tells
         others that it is being removed: until then no session begins.
 
         Returns:
-          False where another process has removed it by now.
+          False where another process has removed it, or taken that over, by now.
         """
         listed_at = time.monotonic()
-        keys = [entry.key for entry in self.store.list()]
-        last = [CONTROL + control.verdict_name(session, 0), f"{CONTROL}{session}.removed"]
-        if not set(last) <= set(keys):
+        entries = self.store.list()
+        names = control.names_of(entries)
+        if control.verdict_name(session, 0) not in names:
+            self.store.delete([CONTROL + control.removed_name(session, taken)])
             return False
-        for doomed in ([MARK], [key for key in keys if key not in last], last):
+        if control.times_taken(session, names) != taken:
+            return False
+        last = [CONTROL + control.verdict_name(session, 0)]
+        last += [f"{CONTROL}{name}" for name in names if name.startswith(f"{session}.removed")]
+        rest = [entry.key for entry in entries if entry.key not in last]
+        for doomed in ([MARK], rest, last):
             if time.monotonic() - listed_at > _REMOVAL_SECS:  # it was stopped: look anew
-                return self._delete_all(session)
+                return self._delete_all(session, taken)
             self.store.delete(doomed)
         return True
 
@@ -709,14 +728,11 @@ class StorePlace(ControlObjects):
             self.finish_removal()
             raise gone
         session = _session_of(mark)
-        removed = f"{CONTROL}{session}.removed"
-        told = control.write({"at": time.time(), "by": uuid.uuid4().hex})
-        if session and not self.store.put_new(removed, told):
+        if session and not self._begin_removal(session, 0):
             if not self._finish_removal(session):
                 raise gone
-        elif not session or not self._delete_all(session):
+        elif not session or not self._delete_all(session, 0):
             if self.store.get(MARK) != mark:
-                self.store.delete([removed])
                 raise gone  # another process has removed it just now
             self.store.delete([MARK])  # another program's, or one that has lost its verdict
             self.store.delete([entry.key for entry in self.store.list()])
@@ -724,8 +740,8 @@ class StorePlace(ControlObjects):
     def finish_removal(self) -> None:
         """Deletes what a removal has left that began some time ago, and was killed."""
         session = control.removed_session(self._control_names())
-        if session and self._left_to_remove(session) <= 0:
-            self._delete_all(session)
+        if session:
+            self._finish_removal(session, waits=False)
 
 
 def mark_of(name: str) -> str:

@@ -66,15 +66,23 @@ class UnlockedPlace(ControlObjects, LocalPlace):
     def _is_published(self) -> bool:
         return os.path.lexists(self.final)
 
-    def _is_open(self, session: Listed) -> bool:
-        """Whether a session is there, as the newest or not: after one that is dropped others begin.
+    def _newest_opening(self, names: Collection[str]) -> str:
+        """Finds it whatever is left of the session before, whose files go when it was dropped."""
+        return control.newest(filter(control.is_opening, names))
 
-        Another directory numbers its sessions from 0, too.
+    def _is_open(self, session: Listed) -> bool:
+        """Whether a session is there: as the newest, or as one that has ended before that.
+
+        One that neither holds for was begun late, by a process that slept: nothing shows it. And
+        another directory numbers its sessions from 0, too.
         """
         if session.opening not in session.control:
             return False
         data = self.store.get(control.CONTROL + session.opening)
-        return data is not None and control.read(data).get("id") == session.id
+        if data is None or control.read(data).get("id") != session.id:
+            return False
+        is_newest = session.opening == self._newest_opening(session.control)
+        return is_newest or self._decided(session.id, session.control)[1] is not None
 
     def _read_control(self, name: str) -> bytes | None:
         """Reads a control file, which a rename may have taken along."""

@@ -141,7 +141,7 @@ def test_restore_of_a_step_and_of_parameters_only(tmp_path: Path) -> None:
     only, _ = restored(callback, {"params": new_state(0)["params"]}, which=2, partial=True)
     assert list(only) == ["params"]
     np.testing.assert_array_equal(only["params"]["head"]["b"], [2, 2])
-    with pytest.raises(fp.NoSessionError, match=r"no checkpoint of step 5: \[2, 4, 6\]"):
+    with pytest.raises(fp.NoSessionError, match=r"no checkpoint of step 5 in .*are 2, 4, 6\."):
         callback.restore(which=5)
     with pytest.raises(ValueError, match="which=True"):
         callback.restore(which=True)

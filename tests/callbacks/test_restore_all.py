@@ -196,3 +196,7 @@ def test_mismatch_names_the_checkpoint_and_close_names(tmp_path: Path) -> None:
     assert first.startswith(f"{tmp_path / '1'} does not fit the target (1 leaf; keep_missing=True")
     assert lacking == "  'params.hiden' is not in the checkpoint"
     assert meant == "  The checkpoint has 'params.hidden' for 'params.hiden'."
+    fp.save(tmp_path / "2", {f"layer_{i}": 1 for i in range(9)})
+    fp.finalize(tmp_path / "2")
+    with pytest.raises(fp.TargetMismatchError, match="'layer_2' for 'layr_2', and 6 more"):
+        fp.load(tmp_path / "2", {f"layr_{i}": 1 for i in range(9)})

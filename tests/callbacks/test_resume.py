@@ -386,6 +386,10 @@ def test_what_was_probably_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptu
     ):
         with pytest.raises(error, match=re.escape(said)):
             call(tmp_path / "lm")
+    fp.save(tmp_path / "x", {"w": 1})
+    with pytest.raises(fp.KeyConflictError) as refused:
+        fp.save(tmp_path / "x", {"w": 1})
+    assert refused.value.__notes__ == [f"This is about {tmp_path / 'x.partial_save'}."]
     caplog.set_level(logging.INFO, logger="flax_partial")
     assert PartialCheckpointCallback(tmp_path).restore() is None
     assert "It holds runs: lm (steps 1, 2)" in caplog.text

@@ -14,7 +14,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +31,7 @@ from sharing import (  # noqa: F401 - and these
     save_shared,
     train_shared,
 )
-from things import assert_sharded, bytes_read, targets, trainer
+from things import assert_sharded, counted, one_step, targets, trainer
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, checkpointing
@@ -105,7 +105,7 @@ def load_stage(path: Path, numbers: Sequence[int]) -> int:
         "params": {"blocks": {str(number): block for number in numbers}},
         "opt_state": {"count": jax.ShapeDtypeStruct((), jnp.int32)},
     }
-    state, bytes_read = _counted(lambda: fp.load(path, target, partial=True))
+    state, bytes_read = counted(lambda: fp.load(path, target, partial=True))
     for number in numbers:
         loaded, wanted = state["params"]["blocks"][str(number)], layer(number)
         assert loaded["kernel"].sharding == kernel
@@ -201,7 +201,7 @@ def load_global(path: Path, shape: Sequence[int], *, is_reversed: bool = False) 
     """Loads onto another mesh and compares this process's shards; returns the bytes it read."""
     values = global_values()
     shardings = sharded(global_mesh(shape, is_reversed=is_reversed), specs())
-    loaded, bytes_read = _counted(lambda: fp.load(path, targets(values, shardings)))
+    loaded, bytes_read = counted(lambda: fp.load(path, targets(values, shardings)))
     assert_loaded(loaded, shardings, values)
     return bytes_read
 
@@ -258,13 +258,7 @@ def train_stacked(
         options=fp.SaveOptions(durable=False, max_inflight_bytes=budget),
     )
     state = {"params": _as_computed(stacked_arrays(layout, shape))}
-    loop = trainer(state=state)
-    callback.on_fit_start(loop, None)
-    loop.global_step = 1
-    callback.on_train_batch_end(loop, None, None, None, 0)
-    loop.state = _donated(state)
-    callback.on_train_epoch_end(loop, None)
-    callback.on_train_end(loop, None)
+    one_step(callback, state, _donated)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     return callback.reports[0].groups
 
@@ -327,7 +321,7 @@ def load_restacked(path: Path) -> int:
     sharding = NamedSharding(global_mesh((4, 2)), PartitionSpec(None, "x", "y"))
     target = targets({"stages": values}, {"stages": sharding})
     restack = {fp.Stack("layers", 0): fp.Stack("stages", (0, 1))}
-    loaded, bytes_read = _counted(lambda: fp.load(path, target, restack=restack))
+    loaded, bytes_read = counted(lambda: fp.load(path, target, restack=restack))
     assert_loaded(loaded, {"stages": sharding}, {"stages": values})
     return bytes_read
 
@@ -540,13 +534,6 @@ def goes_on_with_its_own_data(directory: Path) -> tuple[bool, list[int]]:
 
 def sleep(secs: float) -> None:
     time.sleep(secs)
-
-
-def _counted(load: Callable[[], Any]) -> tuple[Any, int]:
-    """What `load` returns, and how many bytes it reads: the second time, when all is imported."""
-    load()
-    before = bytes_read()
-    return load(), bytes_read() - before
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from things import QUICK, trainer
+from things import QUICK, one_step
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
@@ -171,7 +171,7 @@ def train_stages(directory: Path, stages: int, *, has_callback: bool) -> list[di
     _register_once()
     state = _step(_step(_initial(stages)))
     if has_callback:
-        state = _saved_by_callback(directory, state)
+        state = one_step(_callback(directory), state, _step, step=2)
     else:
         saved = fp.save_async(directory / "2", state, options=QUICK)
         state = _step(state)
@@ -179,18 +179,6 @@ def train_stages(directory: Path, stages: int, *, has_callback: bool) -> list[di
         fp.finalize(directory / "2")
     third = _digests(state)
     return [third, _digests(_step(state))]
-
-
-def _saved_by_callback(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Saves a second step by the callback, while its state is donated to the third."""
-    callback, loop = _callback(directory), trainer(state=state)
-    callback.on_fit_start(loop, None)
-    loop.global_step = 2
-    callback.on_train_batch_end(loop, None, None, None, 0)
-    state = _step(state)
-    callback.on_train_epoch_end(loop, None)
-    callback.on_train_end(loop, None)
-    return state
 
 
 def resume_stages(directory: Path, step: int, stages: int, *, has_callback: bool) -> dict[str, str]:

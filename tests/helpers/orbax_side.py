@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as v0
 import trees
+from flax import nnx
 from flax.core import FrozenDict
 from flax.training.train_state import TrainState
 from jax import tree_util
@@ -53,6 +54,35 @@ def train_state() -> TrainState:
 def optimizer_state() -> Any:
     chain = optax.chain(optax.clip(1.0), optax.adamw(1e-3), optax.ema(0.9))
     return chain.init({"w": jnp.ones((2, 2)), "b": [jnp.zeros(2), jnp.zeros(())]})
+
+
+def bits(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """An array of each dtype."""
+    return {name: trees.random_bits(name, shape, 1) for name in trees.DTYPES}
+
+
+class _Net(nnx.Module):
+    def __init__(self) -> None:
+        self.first = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(1))
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "jax-dtypes": lambda: jax.tree.map(jnp.asarray, bits((3, 5))),
+    "numpy-dtypes": lambda: bits((3, 5)),
+    "zero-dim": lambda: {"jax": jnp.float32(2.5), "numpy": np.array(7, np.int16)},
+    "all-zeros": lambda: {"jax": jnp.zeros((4, 4)), "numpy": np.zeros(9)},
+    "fortran-order": lambda: np.asfortranarray(np.arange(12).reshape(3, 4)),
+    "keys": keys,
+    "integer-keys": lambda: {0: jnp.ones(2), 10: {-3: 1}},
+    "named-tuple": lambda: trees.Pair(jnp.ones(2), trees.Pair(1, np.zeros(3))),
+    "dataclass": lambda: trees.Block(jnp.ones((2, 2)), {"x": trees.Block(1, None)}),
+    "frozen-dict": lambda: FrozenDict({"a": {"b": jnp.ones(2)}, "c": 3}),
+    "nnx-state": lambda: nnx.state(_Net()),
+    "train-state": train_state,
+    "optax": optimizer_state,
+}
+"""What Orbax and this package save alike."""
 
 
 def has_strings(tree: Any) -> bool:

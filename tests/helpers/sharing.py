@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from things import assert_sharded, bytes_read, targets, trainer
+from things import assert_sharded, counted, one_step, targets
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
@@ -92,14 +92,7 @@ def load_sharing_reads(path: Path, layout: str) -> int:
     """Loads by shares that are handed on; returns how many bytes this process has read."""
     shardings, wanted = _shardings(layout, LAYOUTS[layout][0]), values(layout)
     target = targets(wanted, shardings)
-
-    def load() -> Any:
-        return fp.load(path, target, share_reads=True)
-
-    load()
-    before = bytes_read()
-    loaded = load()
-    read = bytes_read() - before
+    loaded, read = counted(lambda: fp.load(path, target, share_reads=True))
     for name, value in wanted.items():
         assert_sharded(loaded[name], shardings[name], 2 * value)
     return read
@@ -112,12 +105,6 @@ def train_shared(directory: Path, layout: str, **options: Any) -> tuple[int, tup
         finalizer=FinalizeHook(timeout_secs=20),
         **{"options": fp.SaveOptions(durable=False), **options},
     )
-    loop = trainer(state={"params": _arrays(layout)})
-    callback.on_fit_start(loop, None)
-    loop.global_step = 1
-    callback.on_train_batch_end(loop, None, None, None, 0)
-    jax.block_until_ready(_gone(loop.state))
-    callback.on_train_epoch_end(loop, None)
-    callback.on_train_end(loop, None)
+    one_step(callback, {"params": _arrays(layout)}, lambda x: jax.block_until_ready(_gone(x)))
     (report,) = callback.reports
     return sum(save.bytes for save in report.saves.values()), report.groups

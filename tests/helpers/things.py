@@ -102,10 +102,16 @@ def assert_sharded(array: jax.Array, sharding: Any, value: np.ndarray) -> None:
         assert np.array_equal(shard.data, value[shard.index])
 
 
-def bytes_read() -> int:
-    """Bytes that this process has read from files so far, by the kernel's own count."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(dict(line.split(": ") for line in lines)["rchar"])
+def counted(load: Callable[[], Any]) -> tuple[Any, int]:
+    """What `load` returns, and how many bytes it reads: the second time, when all is imported."""
+
+    def so_far() -> int:  # by the kernel's own count
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(dict(line.split(": ") for line in lines)["rchar"])
+
+    load()
+    before = so_far()
+    return load(), so_far() - before
 
 
 def run_or_skip(command: Sequence[object]) -> None:
@@ -124,6 +130,18 @@ def trainer(**fields: Any) -> types.SimpleNamespace:
     """As much of a trainer as a callback reads, before its first step."""
     known = {"global_step": 0, "current_epoch": 0, "callback_metrics": {}, "is_last_batch": True}
     return types.SimpleNamespace(**{**known, "state": None, **fields})
+
+
+def one_step(callback: Any, state: Any, after: Callable[[Any], Any], *, step: int = 1) -> Any:
+    """Trains one step whose state a callback saves; `after` donates it then, and is returned."""
+    loop = trainer(state=state)
+    callback.on_fit_start(loop, None)
+    loop.global_step = step
+    callback.on_train_batch_end(loop, None, None, None, 0)
+    loop.state = after(state)
+    callback.on_train_epoch_end(loop, None)
+    callback.on_train_end(loop, None)
+    return loop.state
 
 
 class Element:

@@ -21,22 +21,18 @@ import numpy as np
 import orbax.checkpoint as v0
 import pytest
 import trees
-from flax import nnx
-from flax.core import FrozenDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from orbax.checkpoint.experimental import v1
+from orbax_side import STATES as SHARED
 from orbax_side import (
     abstract,
     as_nested,
     assert_same,
     has_strings,
-    keys,
     map_leaves,
     on_device,
-    optimizer_state,
     sharded,
-    train_state,
 )
 
 import flax_partial as fp
@@ -46,15 +42,7 @@ if TYPE_CHECKING:
 
 QUICK = fp.SaveOptions(durable=False)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _wide_types() -> Iterator[None]:
-    """Lets JAX have 64 bits, so that every dtype takes part."""
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)  # noqa: FBT003 - JAX's own signature
-    yield
-    jax.config.update("jax_enable_x64", before)
-
+pytestmark = pytest.mark.usefixtures("wide_types")
 
 # --- who writes it; each returns what to load
 
@@ -128,10 +116,6 @@ NO_STRINGS = (WRITERS["v0-standard"], WRITERS["v0-manager"])
 # --- what is written
 
 
-def dtypes_of(make: Any) -> Any:
-    return {name: make(trees.random_bits(name, (3, 5), 1)) for name in trees.DTYPES}
-
-
 def shardings() -> Any:
     return {
         "last": on_device(7),
@@ -144,25 +128,13 @@ def shardings() -> Any:
 
 
 STATES: dict[str, Callable[[], Any]] = {
-    "jax-dtypes": lambda: dtypes_of(jnp.asarray),
-    "numpy-dtypes": lambda: dtypes_of(np.asarray),
+    **SHARED,
     "shardings": shardings,
-    "keys": keys,
     "key": lambda: jax.random.key(3),
     "scalars": lambda: [0, -5, 2**63 - 1, 2**64 - 1, True, 2.5, float("-inf"), float("nan")],
     "empties": lambda: {"a": {}, "b": [], "c": (), "d": None, "e": [None, [[]]]},
-    "zero-dim": lambda: [jnp.float32(2), np.array(3, np.int8)],
-    "all-zeros": lambda: [jnp.zeros((4, 4)), np.zeros(9)],
-    "fortran-order": lambda: np.asfortranarray(np.arange(12).reshape(3, 4)),
     "odd-names": lambda: {"a b": 1, "ü": np.ones(1), "c": {"0": 2}, "~": 3, "zarr.json": 4},
-    "integer-keys": lambda: {0: jnp.ones(2), 10: {-3: 1}},
     "lists": lambda: [[np.full(2, i) for i in range(12)], (1, ({"a": (2,)},))],
-    "named-tuple": lambda: trees.Pair(jnp.ones(2), trees.Pair(1, np.zeros(3))),
-    "dataclass": lambda: trees.Block(jnp.ones((2, 2)), {"x": trees.Block(1, None)}),
-    "frozen-dict": lambda: FrozenDict({"a": {"b": jnp.ones(2)}, "c": 3}),
-    "nnx-state": lambda: nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0))),
-    "train-state": train_state,
-    "optax": optimizer_state,
     "strings": lambda: {"a": "text", "b": "", "c": {"d/e": "ü\n", "f~0": "x"}, "g": ["1"]},
 }
 

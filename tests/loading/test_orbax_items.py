@@ -294,6 +294,16 @@ def test_item_of_a_foreign_handler_is_said_to_be_left_out(
     assert list(fp.metadata(step).left_out) == ["data"]
 
 
+def test_checkpoint_of_foreign_handlers_alone_is_said_to_be_unsupported(tmp_path: Path) -> None:
+    step = saved(tmp_path, data=ITEMS["json"][0])
+    table = json.loads((step / "_CHECKPOINT_METADATA").read_text())
+    table["item_handlers"]["data"] = "grain.PyGrainCheckpointHandler"
+    (step / "_CHECKPOINT_METADATA").write_text(json.dumps(table))
+    for read in (fp.load, fp.metadata):
+        with pytest.raises(fp.UnsupportedLeafError, match=r"'data', only its own .*: grain"):
+            read(step)
+
+
 NO_TREES: dict[str, Any] = {
     "one-name-twice": {"a.b": 1, "a": {"b": 2}},
     "integer-of-65-bits": {"a": 2**64},

@@ -1,9 +1,9 @@
 """Real processes against a real S3 server: they race, they are killed, and its answers break.
 
     python tests/long_runs servers --endpoint http://127.0.0.1:9104 --key key --secret secret
-    python tests/long_runs servers --endpoint ... --secs 0 --kills 200 --tiers 0 --faults 0
+    python tests/long_runs servers --endpoint ... --secs 0 --kills 200 --tiers 0 --faults ''
 
-The bucket is made if there is none. Four things are tried, each where its number is not 0:
+The bucket is made if there is none. Of these four, each is tried whose option is not 0, or empty:
 
 - for `--secs`, `--processes` save, finalize, abort, remove and load one checkpoint at once, and
   another one after that: what each was told holds;
@@ -13,8 +13,9 @@ The bucket is made if there is none. Four things are tried, each where its numbe
 - `--tiers` times, a run that trains with a local tier, and uploads from there, gets a SIGKILL at a
   random moment, and now and then its machine is lost: the next one restores the newest checkpoint
   that was whole in either tier, and goes on uploading;
-- `--faults` times, each kind of request breaks in each way, by a proxy before the server: passing
-  faults are not noticed; of lasting ones the call that fails says so, and harms nothing else.
+- each kind of request breaks in each of the ways that `--faults` lists, by a proxy before the
+  server: passing faults are not noticed; of lasting ones the call that fails says so, and harms
+  nothing else. A request may take `--limit` seconds: give a slow machine more.
 
 `radosgw.sh` beside this script starts Ceph's gateway. moto, in an environment of its own:
 
@@ -34,7 +35,7 @@ import traceback
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from http import HTTPStatus
@@ -373,30 +374,33 @@ def make_bucket(name: str) -> None:
             raise
 
 
-def faults(bucket: str, endpoint: str, *, rounds: int) -> tuple[int, Counter[str]]:
-    """Breaks each kind of request in each way, for a while and for good.
+def faults(bucket: str, endpoint: str, kinds: Sequence[str], *, limit_secs: float) -> bool:
+    """Breaks each kind of request in each way, for a while and for good; returns whether all held.
 
-    Returns:
-      How many faults held, and which calls failed by those that last.
+    Args:
+      bucket: The bucket.
+      endpoint: The server's.
+      kinds: In which ways.
+      limit_secs: For how long a request may take; one that hangs takes longer.
     """
     object_store.PIECE_BYTES = 5 << 20  # the least that S3 takes
-    told, tried, held = Counter[str](), 0, 0
+    told, tried, held, hang_secs = Counter[str](), 0, 0, limit_secs + 0.5
     with serving(endpoint.partition("//")[2]) as proxy:
-        for request in REQUESTS:
-            for kind in KINDS * rounds:
-                url = f"s3://{bucket}/{uuid.uuid4().hex}?endpoint={proxy.endpoint}"
-                fp.store_options(f"s3://{bucket}", timeout_secs=3.0, retry_secs=30.0)
-                tried += 2
-                try:
-                    check_repeated(proxy, url, request, kind, hang_secs=3.5)
-                    held += 1
-                    fp.store_options(f"s3://{bucket}", timeout_secs=3.0, retry_secs=0.2)
-                    url = f"s3://{bucket}/{uuid.uuid4().hex}?endpoint={proxy.endpoint}"
-                    told[check_told(proxy, url, request, kind, hang_secs=3.5) or "none"] += 1
-                    held += 1
-                except (AssertionError, OSError) as error:
-                    trials.say(f"BROKEN {request}, {kind}: {type(error).__name__}: {error}")
-    return tried - held, told
+        for request, kind in itertools.product(REQUESTS, kinds):
+            urls = (f"s3://{bucket}/{uuid.uuid4().hex}?endpoint={proxy.endpoint}" for _ in range(2))
+            passing, lasting = urls
+            tried += 2
+            try:
+                fp.store_options(f"s3://{bucket}", timeout_secs=limit_secs, retry_secs=300.0)
+                check_repeated(proxy, passing, request, kind, hang_secs=hang_secs)
+                held += 1
+                fp.store_options(f"s3://{bucket}", timeout_secs=limit_secs, retry_secs=0.2)
+                told[check_told(proxy, lasting, request, kind, hang_secs=hang_secs) or "none"] += 1
+                held += 1
+            except (AssertionError, OSError) as error:
+                trials.say(f"BROKEN {request}, {kind}: {type(error).__name__}: {error}")
+    trials.say(f"{tried} faults tried, {held} held; what failed by those that last: {dict(told)}")
+    return held == tried
 
 
 def main() -> int:
@@ -410,7 +414,8 @@ def main() -> int:
         processes=8,
         kills=30,
         tiers=30,
-        faults=1,
+        faults=",".join(KINDS),
+        limit=3.0,
         seed=0,
     )
     os.environ |= {
@@ -437,11 +442,8 @@ def main() -> int:
             run = f"{base}/tiers"
             lost, last = machines(run, Path(directory), count=chosen.tiers, seed=chosen.seed)
         trials.say(f"{dict(lost)} lost in the middle of a run: all held; {last} steps")
-    if chosen.faults:
-        broken, told = faults(chosen.bucket, chosen.endpoint, rounds=chosen.faults)
-        trials.say(f"{broken} faults did not hold; of those that last failed: {dict(told)}")
-        return int(broken > 0)
-    return 0
+    kinds = [kind for kind in chosen.faults.split(",") if kind]
+    return int(not faults(chosen.bucket, chosen.endpoint, kinds, limit_secs=chosen.limit))
 
 
 if __name__ == "__main__":

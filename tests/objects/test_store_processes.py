@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from collections.abc import Iterator
 
 import pytest
@@ -27,3 +29,21 @@ def test_real_processes_that_are_killed_are_followed_by_others_that_go_on(
     ledger, after = servers.kills(server.url(), count=4, seed=0)
     assert after.total() == 4
     assert ledger.step > 1
+
+
+def test_they_race_on_a_server_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By moto; it may be missing, but not where `SERVERS=moto` says that it is there."""
+    if os.environ.get("SERVERS") != "moto":
+        pytest.importorskip("moto.server")
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    try:
+        host, port = moto.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        servers.make_bucket("moto")
+        places = (f"s3://moto/{uuid.uuid4().hex}?endpoint=http://{host}:{port}" for _ in range(999))
+        servers.races(places, processes=4, secs=1.5, seed=0)
+    finally:
+        moto.stop()

@@ -23,6 +23,7 @@ from things import MOST_SECS
 import flax_partial as fp
 from flax_partial.loading import verify
 from flax_partial.storage import object_place
+from flax_partial.storage.object_place import StorePlace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -265,6 +266,38 @@ def test_new_session_waits_for_a_removal_that_goes_on() -> None:
     assert saved.is_set()
     fp.finalize(url)
     assert set(fp.load(url)) == {"new"}
+
+
+def test_one_of_those_who_wait_for_a_removal_that_died_takes_it_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two that delete, one would delete what is begun in the place when the other has ended."""
+    url = memory()
+    fp.save(url, {"old": 1})
+    fp.finalize(url)
+    die_at("delete", "commit_success.txt", lambda: fp.remove(url))
+    fp.StorePath(url).store.delete(["commit_success.txt"])
+    waits = threading.Event()
+    other = threading.Thread(target=lambda: fp.save(f"{url}?p=2", {"other": DATA}))
+
+    def left_to_remove(_: StorePlace, name: str) -> float:
+        if name.endswith(".removed"):  # its process has died
+            return 0.0
+        waits.set()
+        return 30.0
+
+    def hook(name: str, _arguments: tuple[Any, ...], request: Request) -> Any:
+        if name == "delete" and not other.ident:
+            other.start()
+            assert waits.wait(MOST_SECS)
+        return request()
+
+    monkeypatch.setattr(StorePlace, "_left_to_remove", left_to_remove)
+    with requests_through(hook):
+        fp.save(f"{url}?p=1", {"new": DATA})
+        other.join(MOST_SECS)
+    fp.finalize(url)
+    assert set(fp.load(url)) == {"new", "other"}
 
 
 @pytest.mark.usefixtures("impatient")

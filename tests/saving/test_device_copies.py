@@ -2,17 +2,21 @@
 
 What fails where a part of it is taken out, as was tried by taking it out:
 
-- the copies (`snapshot.copying_devices` finds no device): 16 of these, among them
+- the copies (`snapshot.copying_devices` finds no device): 17 of these, among them
   `test_copies_survive_donation_deletion_and_overwriting`, by the bytes that were copied;
 - packing (`device_copies._size_of` packs nothing):
   `test_small_leaves_travel_as_one_buffer_to_the_bit`,
-  `test_many_small_leaves_are_packed_some_at_a_time`;
-- the device's budget (`DeviceRoom.take` grants all that is asked for):
+  `test_many_small_leaves_are_packed_some_at_a_time`, `test_what_cannot_be_compiled_is_transferred`;
+- the device's budget (`DeviceRoom.take` grants all that is asked for): 12, among them
   `test_what_has_no_room_is_transferred_from_where_it_is`,
   `test_by_default_copies_take_what_two_whole_steps_left`, `test_room_is_each_devices_own`;
 - the host's budget (`MemoryBudget` grants all that is asked for):
   `test_groups_wait_on_the_device_instead_of_in_the_call`,
-  `test_where_neither_has_room_the_call_waits_and_says_so`.
+  `test_where_neither_has_room_the_call_waits_and_says_so`;
+- writing what has arrived (`snapshot.wait_until_computed` waits for all):
+  `test_what_has_arrived_is_written_while_the_rest_is_on_its_way`;
+- one call of JAX for what is saved together (`job.hand_over` takes one save after the other):
+  `test_together.py::test_all_are_copied_and_all_are_transferred_by_one_call`.
 """
 
 from __future__ import annotations
@@ -380,7 +384,7 @@ def most(room: device_room.DeviceRoom, device: Memory, *, owner: str = "trial") 
     low, high = 0, 2000
     while low < high:
         middle = (low + high + 1) // 2
-        if room.take([(owner, middle)], device, limit=None):
+        if room.take([(owner, middle)], device, most=room.most(device, limit=None)):
             room.give_back(owner, device, middle)
             low = middle
         else:
@@ -427,7 +431,7 @@ def test_copies_that_raise_the_peak_themselves_take_no_room_away(
     device = Memory()
     device.peak = 700
     train(room, device, 2)
-    assert room.take([("a", 500)], device, limit=None)
+    assert room.take([("a", 500)], device, most=room.most(device, limit=None))
     device.peak = 1200  # training and the copy at once
     assert most(room, device, owner="a") == 300
     room.release("a")
@@ -447,11 +451,11 @@ def test_a_step_that_needs_more_than_any_before_takes_the_room(
 
 def test_room_is_each_devices_own(room: device_room.DeviceRoom) -> None:
     first, second = Memory(), Memory()
-    assert room.take([("a", 10)], first, limit=10)
-    assert not room.take([("b", 1)], first, limit=10)
-    assert room.take([("b", 10)], second, limit=10)
+    assert room.take([("a", 10)], first, most=10)
+    assert not room.take([("b", 1)], first, most=10)
+    assert room.take([("b", 10)], second, most=10)
     room.give_back("a", first, 4)
-    assert room.take([("b", 4)], first, limit=10)
+    assert room.take([("b", 4)], first, most=10)
     room.release("b")
     assert (room.held(first), room.held(second)) == (6, 0)
     room.give_back("b", first, 4)  # after its release

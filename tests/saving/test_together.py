@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,17 @@ def test_each_state_is_a_part_of_its_own_and_survives_deletion(tmp_path: Path, m
         states = layers(8)
         expected = jax.tree.map(np.array, merged(layers(8)))
         said = [{"groups": {f"{number}": True}} for number in range(8)]
+        began = time.perf_counter()
         handles = fp.save_each_async(tmp_path / name, states, custom_metadata=said, options=options)
+        secs = time.perf_counter() - began
         for leaf in jax.tree.leaves(states):
             if isinstance(leaf, jax.Array):
                 leaf.delete()
         reports = [handle.result(MOST_SECS) for handle in handles]
         until(lambda: not workers.compiling.unfinished)
     assert len({report.part for report in reports}) == 8
+    assert all(report.budget_secs <= report.blocked_secs for report in reports)
+    assert 0 < sum(report.blocked_secs for report in reports) <= secs
     assert [report.leaves for report in reports] == [3] * 8
     assert {report.device_bytes for report in reports} == ({MIB + 12} if "copied" in mode else {0})
     metadata = fp.finalize(tmp_path / "c")

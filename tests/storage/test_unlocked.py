@@ -288,6 +288,29 @@ def test_abort_beside_which_a_session_begins_has_dropped_its_own(
     assert fp.status(tmp_path / "1").leaves == ()
 
 
+@pytest.mark.parametrize(
+    ("others", "opening", "is_open"),
+    [
+        pytest.param({}, "1.old.open", True, id="after_one_whose_files_are_gone"),
+        pytest.param({"1.old.open": "other"}, "0.open", False, id="late_beside_a_newer_one"),
+        pytest.param({"1.mine.open": "other"}, "0.open", True, id="ended_before_a_newer_one"),
+    ],
+)
+def test_session_is_there_as_the_newest_or_as_one_that_ended(
+    others: dict[str, str], opening: str, *, is_open: bool, tmp_path: Path
+) -> None:
+    final, session = tmp_path / "10", tmp_path / "10.partial_save"
+    control = session / "state" / "session"
+    control.mkdir(parents=True)
+    for name, mark in {**others, opening: "mine"}.items():
+        (control / name).write_text(json.dumps({"id": mark}))
+    if "1.mine.open" in others:
+        (control / "mine.verdict").write_text(json.dumps({"kind": "abort"}))
+    place = UnlockedPlace(final, session)
+    assert place._is_open(Listed(opening, "mine", place._control_names())) == is_open  # noqa: SLF001
+    assert place.enter(None).mark == next(iter(others.values()), "mine")
+
+
 @pytest.mark.usefixtures("unlocked")
 def test_session_that_begins_while_an_abort_removes_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
