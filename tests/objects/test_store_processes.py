@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 
@@ -35,15 +36,20 @@ def test_they_race_on_a_server_of_others(monkeypatch: pytest.MonkeyPatch) -> Non
     """By moto; it may be missing, but not where `SERVERS=moto` says that it is there."""
     if os.environ.get("SERVERS") != "moto":
         pytest.importorskip("moto.server")
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
 
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    try:
-        host, port = moto.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        servers.make_bucket("moto")
-        places = (f"s3://moto/{uuid.uuid4().hex}?endpoint=http://{host}:{port}" for _ in range(999))
-        servers.races(places, processes=4, secs=1.5, seed=0)
-    finally:
-        moto.stop()
+    # One request at a time: moto looks whether an object is there, and then puts it.
+    app = DomainDispatcherApplication(create_backend_app, service="s3")
+    with make_server("127.0.0.1", 0, app, threaded=False) as moto:
+        serving = threading.Thread(target=moto.serve_forever)
+        serving.start()
+        try:
+            endpoint = f"http://127.0.0.1:{moto.port}"
+            monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+            servers.make_bucket("moto")
+            places = (f"s3://moto/{uuid.uuid4().hex}?endpoint={endpoint}" for _ in range(999))
+            servers.races(places, processes=4, secs=1.5, seed=0)
+        finally:
+            moto.shutdown()
+            serving.join()
