@@ -31,6 +31,7 @@ class Failures:
             raise ValueError(f"on_save_error is {on_save_error!r}; it must be 'raise' or 'warn'.")
         self.count = 0
         self.are_raised = on_save_error == "raise"
+        self._logged: tuple[int, BaseException] | None = None  # the last one, with its step
         self._waiting: deque[tuple[int, BaseException]] = deque()
 
     def add(self, step: int, error: BaseException) -> None:
@@ -43,10 +44,16 @@ class Failures:
             self._waiting.append((step, error))
         else:
             logger.error("A checkpoint failed; training goes on.", exc_info=error)
+            self._logged = (step, error.with_traceback(None))  # whose frames hold arrays
 
     def take_first(self) -> tuple[int, BaseException] | None:
         """Returns the oldest error that was not raised before, with its step; None without one."""
         return self._waiting.popleft() if self._waiting else None
+
+    def take_logged(self) -> tuple[int, BaseException] | None:
+        """Returns the last error that was only logged since the last call, with its step."""
+        logged, self._logged = self._logged, None
+        return logged
 
     def log_all(self) -> None:
         """Logs the errors that can no longer be raised, because another one is under way."""

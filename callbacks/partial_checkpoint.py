@@ -314,14 +314,18 @@ class PartialCheckpointCallback(TrainingHooks):
 
         Raises:
           CheckpointExistsError: The directory holds this step, or a later one, of another run.
-          Exception: What failed, in this save or before.
+          Exception: What failed: in this save, or before where errors are not logged alone.
         """
         with self._blocked("save_now", trainer):
-            step = trainer.global_step
+            step, failures = trainer.global_step, self._member.failures
+            failures.take_logged()  # of before
             if step != self._member.last_saved:
                 self._saver.save(trainer, module, epoch_ends=False)
             self._run.open_checkpoints.finish_closed()
             self._run.wait(show_progress=self._member.shows_progress)
+            logged = failures.take_logged()
+            if logged and logged[0] == step:
+                raise logged[1]
         return self.directory / str(step)
 
     def recover(self) -> None:

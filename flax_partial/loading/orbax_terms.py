@@ -48,7 +48,7 @@ def as_value(leaf: Leaf, target: Any) -> Any:
     """
     if isinstance(target, type):
         return _of_type(leaf, target)
-    if not _is_of_orbax(target):
+    if not _is_of_orbax(target) or isinstance(target, tuple):  # its own empty named tuple
         return target
     if not hasattr(target, "dtype"):  # Orbax gives a string no dtype
         return ""

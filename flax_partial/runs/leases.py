@@ -120,7 +120,7 @@ class Watch:
             return Sign.FREE
         is_there = _is_there(self.about)
         if is_there is not None:
-            return Sign.LIVE if is_there else Sign.FREE
+            return Sign.LIVE if is_there and not _is_left(self.about) else Sign.FREE
         return Sign.LIVE if self._is_renewed else Sign.UNKNOWN
 
     def described(self) -> str:
@@ -210,7 +210,14 @@ class Lease:
         about = {"id": uuid.uuid4().hex, **about_this_process(), "machine": _machine()}
         self._about = {**about, "count": 0, "has_ended": False}
         number = watch.number + 1
-        if not self._store.put_new(_key(self._name, number), _encoded(self._about)):
+        _held.add(self)
+        try:
+            is_mine = self._store.put_new(_key(self._name, number), _encoded(self._about))
+        except BaseException:
+            _held.discard(self)
+            raise
+        if not is_mine:
+            _held.discard(self)
             return False
         self._number = number
         if watch.about and not watch.about.get("has_ended"):
@@ -226,6 +233,11 @@ class Lease:
         name = "flax_partial-lease"
         threading.Thread(target=_renew_often, args=arguments, name=name, daemon=True).start()
         return True
+
+    @property
+    def id(self) -> str:
+        """What tells it from all others."""
+        return str(self._about.get("id", ""))
 
     @property
     def _key(self) -> str:
@@ -348,6 +360,12 @@ def _started(process: int) -> int | None:
     """
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _is_left(about: Mapping[str, Any]) -> bool:
+    """Whether this process holds it no more: the disk failed as it was put, or given back."""
+    ours = {lease.id for lease in tuple(_held)}
+    return about.get("process") == os.getpid() and about.get("id") not in ours
 
 
 def _is_there(about: Mapping[str, Any]) -> bool | None:

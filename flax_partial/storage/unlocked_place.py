@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flax_partial.errors import CheckpointExistsError, CorruptCheckpointError, NoSessionError
+from flax_partial.errors import (
+    CheckpointExistsError,
+    CorruptCheckpointError,
+    NoSessionError,
+    StoreError,
+)
 from flax_partial.format.model import Part
 from flax_partial.storage import control, files, parts, session_dir
 from flax_partial.storage.control import ABORT, Listed
@@ -36,6 +42,7 @@ from flax_partial.storage.session_dir import CONTROL
 
 _DESCRIPTORS = Path("/proc/self/fd")
 _ATTEMPTS = 50  # at what others may change meanwhile
+_PAUSE_SECS = 0.02
 # What is answered of a directory that another process has just written to, or removed.
 _BUSY = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY))
 
@@ -119,7 +126,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
 
     def enter(self, known: OpenSession | None) -> OpenSession:  # noqa: ARG002
         """Makes the session's directory if there is none, and opens a session in it."""
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             is_ours = session_dir.create_session(self)
             try:
                 self.require_absent()
@@ -131,10 +138,19 @@ class UnlockedPlace(ControlObjects, LocalPlace):
             self._require_ours()
             try:
                 return self._enter_at()
-            except FileNotFoundError as error:  # it was renamed away, or removed
+            except (FileNotFoundError, StoreError) as error:  # it was renamed away, or removed
                 if isinstance(error, NoSessionError):
                     raise
+            self._wait_until_removed(attempt)
         raise OSError(errno.EBUSY, "Its sessions change all the time", str(self.session))
+
+    def _wait_until_removed(self, attempt: int) -> None:
+        """Waits for the directory of a dropped session to go; removes it if nobody else does."""
+        found = self._list_control()
+        if found.opening and not found.id:
+            time.sleep(_PAUSE_SECS)
+            if attempt >= _ATTEMPTS // 2:
+                self._remove_closed(found.opening)
 
     def _enter_at(self) -> OpenSession:
         """Opens a session in the directory that is at the path now, and in no later one.
@@ -344,29 +360,32 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         ControlObjects.remove_session(self)
 
     def _drop(self, session: str) -> None:
-        """Removes what a dropped session holds, and its directory where it holds nothing else.
+        """Removes what a dropped session holds, and its directory where no other one has begun.
 
-        Each name is removed by itself, and a directory only when it is empty: another session may
-        begin in it just now. The control files are removed by the one who has put the verdict:
-        should it die, they stay until a session is ended there.
+        The one who has put the verdict removes that, in whose place it first opens a session of no
+        name: of two that open the next one, one does. From then on none begins in the directory.
         """
         names = [name for name in parts.part_names(self.state) if mark_of(name) == session]
-        listed = files.listed(self.session / CONTROL)
-        if self._list_control().id != session:
+        found = self._list_control()
+        if found.id != session:
             return
         # What was listed before is none of a session that has begun since.
         for name in names:
             with _busy_passed_over():
                 session_dir.remove_part(self, name)
-        if session not in self._to_drop:
-            return
-        # Openings and then verdicts are removed last: else it would be open again.
-        listed.sort(key=lambda name: (".verdict" in name, name.endswith(".open")))
-        self.store.delete([f"{CONTROL}/{name}" for name in listed])
-        for directory in (self.session / CONTROL, self.state, self.session):
-            with _busy_passed_over():
-                os.rmdir(directory)
-        files.fsync_directory(self.session.parent)
+        if session in self._to_drop:
+            closed = found.next_opening
+            if self.store.put_new(control.CONTROL + closed, control.write({"id": ""})):
+                self._remove_closed(closed)
+
+    def _remove_closed(self, closed: str) -> None:
+        """Removes the directory of a session in which none begins any more."""
+        with contextlib.suppress(FileNotFoundError):  # another process has just done so
+            doomed = files.rename_away(self.session)
+            if (doomed / CONTROL / closed).exists():
+                files.remove_renamed(self.session, doomed)
+            else:
+                files.rename_to_new(doomed, self.session)  # it had come to the place of that one
 
     # The finalized checkpoint.
 

@@ -32,7 +32,7 @@ from test_callback import assert_is_step, names_in, wait_for_leaves
 from things import files_of_at_most
 
 import flax_partial as fp
-from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
+from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, checkpointing
 from flax_partial.runs import completeness
 from flax_partial.storage import session_dir
 
@@ -159,6 +159,16 @@ def test_state_fn_that_raises_is_a_failed_save(tmp_path: Path) -> None:
     assert names_in(tmp_path / "w") == ["4"]
     with pytest.raises(StateError):
         fitted(tmp_path / "r", **options)
+
+
+@pytest.mark.usefixtures("_full_disk")
+def test_save_now_raises_what_is_logged_alone_elsewhere(tmp_path: Path) -> None:
+    with checkpointing(tmp_path, every_n_train_steps=100, on_save_error="warn") as ckpt:
+        ckpt.step(TOO_LARGE)
+        with pytest.raises(OSError, match="too large"):
+            ckpt.save_now()
+        ckpt.step({"w": np.arange(2)})
+        assert ckpt.save_now() == tmp_path / "2"
 
 
 def test_nothing_to_save_is_said(tmp_path: Path) -> None:

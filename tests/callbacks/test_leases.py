@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -377,3 +379,28 @@ def test_recovery_by_another_process_is_waited_for(
     assert time.secs == 5
     with liveness.recovering(tmp_path, 0):
         pass
+
+
+@pytest.mark.parametrize("fails", ["put_new", "put"])
+def test_lease_is_taken_anew_by_a_process_whose_disk_failed(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it was put, although it was, or as it was given back."""
+    store = DirectoryStore(tmp_path, durable=False)
+    real = getattr(DirectoryStore, fails)
+
+    def failing(place: DirectoryStore, *arguments: object) -> None:
+        if fails == "put_new":
+            real(place, *arguments)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectoryStore, fails, failing)
+        lease = Lease(store, NAME)
+        with contextlib.suppress(OSError):
+            lease.take()
+        lease.release()
+    assert numbers(store, NAME) == [1]
+    again = Lease(store, NAME)
+    assert again.take() is None
+    again.release()

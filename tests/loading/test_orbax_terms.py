@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,16 @@ def test_metadata_of_v0_is_a_target(tmp_path: Path) -> None:
     assert_same(fp.load(tmp_path / "alone", described), want)
     assert_same(fp.load(tmp_path / "alone", described.item_metadata), want)
     assert_same(fp.load(tmp_path / "alone", described.item_metadata.tree), want)
+
+
+def test_empty_named_tuple_that_orbax_restored_is_a_target(tmp_path: Path) -> None:
+    class Empty(NamedTuple):
+        __module__ = "orbax.checkpoint"
+
+    empty = Empty()
+    path = stored(tmp_path / "1", {"a": empty, "b": np.ones(2)}).path
+    loaded = fp.load(path, {"a": empty, "b": np.zeros(2)})
+    assert loaded["a"] is empty
 
 
 def test_metadata_of_a_managers_step_is_a_target(tmp_path: Path) -> None:

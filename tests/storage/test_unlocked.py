@@ -16,7 +16,16 @@ import stress
 from things import QUICK, X
 
 import flax_partial as fp
-from flax_partial.storage import directory_store, files, locks, medium, object_place, places
+from flax_partial.storage import (
+    directory_store,
+    files,
+    locks,
+    medium,
+    object_place,
+    places,
+    session_dir,
+    unlocked_place,
+)
 from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.medium import Mount
 from flax_partial.storage.object_place import Listed, Verdict
@@ -300,6 +309,44 @@ def test_session_is_there_as_the_newest_or_as_one_that_ended(
     place = UnlockedPlace(final, session)
     assert place._is_open(Listed(opening, "mine", place._control_names())) == is_open  # noqa: SLF001
     assert place.enter(None).mark == next(iter(others.values()), "mine")
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_session_that_begins_while_an_abort_removes_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp.save(tmp_path / "1", {"a": X}, options=QUICK)
+    remove = session_dir.remove_part
+
+    def begin_and_remove(place: UnlockedPlace, name: str) -> None:
+        monkeypatch.setattr(session_dir, "remove_part", remove)
+        fp.save(tmp_path / "1", {"b": X}, options=QUICK)
+        remove(place, name)
+
+    monkeypatch.setattr(session_dir, "remove_part", begin_and_remove)
+    fp.abort(tmp_path / "1")
+    fp.save(tmp_path / "1", {"c": X}, options=QUICK)
+    fp.finalize(tmp_path / "1")
+    assert sorted(fp.load(tmp_path / "1")) == ["b", "c"]
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_directory_of_an_abort_that_dies_is_removed_by_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp.save(tmp_path / "1", {"a": X}, options=QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(UnlockedPlace, "_remove_closed", lambda *_: None)
+        fp.abort(tmp_path / "1")
+    assert (tmp_path / "1.partial_save").is_dir()
+    for call in (fp.status, fp.finalize, fp.abort):
+        with pytest.raises(fp.NoSessionError):
+            call(tmp_path / "1")
+    monkeypatch.setattr(unlocked_place, "_PAUSE_SECS", 0.0)
+    fp.save(tmp_path / "1", {"b": X}, options=QUICK)
+    fp.finalize(tmp_path / "1")
+    assert sorted(fp.load(tmp_path / "1")) == ["b"]
+    assert [one.name for one in tmp_path.iterdir()] == ["1"]
 
 
 @pytest.mark.usefixtures("unlocked")
