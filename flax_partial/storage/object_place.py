@@ -533,6 +533,8 @@ class ControlObjects:
         if verdict is None:
             raise self.no_session()
         do_all([partial(self.store.put, name, pieces) for name, pieces in named])
+        if self._read_verdict(session, number) is None:  # removed while these were put
+            raise self.no_session()
         mark = {"flax_partial": 1, "session": session, "round": number}
         mark |= {"contents": digest(contents), "by": uuid.uuid4().hex}
         is_mine = self.store.put_new(MARK, control.write(mark))
