@@ -19,6 +19,7 @@ save that finds `removed` waits until it is gone; where that takes too long, one
 removal over.
 """
 
+import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -645,8 +646,15 @@ class StorePlace(ControlObjects):
 
     def __init__(self, final: StorePath) -> None:
         super().__init__(final.store)
+        self._one_at_a_time = threading.RLock()  # of this process ends a session
         self.final = self.session = final
         self._mark: bytes | None = None  # of the checkpoint that it reads
+
+    @contextmanager
+    def locked_exclusively(self, pause: Callable[[], None]) -> Iterator[None]:
+        """Puts a fence: from here on saves wait for how this ends."""
+        with self._one_at_a_time, super().locked_exclusively(pause):
+            yield
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StorePlace) and self.final == other.final
