@@ -230,7 +230,7 @@ def test_exception_is_not_hidden_by_a_save_that_failed_since_the_last_hook(
     create_part, hook_has_ended = session_dir.create_part, threading.Event()
 
     def create_later(*arguments: Any) -> Path:
-        assert hook_has_ended.wait(60)
+        assert hook_has_ended.wait(250)
         return create_part(*arguments)
 
     monkeypatch.setattr(session_dir, "create_part", create_later)
@@ -488,7 +488,7 @@ def test_run_waits_for_what_one_before_it_in_this_process_still_finalizes(tmp_pa
     first, again = (PartialCheckpointCallback(tmp_path) for _ in range(2))
     second = threading.Thread(target=lambda: found.append(again.restore(new_state(0))))
     Loop(EndsUntold(first), batches=1, metrics=lambda _: {"loss": Metric()}).fit()
-    assert is_computed.wait(60)
+    assert is_computed.wait(250)
     second.join()
     assert first.failed_saves == 0
     assert found[0][1] == 1

@@ -167,14 +167,14 @@ def test_checkpoint_that_is_being_loaded_is_removed_later(tmp_path: Path) -> Non
 
     def look(_done: int, _total: int) -> None:
         reads.set()
-        assert may_end.wait(60)
+        assert may_end.wait(250)
 
     def begin(trainer: StubTrainer) -> None:
         if trainer.global_step == 2:
             while fp.steps(tmp_path) != [2]:
                 pause.wait(0.01)
             reader.start()
-            assert reads.wait(60)
+            assert reads.wait(250)
         if trainer.global_step == 6:
             while fp.steps(tmp_path) != [2, 6]:
                 pause.wait(0.01)

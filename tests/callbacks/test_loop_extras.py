@@ -24,7 +24,7 @@ PACKAGES = {"lightning": "lightning", "keras": "keras", "clu": "clu", "tunix": "
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-c", code], check=False, capture_output=True, text=True, timeout=100
+        [sys.executable, "-P", "-c", code], check=False, capture_output=True, text=True, timeout=500
     )
 
 

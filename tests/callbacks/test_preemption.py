@@ -93,7 +93,7 @@ def test_step_under_way_is_saved_before_the_process_ends(
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     (tmp_path / "was told").touch()
-    process.join(60)
+    process.join(250)
     assert process.exitcode == status
     assert names_in(tmp_path / "run") == ["3"]
     assert_is_step(tmp_path / "run" / "3", 3)

@@ -23,7 +23,7 @@ def test_memory_is_bounded_by_the_budget_where_rows_are_saved(tmp_path: Path) ->
         env=os.environ | _HONEST,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=500,
     )
     state, rows, cells, whole = map(int, done.stdout.split())
     assert whole > state / 2  # copies show in what is measured

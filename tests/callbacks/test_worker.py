@@ -51,5 +51,5 @@ atexit.register(worker.submit, lambda: print("done"))
 
 
 def test_job_of_an_interpreter_that_ends_is_done() -> None:
-    said = subprocess.check_output([sys.executable, "-P", "-c", AT_EXIT], text=True, timeout=100)
+    said = subprocess.check_output([sys.executable, "-P", "-c", AT_EXIT], text=True, timeout=500)
     assert said == "done\n"

@@ -28,7 +28,7 @@ def service() -> Iterator[str]:
             assert process.stdout.readline() == f"serving 3 processes at {address}\n"
             yield address
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
+            assert process.wait(250) == 0
         finally:
             process.kill()
 
@@ -42,7 +42,7 @@ def test_others_name_the_first_process_when_it_dies_and_go_on_without_it(
         assert three.call("finalize", path) == [["w"]] * 3
         begun = three.start("finalize", f"{path}2", on=[1, 2], timeout_secs=2)
         three.processes[0].kill()
-        errors = [answer.exception(30) for answer in begun.values()]
+        errors = [answer.exception(250) for answer in begun.values()]
         assert [type(error) for error in errors] == [fp.IncompleteCheckpointError] * 2
         assert all("[0]" in str(error) for error in errors)
         three.errors("finalize", path, on=[1, 2], timeout_secs=1)

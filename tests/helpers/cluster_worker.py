@@ -405,7 +405,7 @@ def begin_finalize(path: Path, **options: Any) -> None:
 
 
 def end_finalize(path: Path) -> list[str]:
-    return sorted(_handles.pop(path).result(50).leaves)
+    return sorted(_handles.pop(path).result(250).leaves)
 
 
 def is_finalized(path: Path) -> bool:

@@ -20,7 +20,7 @@ from flax_partial.storage import session_dir
 commit, gate = session_dir.commit_part, threading.Event()
 
 def commit_at_gate(*arguments, **options):
-    assert gate.wait(60)
+    assert gate.wait(250)
     commit(*arguments, **options)
 
 session_dir.commit_part = commit_at_gate
@@ -35,7 +35,7 @@ def run(path: Path, *pieces: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=500,
     )
 
 

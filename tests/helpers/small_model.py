@@ -49,6 +49,6 @@ def run_until_killed(code: str, beside: str, directory: Path) -> None:
         cwd=Path(beside).parent,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
-        timeout=100,
+        timeout=500,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()

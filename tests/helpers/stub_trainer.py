@@ -220,5 +220,5 @@ def run_program(code: str, *arguments: object, check: bool = True) -> int:
         [sys.executable, "-P", "-c", code, *map(str, arguments)],
         check=check,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=120,
+        timeout=500,
     ).returncode

@@ -20,7 +20,7 @@ import flax_partial as fp
 
 QUICK = fp.SaveOptions(durable=False)
 X = np.arange(3)
-MOST_SECS = 60  # that anything may take, on any machine; most takes milliseconds
+MOST_SECS = 250  # that anything may take, on any machine; most takes milliseconds
 
 
 # What may be in the way of a file or a directory, made.

@@ -211,7 +211,7 @@ def test_saved_sharding_of_devices_that_are_not_here_is_a_mismatch(ours: Path) -
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     assert "'x' cannot be loaded as it was sharded" in done.stdout
     assert "saved from 8 devices" in done.stdout

@@ -322,6 +322,6 @@ def test_another_backend_is_refused(tmp_path: Path) -> None:
         env=os.environ | {"KERAS_BACKEND": "numpy"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=500,
     )
     assert "KERAS_BACKEND=jax before keras is imported" in done.stderr

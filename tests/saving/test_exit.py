@@ -255,5 +255,5 @@ def test_spawned_child_reads_and_saves_beside_its_parent(tmp_path: Path) -> None
     """
     file = tmp_path / "script.py"
     file.write_text(textwrap.dedent(script))
-    subprocess.run([sys.executable, "-W", "error", file, tmp_path], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "error", file, tmp_path], check=True, timeout=500)
     assert set(fp.load(tmp_path / "two")) == {"parent", "child"}

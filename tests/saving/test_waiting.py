@@ -36,7 +36,7 @@ INTERRUPTED = """
         pieces.append(sum(map(len, buffers)))
         if len(pieces) == 1:
             signal.pthread_kill(main, signal.SIGINT)
-            assert stopped.wait(60)
+            assert stopped.wait(250)
             # Again and again: one that comes just before the caller waits does not end its wait.
             while TWICE and not may_go_on.wait(0.05):
                 signal.pthread_kill(main, signal.SIGINT)
@@ -114,7 +114,7 @@ FOREIGN = """
     for number in range(6):
         start(worker(number))
     for _ in range(6):
-        assert ended.acquire(timeout=60)
+        assert ended.acquire(timeout=250)
     assert not errors, errors
     fp.finalize(path)
 """
@@ -137,13 +137,13 @@ def test_callback_of_a_handle_that_ends_its_thread_ends_no_saving(tmp_path: Path
         all_end = threading.Barrier(len(writers))
 
         def end(handle):
-            all_end.wait(60)
+            all_end.wait(250)
             sys.exit("of a callback")
 
         for name in writers:
             fp.save_async(path, {name: 1}).add_done_callback(end)
         gate.set()
-        fp.save_async(path, {"last": 1}).result(60)
+        fp.save_async(path, {"last": 1}).result(250)
         fp.finalize(path)
     """
     done = run(tmp_path / "c", GATED, script)
@@ -170,7 +170,7 @@ def test_callbacks_in_all_workers_may_wait_for_saves_that_no_worker_has_begun(
         def follow(number):
             def wait(_):
                 try:
-                    all_wait.wait(60)
+                    all_wait.wait(250)
                     WAIT
                 except fp.CheckpointExistsError:
                     pass
@@ -185,8 +185,8 @@ def test_callbacks_in_all_workers_may_wait_for_saves_that_no_worker_has_begun(
             handle.add_done_callback(follow(number))
         fp.save_async(path, {"last": np.zeros(3600)}, options=bounded)
         gate.set()
-        assert ended.acquire(timeout=60)
-        assert ended.acquire(timeout=60)
+        assert ended.acquire(timeout=250)
+        assert ended.acquire(timeout=250)
         assert not errors, errors
         if WAITS_FOR_MEMORY:
             fp.finalize(path)
@@ -210,7 +210,7 @@ def test_callback_of_a_handle_may_save_and_finalize(tmp_path: Path) -> None:
             ended.set()
 
         fp.save_async(path, {"first": np.arange(5)}).add_done_callback(follow)
-        assert ended.wait(60)
+        assert ended.wait(250)
         assert not errors, errors
     """
     run_well(tmp_path / "c", script)

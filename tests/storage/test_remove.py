@@ -59,11 +59,11 @@ def test_checkpoint_that_is_being_loaded_stays_until_it_is(how: Any, tmp_path: P
 
     def look(_done: int, _total: int) -> None:
         reads.set()
-        assert may_end.wait(30)
+        assert may_end.wait(250)
 
     with ThreadPoolExecutor(1) as reader:
         loaded = reader.submit(fp.load, path, progress=look, **how)
-        assert reads.wait(30)
+        assert reads.wait(250)
         with pytest.raises(fp.CheckpointInUseError, match="being read, and was not removed"):
             fp.remove(path)
         assert fp.steps(tmp_path) == [1]

@@ -205,7 +205,7 @@ def test_orbax_reads_arrays_of_many_devices_where_there_is_one(tmp_path: Path) -
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
 
