@@ -36,12 +36,13 @@ def test_they_race_on_a_server_of_others(monkeypatch: pytest.MonkeyPatch) -> Non
     """By moto; it may be missing, but not where `SERVERS=moto` says that it is there."""
     if os.environ.get("SERVERS") != "moto":
         pytest.importorskip("moto.server")
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from moto.moto_server import werkzeug_app
     from werkzeug.serving import make_server
 
     # One request at a time: moto looks whether an object is there, and then puts it.
-    app = DomainDispatcherApplication(create_backend_app, service="s3")
-    with make_server("127.0.0.1", 0, app, threaded=False) as moto:
+    app = werkzeug_app.DomainDispatcherApplication(werkzeug_app.create_backend_app)
+    handler = werkzeug_app.MotoRequestHandler
+    with make_server("127.0.0.1", 0, app, threaded=False, request_handler=handler) as moto:
         serving = threading.Thread(target=moto.serve_forever)
         serving.start()
         try:
