@@ -104,7 +104,7 @@ def _settle_all(directory: AnyPath, live: Container[AnyPath], *, timeout_secs: f
 
 
 def _is_idle(path: AnyPath, timeout_secs: float) -> bool:
-    """Waits until nobody saves into an unfinished checkpoint; returns whether that came in time."""
+    """Waits until no process saves into a session any more; returns whether that came in time."""
     session = path.with_name(f"{path.name}.partial_save")
     return liveness.wait_until_idle(session, timeout_secs)
 

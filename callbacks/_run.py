@@ -363,7 +363,7 @@ class Run:
     def raise_failure(self, member: Member) -> None:
         """Raises the oldest error of a callback's checkpoints that was not raised before, if any.
 
-        If that is of the step it saved last, which nobody else saves, the step may be repeated.
+        If that is of the step it saved last, which no other one saves, the step may be repeated.
         """
         failure = member.failures.take_first()
         if failure is None:

@@ -145,7 +145,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         raise OSError(errno.EBUSY, "Its sessions change all the time", str(self.session))
 
     def _wait_until_removed(self, attempt: int) -> None:
-        """Waits for the directory of a dropped session to go; removes it if nobody else does."""
+        """Waits for the directory of a dropped session to go; removes it if no other one does."""
         found = self._list_control()
         if found.opening and not found.id:
             time.sleep(_PAUSE_SECS)
@@ -278,7 +278,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
         """Removes what was put too late: into a directory that has come to the place of another."""
         names = files.listed(self.session / CONTROL)
         names = [name for name in names if name.startswith(f"{session}.closing.")]
-        with contextlib.suppress(OSError):  # it is in nobody's way
+        with contextlib.suppress(OSError):  # what stays does no harm
             self.store.delete([f"{CONTROL}/{name}" for name in names])
             os.rmdir(self.session)
 

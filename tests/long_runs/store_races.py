@@ -200,7 +200,7 @@ def chaos(seed: int, *, delay_secs: float, kill_share: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def taken_over_at_once() -> Iterator[None]:
-    """Has nobody wait for those that have begun to end a session, or to remove a checkpoint."""
+    """Has no process wait for those that have begun to end a session, or to remove a checkpoint."""
     patience = mock.patch.object(object_place, "_PATIENCE_SECS", 0.0)
     removal = mock.patch.object(StorePlace, "_left_to_remove", return_value=0.0)
     with patience, removal:
