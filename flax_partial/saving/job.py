@@ -12,12 +12,11 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
 from jax.profiler import TraceAnnotation
 
 from flax_partial.distributed import agreement
@@ -288,18 +287,14 @@ class SaveJob:
             if self._moving is not None and not self.task.is_ready:  # the interpreter is ending
                 self._moving.wait()
             snapshot.wait_until_computed(self.sources, first=self.is_background)
+            if not self.is_background:
+                self.sources = snapshot.detach(self.sources, caller_waits=True)
         self.note_if_computed()
         note_computed()
         with TraceAnnotation("flax_partial.copy"):
-            data = [(self.leaves[at], self._host_data_of(at)) for at in positions]
+            data = [(self.leaves[at], snapshot.OnTheWay(self.sources[at])) for at in positions]
         self._note_arrival()
         return data
-
-    def _host_data_of(self, at: int) -> Iterable[np.ndarray]:
-        sources = self.sources[at]
-        if self.is_background:
-            return snapshot.OnTheWay(sources)
-        return [snapshot.to_host(source) for source in sources]
 
     def _note_arrival(self) -> None:
         """Notes when all data of a snapshot is on the host, if it is."""

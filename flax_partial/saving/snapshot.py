@@ -146,12 +146,19 @@ def _is_made(one: Copy, room: DeviceRoom) -> bool:
     return True
 
 
-def detach(sources: Iterable[Sequence[Held]]) -> list[Sequence[Held]]:
+def detach(
+    sources: Iterable[Sequence[Held]], *, caller_waits: bool = False
+) -> list[Sequence[Held]]:
     """Makes boxes that were not copied safe from donation, deletion and overwriting.
 
     Small arrays that are ready are copied. On a CPU, a large one that is ready is viewed, which is
     free, and makes a donation copy that comes while it exists. Everything else is transferred to
     pinned host memory, a true copy that is issued at once and done when the array is computed.
+
+    Args:
+      sources: The leaves' boxes.
+      caller_waits: Whether the caller leaves them as they are until they are written: then what is
+        in the host's memory is not copied.
     """
     detached: list[Sequence[Held]] = []
     transfers: list[tuple[list[Any], int]] = []
@@ -159,12 +166,13 @@ def detach(sources: Iterable[Sequence[Held]]) -> list[Sequence[Held]]:
         ours: list[Any] = []
         for source in boxes:
             if isinstance(source, np.ndarray):
-                ours.append(source.copy(order="C"))
+                ours.append(source if caller_waits else source.copy(order="C"))
             elif isinstance(source, (Packed, Copy)):
                 ours.append(source)
             elif _taken_on_host(source):
                 view = np.asarray(source)
-                ours.append(view.copy() if view.nbytes <= _COPIED_BYTES else view)
+                is_copied = view.nbytes <= _COPIED_BYTES and not caller_waits
+                ours.append(view.copy() if is_copied else view)
             else:
                 transfers.append((ours, len(ours)))
                 ours.append(source)

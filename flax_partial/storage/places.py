@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from flax_partial.storage import locks, object_store, paths
 from flax_partial.storage.local_place import LocalPlace
@@ -43,21 +44,30 @@ def _in_store(path: StorePath) -> StorePlace:
 
 
 def _local(path: PathLike) -> LocalPlace:
-    parent, name = os.path.split(paths.absolute(path))
+    absolute = paths.absolute(path)
+    session = absolute.removesuffix(SESSION_SUFFIX) + SESSION_SUFFIX
+    known, found = _known.get(session), _found_at(session)
+    if known is not None and known.found == found is not None and os.fspath(path):
+        return known.place
+    parent, name = os.path.split(absolute)
     text = os.fspath(path)
     name = name.removesuffix(SESSION_SUFFIX)
     if not text or not name or "\0" in text or not _is_utf8(text):
         raise ValueError(
             f"path {text!r} does not name a checkpoint: give a directory below a parent, in UTF-8"
         )
-    found = _known_paths.get((parent, name))
-    if found is None or not _is_same_directory(parent, found.final.parent):
+    if known is None or not _is_same_directory(parent, known.place.final.parent):
         final = Path(os.path.realpath(parent), name)
-        if len(_known_paths) >= _MOST_KNOWN_PATHS:
-            _known_paths.clear()
-        found = LocalPlace(final, final.with_name(name + SESSION_SUFFIX))
-        _known_paths[parent, name] = found
-    return UnlockedPlace(found.final, found.session) if _has_no_locks(found) else found
+        place = LocalPlace(final, final.with_name(name + SESSION_SUFFIX))
+    else:
+        place = known.place
+    if _has_no_locks(place):
+        _known.pop(session, None)
+        return UnlockedPlace(place.final, place.session)
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    _known[session] = _Known(place, found)
+    return place
 
 
 def _has_no_locks(place: LocalPlace) -> bool:
@@ -73,11 +83,28 @@ def _has_no_locks(place: LocalPlace) -> bool:
     return not locks.are_shared(directory) and all(map(mark_of, part_names(place.state)))
 
 
-# Following links costs 60 us, and a training step resolves its checkpoint's path for each layer.
-_known_paths: dict[tuple[str, str], LocalPlace] = {}
+class _Known(NamedTuple):
+    """A place whose sessions are kept by locks, and the session that was found there, if one was.
+
+    As long as the same directory is there, the same rules are its own, and links lead there still:
+    a training step resolves its checkpoint's path for each layer, and all that takes 0.1 ms.
+    """
+
+    place: LocalPlace
+    found: tuple[int, int] | None
 
 
-_MOST_KNOWN_PATHS = 256
+_known: dict[str, _Known] = {}  # by the absolute path of the session, through links
+_MOST_KNOWN = 256
+
+
+def _found_at(session: str) -> tuple[int, int] | None:
+    """Device and inode of what is at a session's path; None where there is nothing to be seen."""
+    try:
+        status = os.lstat(session)
+    except (OSError, ValueError):  # a path that cannot be, which its name tells
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _is_same_directory(one: str, other: Path) -> bool:

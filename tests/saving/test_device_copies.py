@@ -21,6 +21,7 @@ What fails where a part of it is taken out, as was tried by taking it out:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -150,6 +151,23 @@ def test_small_leaves_travel_as_one_buffer_to_the_bit(tmp_path: Path, transfers:
     assert fp.verify(tmp_path / "c").ok
     trees.assert_whole(tmp_path / "c", state)
     assert_nothing_held()
+
+
+def test_a_save_that_waits_has_all_arrays_transferred_at_once(
+    tmp_path: Path, transfers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a CPU, whose arrays NumPy views, nothing is transferred at all."""
+    arrays = PACKED | TRANSFERRED
+    fp.save(tmp_path / "cpu", arrays | {"numpy": np.arange(4)})
+    place_of = snapshot.place_of
+    monkeypatch.setattr(
+        snapshot, "place_of", lambda of: dataclasses.replace(place_of(of), is_cpu=False)
+    )
+    fp.save(tmp_path / "accelerator", arrays | {"numpy": np.arange(4)})
+    assert [*filter(None, transfers)] == [len(arrays)]
+    for name in ("cpu", "accelerator"):
+        fp.finalize(tmp_path / name)
+        trees.assert_whole(tmp_path / name, arrays | {"numpy": np.arange(4)})
 
 
 def test_many_small_leaves_are_packed_some_at_a_time(
