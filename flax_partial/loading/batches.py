@@ -5,14 +5,16 @@ is larger than a batch, as Orbax writes them by default, is a batch by itself.
 """
 
 import math
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from flax_partial.format.chunks import Shape, chunk_regions
 from flax_partial.format.model import Leaf, Region, size_of
 
+T = TypeVar("T")
+
 # What is at hand at once takes more memory than its data: JAX takes 1.2 KB for an array to be put.
-MOST_REGIONS = 1024
+MOST_AT_ONCE = 1024
 
 
 def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Iterator[list[Region]]:
@@ -28,19 +30,21 @@ def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Ite
     """
     largest = most_bytes if cut else max((leaf.bytes for leaf in leaves), default=0)
     found = (one for leaf in leaves if leaf.is_array for one in regions(leaf, largest))
-    yield from batched(found, most_bytes=most_bytes)
+    yield from batched(found, region_bytes, most_bytes=most_bytes)
 
 
-def batched(found: Iterable[Region], *, most_bytes: int = sys.maxsize) -> Iterator[list[Region]]:
-    """Yields regions in order, some thousand, and at most about `most_bytes`, at once."""
-    batch: list[Region] = []
+def batched(
+    items: Iterable[T], bytes_of: Callable[[T], int], *, most_bytes: int
+) -> Iterator[list[T]]:
+    """Yields items in order, some thousand, and at most about `most_bytes`, at once."""
+    batch: list[T] = []
     size = 0
-    for region in found:
-        added = region_bytes(region)
-        if batch and (size + added > most_bytes or len(batch) == MOST_REGIONS):
+    for item in items:
+        added = bytes_of(item)
+        if batch and (size + added > most_bytes or len(batch) == MOST_AT_ONCE):
             yield batch
             batch, size = [], 0
-        batch.append(region)
+        batch.append(item)
         size += added
     if batch:
         yield batch

@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from itertools import islice
 from typing import Any, Literal
 
 import jax
@@ -25,11 +25,11 @@ from flax_partial.format.model import Leaf, Region
 from flax_partial.loading import orbax_terms, shared_reads
 from flax_partial.loading import target as placing
 from flax_partial.loading.arrangement import Arrangement, Stack
-from flax_partial.loading.batches import MOST_REGIONS, batched, region_bytes
+from flax_partial.loading.batches import batched, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint, chosen, open_checkpoint, require_items
-from flax_partial.loading.restacked import Reading, Source, as_placed
+from flax_partial.loading.restacked import Source
 from flax_partial.loading.saved_sharding import sharding_of
-from flax_partial.loading.target import Placement
+from flax_partial.loading.target import Reading
 from flax_partial.storage import places
 from flax_partial.storage.paths import PathLike
 from flax_partial.storage.place import Place
@@ -115,7 +115,7 @@ def load(
             for name, why in checkpoint.composition.others.items():
                 _LOG.warning("%s was not loaded: %s.", where.final / name, why)
             leaves = checkpoint.contents.leaves
-            readings = [as_placed(_as_saved(leaf, as_sharded=as_saved)) for leaf in leaves]
+            readings = [_as_saved(leaf, as_sharded=as_saved) for leaf in leaves]
             return _nested(leaves, _read(where, checkpoint, readings, progress))
         target = orbax_terms.tree_of(target)
         if leaf_types.are_registered():
@@ -124,12 +124,11 @@ def load(
         checkpoint = chosen(checkpoint, where, key_paths)
         require_items(checkpoint, key_paths if partial else None)
         by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
+        spread = map(shared_reads.spread, values) if share_reads else values
         readings = _plan(
             where,
             checkpoint.contents.leaves,
-            zip(
-                key_paths, map(shared_reads.spread, values) if share_reads else values, strict=True
-            ),
+            zip(key_paths, spread, strict=True),
             Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
             partial=partial,
             keep_missing=keep_missing,
@@ -142,14 +141,14 @@ def load(
         return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, loaded))
 
 
-def _as_saved(leaf: Leaf, *, as_sharded: bool) -> Placement:
+def _as_saved(leaf: Leaf, *, as_sharded: bool) -> Reading:
     sharding = sharding_of(leaf) if as_sharded else None
     if sharding is None:
         return placing.as_saved(leaf)
-    placement = placing.as_target(leaf, placing.abstract(leaf, sharding), cast=False)
-    if isinstance(placement, str):
-        raise TargetMismatchError(placement)
-    return placement
+    reading = placing.as_target(leaf, placing.abstract(leaf, sharding), cast=False)
+    if isinstance(reading, str):
+        raise TargetMismatchError(reading)
+    return reading
 
 
 def _plan(
@@ -169,31 +168,30 @@ def _plan(
     found: set[str] = set()
     skipped: set[str] = set()
     lacking: list[str] = []
-    for key_path, value in wanted:
-        source = arrangement.find(key_path, value)
-        is_none = isinstance(source, Source) and _fits_by_cast(source.leaf, None)
-        if value is orbax_terms.PLACEHOLDER or (partial and value is None and not is_none):
-            skipped.update(source.names if isinstance(source, Source) else [key_path.name])
-            source, planned = None, placing.as_it_is(key_path, value)
+    for path, value in wanted:
+        source = arrangement.find(path, value)
+        stored = [leaf.name for leaf in source.stored] if isinstance(source, Source) else []
+        planned: Reading | str
+        if value is orbax_terms.PLACEHOLDER or (partial and value is None and not _is_none(source)):
+            skipped.update(stored or [path.name])
+            planned = placing.as_it_is(path, value)
         elif isinstance(source, str):
             planned = source
         elif source is not None:
-            found.update(source.names)
-            wanted_value = _own_terms(source.leaf, value, as_sharded=as_sharded)
-            planned = placing.as_target(source.leaf, wanted_value, cast=cast)
-            if isinstance(planned, str) and _fits_by_cast(source.leaf, wanted_value):
+            found.update(stored)
+            own = _own_terms(source.leaf, value, as_sharded=as_sharded)
+            planned = placing.as_target(source.leaf, own, cast=cast)
+            if not isinstance(planned, str):
+                planned = source.reading(planned)
+            elif _fits_by_cast(source.leaf, own):
                 ways_out.add(_CAST)
         elif keep_missing:
-            planned = placing.as_it_is(key_path, value)
+            planned = placing.as_it_is(path, value)
         else:
-            planned = f"{key_path.name!r} is not in the checkpoint{arrangement.said_of(key_path)}"
-            lacking.append(_bare(key_path.name))
+            planned = f"{path.name!r} is not in the checkpoint{arrangement.said_of(path)}"
+            lacking.append(_bare(path.name))
             ways_out.add(_KEEP_MISSING)
-        if isinstance(planned, str):
-            problems.append(planned)
-        else:
-            reading = source.reading if isinstance(source, Source) else as_placed
-            readings.append(reading(planned))
+        problems.append(planned) if isinstance(planned, str) else readings.append(planned)
     problems += arrangement.unused()
     left_over = [
         leaf.name
@@ -233,6 +231,10 @@ def _meant(lacking: Sequence[str], leaves: Sequence[Leaf], found: Container[str]
 def _bare(name: str) -> str:
     """A leaf's name without the attribute in which NNX's variables hold their value."""
     return name.removesuffix(f".{_NNX_VALUE}")
+
+
+def _is_none(source: Source | str | None) -> bool:
+    return isinstance(source, Source) and _fits_by_cast(source.leaf, None)
 
 
 def _fits_by_cast(leaf: Leaf, value: Any) -> bool:
@@ -278,13 +280,14 @@ def _read(
 
     Some are put on an accelerator while the next are read.
     """
-    data = _read_boxes(checkpoint, readings, progress)
+    data = _read_boxes(checkpoint, [box for one in readings for box in one.regions], progress)
+    most_bytes = _PIECE_BYTES if placing.has_accelerator() else sys.maxsize
     values: list[Any] = []
     errors: list[Exception] = []
-    for group in _groups(readings):
+    for group in batched(readings, _bytes_of, most_bytes=most_bytes):
         built = []
         for one in group:
-            outcomes = [next(data) for _ in one.regions]
+            outcomes = list(islice(data, len(one.regions)))
             boxes = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
             if len(boxes) < len(outcomes):
                 errors += [outcome for outcome in outcomes if isinstance(outcome, Exception)]
@@ -302,35 +305,34 @@ def _read(
     return values
 
 
+def _bytes_of(reading: Reading) -> int:
+    return sum(map(region_bytes, reading.regions))
+
+
 def _read_boxes(
     checkpoint: Checkpoint,
-    readings: Sequence[Reading],
+    regions: Sequence[Region],
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[np.ndarray | Exception]:
-    """Returns what is read of each box; a batch is read when the first of it is wanted."""
+    """Yields what is read of each box; a batch is read when the first of it is wanted."""
     is_ahead = placing.has_accelerator()
     most_bytes = sys.maxsize if progress is None and not is_ahead else _PIECE_BYTES
-    batches = batched(_regions(readings), most_bytes=most_bytes)
-    if is_ahead:
-        reads = _read_ahead(checkpoint, batches)
-    else:
-        reads = ((batch, checkpoint.read(batch)) for batch in batches)
-    if progress is None:
-        return chain.from_iterable(outcomes for _, outcomes in reads)
-    total = sum(map(region_bytes, _regions(readings)))
-    progress(0, total)
-    return chain.from_iterable(_telling(reads, progress, total))
+    batches = batched(regions, region_bytes, most_bytes=most_bytes)
+    done, total = 0, sum(map(region_bytes, regions)) if progress else 0
+    if progress:
+        progress(0, total)
+    reads = _read_ahead if is_ahead else _read_now
+    for batch, outcomes in reads(checkpoint, batches):
+        if progress:
+            done += sum(map(region_bytes, batch))
+            progress(done, total)
+        yield from outcomes
 
 
-def _telling(
-    reads: Iterable[_Read], progress: Callable[[int, int], None], total: int
-) -> Iterator[Outcomes]:
-    """Yields what was read, and reports how much that is by now."""
-    done = 0
-    for batch, outcomes in reads:
-        done += sum(map(region_bytes, batch))
-        progress(done, total)
-        yield outcomes
+def _read_now(checkpoint: Checkpoint, batches: Iterable[Sequence[Region]]) -> Iterator[_Read]:
+    """Yields batches and what was read of each."""
+    for batch in batches:
+        yield batch, checkpoint.read(batch)
 
 
 def _read_ahead(checkpoint: Checkpoint, batches: Iterable[Sequence[Region]]) -> Iterator[_Read]:
@@ -343,25 +345,6 @@ def _read_ahead(checkpoint: Checkpoint, batches: Iterable[Sequence[Region]]) -> 
                 yield before[0], before[1].result()
         if reading is not None:
             yield reading[0], reading[1].result()
-
-
-def _groups(readings: Sequence[Reading]) -> Iterator[list[Reading]]:
-    """Cuts readings into those whose arrays are put on devices at once."""
-    most_bytes = _PIECE_BYTES if placing.has_accelerator() else sys.maxsize
-    group: list[Reading] = []
-    size = 0
-    for one in readings:
-        group.append(one)
-        size += sum(map(region_bytes, one.regions))
-        if len(group) == MOST_REGIONS or size >= most_bytes:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _regions(readings: Iterable[Reading]) -> Iterator[Region]:
-    return (region for one in readings for region in one.regions)
 
 
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_partial.format.model import NONE, NUMPY_ARRAY, Leaf
-from flax_partial.loading.batches import MOST_REGIONS, batches, region_bytes
+from flax_partial.loading.batches import MOST_AT_ONCE, batches, region_bytes
 
 
 def leaf(name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str = "float32") -> Leaf:
@@ -68,9 +68,9 @@ def test_large_leaf_is_cut_along_its_first_axes(shape: Any, chunk: Any, sizes: l
 
 
 def test_batch_holds_some_thousand_leaves_however_small() -> None:
-    found = [leaf(str(number), (1,), (1,)) for number in range(2 * MOST_REGIONS + 1)]
+    found = [leaf(str(number), (1,), (1,)) for number in range(2 * MOST_AT_ONCE + 1)]
     sizes = [len(batch) for batch in batches(found, most_bytes=1 << 40)]
-    assert sizes == [MOST_REGIONS, MOST_REGIONS, 1]
+    assert sizes == [MOST_AT_ONCE, MOST_AT_ONCE, 1]
 
 
 def test_leaves_without_data_are_left_out() -> None:
