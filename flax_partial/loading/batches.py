@@ -6,6 +6,7 @@ is larger than a batch, as Orbax writes them by default, is a batch by itself.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TypeVar
 
 from flax_partial.format.chunks import Shape, chunk_regions
@@ -34,11 +35,15 @@ def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Ite
 
 
 def batched(
-    items: Iterable[T], bytes_of: Callable[[T], int], *, most_bytes: int
+    items: Iterable[T], bytes_of: Callable[[T], int], *, most_bytes: int | None
 ) -> Iterator[list[T]]:
-    """Yields items in order, some thousand, and at most about `most_bytes`, at once."""
-    batch: list[T] = []
-    size = 0
+    """Yields items in order, some thousand, and at most about `most_bytes`, if any, at once."""
+    if most_bytes is None:
+        rest = iter(items)
+        while batch := list(islice(rest, MOST_AT_ONCE)):
+            yield batch
+        return
+    batch, size = [], 0
     for item in items:
         added = bytes_of(item)
         if batch and (size + added > most_bytes or len(batch) == MOST_AT_ONCE):

@@ -7,7 +7,6 @@ this process's devices hold are read.
 
 import difflib
 import logging
-import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -115,8 +114,14 @@ def load(
             for name, why in checkpoint.composition.others.items():
                 _LOG.warning("%s was not loaded: %s.", where.final / name, why)
             leaves = checkpoint.contents.leaves
-            readings = [_as_saved(leaf, as_sharded=as_saved) for leaf in leaves]
-            return _nested(leaves, _read(where, checkpoint, readings, progress))
+            # The plan is gone before the collector can go through it.
+            values = _read(
+                where,
+                checkpoint,
+                [_as_saved(leaf, as_sharded=as_saved) for leaf in leaves],
+                progress,
+            )
+            return _nested(leaves, values)
         target = orbax_terms.tree_of(target)
         if leaf_types.are_registered():
             keypaths.values_of(target)  # whose message names what JAX cannot flatten
@@ -125,17 +130,21 @@ def load(
         require_items(checkpoint, key_paths if partial else None)
         by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
         spread = map(shared_reads.spread, values) if share_reads else values
-        readings = _plan(
+        loaded = _read(
             where,
-            checkpoint.contents.leaves,
-            zip(key_paths, spread, strict=True),
-            Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
-            partial=partial,
-            keep_missing=keep_missing,
-            cast=cast,
-            as_sharded=as_saved,
+            checkpoint,
+            _plan(
+                where,
+                checkpoint.contents.leaves,
+                zip(key_paths, spread, strict=True),
+                Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
+                partial=partial,
+                keep_missing=keep_missing,
+                cast=cast,
+                as_sharded=as_saved,
+            ),
+            progress,
         )
-        loaded = _read(where, checkpoint, readings, progress)
         if share_reads:
             loaded = shared_reads.gathered(loaded, values)
         return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, loaded))
@@ -281,19 +290,16 @@ def _read(
     Some are put on an accelerator while the next are read.
     """
     data = _read_boxes(checkpoint, [box for one in readings for box in one.regions], progress)
-    most_bytes = _PIECE_BYTES if placing.has_accelerator() else sys.maxsize
+    most_bytes = _PIECE_BYTES if placing.has_accelerator() else None
     values: list[Any] = []
     errors: list[Exception] = []
     for group in batched(readings, _bytes_of, most_bytes=most_bytes):
-        built = []
-        for one in group:
-            outcomes = list(islice(data, len(one.regions)))
-            boxes = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
-            if len(boxes) < len(outcomes):
-                errors += [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-            elif not errors:
-                built.append(one.build(boxes))
-        values += placing.put_on_devices(built)
+        outcomes = list(islice(data, sum([len(one.regions) for one in group])))
+        boxes = iter([one for one in outcomes if not isinstance(one, Exception)])
+        errors += [one for one in outcomes if isinstance(one, Exception)]
+        if not errors:
+            built = [one.build([next(boxes) for _ in one.regions]) for one in group]
+            values += placing.put_on_devices(built)
     for error in errors:
         if isinstance(error, OSError):
             raise error
@@ -316,7 +322,7 @@ def _read_boxes(
 ) -> Iterator[np.ndarray | Exception]:
     """Yields what is read of each box; a batch is read when the first of it is wanted."""
     is_ahead = placing.has_accelerator()
-    most_bytes = sys.maxsize if progress is None and not is_ahead else _PIECE_BYTES
+    most_bytes = None if progress is None and not is_ahead else _PIECE_BYTES
     batches = batched(regions, region_bytes, most_bytes=most_bytes)
     done, total = 0, sum(map(region_bytes, regions)) if progress else 0
     if progress:
@@ -349,40 +355,74 @@ def _read_ahead(checkpoint: Checkpoint, batches: Iterable[Sequence[Region]]) -> 
 
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
     """Builds nested dicts and lists; a list's elements may have been saved in any order."""
-    root: dict[Any, Any] = {}
-    nodes = {id(root)}  # a leaf may be a dict too
-    keys: dict[tuple[int, str], str | int] = {}  # (node, text) -> key: saves may differ in its type
-    lists: list[tuple[dict[Any, Any], Any]] = []
+    tree = _Tree()
+    stem: list[str] | None = None
+    node: _Node | None = None
     for leaf, value in zip(leaves, values, strict=True):
-        node, key = root, None
-        for text, kind in zip(leaf.texts, leaf.key_kinds, strict=True):
-            if key not in node:
-                inner: dict[Any, Any] = {}
-                node[key] = inner
-                nodes.add(id(inner))
-                if kind == keypaths.INDEX:
-                    lists.append((node, key))
-            node = node[key]
-            if id(node) not in nodes:
-                raise _no_tree(leaf)
-            key = keys.setdefault(
-                (id(node), text), text if kind in keypaths.TEXT_KEYS else int(text)
-            )
-        if key in node:
-            raise _no_tree(leaf)
-        node[key] = value
-    for parent, key in reversed(lists):  # the inner ones first
-        children = parent[key]
-        try:
-            parent[key] = [children[i] for i in range(len(children))]
-        except KeyError as error:
+        *above, last = "", *leaf.texts
+        key_kinds = keypaths.STR_KEY + leaf.key_kinds
+        if above != stem:  # most leaves stand beside the one before
+            stem, node = above, tree.node_at(above, key_kinds)
+        if node is None or last in node:
             raise CorruptCheckpointError(
-                f"In the table of contents list {key!r} lacks element {error}"
-            ) from None
-    return root[None]
+                f"Leaf {leaf.name!r}: in the table of contents it is there twice, or a leaf and a "
+                "subtree"
+            )
+        tree.put(node, last, key_kinds[-1], value)
+    return tree.finished()
 
 
-def _no_tree(leaf: Leaf) -> CorruptCheckpointError:
-    return CorruptCheckpointError(
-        f"Leaf {leaf.name!r}: in the table of contents it is there twice, or a leaf and a subtree"
-    )
+class _Tree:
+    """Nested dicts, first by the texts of all keys; what the keys are to be is made of them last.
+
+    Attributes:
+      top: What holds the root, under the empty text.
+    """
+
+    def __init__(self) -> None:
+        self.top: _Node = {}
+        self._numbers: dict[int, dict[str, str]] = {id(self.top): {}}  # a node -> kinds of keys
+        self._below: list[tuple[_Node, str]] = []  # all other nodes, by where they are
+
+    def node_at(self, texts: Sequence[str], key_kinds: str) -> "_Node | None":
+        """Returns the node at a path from the top; None where a leaf is in the way."""
+        node = self.top
+        for text, kind in zip(texts, key_kinds, strict=False):
+            if text not in node:
+                child: _Node = {}
+                self.put(node, text, kind, child)
+                self._numbers[id(child)] = {}
+                self._below.append((node, text))
+            node = node[text]
+            if id(node) not in self._numbers:  # a leaf may be a dict, too
+                return None
+        return node
+
+    def put(self, node: "_Node", text: str, kind: str, child: Any) -> None:
+        """Adds a child to a node."""
+        node[text] = child
+        if kind not in keypaths.TEXT_KEYS:
+            self._numbers[id(node)][text] = kind
+
+    def finished(self) -> Any:
+        """Returns the root, with integers as keys, and lists."""
+        for node, text in reversed(self._below):  # the inner ones first
+            if numbers := self._numbers[id(node[text])]:
+                node[text] = _with_numbers(text, node[text], numbers)
+        return self.top[""]
+
+
+_Node = dict[str, Any]
+
+
+def _with_numbers(name: str, node: Mapping[str, Any], numbers: Mapping[str, str]) -> Any:
+    """Makes a node of which some keys are numbers: a list, or a dict."""
+    children = {int(text) if text in numbers else text: child for text, child in node.items()}
+    if keypaths.INDEX not in numbers.values():
+        return children
+    try:
+        return [children[i] for i in range(len(children))]
+    except KeyError as error:
+        raise CorruptCheckpointError(
+            f"In the table of contents list {name!r} lacks element {error}"
+        ) from None
