@@ -17,7 +17,7 @@ What the files must hold was found out by trying every reader of Orbax 0.12 (v0 
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -44,20 +44,20 @@ JSON_HANDLER = _HANDLERS + "json_checkpoint_handler.JsonCheckpointHandler"
 
 SEQUENCE_KEY, DICT_KEY = 1, 2
 
-# An empty named tuple has no type of its own.
-VALUE_TYPES: Mapping[str, str] = {
+# Of kinds that are of one type to Orbax the first is what is read. An empty named tuple has none.
+VALUE_TYPES: dict[kinds.Kind, str] = {
     kinds.JAX_ARRAY: "jax.Array",
     kinds.PRNG_KEY: "jax.Array",
-    kinds.BYTES: "np.ndarray",
     kinds.NUMPY_ARRAY: "np.ndarray",
     kinds.NUMPY_SCALAR: "np.ndarray",
+    kinds.BYTES: "np.ndarray",
     kinds.SCALAR: "scalar",
     kinds.STRING: "string",
     kinds.NONE: "None",
+    kinds.NAMED_TUPLE: "None",
     kinds.DICT: "Dict",
     kinds.LIST: "List",
     kinds.TUPLE: "Tuple",
-    kinds.NAMED_TUPLE: "None",
 }
 RANDOM_KEY_IMPL = "random_key_impl"
 
@@ -211,7 +211,7 @@ def _key_metadata(text: str, kind: str) -> str:
 
 
 @lru_cache(maxsize=4096)  # most leaves have one of a few shapes
-def _value_metadata(kind: str, chunk: Shape) -> str:
+def _value_metadata(kind: kinds.Kind, chunk: Shape) -> str:
     has_data = kind in kinds.ARRAY_KINDS or kind in (kinds.STRING, kinds.BYTES)
     value: dict[str, Any] = {"value_type": VALUE_TYPES[kind], "skip_deserialize": not has_data}
     if value["value_type"] == VALUE_TYPES[kinds.JAX_ARRAY]:
