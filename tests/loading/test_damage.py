@@ -9,6 +9,7 @@ import damage
 import numpy as np
 import pytest
 import trees
+from things import stored
 
 import flax_partial as fp
 from flax_partial.loading import load as load_module
@@ -209,8 +210,7 @@ def test_data_lost_before_finalize_is_told_by_finalize(tmp_path: Path) -> None:
 def test_contents_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
     """Text stands in them alone: no digest of an array would tell."""
     for name in ("one", "two"):
-        fp.save(tmp_path / name, {"text": name, "same": np.arange(3)})
-        fp.finalize(tmp_path / name)
+        stored(tmp_path / name, {"text": name, "same": np.arange(3)})
     one, two = (tmp_path / name / "state" / "contents.json" for name in ("one", "two"))
     one.write_bytes(two.read_bytes())
     for call in (fp.load, fp.metadata):
