@@ -18,12 +18,19 @@ T = TypeVar("T")
 MOST_AT_ONCE = 1024
 
 
-def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Iterator[list[Region]]:
+def batches(
+    leaves: Sequence[Leaf],
+    *,
+    most_bytes: int,
+    progress: Callable[[int, int], None],
+    cut: bool = True,
+) -> Iterator[list[Region]]:
     """Yields all data of the array leaves, in order, at most about `most_bytes` at once.
 
     Args:
       leaves: The leaves; those without array data are left out.
       most_bytes: Size of a batch in memory; one chunk may be larger.
+      progress: Called after each batch with how many bytes of how many are done.
       cut: Whether larger leaves are cut; else each is a batch by itself.
 
     Yields:
@@ -31,7 +38,11 @@ def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Ite
     """
     largest = most_bytes if cut else max((leaf.bytes for leaf in leaves), default=0)
     found = (one for leaf in leaves if leaf.is_array for one in regions(leaf, largest))
-    yield from batched(found, region_bytes, most_bytes=most_bytes)
+    done, total = 0, sum(leaf.bytes for leaf in leaves)
+    for batch in batched(found, region_bytes, most_bytes=most_bytes):
+        yield batch
+        done += sum(map(region_bytes, batch))
+        progress(done, total)
 
 
 def batched(
