@@ -72,14 +72,12 @@ def keys_of(name: Name) -> tuple[Any, ...]:
 
 
 def _key(key: Any) -> Any:
-    if isinstance(key, bool):
-        raise TypeError(f"a key is text, an integer, or one of jax.tree_util's, not {key!r}")
-    if isinstance(key, int):
-        return tree_util.SequenceKey(key)
-    if isinstance(key, str):
-        return tree_util.DictKey(key)
     if isinstance(key, _JAX_KEYS):
         return key
+    if isinstance(key, str):
+        return tree_util.DictKey(key)
+    if isinstance(key, int) and not isinstance(key, bool):
+        return tree_util.SequenceKey(key)
     raise TypeError(f"a key is text, an integer, or one of jax.tree_util's, not {key!r}")
 
 

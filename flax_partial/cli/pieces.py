@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from flax_partial.format.model import Leaf, Region
-from flax_partial.loading.batches import batches, region_bytes
+from flax_partial.loading.batches import batches
 
 _AT_ONCE_BYTES = 64 << 20  # reading, or writing, takes about as much again
 
@@ -20,8 +20,4 @@ def in_batches(
     Yields:
       Regions: each a leaf, the start of a box of it, and the box's shape.
     """
-    done, total = 0, sum(leaf.bytes for leaf in leaves)
-    for batch in batches(leaves, most_bytes=_AT_ONCE_BYTES):
-        yield batch
-        done += sum(map(region_bytes, batch))
-        progress(done, total)
+    return batches(leaves, most_bytes=_AT_ONCE_BYTES, progress=progress)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +206,6 @@ def read_contents(path: str) -> tuple[Contents, CheckpointMetadata, str]:
             checkpoint = open_checkpoint(where)
             return checkpoint.contents, describe_checkpoint(where, checkpoint), FINALIZED
     session = read_session(where)
-    contents = Contents(
-        started_ns=session.plan.started_ns,
-        committed_ns=max((part.time_ns for part in session.parts.values()), default=0),
-        parts=len(session.parts),
-        custom_metadata=session.plan.custom_metadata,
-        training=session.plan.training,
-        leaves=session.plan.leaves,
-    )
+    newest_ns = max((part.time_ns for part in session.parts.values()), default=0)
+    contents = replace(session.plan.contents, committed_ns=newest_ns)
     return contents, described(where, contents), UNFINISHED

@@ -4,7 +4,7 @@ The same plan and the same time of the commit always give the same bytes.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flax_partial.format import orbax
 from flax_partial.format.digests import digest
@@ -51,22 +51,11 @@ def derive(
         its database: another version may have encoded the same contents to other bytes.
       has_inline: Whether the contents hold inline chunks, as they do since version 3.
     """
-    leaves = plan.leaves
+    contents = replace(plan.contents, committed_ns=committed_ns, has_inline=has_inline)
     sources: Sequence[Sequence[Source]] = plan.sources
     if not has_inline:
-        sources = [*map(_sources_of, leaves, sources)]
-        leaves = tuple(map(_without_places, leaves))
-    contents = Contents(
-        started_ns=plan.started_ns,
-        committed_ns=committed_ns,
-        parts=plan.parts,
-        custom_metadata=plan.custom_metadata,
-        training=plan.training,
-        leaves=leaves,
-        data_parts=plan.data_parts,
-        first_part=plan.first_part,
-        has_inline=has_inline,
-    )
+        sources = [*map(_sources_of, plan.leaves, sources)]
+        contents = replace(contents, leaves=tuple(map(_without_places, plan.leaves)))
     return Derived(contents, contents_bytes or encode_contents(contents), sources)
 
 

@@ -15,7 +15,6 @@ The rules, which stand here and nowhere else:
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from msgspec import structs
 
@@ -23,7 +22,7 @@ from flax_partial.errors import first_few
 from flax_partial.format.chunks import chunk_counts
 from flax_partial.format.keypaths import KeyTree
 from flax_partial.format.metadata import merge_metadata
-from flax_partial.format.model import Box, Leaf, Part, Place, Run, data_part
+from flax_partial.format.model import Box, Contents, Leaf, Part, Place, Run, data_part
 
 Source = tuple[str, Sequence[Place]]
 """Where chunks are that follow one another in C order: their data file, as `data_part` calls it."""
@@ -39,29 +38,22 @@ class MergePlan:
     """A whole checkpoint, or why there is none yet.
 
     Attributes:
-      leaves: The merged leaves, each one whole box.
+      contents: What it holds: each leaf merged to one whole box; when it is finalized is not known.
       sources: For each leaf, in the same order, where each of its chunks is, in C order; nothing
         where they are in the leaf itself.
-      data_parts: The data files that the leaves' runs number, each called as by `data_part`.
-      custom_metadata: That of all parts, merged.
-      training: What a training loop recorded of itself, of all parts, merged.
-      started_ns: When the first part was saved, in nanoseconds since the epoch.
-      parts: Number of parts.
-      first_part: The smallest name of a part; empty without parts.
       conflicts: Why the parts do not fit together; nothing but another save can mend these.
       missing: Leaves that are not complete, each with what it lacks; more parts would mend these.
     """
 
-    leaves: tuple[Leaf, ...]
+    contents: Contents
     sources: tuple[tuple[Source, ...], ...]
-    data_parts: tuple[str, ...]
-    custom_metadata: dict[str, Any]
-    training: dict[str, Any]
-    started_ns: int
-    parts: int
-    first_part: str
     conflicts: tuple[str, ...]
     missing: tuple[str, ...]
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The merged leaves."""
+        return self.contents.leaves
 
 
 def merge(parts: Mapping[str, Part]) -> MergePlan:
@@ -87,18 +79,17 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
         if lacking:
             missing.append(lacking + _absent(holders, parts))
     conflicts.extend(_tree_problems(leaves))
-    return MergePlan(
-        leaves=tuple(leaves),
-        sources=tuple(sources),
-        data_parts=tuple(numbers),
+    contents = Contents(
+        started_ns=min((part.time_ns for _, part in ordered), default=0),
+        committed_ns=0,
+        parts=len(parts),
         custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),
         training=merge_metadata(part.training for _, part in ordered),
-        started_ns=min((part.time_ns for _, part in ordered), default=0),
-        parts=len(parts),
+        leaves=tuple(leaves),
+        data_parts=tuple(numbers),
         first_part=min(parts, default=""),
-        conflicts=tuple(conflicts),
-        missing=tuple(missing),
     )
+    return MergePlan(contents, tuple(sources), tuple(conflicts), tuple(missing))
 
 
 def _is_whole_inline(holders: Sequence[_Holder]) -> bool:

@@ -17,34 +17,16 @@ What the files must hold was found out by trying every reader of Orbax 0.12 (v0 
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+from flax_partial.format import model as kinds
 from flax_partial.format import ocdbt
 from flax_partial.format.chunks import Shape
 from flax_partial.format.keypaths import INDEX
 from flax_partial.format.merge import Source
-from flax_partial.format.model import (
-    ARRAY_KINDS,
-    BYTES,
-    DICT,
-    JAX_ARRAY,
-    LIST,
-    NAMED_TUPLE,
-    NONE,
-    NUMPY_ARRAY,
-    NUMPY_SCALAR,
-    PRNG_KEY,
-    SCALAR,
-    STRING,
-    TUPLE,
-    Box,
-    Contents,
-    Leaf,
-    data_path,
-    numpy_dtype,
-)
+from flax_partial.format.model import Box, Contents, Leaf, data_path, numpy_dtype
 
 CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
 V1_MARKER = "orbax.checkpoint"
@@ -62,20 +44,20 @@ JSON_HANDLER = _HANDLERS + "json_checkpoint_handler.JsonCheckpointHandler"
 
 SEQUENCE_KEY, DICT_KEY = 1, 2
 
-# An empty named tuple has no type of its own.
-VALUE_TYPES: Mapping[str, str] = {
-    JAX_ARRAY: "jax.Array",
-    PRNG_KEY: "jax.Array",
-    BYTES: "np.ndarray",
-    NUMPY_ARRAY: "np.ndarray",
-    NUMPY_SCALAR: "np.ndarray",
-    SCALAR: "scalar",
-    STRING: "string",
-    NONE: "None",
-    DICT: "Dict",
-    LIST: "List",
-    TUPLE: "Tuple",
-    NAMED_TUPLE: "None",
+# Of kinds that are of one type to Orbax the first is what is read. An empty named tuple has none.
+VALUE_TYPES: dict[kinds.Kind, str] = {
+    kinds.JAX_ARRAY: "jax.Array",
+    kinds.PRNG_KEY: "jax.Array",
+    kinds.NUMPY_ARRAY: "np.ndarray",
+    kinds.NUMPY_SCALAR: "np.ndarray",
+    kinds.BYTES: "np.ndarray",
+    kinds.SCALAR: "scalar",
+    kinds.STRING: "string",
+    kinds.NONE: "None",
+    kinds.NAMED_TUPLE: "None",
+    kinds.DICT: "Dict",
+    kinds.LIST: "List",
+    kinds.TUPLE: "Tuple",
 }
 RANDOM_KEY_IMPL = "random_key_impl"
 
@@ -110,7 +92,7 @@ def database_files(
       sources: For each leaf where its chunks are; nothing where they are in the leaf itself.
       uuid: Identifies the database, 16 bytes.
     """
-    if all(not leaf.is_array and leaf.kind != BYTES for leaf in contents.leaves):
+    if all(not leaf.is_array and leaf.kind != kinds.BYTES for leaf in contents.leaves):
         return
     data_file = f"d/{uuid.hex()}"
     manifest, data = ocdbt.encode(
@@ -127,7 +109,7 @@ def _database_entries(
     leaves: Sequence[Leaf], sources: Sequence[Sequence[Source]]
 ) -> Iterator[ocdbt.Entry]:
     for leaf, found in zip(leaves, sources, strict=True):
-        stored = _as_array(leaf) if leaf.kind == BYTES else leaf
+        stored = _as_array(leaf) if leaf.kind == kinds.BYTES else leaf
         if not stored.is_array:
             continue
         prefix = stored.prefix.encode()
@@ -155,7 +137,7 @@ def _as_array(leaf: Leaf) -> Leaf:
     return Leaf(
         leaf.texts,
         leaf.key_kinds,
-        NUMPY_ARRAY,
+        kinds.NUMPY_ARRAY,
         dtype="uint8",
         shape=shape,
         chunk=(size,),
@@ -217,8 +199,8 @@ def _tree_metadata(leaves: Sequence[Leaf]) -> Pieces:
 def _tree_entry(leaf: Leaf, key_metadata: Callable[[str, str], str]) -> str:
     """Returns a leaf's entry as JSON, put together: a third of what dumping it costs."""
     # One complex scalar would keep v0's StandardCheckpointer from reading any of the checkpoint.
-    is_complex = leaf.kind == SCALAR and leaf.dtype.startswith("complex")
-    value = _value_metadata(NUMPY_ARRAY if is_complex else leaf.kind, leaf.chunk)
+    is_complex = leaf.kind == kinds.SCALAR and leaf.dtype.startswith("complex")
+    value = _value_metadata(kinds.NUMPY_ARRAY if is_complex else leaf.kind, leaf.chunk)
     keys = ",".join(map(key_metadata, leaf.texts, leaf.key_kinds))
     name = _encode_string(repr(leaf.texts))
     return f'{name}:{{"key_metadata":[{keys}],"value_metadata":{value}}}'
@@ -229,10 +211,10 @@ def _key_metadata(text: str, kind: str) -> str:
 
 
 @lru_cache(maxsize=4096)  # most leaves have one of a few shapes
-def _value_metadata(kind: str, chunk: Shape) -> str:
-    has_data = kind in ARRAY_KINDS or kind in (STRING, BYTES)
+def _value_metadata(kind: kinds.Kind, chunk: Shape) -> str:
+    has_data = kind in kinds.ARRAY_KINDS or kind in (kinds.STRING, kinds.BYTES)
     value: dict[str, Any] = {"value_type": VALUE_TYPES[kind], "skip_deserialize": not has_data}
-    if value["value_type"] == VALUE_TYPES[JAX_ARRAY]:
+    if value["value_type"] == VALUE_TYPES[kinds.JAX_ARRAY]:
         value["write_shape"] = chunk
     return _text(value)
 
@@ -246,7 +228,7 @@ def _array_metadatas(leaves: tuple[Leaf, ...]) -> dict[str, Any]:
             "ext_metadata": {RANDOM_KEY_IMPL: leaf.text},
         }
         for leaf in leaves
-        if leaf.kind == PRNG_KEY
+        if leaf.kind == kinds.PRNG_KEY
     ]
     return {"array_metadatas": [{"array_metadata": metadata} for metadata in metadatas]}
 
@@ -256,7 +238,7 @@ def _shardings(leaves: Sequence[Leaf]) -> Pieces:
     yield b"{"
     separator = b""
     for leaf in leaves:
-        if leaf.sharding is not None and VALUE_TYPES[leaf.kind] == VALUE_TYPES[JAX_ARRAY]:
+        if leaf.sharding is not None and VALUE_TYPES[leaf.kind] == VALUE_TYPES[kinds.JAX_ARRAY]:
             text = texts.get(id(leaf.sharding)) or _dump(json.dumps(leaf.sharding.json))
             texts[id(leaf.sharding)] = text
             yield b'%b"%b":%b' % (separator, sharding_key(leaf.name), text)
@@ -275,7 +257,7 @@ def _strings(leaves: tuple[Leaf, ...]) -> dict[str, Any]:
     `a` and `a/b` cannot both be found. The shorter one is kept: then Orbax fails to find the other,
     where it would take what is inside of an object for the text of the shorter one.
     """
-    found = [(pointer_tokens(leaf.name), leaf.text) for leaf in leaves if leaf.kind == STRING]
+    found = [(pointer_tokens(leaf.name), leaf.text) for leaf in leaves if leaf.kind == kinds.STRING]
     table: dict[str, Any] = {}
     for tokens, text in sorted(found, key=lambda one: len(one[0])):
         inner: Any = table

@@ -16,7 +16,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
@@ -58,8 +58,6 @@ _MIDDLE = b'","table":'
 _TABLE_AT = len(_HEAD) + 32 + len(_MIDDLE)
 _DATA_FILE = r"(p[0-9]{1,9}/)?[^/]+(/data\.[1-9][0-9]{0,8})?"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
 _NOTHING = Raw(b"{}")
 
 
@@ -109,41 +107,12 @@ for _table in (_PartTable, _ContentsTable):
 
 def encode_part(part: Part) -> bytes:
     """Returns the bytes of a `part.json`."""
-    shardings = _Shardings(part.leaves)
-    return _enveloped(
-        _PartTable(
-            format=FORMAT_VERSION,
-            process=part.process,
-            time_ns=part.time_ns,
-            bytes=part.bytes,
-            durable=part.durable,
-            custom_metadata=Raw(to_json(part.custom_metadata)),
-            training=_raw(part.training),
-            shardings=shardings.texts,
-            leaves=_with_entries(part.leaves),
-        ),
-        shardings,
-    )
+    return _encoded(_PartTable, part)
 
 
 def encode_contents(contents: Contents) -> bytes:
     """Returns the bytes of a `contents.json`."""
-    shardings = _Shardings(contents.leaves)
-    return _enveloped(
-        _ContentsTable(
-            format=FORMAT_VERSION,
-            started_ns=contents.started_ns,
-            committed_ns=contents.committed_ns,
-            parts=contents.parts,
-            custom_metadata=Raw(to_json(contents.custom_metadata)),
-            training=_raw(contents.training),
-            shardings=shardings.texts,
-            leaves=_with_entries(contents.leaves),
-            data_parts=contents.data_parts,
-            first_part=contents.first_part,
-        ),
-        shardings,
-    )
+    return _encoded(_ContentsTable, contents)
 
 
 def decode_part(data: bytes, *, where: str) -> Part:
@@ -164,9 +133,23 @@ def decode_contents(data: bytes, *, where: str) -> Contents:
     return _checked(_contents_of, data, where)
 
 
-def _enveloped(table: Struct, shardings: "_Shardings") -> bytes:
+def _encoded(table_type: type[Struct], value: Part | Contents) -> bytes:
+    """Encodes a table, which has the fields of `value`; what users give stands in it as JSON."""
+    shardings = _Shardings(value.leaves)
+    fields: dict[str, Any] = {name: getattr(value, name) for name in _fields_of(table_type)}
+    fields["custom_metadata"] = Raw(to_json(value.custom_metadata))
+    # A table without it is as earlier versions wrote it: msgspec omits this very object.
+    fields["training"] = Raw(to_json(value.training)) if value.training else _NOTHING
+    fields["leaves"] = _with_entries(value.leaves)
+    table = table_type(format=FORMAT_VERSION, shardings=shardings.texts, **fields)
     body = msgspec.json.encode(table, enc_hook=shardings.number_of)
     return b"".join((_HEAD, digest(body).encode(), _MIDDLE, body, b"}\n"))
+
+
+def _fields_of(table_type: type[Struct]) -> Iterator[str]:
+    """The names of a table's fields but for those that `Part` and `Contents` lack."""
+    names = table_type.__struct_fields__
+    return (name for name in names if name not in ("format", "shardings"))
 
 
 class _Shardings:
@@ -250,15 +233,7 @@ def _sharding_hook(table: Raw) -> _Hook:
 def _part_of(body: memoryview, hook: _Hook) -> Part:
     table = msgspec.json.decode(body, type=_PartTable, dec_hook=hook)
     _require_each(table.leaves)
-    return Part(
-        process=table.process,
-        time_ns=table.time_ns,
-        bytes=table.bytes,
-        durable=table.durable,
-        custom_metadata=_object_of(table.custom_metadata),
-        training=_object_of(table.training),
-        leaves=table.leaves,
-    )
+    return Part(**_decoded(table))
 
 
 def _contents_of(body: memoryview, hook: _Hook) -> Contents:
@@ -266,22 +241,15 @@ def _contents_of(body: memoryview, hook: _Hook) -> Contents:
     if not table.leaves:
         raise CorruptCheckpointError("it holds no leaf")
     _require_each(table.leaves, data_parts=len(table.data_parts))
-    return Contents(
-        started_ns=table.started_ns,
-        committed_ns=table.committed_ns,
-        parts=table.parts,
-        custom_metadata=_object_of(table.custom_metadata),
-        training=_object_of(table.training),
-        leaves=table.leaves,
-        data_parts=table.data_parts,
-        first_part=table.first_part,
-        has_inline=table.format >= _FIRST_INLINE,
-    )
+    return Contents(**_decoded(table), has_inline=table.format >= _FIRST_INLINE)
 
 
-def _raw(training: dict[str, Any]) -> Raw:
-    """What is optional: a table without it is as earlier versions wrote it."""
-    return Raw(to_json(training)) if training else _NOTHING
+def _decoded(table: Struct) -> dict[str, Any]:
+    fields = {name: getattr(table, name) for name in _fields_of(type(table))}
+    return {
+        name: _object_of(field) if isinstance(field, Raw) else field
+        for name, field in fields.items()
+    }
 
 
 def _object_of(raw: Raw) -> dict[str, Any]:

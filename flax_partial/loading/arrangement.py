@@ -15,12 +15,10 @@ from flax_partial.format.chunks import Shape
 from flax_partial.format.keypaths import STR_KEY, KeyPath
 from flax_partial.format.model import Leaf
 from flax_partial.format.slices import Slice, SliceError, rows_of, whole_shape
-from flax_partial.loading.restacked import Restacked, Stored
-from flax_partial.loading.target import key_shape_and_dtype
+from flax_partial.loading.restacked import Source
+from flax_partial.loading.target import shape_and_dtype
 
 _NUMBER = "{}"
-_Where = tuple[tuple[str, ...], tuple[str, ...]]
-"""Keys before those that a stack names, and keys after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +72,9 @@ class Stack:
         axes = tuple(axis % rank for axis in self.all_axes)
         return axes if len(set(axes)) == len(axes) else None
 
-    def path(self, where: _Where, key_kinds: tuple[str, str], number: int) -> KeyPath:
-        """The path of one of its leaves."""
-        keys = tuple(key.replace(_NUMBER, str(number)) for key in self.keys)
-        before, after = where
-        return KeyPath((*before, *keys, *after), key_kinds[0] + STR_KEY * len(keys) + key_kinds[1])
+    def keys_of(self, number: int) -> tuple[str, ...]:
+        """The keys of its name with a number in it."""
+        return tuple(key.replace(_NUMBER, str(number)) for key in self.keys)
 
 
 class _MisfitError(Exception):
@@ -112,11 +108,10 @@ class Arrangement:
         self._renames.sort(key=lambda pair: -len(pair[1]))
         self._unused = {*map(_said, self._stacks), *map(_said, self._renames)}
         self._counts = Counter(
-            (new, where)
+            (new, _around(path, found[0], new.keys))
             for path in map(self._renamed, wanted)
             for _, new in self._stacks
             if new.is_numbered and new.all_axes and (found := _found(new.keys, path.texts))
-            for where in (found[0],)
         )
         self._find = find
 
@@ -129,7 +124,7 @@ class Arrangement:
         renamed = self._renamed(path)
         return "" if renamed is path else f", where it would be called {renamed.name!r}"
 
-    def find(self, path: KeyPath, value: Any) -> Stored | Restacked | str | None:
+    def find(self, path: KeyPath, value: Any) -> Source | str | None:
         """Finds what to load a leaf of the target from.
 
         Args:
@@ -137,36 +132,33 @@ class Arrangement:
           value: What stands there.
 
         Returns:
-          The leaf as it is stored; why it cannot be restacked; None if there is none.
+          What there is; why it cannot be restacked; None if there is none.
         """
         path = self._renamed(path)
-        for saved, new in self._stacks:
-            found = _found(new.keys, path.texts)
+        for pair in self._stacks:
+            found = _found(pair[1].keys, path.texts)
             if found is not None:
-                self._unused.discard(_said((saved, new)))
+                self._unused.discard(_said(pair))
                 try:
-                    return self._restacked(path, value, saved, new, found)
+                    return self._restacked(path, value, pair, found)
                 except _MisfitError as error:
                     return str(error)
         leaf = self._find(path)
-        return None if leaf is None else Stored(leaf)
+        return None if leaf is None else Source(leaf, (leaf,))
 
     def _renamed(self, path: KeyPath) -> KeyPath:
         for saved, new in self._renames:
             found = _found(new, path.texts)
             if found is not None:
                 self._unused.discard(_said((saved, new)))
-                (before, after), _ = found
-                kinds_before, kinds_after = _kinds_around(path, before, after)
-                key_kinds = kinds_before + STR_KEY * len(saved) + kinds_after
-                return KeyPath((*before, *saved, *after), key_kinds)
+                return _replaced(path, found[0], new, saved)
         return path
 
     def _restacked(
-        self, path: KeyPath, value: Any, saved: Stack, new: Stack, found: tuple[_Where, int]
-    ) -> Stored | Restacked | None:
-        where, number = found
-        stored, shape = self._stored(path, where, saved), _wanted_shape(value)
+        self, path: KeyPath, value: Any, pair: tuple[Stack, Stack], found: tuple[int, int]
+    ) -> Source | None:
+        (saved, new), (at, number) = pair, found
+        stored, shape = self._stored(path, at, saved, new), _wanted_shape(value)
         if not stored:
             return None
         if shape is None:
@@ -176,34 +168,43 @@ class Arrangement:
         axes, stored_axes = new.axes_of(len(shape)), saved.axes_of(_rank(first))
         is_stack = axes is not None and stored_axes is not None
         if not (is_stack or new.is_numbered or saved.is_numbered):
-            return Stored(first)
-        leaf = _as_wanted(path, shape, axes, first, stored_axes)
-        if leaf is None or axes is None or stored_axes is None:
-            raise _MisfitError(_misfit(path, shape, first))
+            return Source(first, (first,))
+        misfit = (
+            f"{path.name!r}, {list(shape)} in the target, cannot be restacked from {first.name!r}, "
+            f"{first.dtype}{list(first.shape)} in the checkpoint"
+        )
+        if axes is None or stored_axes is None:
+            raise _MisfitError(misfit)
+        others = [size for axis, size in enumerate(first.shape) if axis not in stored_axes]
+        rank = len(shape) + len(first.shape) - _rank(first)  # the data of keys has more axes
+        if rank != len(axes) + len(others):
+            raise _MisfitError(misfit)
         layers = math.prod(first.shape[axis] for axis in stored_axes) * len(stored)
         count = 1
         if new.is_numbered:
-            count = self._counts[new, where] if axes else layers
+            count = self._counts[new, _around(path, at, new.keys)] if axes else layers
         has = math.prod(shape[axis] for axis in axes) * count
         if has != layers or number >= count:
             which = f", of which it would be number {number}" if new.is_numbered else ""
-            raise _MisfitError(
-                f"{_misfit(path, shape, first)}: that has {layers} layers, and the target {has}"
-                f"{which}"
-            )
-        return Restacked(leaf, stored, axes=(axes, stored_axes), numbers=(number, count))
+            raise _MisfitError(f"{misfit}: that has {layers} layers, and the target {has}{which}")
+        rest = iter(others)
+        whole = tuple(shape[axis] if axis in axes else next(rest) for axis in range(rank))
+        is_number = first.kind in (kinds.SCALAR, kinds.NUMPY_SCALAR)
+        kind = kinds.JAX_ARRAY if is_number else first.kind
+        leaf = structs.replace(
+            first, texts=path.texts, key_kinds=path.key_kinds, shape=whole, kind=kind
+        )
+        return Source(leaf, stored, axes, stored_axes, (number, count))
 
-    def _stored(self, path: KeyPath, where: _Where, saved: Stack) -> list[Leaf]:
+    def _stored(self, path: KeyPath, at: int, saved: Stack, new: Stack) -> list[Leaf]:
         """The leaves of the checkpoint that hold the layers, in the order of their numbers."""
-        key_kinds = _kinds_around(path, *where)
-        stored = []
-        for number in itertools.count():
-            leaf = self._find(saved.path(where, key_kinds, number))
-            if leaf is not None:
-                stored.append(leaf)
-            if leaf is None or not saved.is_numbered:
-                return stored
-        raise AssertionError
+        stored: list[Leaf] = []
+        for number in itertools.count() if saved.is_numbered else range(1):
+            leaf = self._find(_replaced(path, at, new.keys, saved.keys_of(number)))
+            if leaf is None:
+                break
+            stored.append(leaf)
+        return stored
 
 
 def _stack(given: Any) -> Stack:
@@ -226,8 +227,8 @@ def _said(pair: tuple[Any, Any]) -> str:
     return f"renames, {'.'.join(pair[1])!r}"
 
 
-def _found(keys: Sequence[str], texts: tuple[str, ...]) -> tuple[_Where, int] | None:
-    """Finds keys that follow one another in a path: what is around them, and the number in them."""
+def _found(keys: Sequence[str], texts: tuple[str, ...]) -> tuple[int, int] | None:
+    """Finds keys that follow one another in a path: where, and the number in them."""
     for at in range(len(texts) - len(keys) + 1):
         number = 0
         for key, text in zip(keys, texts[at:], strict=False):
@@ -240,16 +241,24 @@ def _found(keys: Sequence[str], texts: tuple[str, ...]) -> tuple[_Where, int] | 
             elif key != text:
                 break
         else:
-            return (texts[:at], texts[at + len(keys) :]), number
+            return at, number
     return None
 
 
-def _kinds_around(path: KeyPath, before: Sequence[str], after: Sequence[str]) -> tuple[str, str]:
-    return path.key_kinds[: len(before)], path.key_kinds[len(path.key_kinds) - len(after) :]
+def _around(path: KeyPath, at: int, keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """What a path has before the keys that were found at a place, and after them."""
+    return path.texts[:at], path.texts[at + len(keys) :]
+
+
+def _replaced(path: KeyPath, at: int, keys: Sequence[str], others: Sequence[str]) -> KeyPath:
+    """A path with other keys in the place of those that were found there."""
+    end = at + len(keys)
+    key_kinds = path.key_kinds[:at] + STR_KEY * len(others) + path.key_kinds[end:]
+    return KeyPath((*path.texts[:at], *others, *path.texts[end:]), key_kinds)
 
 
 def _rank(leaf: Leaf) -> int:
-    return len(key_shape_and_dtype(leaf)[0] if leaf.kind == kinds.PRNG_KEY else leaf.shape)
+    return len(shape_and_dtype(leaf)[0])
 
 
 def _wanted_shape(value: Any) -> Shape | None:
@@ -274,29 +283,3 @@ def _require_alike(stored: Sequence[Leaf]) -> None:
                 f"{first.name!r} is {first.summary} in the checkpoint, and {leaf.name!r} is "
                 f"{leaf.summary}: these are no layers of a stack"
             )
-
-
-def _as_wanted(
-    path: KeyPath, shape: Shape, axes: Shape | None, stored: Leaf, stored_axes: Shape | None
-) -> Leaf | None:
-    """A stored leaf as if it was stacked as the target has it; None if the rest does not fit."""
-    if axes is None or stored_axes is None:
-        return None
-    others = [size for axis, size in enumerate(stored.shape) if axis not in stored_axes]
-    rank = len(shape) + len(stored.shape) - _rank(stored)  # the data of keys has more axes
-    if rank != len(axes) + len(others):
-        return None
-    rest = iter(others)
-    whole = tuple(shape[axis] if axis in axes else next(rest) for axis in range(rank))
-    is_number = stored.kind in (kinds.SCALAR, kinds.NUMPY_SCALAR)
-    kind = kinds.JAX_ARRAY if is_number else stored.kind
-    return structs.replace(
-        stored, texts=path.texts, key_kinds=path.key_kinds, shape=whole, kind=kind
-    )
-
-
-def _misfit(path: KeyPath, shape: Shape, stored: Leaf) -> str:
-    return (
-        f"{path.name!r}, {list(shape)} in the target, cannot be restacked from {stored.name!r}, "
-        f"{stored.dtype}{list(stored.shape)} in the checkpoint"
-    )

@@ -5,22 +5,32 @@ is larger than a batch, as Orbax writes them by default, is a batch by itself.
 """
 
 import math
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
 
 from flax_partial.format.chunks import Shape, chunk_regions
 from flax_partial.format.model import Leaf, Region, size_of
 
+T = TypeVar("T")
+
 # What is at hand at once takes more memory than its data: JAX takes 1.2 KB for an array to be put.
-MOST_REGIONS = 1024
+MOST_AT_ONCE = 1024
 
 
-def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Iterator[list[Region]]:
+def batches(
+    leaves: Sequence[Leaf],
+    *,
+    most_bytes: int,
+    progress: Callable[[int, int], None],
+    cut: bool = True,
+) -> Iterator[list[Region]]:
     """Yields all data of the array leaves, in order, at most about `most_bytes` at once.
 
     Args:
       leaves: The leaves; those without array data are left out.
       most_bytes: Size of a batch in memory; one chunk may be larger.
+      progress: Called after each batch with how many bytes of how many are done.
       cut: Whether larger leaves are cut; else each is a batch by itself.
 
     Yields:
@@ -28,19 +38,29 @@ def batches(leaves: Sequence[Leaf], *, most_bytes: int, cut: bool = True) -> Ite
     """
     largest = most_bytes if cut else max((leaf.bytes for leaf in leaves), default=0)
     found = (one for leaf in leaves if leaf.is_array for one in regions(leaf, largest))
-    yield from batched(found, most_bytes=most_bytes)
+    done, total = 0, sum(leaf.bytes for leaf in leaves)
+    for batch in batched(found, region_bytes, most_bytes=most_bytes):
+        yield batch
+        done += sum(map(region_bytes, batch))
+        progress(done, total)
 
 
-def batched(found: Iterable[Region], *, most_bytes: int = sys.maxsize) -> Iterator[list[Region]]:
-    """Yields regions in order, some thousand, and at most about `most_bytes`, at once."""
-    batch: list[Region] = []
-    size = 0
-    for region in found:
-        added = region_bytes(region)
-        if batch and (size + added > most_bytes or len(batch) == MOST_REGIONS):
+def batched(
+    items: Iterable[T], bytes_of: Callable[[T], int], *, most_bytes: int | None
+) -> Iterator[list[T]]:
+    """Yields items in order, some thousand, and at most about `most_bytes`, if any, at once."""
+    if most_bytes is None:
+        rest = iter(items)
+        while batch := list(islice(rest, MOST_AT_ONCE)):
+            yield batch
+        return
+    batch, size = [], 0
+    for item in items:
+        added = bytes_of(item)
+        if batch and (size + added > most_bytes or len(batch) == MOST_AT_ONCE):
             yield batch
             batch, size = [], 0
-        batch.append(region)
+        batch.append(item)
         size += added
     if batch:
         yield batch

@@ -3,19 +3,17 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from flax_partial.errors import CorruptCheckpointError, NoSessionError
-from flax_partial.format import model as kinds
 from flax_partial.format.assembly import read_inline
 from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.model import Contents, Leaf, Region
 from flax_partial.loading import catalog, orbax_reader
 from flax_partial.loading import data_reader as data_files
-from flax_partial.loading import target as placing
-from flax_partial.loading.orbax_reader import ONE_TREE, Composition
+from flax_partial.loading.orbax_reader import ONE_TREE, OrbaxCheckpoint
+from flax_partial.loading.target import shape_and_dtype
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
 from flax_partial.storage import places
 from flax_partial.storage.paths import STATE, PathLike
@@ -25,18 +23,14 @@ _UNSUSPICIOUS_BYTES = 256 << 20  # reading this much takes longer than asking fo
 _MOST_PACKED = 1 << 15  # bytes that one stands for in zstd: its shortest block is 4, for 128 KiB
 
 
-class Checkpoint(Protocol):
-    """A finalized checkpoint, ours or Orbax's."""
+class OwnCheckpoint:
+    """A checkpoint of this package's; its attributes are those of `OrbaxCheckpoint`."""
 
-    @property
-    def contents(self) -> Contents:
-        """What it holds."""
-        ...
+    composition = ONE_TREE
 
-    @property
-    def composition(self) -> Composition:
-        """What it is made of, where Orbax wrote it with several items."""
-        ...
+    def __init__(self, where: Place, contents: Contents) -> None:
+        self.contents = contents
+        self._where = where
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
         """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf.
@@ -46,20 +40,6 @@ class Checkpoint(Protocol):
         Raises:
           NoSessionError: It was removed meanwhile.
         """
-        ...
-
-
-class OwnCheckpoint:
-    """A checkpoint of this package's."""
-
-    composition = ONE_TREE
-
-    def __init__(self, where: Place, contents: Contents) -> None:
-        self.contents = contents
-        self._where = where
-
-    def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
-        """Reads regions, as `Checkpoint.read` says."""
         in_runs = [region for region in regions if region[0].runs]
         in_database = [
             region for region in regions if not (region[0].runs or region[0].boxes[0].places)
@@ -106,6 +86,9 @@ class OwnCheckpoint:
         return (
             f"what is read would be of {total} bytes, and {self._where.final / STATE} holds {held}"
         )
+
+
+Checkpoint = OwnCheckpoint | OrbaxCheckpoint
 
 
 def _read_inline(region: Region) -> np.ndarray | Exception:
@@ -196,13 +179,12 @@ def describe_checkpoint(where: Place, checkpoint: Checkpoint) -> CheckpointMetad
 
 def described(where: Place, contents: Contents) -> CheckpointMetadata:
     """Returns the public description of a table of contents."""
-    leaves = {leaf.name: leaf for leaf in map(_describe_leaf, contents.leaves)}
     return CheckpointMetadata(
         path=where.final,
-        leaves=leaves,
+        leaves={leaf.name: _describe_leaf(leaf) for leaf in contents.leaves},
         custom_metadata=contents.custom_metadata,
         training=contents.training,
-        bytes=sum(leaf.bytes for leaf in leaves.values()),
+        bytes=sum(leaf.bytes for leaf in contents.leaves),
         started_at=contents.started_ns / 1e9,
         committed_at=contents.committed_ns / 1e9,
         parts=contents.parts,
@@ -210,9 +192,5 @@ def described(where: Place, contents: Contents) -> CheckpointMetadata:
 
 
 def _describe_leaf(leaf: Leaf) -> LeafMetadata:
-    shape = leaf.shape
-    dtype: str = leaf.dtype
-    if leaf.kind == kinds.PRNG_KEY:
-        shape, dtype = placing.key_shape_and_dtype(leaf)
     sharding = None if leaf.sharding is None else leaf.sharding.json
-    return LeafMetadata(leaf.name, leaf.kind, shape, dtype, leaf.bytes, sharding)
+    return LeafMetadata(leaf.name, leaf.kind, *shape_and_dtype(leaf), leaf.bytes, sharding)

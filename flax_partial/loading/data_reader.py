@@ -7,11 +7,12 @@ the array over as it is, which is why it begins where devices want it.
 
 import math
 import mmap
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import accumulate, groupby, islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -84,8 +85,7 @@ def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
     return memory[first : first + size].view(dtype).reshape(shape)
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
+class _Segment(NamedTuple):
     """Chunks of a box that follow one another in a data file, and in the box.
 
     Attributes:
@@ -188,18 +188,13 @@ def _segments(
 ) -> Iterator[_Segment]:
     """Finds where the chunks of a box lie, ascending `numbers`, in pieces fit for a task."""
     most = max(most_bytes // leaf.chunk_bytes, 1)
-    position = begin = 0
-    for part, offset, chunks in leaf.runs:
-        end = begin + chunks
-        while position < len(numbers) and numbers[position] < end:
-            first = position
-            while (
-                position < len(numbers)
-                and numbers[position] == numbers[first] + position - first
-                and numbers[position] < end
-                and position - first < most
-            ):
-                position += 1
-            at = offset + (numbers[first] - begin) * leaf.chunk_bytes
-            yield _Segment(data_path(parts[part]), at, first, position - first)
-        begin = end
+    ends = list(accumulate(chunks for _, _, chunks in leaf.runs))
+    places = ((bisect_right(ends, number), at, number) for at, number in enumerate(numbers))
+    for _, in_a_row in groupby(places, lambda place: (place[0], place[2] - place[1])):
+        chunks = list(in_a_row)
+        for i in range(0, len(chunks), most):
+            run, first, number = chunks[i]
+            part, offset, size = leaf.runs[run]
+            skipped_bytes = (number - (ends[run] - size)) * leaf.chunk_bytes
+            count = min(most, len(chunks) - i)
+            yield _Segment(data_path(parts[part]), offset + skipped_bytes, first, count)

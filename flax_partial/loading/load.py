@@ -7,10 +7,9 @@ this process's devices hold are read.
 
 import difflib
 import logging
-import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from itertools import islice
 from typing import Any, Literal
 
 import jax
@@ -25,11 +24,11 @@ from flax_partial.format.model import Leaf, Region
 from flax_partial.loading import orbax_terms, shared_reads
 from flax_partial.loading import target as placing
 from flax_partial.loading.arrangement import Arrangement, Stack
-from flax_partial.loading.batches import MOST_REGIONS, batched, region_bytes
+from flax_partial.loading.batches import batched, region_bytes
 from flax_partial.loading.checkpoint import Checkpoint, chosen, open_checkpoint, require_items
-from flax_partial.loading.restacked import Reading, Source, as_placed
+from flax_partial.loading.restacked import Source
 from flax_partial.loading.saved_sharding import sharding_of
-from flax_partial.loading.target import Placement
+from flax_partial.loading.target import Reading
 from flax_partial.storage import places
 from flax_partial.storage.paths import PathLike
 from flax_partial.storage.place import Place
@@ -115,8 +114,14 @@ def load(
             for name, why in checkpoint.composition.others.items():
                 _LOG.warning("%s was not loaded: %s.", where.final / name, why)
             leaves = checkpoint.contents.leaves
-            readings = [as_placed(_as_saved(leaf, as_sharded=as_saved)) for leaf in leaves]
-            return _nested(leaves, _read(where, checkpoint, readings, progress))
+            # The plan is gone before the collector can go through it.
+            values = _read(
+                where,
+                checkpoint,
+                [_as_saved(leaf, as_sharded=as_saved) for leaf in leaves],
+                progress,
+            )
+            return _nested(leaves, values)
         target = orbax_terms.tree_of(target)
         if leaf_types.are_registered():
             keypaths.values_of(target)  # whose message names what JAX cannot flatten
@@ -124,32 +129,35 @@ def load(
         checkpoint = chosen(checkpoint, where, key_paths)
         require_items(checkpoint, key_paths if partial else None)
         by_name = {leaf.name: leaf for leaf in checkpoint.contents.leaves}
-        readings = _plan(
+        spread = map(shared_reads.spread, values) if share_reads else values
+        loaded = _read(
             where,
-            checkpoint.contents.leaves,
-            zip(
-                key_paths, map(shared_reads.spread, values) if share_reads else values, strict=True
+            checkpoint,
+            _plan(
+                where,
+                checkpoint.contents.leaves,
+                zip(key_paths, spread, strict=True),
+                Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
+                partial=partial,
+                keep_missing=keep_missing,
+                cast=cast,
+                as_sharded=as_saved,
             ),
-            Arrangement(restack, renames, key_paths, lambda path: _find(path, by_name)),
-            partial=partial,
-            keep_missing=keep_missing,
-            cast=cast,
-            as_sharded=as_saved,
+            progress,
         )
-        loaded = _read(where, checkpoint, readings, progress)
         if share_reads:
             loaded = shared_reads.gathered(loaded, values)
         return leaf_types.rewrapped(target, tree_util.tree_unflatten(structure, loaded))
 
 
-def _as_saved(leaf: Leaf, *, as_sharded: bool) -> Placement:
+def _as_saved(leaf: Leaf, *, as_sharded: bool) -> Reading:
     sharding = sharding_of(leaf) if as_sharded else None
     if sharding is None:
         return placing.as_saved(leaf)
-    placement = placing.as_target(leaf, placing.abstract(leaf, sharding), cast=False)
-    if isinstance(placement, str):
-        raise TargetMismatchError(placement)
-    return placement
+    reading = placing.as_target(leaf, placing.abstract(leaf, sharding), cast=False)
+    if isinstance(reading, str):
+        raise TargetMismatchError(reading)
+    return reading
 
 
 def _plan(
@@ -169,31 +177,30 @@ def _plan(
     found: set[str] = set()
     skipped: set[str] = set()
     lacking: list[str] = []
-    for key_path, value in wanted:
-        source = arrangement.find(key_path, value)
-        is_none = isinstance(source, Source) and _fits_by_cast(source.leaf, None)
-        if value is orbax_terms.PLACEHOLDER or (partial and value is None and not is_none):
-            skipped.update(source.names if isinstance(source, Source) else [key_path.name])
-            source, planned = None, placing.as_it_is(key_path, value)
+    for path, value in wanted:
+        source = arrangement.find(path, value)
+        stored = [leaf.name for leaf in source.stored] if isinstance(source, Source) else []
+        planned: Reading | str
+        if value is orbax_terms.PLACEHOLDER or (partial and value is None and not _is_none(source)):
+            skipped.update(stored or [path.name])
+            planned = placing.as_it_is(path, value)
         elif isinstance(source, str):
             planned = source
         elif source is not None:
-            found.update(source.names)
-            wanted_value = _own_terms(source.leaf, value, as_sharded=as_sharded)
-            planned = placing.as_target(source.leaf, wanted_value, cast=cast)
-            if isinstance(planned, str) and _fits_by_cast(source.leaf, wanted_value):
+            found.update(stored)
+            own = _own_terms(source.leaf, value, as_sharded=as_sharded)
+            planned = placing.as_target(source.leaf, own, cast=cast)
+            if not isinstance(planned, str):
+                planned = source.reading(planned)
+            elif _fits_by_cast(source.leaf, own):
                 ways_out.add(_CAST)
         elif keep_missing:
-            planned = placing.as_it_is(key_path, value)
+            planned = placing.as_it_is(path, value)
         else:
-            planned = f"{key_path.name!r} is not in the checkpoint{arrangement.said_of(key_path)}"
-            lacking.append(_bare(key_path.name))
+            planned = f"{path.name!r} is not in the checkpoint{arrangement.said_of(path)}"
+            lacking.append(_bare(path.name))
             ways_out.add(_KEEP_MISSING)
-        if isinstance(planned, str):
-            problems.append(planned)
-        else:
-            reading = source.reading if isinstance(source, Source) else as_placed
-            readings.append(reading(planned))
+        problems.append(planned) if isinstance(planned, str) else readings.append(planned)
     problems += arrangement.unused()
     left_over = [
         leaf.name
@@ -233,6 +240,10 @@ def _meant(lacking: Sequence[str], leaves: Sequence[Leaf], found: Container[str]
 def _bare(name: str) -> str:
     """A leaf's name without the attribute in which NNX's variables hold their value."""
     return name.removesuffix(f".{_NNX_VALUE}")
+
+
+def _is_none(source: Source | str | None) -> bool:
+    return isinstance(source, Source) and _fits_by_cast(source.leaf, None)
 
 
 def _fits_by_cast(leaf: Leaf, value: Any) -> bool:
@@ -278,19 +289,17 @@ def _read(
 
     Some are put on an accelerator while the next are read.
     """
-    data = _read_boxes(checkpoint, readings, progress)
+    data = _read_boxes(checkpoint, [box for one in readings for box in one.regions], progress)
+    most_bytes = _PIECE_BYTES if placing.has_accelerator() else None
     values: list[Any] = []
     errors: list[Exception] = []
-    for group in _groups(readings):
-        built = []
-        for one in group:
-            outcomes = [next(data) for _ in one.regions]
-            boxes = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
-            if len(boxes) < len(outcomes):
-                errors += [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-            elif not errors:
-                built.append(one.build(boxes))
-        values += placing.put_on_devices(built)
+    for group in batched(readings, _bytes_of, most_bytes=most_bytes):
+        outcomes = list(islice(data, sum([len(one.regions) for one in group])))
+        boxes = iter([one for one in outcomes if not isinstance(one, Exception)])
+        errors += [one for one in outcomes if isinstance(one, Exception)]
+        if not errors:
+            built = [one.build([next(boxes) for _ in one.regions]) for one in group]
+            values += placing.put_on_devices(built)
     for error in errors:
         if isinstance(error, OSError):
             raise error
@@ -302,35 +311,34 @@ def _read(
     return values
 
 
+def _bytes_of(reading: Reading) -> int:
+    return sum(map(region_bytes, reading.regions))
+
+
 def _read_boxes(
     checkpoint: Checkpoint,
-    readings: Sequence[Reading],
+    regions: Sequence[Region],
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[np.ndarray | Exception]:
-    """Returns what is read of each box; a batch is read when the first of it is wanted."""
+    """Yields what is read of each box; a batch is read when the first of it is wanted."""
     is_ahead = placing.has_accelerator()
-    most_bytes = sys.maxsize if progress is None and not is_ahead else _PIECE_BYTES
-    batches = batched(_regions(readings), most_bytes=most_bytes)
-    if is_ahead:
-        reads = _read_ahead(checkpoint, batches)
-    else:
-        reads = ((batch, checkpoint.read(batch)) for batch in batches)
-    if progress is None:
-        return chain.from_iterable(outcomes for _, outcomes in reads)
-    total = sum(map(region_bytes, _regions(readings)))
-    progress(0, total)
-    return chain.from_iterable(_telling(reads, progress, total))
+    most_bytes = None if progress is None and not is_ahead else _PIECE_BYTES
+    batches = batched(regions, region_bytes, most_bytes=most_bytes)
+    done, total = 0, sum(map(region_bytes, regions)) if progress else 0
+    if progress:
+        progress(0, total)
+    reads = _read_ahead if is_ahead else _read_now
+    for batch, outcomes in reads(checkpoint, batches):
+        if progress:
+            done += sum(map(region_bytes, batch))
+            progress(done, total)
+        yield from outcomes
 
 
-def _telling(
-    reads: Iterable[_Read], progress: Callable[[int, int], None], total: int
-) -> Iterator[Outcomes]:
-    """Yields what was read, and reports how much that is by now."""
-    done = 0
-    for batch, outcomes in reads:
-        done += sum(map(region_bytes, batch))
-        progress(done, total)
-        yield outcomes
+def _read_now(checkpoint: Checkpoint, batches: Iterable[Sequence[Region]]) -> Iterator[_Read]:
+    """Yields batches and what was read of each."""
+    for batch in batches:
+        yield batch, checkpoint.read(batch)
 
 
 def _read_ahead(checkpoint: Checkpoint, batches: Iterable[Sequence[Region]]) -> Iterator[_Read]:
@@ -345,61 +353,76 @@ def _read_ahead(checkpoint: Checkpoint, batches: Iterable[Sequence[Region]]) -> 
             yield reading[0], reading[1].result()
 
 
-def _groups(readings: Sequence[Reading]) -> Iterator[list[Reading]]:
-    """Cuts readings into those whose arrays are put on devices at once."""
-    most_bytes = _PIECE_BYTES if placing.has_accelerator() else sys.maxsize
-    group: list[Reading] = []
-    size = 0
-    for one in readings:
-        group.append(one)
-        size += sum(map(region_bytes, one.regions))
-        if len(group) == MOST_REGIONS or size >= most_bytes:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _regions(readings: Iterable[Reading]) -> Iterator[Region]:
-    return (region for one in readings for region in one.regions)
-
-
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:
     """Builds nested dicts and lists; a list's elements may have been saved in any order."""
-    root: dict[Any, Any] = {}
-    nodes = {id(root)}  # a leaf may be a dict too
-    keys: dict[tuple[int, str], str | int] = {}  # (node, text) -> key: saves may differ in its type
-    lists: list[tuple[dict[Any, Any], Any]] = []
+    tree = _Tree()
+    stem: list[str] | None = None
+    node: _Node | None = None
     for leaf, value in zip(leaves, values, strict=True):
-        node, key = root, None
-        for text, kind in zip(leaf.texts, leaf.key_kinds, strict=True):
-            if key not in node:
-                inner: dict[Any, Any] = {}
-                node[key] = inner
-                nodes.add(id(inner))
-                if kind == keypaths.INDEX:
-                    lists.append((node, key))
-            node = node[key]
-            if id(node) not in nodes:
-                raise _no_tree(leaf)
-            key = keys.setdefault(
-                (id(node), text), text if kind in keypaths.TEXT_KEYS else int(text)
-            )
-        if key in node:
-            raise _no_tree(leaf)
-        node[key] = value
-    for parent, key in reversed(lists):  # the inner ones first
-        children = parent[key]
-        try:
-            parent[key] = [children[i] for i in range(len(children))]
-        except KeyError as error:
+        *above, last = "", *leaf.texts
+        key_kinds = keypaths.STR_KEY + leaf.key_kinds
+        if above != stem:  # most leaves stand beside the one before
+            stem, node = above, tree.node_at(above, key_kinds)
+        if node is None or last in node:
             raise CorruptCheckpointError(
-                f"In the table of contents list {key!r} lacks element {error}"
-            ) from None
-    return root[None]
+                f"Leaf {leaf.name!r}: in the table of contents it is there twice, or a leaf and a "
+                "subtree"
+            )
+        tree.put(node, last, key_kinds[-1], value)
+    return tree.finished()
 
 
-def _no_tree(leaf: Leaf) -> CorruptCheckpointError:
-    return CorruptCheckpointError(
-        f"Leaf {leaf.name!r}: in the table of contents it is there twice, or a leaf and a subtree"
-    )
+class _Tree:
+    """Nested dicts, first by the texts of all keys; what the keys are to be is made of them last.
+
+    Attributes:
+      top: What holds the root, under the empty text.
+    """
+
+    def __init__(self) -> None:
+        self.top: _Node = {}
+        self._numbers: dict[int, dict[str, str]] = {id(self.top): {}}  # a node -> kinds of keys
+        self._below: list[tuple[_Node, str]] = []  # all other nodes, by where they are
+
+    def node_at(self, texts: Sequence[str], key_kinds: str) -> "_Node | None":
+        """Returns the node at a path from the top; None where a leaf is in the way."""
+        node = self.top
+        for text, kind in zip(texts, key_kinds, strict=False):
+            if text not in node:
+                child: _Node = {}
+                self.put(node, text, kind, child)
+                self._numbers[id(child)] = {}
+                self._below.append((node, text))
+            node = node[text]
+            if id(node) not in self._numbers:  # a leaf may be a dict, too
+                return None
+        return node
+
+    def put(self, node: "_Node", text: str, kind: str, child: Any) -> None:
+        """Adds a child to a node."""
+        node[text] = child
+        if kind not in keypaths.TEXT_KEYS:
+            self._numbers[id(node)][text] = kind
+
+    def finished(self) -> Any:
+        """Returns the root, with integers as keys, and lists."""
+        for node, text in reversed(self._below):  # the inner ones first
+            if numbers := self._numbers[id(node[text])]:
+                node[text] = _with_numbers(text, node[text], numbers)
+        return self.top[""]
+
+
+_Node = dict[str, Any]
+
+
+def _with_numbers(name: str, node: Mapping[str, Any], numbers: Mapping[str, str]) -> Any:
+    """Makes a node of which some keys are numbers: a list, or a dict."""
+    children = {int(text) if text in numbers else text: child for text, child in node.items()}
+    if keypaths.INDEX not in numbers.values():
+        return children
+    try:
+        return [children[i] for i in range(len(children))]
+    except KeyError as error:
+        raise CorruptCheckpointError(
+            f"In the table of contents list {name!r} lacks element {error}"
+        ) from None

@@ -24,14 +24,7 @@ from flax_partial.storage.tensorstore_io import Store
 
 _KEY_KINDS = {orbax_format.SEQUENCE_KEY: INDEX, orbax_format.DICT_KEY: STR_KEY}
 _KINDS: Mapping[str, kinds.Kind] = {
-    "jax.Array": kinds.JAX_ARRAY,
-    "np.ndarray": kinds.NUMPY_ARRAY,
-    "scalar": kinds.SCALAR,
-    "string": kinds.STRING,
-    "None": kinds.NONE,
-    "Dict": kinds.DICT,
-    "List": kinds.LIST,
-    "Tuple": kinds.TUPLE,
+    **{written: kind for kind, written in reversed(orbax_format.VALUE_TYPES.items())},
     "NamedTuple": kinds.NAMED_TUPLE,
 }
 _HAVE_VALUES = frozenset((kinds.JAX_ARRAY, kinds.NUMPY_ARRAY, kinds.SCALAR, kinds.STRING))
@@ -94,12 +87,12 @@ def require_tree(where: Path, key_paths: Iterable[KeyPath]) -> None:
 
 def _leaves_of(directory: Path, table: Table) -> Iterator[Leaf]:
     """Yields the leaves as far as JSON describes them: all but dtype and shape."""
-    shardings = _Shardings(directory)
+    shardings = read_table(directory / orbax_format.SHARDING)
+    decoded: dict[str, Sharding] = {}
     strings = read_table(directory / orbax_format.STRINGS)
     prng_keys = _random_keys(directory)
     for entry in table["tree_metadata"].values():
         path = _key_path(entry["key_metadata"])
-        keys = path.texts, path.key_kinds
         value_type = entry["value_metadata"]["value_type"]
         kind = _KINDS.get(value_type)
         name = path.name
@@ -113,12 +106,11 @@ def _leaves_of(directory: Path, table: Table) -> Iterator[Leaf]:
                 f"Leaf {name!r} is in a file of msgpack (`aggregate`), which older versions of "
                 "Orbax wrote and this package does not read: restore it with Orbax, and save it."
             )
+        text = _string(strings, name) if kind == kinds.STRING else ""
         if kind == kinds.JAX_ARRAY and name in prng_keys:
-            yield Leaf(*keys, kinds.PRNG_KEY, text=prng_keys[name], sharding=shardings.of(name))
-        elif kind == kinds.STRING:
-            yield Leaf(*keys, kind, text=_string(strings, name))
-        else:
-            yield Leaf(*keys, kind, sharding=shardings.of(name))
+            kind, text = kinds.PRNG_KEY, prng_keys[name]
+        sharding = _sharding(name, shardings, decoded)
+        yield Leaf(path.texts, path.key_kinds, kind, text=text, sharding=sharding)
 
 
 def _without_placeholders(leaves: Sequence[Leaf]) -> Sequence[Leaf]:
@@ -162,24 +154,15 @@ def _random_keys(directory: Path) -> dict[str, str]:
     return found
 
 
-class _Shardings:
-    """The `_sharding` file of a tree; arrays with the same sharding share the object."""
-
-    def __init__(self, directory: Path) -> None:
-        self._texts = read_table(directory / orbax_format.SHARDING)
-        self._decoded: dict[str, Sharding] = {}
-
-    def of(self, name: str) -> Sharding | None:
-        """Returns the sharding of a leaf; None where it has none."""
-        text = self._texts.get(orbax_format.sharding_key(name).decode())
-        if text is None:
-            return None
-        if text not in self._decoded:
-            sharding = json.loads(text)
-            if not isinstance(sharding, dict):
-                raise TypeError(f"the sharding of {name!r} is {sharding!r}")
-            self._decoded[text] = Sharding(sharding)
-        return self._decoded[text]
+def _sharding(name: str, texts: Table, decoded: dict[str, Sharding]) -> Sharding | None:
+    """Returns the sharding of a leaf, if it has one; those of one text share the object."""
+    text = texts.get(orbax_format.sharding_key(name).decode())
+    if text is not None and text not in decoded:
+        sharding = json.loads(text)
+        if not isinstance(sharding, dict):
+            raise TypeError(f"the sharding of {name!r} is {sharding!r}")
+        decoded[text] = Sharding(sharding)
+    return None if text is None else decoded[text]
 
 
 def _open(directory: Path, table: Table, names: Sequence[str]) -> dict[str, Store]:

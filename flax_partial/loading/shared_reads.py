@@ -4,14 +4,18 @@ Each array is loaded sharded along the axes of its mesh that replicate it over p
 then gathered by a collective of JAX's: over the network of the devices, not that of the disks.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from flax_partial.loading.batches import batched
 
 _AT_ONCE_BYTES = 1 << 30  # of arrays on a device that are gathered by one program
 
@@ -35,29 +39,20 @@ def gathered(values: Sequence[Any], targets: Iterable[Any]) -> list[Any]:
     All processes that hold some of an array have to call this, in the same order of arrays.
     """
     done = list(values)
-    batch: list[tuple[int, NamedSharding]] = []
-    size = 0
-    for at, target in enumerate(targets):
-        if _finer_sharding(target) is None:
-            continue
-        sharding = target.sharding
-        is_elsewhere = bool(batch) and batch[0][1].mesh != sharding.mesh
-        if is_elsewhere or size > _AT_ONCE_BYTES:
-            _gather(done, batch)
-            batch, size = [], 0
-        batch.append((at, sharding))
-        size += target.dtype.itemsize * int(np.prod(sharding.shard_shape(target.shape)))
-    _gather(done, batch)
+    shared = [(at, one) for at, one in enumerate(targets) if _finer_sharding(one) is not None]
+    for _, of_one_mesh in groupby(shared, lambda pair: pair[1].sharding.mesh):
+        for batch in batched(of_one_mesh, _shard_bytes, most_bytes=_AT_ONCE_BYTES):
+            shardings = tuple(target.sharding for _, target in batch)
+            same = jax.jit(lambda *arrays: arrays, out_shardings=shardings)
+            arrays = same(*(done[at] for at, _ in batch))
+            for (at, _), array in zip(batch, arrays, strict=True):
+                done[at] = array
     return done
 
 
-def _gather(values: list[Any], batch: Sequence[tuple[int, NamedSharding]]) -> None:
-    if not batch:
-        return
-    places = [at for at, _ in batch]
-    same = jax.jit(lambda *arrays: arrays, out_shardings=tuple(sharding for _, sharding in batch))
-    for at, array in zip(places, same(*(values[at] for at in places)), strict=True):
-        values[at] = array
+def _shard_bytes(pair: tuple[int, Any]) -> int:
+    _, target = pair
+    return int(target.dtype.itemsize * math.prod(target.sharding.shard_shape(target.shape)))
 
 
 def _finer_sharding(value: Any) -> NamedSharding | None:
@@ -77,7 +72,7 @@ def _finer(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding | N
     added = False
     for name in _axes_over_processes(mesh):
         for dim, size in enumerate(shape):
-            shards = int(np.prod([mesh.shape[one] for one in spec[dim]], dtype=int))
+            shards = math.prod(mesh.shape[one] for one in spec[dim])
             if name not in used and size and size % (shards * mesh.shape[name]) == 0:
                 spec[dim] = (*spec[dim], name)
                 used.add(name)

@@ -1,7 +1,7 @@
 """Which boxes of a leaf to read, and what to make of them: the wanted type and sharding."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from flax_partial.errors import TargetMismatchError
 from flax_partial.format import model as kinds
 from flax_partial.format.chunks import Shape
 from flax_partial.format.keypaths import KeyPath, is_leaf
-from flax_partial.format.model import Leaf
+from flax_partial.format.model import Leaf, Region
 from flax_partial.format.slices import Slice, SliceError, moved, rows_of, whole_shape
 
 BoxRange = tuple[Shape, Shape]
@@ -25,66 +25,57 @@ _WORTH_COMPILING = 512
 _SMALL_BYTES = 1024
 
 
-class OnDevice(NamedTuple):
-    """An array in host memory that is to be put on a device, together with others.
+class OnDevices(NamedTuple):
+    """An array in host memory that is to be put on devices, together with others.
 
     Attributes:
-      array: Its data.
-      sharding: Where to put it; None for the default device, uncommitted.
+      shards: This process's shards of it, and where to put each; None for the default device,
+        uncommitted. None at all where it is on devices of other processes.
+      whole: Shape, dtype and sharding of the array that the shards make; None where the only one
+        is the array.
       is_weak: Whether its type is weak in JAX, as that of Python's numbers.
     """
 
-    array: np.ndarray
-    sharding: Sharding | None
+    shards: Sequence[tuple[np.ndarray, Sharding | None]]
+    whole: tuple[Shape, np.dtype[Any], Sharding] | None = None
     is_weak: bool = False
 
 
-class OnDevices(NamedTuple):
-    """Shards in host memory that are to be put on their devices, and made one array.
+class Reading(NamedTuple):
+    """What to read for one leaf, and what to make of it.
 
     Attributes:
-      shape: Global shape of the array.
-      dtype: Its dtype.
-      sharding: Its sharding.
-      shards: This process's shards; none where it is on devices of other processes.
-      is_weak: Whether its type is weak in JAX.
+      regions: Boxes of leaves.
+      build: Makes the leaf's value, or an `OnDevices`, of the data of these boxes.
     """
 
-    shape: Shape
-    dtype: np.dtype[Any]
-    sharding: Sharding
-    shards: Sequence[OnDevice]
-    is_weak: bool = False
+    regions: Sequence[Region]
+    build: Callable[[Sequence[np.ndarray]], Any]
 
 
-class Placement(NamedTuple):
-    """How one leaf is read.
-
-    Attributes:
-      leaf: The leaf.
-      boxes: Start and shape of each box to read.
-      build: Makes the leaf's value, or an `OnDevice` or `OnDevices`, from the leaf and the data of
-        the boxes.
-    """
-
-    leaf: Leaf
-    boxes: Sequence[BoxRange]
-    build: Callable[[Leaf, Sequence[np.ndarray]], Any]
-
-
-def as_saved(leaf: Leaf) -> Placement:
+def as_saved(leaf: Leaf) -> Reading:
     """Plans to read a leaf as the kind that was saved, on the default device.
 
     Raises:
       TargetMismatchError: JAX, as it is configured, has no such dtype.
     """
     if not leaf.is_array:
-        return Placement(leaf, (), _build_plain)
+        return _given(_plain_value(leaf))
+    if leaf.kind == kinds.PRNG_KEY:
+        return _whole(leaf, lambda data: _key(leaf, data[0]))
     if leaf.kind == kinds.JAX_ARRAY:
         problem = _unknown_to_jax(leaf, leaf.numpy_dtype)
         if problem:
             raise TargetMismatchError(problem)
-    return Placement(leaf, _whole(leaf.shape), _BUILDERS[leaf.kind])
+    return _whole(leaf, _BUILDERS[leaf.kind])
+
+
+def _whole(leaf: Leaf, build: Callable[[Sequence[np.ndarray]], Any]) -> Reading:
+    return Reading(((leaf, (0,) * len(leaf.shape), leaf.shape),), build)
+
+
+def _given(value: Any) -> Reading:
+    return Reading((), lambda _: value)
 
 
 def has_accelerator() -> bool:
@@ -92,20 +83,27 @@ def has_accelerator() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def put_on_devices(values: list[Any]) -> list[Any]:
-    """Replaces each `OnDevice` and `OnDevices` by its array.
+def put_on_devices(values: Sequence[Any]) -> list[Any]:
+    """Replaces each `OnDevices` by its array.
 
     All are put in one call, which costs a tenth of one each.
     """
-    waiting = [one for value in values for one in _shards_of(value)]
-    free = [one for one in waiting if one.sharding is None]
-    bound = [one for one in waiting if one.sharding is not None]
-    arrays = [
-        *_put_on_default([one.array for one in free]),
-        *jax.device_put([one.array for one in bound], [one.sharding for one in bound]),
-    ]
-    found = dict(zip(map(id, [*free, *bound]), arrays, strict=True))
-    return [_placed(value, found) for value in values]
+    waiting = [shard for one in values if isinstance(one, OnDevices) for shard in one.shards]
+    free = [array for array, sharding in waiting if sharding is None]
+    bound = [(array, sharding) for array, sharding in waiting if sharding is not None]
+    put_free = iter(_put_on_default(free))
+    put_bound = iter(jax.device_put(*map(list, zip(*bound, strict=True))) if bound else ())
+
+    def put(value: OnDevices) -> jax.Array:
+        shards = [next(put_free if at is None else put_bound) for _, at in value.shards]
+        if value.whole is None:
+            (array,) = shards
+        else:
+            shape, dtype, sharding = value.whole
+            array = jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=dtype)
+        return _weakened(array) if value.is_weak else array
+
+    return [put(value) if isinstance(value, OnDevices) else value for value in values]
 
 
 def _put_on_default(arrays: Sequence[np.ndarray]) -> Sequence[jax.Array]:
@@ -130,25 +128,6 @@ def _put_on_default(arrays: Sequence[np.ndarray]) -> Sequence[jax.Array]:
 _identity = jax.jit(lambda *arrays: arrays)
 
 
-def _shards_of(value: Any) -> Sequence[OnDevice]:
-    if isinstance(value, OnDevices):
-        return value.shards
-    return (value,) if isinstance(value, OnDevice) else ()
-
-
-def _placed(value: Any, found: Mapping[int, jax.Array]) -> Any:
-    if isinstance(value, OnDevice):
-        array = found[id(value)]
-    elif isinstance(value, OnDevices):
-        shards = [found[id(shard)] for shard in value.shards]
-        array = jax.make_array_from_single_device_arrays(
-            value.shape, value.sharding, shards, dtype=value.dtype
-        )
-    else:
-        return value
-    return _weakened(array) if value.is_weak else array
-
-
 def _weakened(array: jax.Array) -> jax.Array:
     """The same array with JAX's weak type, which computing with it depends on.
 
@@ -169,7 +148,7 @@ def _weakened(array: jax.Array) -> jax.Array:
     return weak
 
 
-def _build_plain(leaf: Leaf, _: Sequence[np.ndarray]) -> Any:
+def _plain_value(leaf: Leaf) -> Any:
     values: dict[str, Any] = {
         kinds.NONE: None,
         kinds.DICT: {},
@@ -180,18 +159,18 @@ def _build_plain(leaf: Leaf, _: Sequence[np.ndarray]) -> Any:
     return values.get(leaf.kind, ())
 
 
-def as_target(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
+def as_target(leaf: Leaf, target: Any, *, cast: bool) -> Reading | str:
     """Plans to read a leaf as what stands in the target at its place; a string: why not."""
     if isinstance(target, Slice):
         return _as_rows(leaf, target, cast=cast)
     return _as_value(leaf, target, cast=cast)
 
 
-def _as_value(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
+def _as_value(leaf: Leaf, target: Any, *, cast: bool) -> Reading | str:
     if isinstance(target, (str, bytes, type(None))) or is_leaf(target):
         return _as_plain(leaf, target)
     if not leaf.is_array:
-        return f"{leaf.name!r} is {leaf.kind} in the checkpoint, {_said(target)} in the target"
+        return _misfit(leaf, leaf.kind, target)
     if isinstance(target, (bool, int, float, complex)):
         return _as_number(leaf, target, cast=cast)
     if not (hasattr(target, "shape") and hasattr(target, "dtype")):
@@ -205,37 +184,38 @@ def _as_value(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
     return _as_key(leaf, target) if is_key else _as_array(leaf, target, cast=cast)
 
 
-def _as_rows(leaf: Leaf, target: Slice, *, cast: bool) -> Placement | str:
+def _as_rows(leaf: Leaf, target: Slice, *, cast: bool) -> Reading | str:
     """Plans to read some rows of a leaf, as if they were all of it."""
     rank = len(getattr(target.value, "shape", ()))
     if not leaf.is_array or len(leaf.shape) < rank:
-        return f"{leaf.name!r} is {leaf.summary} in the checkpoint, {_said(target)} in the target"
+        return _misfit(leaf, leaf.summary, target)
     given = (*target.value.shape, *leaf.shape[rank:]) if rank else ()
     try:
         rows = rows_of(target, given, rank)
     except SliceError as error:
         return f"{leaf.name!r} {error.what} in the target. {error.way_out}"
     if whole_shape(given, rows) != leaf.shape:
-        return f"{leaf.name!r} is {leaf.summary} in the checkpoint, {_said(target)} in the target"
-    piece = structs.replace(leaf, shape=given)
-    placement = as_target(piece, target.value, cast=cast)
-    if isinstance(placement, str):
-        return placement
-    boxes = [(moved(start, rows), shape) for start, shape in placement.boxes]
-    return Placement(leaf, boxes, lambda _, data: placement.build(piece, data))
+        return _misfit(leaf, leaf.summary, target)
+    reading = as_target(structs.replace(leaf, shape=given), target.value, cast=cast)
+    if isinstance(reading, str):
+        return reading
+    regions = [(leaf, moved(start, rows), shape) for _, start, shape in reading.regions]
+    return Reading(regions, reading.build)
 
 
-def as_it_is(path: KeyPath, target: Any) -> Placement | str:
+def as_it_is(path: KeyPath, target: Any) -> Reading | str:
     """Plans to keep what stands in the target, which the checkpoint lacks."""
     if isinstance(target, Slice):
         target = target.value
     if isinstance(target, jax.ShapeDtypeStruct):
         return f"{path.name!r} is not in the checkpoint, and the target holds no value to keep"
-    return Placement(Leaf(path.texts, path.key_kinds, kinds.NONE), (), lambda _leaf, _data: target)
+    return _given(target)
 
 
-def key_shape_and_dtype(leaf: Leaf) -> tuple[Shape, str]:
-    """Shape and dtype name of the PRNG key array whose data a leaf holds."""
+def shape_and_dtype(leaf: Leaf) -> tuple[Shape, str]:
+    """Shape and dtype name of an array leaf; of PRNG keys those of the array of keys."""
+    if leaf.kind != kinds.PRNG_KEY:
+        return leaf.shape, leaf.dtype
     try:
         key = abstract(leaf)
     except TargetMismatchError:
@@ -261,11 +241,6 @@ def abstract(leaf: Leaf, sharding: Sharding | None = None) -> jax.ShapeDtypeStru
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
 
 
-@lru_cache(maxsize=4096)  # most leaves have one of a few shapes
-def _whole(shape: Shape) -> tuple[BoxRange]:
-    return (((0,) * len(shape), shape),)
-
-
 def _said(target: object) -> str:
     if isinstance(target, Slice):
         return f"rows of [{target.size}, axis {target.axis}] as {_said(target.value)}"
@@ -275,14 +250,15 @@ def _said(target: object) -> str:
 
 
 def _differ(leaf: Leaf, target: Any) -> str:
-    shape = leaf.shape
-    dtype: str = leaf.dtype
-    if leaf.kind == kinds.PRNG_KEY:
-        shape, dtype = key_shape_and_dtype(leaf)
-    return f"{leaf.name!r} is {dtype}{list(shape)} in the checkpoint, {_said(target)} in the target"
+    shape, dtype = shape_and_dtype(leaf)
+    return _misfit(leaf, f"{dtype}{list(shape)}", target)
 
 
-def _as_plain(leaf: Leaf, target: Any) -> Placement | str:
+def _misfit(leaf: Leaf, summary: str, target: Any) -> str:
+    return f"{leaf.name!r} is {summary} in the checkpoint, {_said(target)} in the target"
+
+
+def _as_plain(leaf: Leaf, target: Any) -> Reading | str:
     value = target
     if isinstance(target, str):
         fits, value = leaf.kind == kinds.STRING, leaf.text
@@ -290,9 +266,7 @@ def _as_plain(leaf: Leaf, target: Any) -> Placement | str:
         fits, value = leaf.kind == kinds.BYTES, type(target)(leaf.data)
     else:
         fits = _is_same_empty(leaf, target)
-    if not fits:
-        return f"{leaf.name!r} is {leaf.kind} in the checkpoint, {_said(target)} in the target"
-    return Placement(leaf, (), lambda _leaf, _data: value)
+    return _given(value) if fits else _misfit(leaf, leaf.kind, target)
 
 
 def _is_same_empty(leaf: Leaf, target: object) -> bool:
@@ -303,14 +277,14 @@ def _is_same_empty(leaf: Leaf, target: object) -> bool:
     return leaf.kind == kinds.DICT
 
 
-def _as_number(leaf: Leaf, target: complex, *, cast: bool) -> Placement | str:
+def _as_number(leaf: Leaf, target: complex, *, cast: bool) -> Reading | str:
     wanted = type(target)
     families = {bool: "b", int: "iu", float: "f", complex: "c"}
     family = next(letters for kind, letters in families.items() if isinstance(target, kind))
     kind = _family(leaf.numpy_dtype)
     if leaf.shape or leaf.kind == kinds.PRNG_KEY or (kind not in family and not cast):
         return _differ(leaf, target)
-    return Placement(leaf, _whole(leaf.shape), lambda _, data: wanted(data[0].item()))
+    return _whole(leaf, lambda data: wanted(data[0].item()))
 
 
 def _family(dtype: np.dtype[Any]) -> str:
@@ -319,14 +293,14 @@ def _family(dtype: np.dtype[Any]) -> str:
     return "i" if jnp.issubdtype(dtype, np.integer) else dtype.kind
 
 
-def _as_key(leaf: Leaf, target: Any) -> Placement | str:
-    if key_shape_and_dtype(leaf) != (tuple(target.shape), str(target.dtype)):
+def _as_key(leaf: Leaf, target: Any) -> Reading | str:
+    if shape_and_dtype(leaf) != (tuple(target.shape), str(target.dtype)):
         return _differ(leaf, target)
     sharding = _wanted_sharding(leaf, target)
     if isinstance(sharding, str):
         return sharding
 
-    def build(leaf: Leaf, data: Sequence[np.ndarray]) -> jax.Array:
+    def build(data: Sequence[np.ndarray]) -> jax.Array:
         key = _key(leaf, data[0])
         if sharding is None or sharding.is_fully_addressable:
             return key if sharding is None else jax.device_put(key, sharding)
@@ -336,7 +310,7 @@ def _as_key(leaf: Leaf, target: Any) -> Placement | str:
             key.shape, sharding, shards, dtype=key.dtype
         )
 
-    return Placement(leaf, _whole(leaf.shape), build)
+    return _whole(leaf, build)
 
 
 def _wanted_sharding(leaf: Leaf, target: Any) -> Sharding | str | None:
@@ -369,16 +343,15 @@ def _no_key(leaf: Leaf, error: Exception) -> TargetMismatchError:
     return TargetMismatchError(f"{leaf.name!r} is no PRNG key that JAX knows: {error}")
 
 
-_BUILDERS: Mapping[str, Callable[[Leaf, Sequence[np.ndarray]], Any]] = {
-    kinds.JAX_ARRAY: lambda _, data: OnDevice(data[0], None),
-    kinds.NUMPY_ARRAY: lambda _, data: data[0],
-    kinds.NUMPY_SCALAR: lambda _, data: data[0][()],
-    kinds.SCALAR: lambda _, data: data[0].item(),
-    kinds.PRNG_KEY: lambda leaf, data: _key(leaf, data[0]),
+_BUILDERS: Mapping[str, Callable[[Sequence[np.ndarray]], Any]] = {
+    kinds.JAX_ARRAY: lambda data: OnDevices(((data[0], None),)),
+    kinds.NUMPY_ARRAY: lambda data: data[0],
+    kinds.NUMPY_SCALAR: lambda data: data[0][()],
+    kinds.SCALAR: lambda data: data[0].item(),
 }
 
 
-def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
+def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Reading | str:
     dtype = np.dtype(target.dtype)
     # A number of Python's has no dtype of its own: it fits where JAX would let it be one.
     is_number = leaf.kind == kinds.SCALAR and _family(leaf.numpy_dtype) == _family(dtype)
@@ -387,13 +360,10 @@ def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
         return _differ(leaf, target)
     convert = partial(_converted, leaf, dtype, is_exact=not cast)
     if isinstance(target, (np.ndarray, np.generic)):
-        is_scalar = isinstance(target, np.generic)
-
-        def build(_: Leaf, data: Sequence[np.ndarray]) -> Any:
-            array = convert(data[0])
-            return array[()] if is_scalar else array
-
-        return Placement(leaf, _whole(leaf.shape), build)
+        make = _BUILDERS[
+            kinds.NUMPY_SCALAR if isinstance(target, np.generic) else kinds.NUMPY_ARRAY
+        ]
+        return _whole(leaf, lambda data: make([convert(data[0])]))
     problem = _unknown_to_jax(leaf, dtype)
     if problem:
         return problem
@@ -402,8 +372,9 @@ def _as_array(leaf: Leaf, target: Any, *, cast: bool) -> Placement | str:
         return sharding
     is_weak = bool(getattr(target, "weak_type", False))
     if sharding is None or isinstance(sharding, SingleDeviceSharding):
-        build_one = lambda _, data: OnDevice(convert(data[0]), sharding, is_weak)  # noqa: E731
-        return Placement(leaf, _whole(leaf.shape), build_one)
+        return _whole(
+            leaf, lambda data: OnDevices(((convert(data[0]), sharding),), is_weak=is_weak)
+        )
     return _as_sharded(leaf, sharding, dtype, convert, is_weak=is_weak)
 
 
@@ -438,27 +409,22 @@ def _as_sharded(
     convert: Callable[[np.ndarray], np.ndarray],
     *,
     is_weak: bool,
-) -> Placement | str:
+) -> Reading | str:
     try:
         indices = sharding.addressable_devices_indices_map(leaf.shape)
         sharding.shard_shape(leaf.shape)
     except ValueError as error:
         return f"{leaf.name!r}: the target's sharding does not fit: {error}"
-    boxes: dict[BoxRange, list[jax.Device]] = {}  # replicas of a box are read once
+    boxes: dict[BoxRange, list[Sharding]] = {}  # replicas of a box are read once
     for device, index in indices.items():
         cuts = [cut.indices(size) for cut, size in zip(index or (), leaf.shape, strict=True)]
         box = tuple(cut[0] for cut in cuts), tuple(cut[1] - cut[0] for cut in cuts)
-        boxes.setdefault(box, []).append(device)
+        at = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+        boxes.setdefault(box, []).append(at)
 
-    def build(leaf: Leaf, data: Sequence[np.ndarray]) -> OnDevices:
-        shards = [
-            OnDevice(
-                convert(array),
-                SingleDeviceSharding(device, memory_kind=sharding.memory_kind),
-            )
-            for array, devices in zip(data, boxes.values(), strict=True)
-            for device in devices
-        ]
-        return OnDevices(leaf.shape, dtype, sharding, shards, is_weak)
+    def build(data: Sequence[np.ndarray]) -> OnDevices:
+        replicas = zip(map(convert, data), boxes.values(), strict=True)
+        shards = [(array, at) for array, places in replicas for at in places]
+        return OnDevices(shards, (leaf.shape, dtype, sharding), is_weak)
 
-    return Placement(leaf, tuple(boxes), build)
+    return Reading([(leaf, *box) for box in boxes], build)

@@ -9,7 +9,7 @@ from flax_partial.format import orbax as orbax_format
 from flax_partial.format.derive import Derived, derive
 from flax_partial.format.merge import MergePlan, merge
 from flax_partial.format.model import Contents
-from flax_partial.loading.batches import batches, region_bytes
+from flax_partial.loading.batches import batches
 from flax_partial.loading.checkpoint import open_checkpoint
 from flax_partial.reports import VerifyReport
 from flax_partial.storage import places
@@ -50,18 +50,16 @@ def _verify(where: Place, progress: Callable[[int, int], None]) -> VerifyReport:
     leaves = checkpoint.contents.leaves
     bad = dict(_derived_problems(where, checkpoint.contents)) if checkpoint.contents.parts else {}
     bad |= {name: str(why) for name, why in checkpoint.composition.broken.items()}
-    done, total = 0, sum(leaf.bytes for leaf in leaves)
     # Orbax's shapes have no digest: one of absurd size has to fail whole, not be read forever.
     is_cut = bool(checkpoint.contents.parts)
-    for batch in batches(leaves, most_bytes=_VERIFIED_AT_ONCE_BYTES, cut=is_cut):
+    at_once = _VERIFIED_AT_ONCE_BYTES
+    for batch in batches(leaves, most_bytes=at_once, progress=progress, cut=is_cut):
         for (leaf, _, _), outcome in zip(batch, checkpoint.read(batch), strict=True):
             if isinstance(outcome, Exception):
                 bad[leaf.name] = str(outcome)
-        done += sum(map(region_bytes, batch))
-        progress(done, total)
     if bad:
         where.require_unremoved()
-    return VerifyReport(where.final, len(leaves), total, bad)
+    return VerifyReport(where.final, len(leaves), sum(leaf.bytes for leaf in leaves), bad)
 
 
 def _derive_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +84,13 @@ STATES: dict[str, Callable[[], Any]] = {
     "optax": optimizer_state,
 }
 """What Orbax and this package save alike."""
+
+
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    """Changes what a file of JSON holds."""
+    table = json.loads(path.read_text())
+    change(table)
+    path.write_text(json.dumps(table))
 
 
 def has_strings(tree: Any) -> bool:

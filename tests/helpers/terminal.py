@@ -13,7 +13,7 @@ import sys
 import termios
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyte
 from preloaded import server
@@ -171,7 +171,7 @@ def _on_files(names: list[str], arguments: list[str]) -> None:
 
 def _run(arguments: list[str], slow_secs: float = 0) -> None:
     from flax_partial.cli import main, pieces
-    from flax_partial.loading import verify as loading
+    from flax_partial.loading import batches
 
     def slowed(function: Callable[..., object]) -> Callable[..., object]:
         def wrapper(*passed: object, **named: object) -> object:
@@ -180,10 +180,15 @@ def _run(arguments: list[str], slow_secs: float = 0) -> None:
 
         return wrapper
 
+    def slow_after_each(*passed: Any, **named: Any) -> Iterator[object]:
+        for batch in batches.batches(*passed, **named):
+            yield batch
+            time.sleep(slow_secs)
+
     if slow_secs and arguments[0] == "import":  # after each part
-        pieces.region_bytes = slowed(pieces.region_bytes)  # type: ignore[assignment]
+        pieces.batches = slow_after_each  # type: ignore[assignment]
     elif slow_secs:
         os.pwrite = slowed(os.pwrite)  # type: ignore[assignment]
-        loading.region_bytes = slowed(loading.region_bytes)  # type: ignore[assignment]
+        batches.region_bytes = slowed(batches.region_bytes)  # type: ignore[assignment]
     sys.argv[1:] = arguments
     main.run()

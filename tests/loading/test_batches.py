@@ -11,11 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_partial.format.model import NONE, NUMPY_ARRAY, Leaf
-from flax_partial.loading.batches import MOST_REGIONS, batches, region_bytes
+from flax_partial.loading.batches import MOST_AT_ONCE, batches, region_bytes
 
 
 def leaf(name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str = "float32") -> Leaf:
     return Leaf((name,), "d", NUMPY_ARRAY, dtype=dtype, shape=shape, chunk=chunk)
+
+
+def cut_up(found: list[Leaf], **how: Any) -> list[list[Any]]:
+    seen: list[tuple[int, int]] = []
+    made = list(batches(found, progress=lambda *amounts: seen.append(amounts), **how))
+    sizes = [sum(map(region_bytes, batch)) for batch in made]
+    assert seen == [(sum(sizes[: at + 1]), sum(sizes)) for at in range(len(sizes))]
+    return made
 
 
 @st.composite
@@ -32,7 +40,7 @@ def leaves(draw: st.DrawFn) -> list[Leaf]:
 def test_every_element_is_in_one_batch(found: list[Leaf], most_bytes: int) -> None:
     seen = {one.name: np.zeros(one.shape, int) for one in found}
     order = []
-    for batch in batches(found, most_bytes=most_bytes):
+    for batch in cut_up(found, most_bytes=most_bytes):
         assert batch
         for one, start, shape in batch:
             order.append(one.name)
@@ -48,7 +56,7 @@ def test_every_element_is_in_one_batch(found: list[Leaf], most_bytes: int) -> No
 def test_batch_is_larger_than_asked_for_only_where_one_chunk_is(
     found: list[Leaf], most_bytes: int
 ) -> None:
-    for batch in batches(found, most_bytes=most_bytes):
+    for batch in cut_up(found, most_bytes=most_bytes):
         chunks = [math.prod(one.chunk) * one.numpy_dtype.itemsize for one, _, _ in batch]
         assert sum(map(region_bytes, batch)) <= most_bytes or len(chunks) == 1
         assert sum(map(region_bytes, batch)) <= max(most_bytes, *chunks, 0)
@@ -63,22 +71,22 @@ def test_batch_is_larger_than_asked_for_only_where_one_chunk_is(
     ],
 )
 def test_large_leaf_is_cut_along_its_first_axes(shape: Any, chunk: Any, sizes: list[Any]) -> None:
-    found = list(batches([leaf("a", shape, chunk)], most_bytes=480))
+    found = cut_up([leaf("a", shape, chunk)], most_bytes=480)
     assert [box for batch in found for _, _, box in batch] == sizes
 
 
 def test_batch_holds_some_thousand_leaves_however_small() -> None:
-    found = [leaf(str(number), (1,), (1,)) for number in range(2 * MOST_REGIONS + 1)]
-    sizes = [len(batch) for batch in batches(found, most_bytes=1 << 40)]
-    assert sizes == [MOST_REGIONS, MOST_REGIONS, 1]
+    found = [leaf(str(number), (1,), (1,)) for number in range(2 * MOST_AT_ONCE + 1)]
+    sizes = [len(batch) for batch in cut_up(found, most_bytes=1 << 40)]
+    assert sizes == [MOST_AT_ONCE, MOST_AT_ONCE, 1]
 
 
 def test_leaves_without_data_are_left_out() -> None:
-    assert not list(batches([Leaf(("a",), "d", NONE)], most_bytes=1))
+    assert not cut_up([Leaf(("a",), "d", NONE)], most_bytes=1)
 
 
 def test_leaves_that_are_not_to_be_cut_stay_whole() -> None:
     sizes = [(100,), (4,), (4,), (4,)]
     found = [leaf(str(number), shape, (2,)) for number, shape in enumerate(sizes)]
-    boxes = [[box for _, _, box in batch] for batch in batches(found, most_bytes=40, cut=False)]
+    boxes = [[box for _, _, box in batch] for batch in cut_up(found, most_bytes=40, cut=False)]
     assert boxes == [[(100,)], [(4,), (4,)], [(4,)]]

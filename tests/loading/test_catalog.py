@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as v0
 import pytest
+from things import stored
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, checkpointing
@@ -58,8 +59,7 @@ def test_a_url_that_nothing_serves_is_refused_and_nothing_is_made(
 def test_a_directory_that_is_called_like_a_url_can_be_given_by_its_whole_path(
     tmp_path: Path,
 ) -> None:
-    fp.save(tmp_path / "s3:" / "bucket" / "1", STATE)
-    fp.finalize(tmp_path / "s3:" / "bucket" / "1")
+    stored(tmp_path / "s3:" / "bucket" / "1", STATE)
     assert fp.steps(tmp_path / "s3:" / "bucket") == [1]
 
 
@@ -108,14 +108,12 @@ def test_steps_that_orbax_named_are_steps(tmp_path: Path, options: Any) -> None:
 
 def test_what_this_package_saved_under_such_a_name_is_no_step(tmp_path: Path) -> None:
     for name in ("exp_1", "007", "3"):
-        fp.save(tmp_path / name, STATE)
-        fp.finalize(tmp_path / name)
+        stored(tmp_path / name, STATE)
     assert fp.steps(tmp_path) == [3]
 
 
 def test_of_two_checkpoints_of_one_step_that_which_is_called_by_it_counts(tmp_path: Path) -> None:
     by_orbax(tmp_path, range(5, 6), step_prefix="ckpt")
-    fp.save(tmp_path / "5", STATE)
-    fp.finalize(tmp_path / "5")
+    stored(tmp_path / "5", STATE)
     assert fp.steps(tmp_path) == [5]
     assert fp.latest(tmp_path) == tmp_path / "5"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from things import stored
 
 import flax_partial as fp
 from flax_partial.loading import target as placing
@@ -21,10 +22,8 @@ COUNT = placing._WORTH_COMPILING + 3  # noqa: SLF001 - so that not all are in a 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("many") / "c"
-    fp.save(path, {"leaves": [jnp.full((2, 3), i, jnp.bfloat16) for i in range(COUNT)]})
-    fp.finalize(path)
-    return path
+    leaves = [jnp.full((2, 3), i, jnp.bfloat16) for i in range(COUNT)]
+    return stored(tmp_path_factory.mktemp("many") / "c", {"leaves": leaves}).path
 
 
 SETTINGS: dict[str, Any] = {

@@ -29,6 +29,7 @@ from orbax_side import (
     abstract,
     as_nested,
     assert_same,
+    edit,
     has_strings,
     map_leaves,
     on_device,
@@ -198,21 +199,6 @@ def test_metadata_of_a_step_and_of_its_tree_are_merged(tmp_path: Path) -> None:
     assert fp.metadata(tmp_path / "0").custom_metadata == expected
 
 
-def test_several_items_are_a_dict_of_trees(tmp_path: Path) -> None:
-    items = {"model": {"w": jnp.ones(2)}, "optimizer": [np.zeros(3), 1]}
-    save = {name: v0.args.PyTreeSave(tree) for name, tree in items.items()}
-    with v0.CheckpointManager(tmp_path) as manager:
-        manager.save(7, args=v0.args.Composite(**save))
-        manager.wait_until_finished()
-    assert fp.steps(tmp_path) == [7]
-    assert_same(fp.load(tmp_path / "7"), items)
-    assert_same(
-        fp.load(tmp_path / "7", {"model": {"w": 2 * jnp.ones(2)}}, partial=True),
-        {"model": items["model"]},
-    )
-    assert_same(fp.load(tmp_path / "7" / "optimizer"), items["optimizer"])
-
-
 def test_a_tree_that_is_one_leaf_is_read(tmp_path: Path) -> None:
     v1.save(tmp_path / "leaf", jnp.arange(5))
     assert_same(fp.load(tmp_path / "leaf"), jnp.arange(5))
@@ -290,12 +276,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkpoint(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "checkpoint"))
-
-
-def edit(path: Path, change: Callable[[Any], object]) -> None:
-    table = json.loads(path.read_text())
-    change(table)
-    path.write_text(json.dumps(table))
 
 
 def leaf(table: Any, name: str = "w") -> Any:
@@ -417,29 +397,39 @@ def test_an_absurd_size_is_corrupt_and_ends_no_process(sizes: Any, checkpoint: P
 
 
 def test_a_key_that_jax_does_not_know_is_said_so(checkpoint: Path) -> None:
-    (one,) = [
-        entry["array_metadata"]
-        for entry in json.loads((checkpoint / PROCESS).read_text())["array_metadatas"]
-        if entry["array_metadata"]["param_name"] == "k"
-    ]
-    one["ext_metadata"]["random_key_impl"] = "dice"
-    (checkpoint / PROCESS).write_text(json.dumps({"array_metadatas": [{"array_metadata": one}]}))
+    def roll(table: Any) -> None:
+        for one in table["array_metadatas"]:
+            if one["array_metadata"]["param_name"] == "k":
+                one["array_metadata"]["ext_metadata"]["random_key_impl"] = "dice"
+
+    edit(checkpoint / PROCESS, roll)
     assert fp.metadata(checkpoint).leaves["k"].dtype == "key<dice>"
     for sharding in ("default", "saved"):
         with pytest.raises(fp.TargetMismatchError, match="'k' is no PRNG key that JAX knows"):
             fp.load(checkpoint, sharding=sharding)
 
 
-def test_an_array_of_a_foreign_dtype_is_said_so(checkpoint: Path) -> None:
-    edit(checkpoint / "w" / ".zarray", lambda table: table.update(dtype="|S8"))
-    with pytest.raises(fp.UnsupportedLeafError, match="'w' is an array of"):
-        fp.metadata(checkpoint)
+FOREIGN: dict[str, tuple[str, Callable[[Any], object], str]] = {
+    "dtype": ("w/.zarray", lambda t: t.update(dtype="|S8"), "'w' is an array of"),
+    "type": (
+        TREE,
+        lambda t: leaf(t)["value_metadata"].update(value_type="my.Type"),
+        r"'w' is of type 'my\.Type'",
+    ),
+    "msgpack": (
+        TREE,
+        lambda t: leaf(t)["value_metadata"].update(skip_deserialize=True),
+        "'w' is in a file of msgpack",
+    ),
+}
 
 
-def test_a_leaf_of_a_foreign_type_is_said_so(checkpoint: Path) -> None:
-    edit(checkpoint / TREE, lambda t: leaf(t)["value_metadata"].update(value_type="my.Type"))
-    with pytest.raises(fp.UnsupportedLeafError, match=r"'w' is of type 'my\.Type'"):
-        fp.load(checkpoint)
+@pytest.mark.parametrize(("file", "change", "words"), FOREIGN.values(), ids=FOREIGN)
+def test_what_is_not_read_is_said_so(file: str, change: Any, words: str, checkpoint: Path) -> None:
+    edit(checkpoint / file, change)
+    for read in (fp.load, fp.metadata):
+        with pytest.raises(fp.UnsupportedLeafError, match=words):
+            read(checkpoint)
 
 
 def places(node: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -470,15 +460,17 @@ anything = st.sampled_from([None, True, -1, 2**70, 0.5, "", "w", "\ud800", [], [
 def composite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A step with an item of each kind."""
     path = tmp_path_factory.mktemp("composite")
+    with v0.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
+        checkpointer.save(path / "plain", {"a": np.arange(3.0)})
     items = v0.args.Composite(
         tree=v0.args.PyTreeSave({"w": np.arange(2), "s": "text"}),
-        array=v0.args.ArraySave(np.arange(2)),
+        array=v0.args.ArraySave(jnp.arange(2)),
         key=v0.args.JaxRandomKeySave(jax.random.key(0)),
         json=v0.args.JsonSave({"a": [1, {"b": None}]}),
     )
     with v0.CheckpointManager(path) as manager:
         manager.save(1, args=items)
-    return path / "1"
+    return Path(shutil.move(path / "plain", path / "1" / "plain")).parent
 
 
 KEY = "key/jax_random_key"
@@ -490,12 +482,15 @@ TABLES: dict[str, list[str]] = {
         f"array/{TREE}",
         f"{KEY}/{TREE}",
         f"{KEY}_metadata/metadata",
+        f"array/{SHARDING}",
+        f"array/{PROCESS}",
+        "plain/a/.zarray",
     ],
 }
 
 
 @pytest.mark.parametrize("written", TABLES)
-@settings(max_examples=75, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_table_makes_anything_else_fail(
     written: str, request: pytest.FixtureRequest, data: Any
@@ -511,5 +506,6 @@ def test_no_table_makes_anything_else_fail(
         for read in (fp.metadata, fp.load, fp.verify, partial(fp.load, sharding="saved")):
             with contextlib.suppress(fp.PartialCheckpointError):
                 read(path)
+        assert fp.steps(path.parent) in ([], [1])
     finally:
         (path / name).write_bytes(whole)

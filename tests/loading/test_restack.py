@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layouts import LAYERS, LAYOUTS, VALUES, Layout, shapes, train_state
 from orbax.checkpoint import v1 as ocp
-from things import QUICK, stored, trainer
+from things import QUICK, one_step, stored
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
@@ -59,11 +59,7 @@ def test_what_orbax_saved_is_restacked(tmp_path: Path) -> None:
 def test_callback_restores_into_another_stack(tmp_path: Path) -> None:
     saved, wanted = LAYOUTS["pipeline of 4 stages, 2 repeats"], LAYOUTS["scan without pipeline"]
     callback = PartialCheckpointCallback(tmp_path, stacked=saved.stacked, options=QUICK)
-    loop = trainer(state=train_state(saved))
-    callback.on_fit_start(loop, None)
-    loop.global_step = 1
-    callback.on_train_batch_end(loop, None, None, None, 0)
-    callback.on_train_end(loop, None)
+    one_step(callback, train_state(saved), lambda state: state)
     state = train_state(wanted)
     restored = callback.restore(shapes(state), restack={saved.stack: wanted.stack})
     assert restored is not None
@@ -230,13 +226,8 @@ def test_nnx_modules_are_restacked_in_place(tmp_path: Path) -> None:
     one = Model({"layers": values})
     other = Model({f"layers_{i}": jnp.zeros(2) for i in range(3)})
     callback = PartialCheckpointCallback(tmp_path, options=QUICK)
-    loop = trainer(
-        state={"params": one, "opt_state": nnx.Optimizer(one, optax.adam(1.0), wrt=nnx.Param)}
-    )
-    callback.on_fit_start(loop, None)
-    loop.global_step = 1
-    callback.on_train_batch_end(loop, None, None, None, 0)
-    callback.on_train_end(loop, None)
+    optimizer = nnx.Optimizer(one, optax.adam(1.0), wrt=nnx.Param)
+    one_step(callback, {"params": one, "opt_state": optimizer}, lambda state: state)
     optimizer = nnx.Optimizer(other, optax.adam(1.0), wrt=nnx.Param)
     target = {"params": other, "opt_state": optimizer}
     callback.restore(target, restack={fp.Stack("layers", 0): "layers_{}"})

@@ -12,7 +12,7 @@ import pytest
 import trees
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from things import QUICK
+from things import one_step, stored
 
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback
@@ -32,17 +32,11 @@ WEAK = {
 }
 
 
-def saved(path: Path, state: Any) -> Path:
-    fp.save(path, state, options=QUICK)
-    fp.finalize(path)
-    return path
-
-
 @pytest.mark.parametrize("make", WEAK.values(), ids=WEAK)
 def test_weak_type_comes_back_where_the_target_has_it(tmp_path: Path, make: Any) -> None:
     state = {"x": make()}
     assert state["x"].weak_type
-    path = saved(tmp_path / "c", state)
+    path = stored(tmp_path / "c", state).path
     loaded = fp.load(path, target=state)["x"]
     assert loaded.weak_type
     assert loaded.sharding == state["x"].sharding
@@ -64,7 +58,7 @@ def test_array_that_jax_may_move_comes_back_as_one(tmp_path: Path) -> None:
 
     params = {"w": jax.device_put(jnp.ones((8, 4)), sharding)}
     state = {"params": params, "opt_state": transform.init(params)}
-    path = saved(tmp_path / "c", state)
+    path = stored(tmp_path / "c", state).path
     loaded = fp.load(path, target=state)
     assert not loaded["opt_state"][0].count.committed
     assert loaded["params"]["w"].committed
@@ -74,7 +68,7 @@ def test_array_that_jax_may_move_comes_back_as_one(tmp_path: Path) -> None:
 
 def test_key_that_jax_may_move_comes_back_as_one(tmp_path: Path) -> None:
     state = {"key": jax.random.key(3)}
-    loaded = fp.load(saved(tmp_path / "c", state), target=state)["key"]
+    loaded = fp.load(stored(tmp_path / "c", state).path, target=state)["key"]
     assert loaded.committed == state["key"].committed
 
 
@@ -87,7 +81,7 @@ def test_abstract_target_takes_the_mesh_in_force(tmp_path: Path) -> None:
     with jax.set_mesh(mesh):
         state = jax.jit(make)()
         target = jax.eval_shape(make)
-        path = saved(tmp_path / "c", state)
+        path = stored(tmp_path / "c", state).path
         loaded = fp.load(path, target=target)
     assert loaded["w"].sharding == state["w"].sharding
     trees.assert_same(loaded, state)
@@ -120,7 +114,7 @@ SIDES: dict[str, tuple[Any, dict[str, bool], Any]] = {
 @pytest.mark.parametrize("side", SIDES)
 def test_leaves_that_one_side_has_are_all_named_unless_asked_for(tmp_path: Path, side: str) -> None:
     target, asked, expected = SIDES[side]
-    path = saved(tmp_path / "c", STATE)
+    path = stored(tmp_path / "c", STATE).path
     trees.assert_same(fp.load(path, target, **asked), expected)
     for option in asked:
         less = asked | {option: False}
@@ -133,7 +127,7 @@ def test_leaves_that_one_side_has_are_all_named_unless_asked_for(tmp_path: Path,
 
 
 def test_what_is_missing_cannot_be_kept_of_a_target_without_values(tmp_path: Path) -> None:
-    path = saved(tmp_path / "c", STATE)
+    path = stored(tmp_path / "c", STATE).path
     target = {**STATE, "head": jax.ShapeDtypeStruct((2,), np.float32)}
     with pytest.raises(fp.TargetMismatchError, match=r"'head'.* no value to keep"):
         fp.load(path, target, keep_missing=True)
@@ -163,18 +157,10 @@ SAVED = {
 def test_forms_of_an_nnx_model_match_one_another(tmp_path: Path, given: str, target: str) -> None:
     if given == "callback":
         callback = PartialCheckpointCallback(tmp_path / "run", every_n_train_steps=1)
-        trainer: Any = type("Trainer", (), {})()
-        trainer.__dict__.update(
-            global_step=0, current_epoch=0, callback_metrics={}, is_last_batch=True
-        )
-        trainer.state = {"params": net(0)}
-        callback.on_fit_start(trainer, None)
-        trainer.global_step = 1
-        callback.on_train_batch_end(trainer, None, None, None, 0)
-        callback.on_train_end(trainer, None)
+        one_step(callback, {"params": net(0)}, lambda state: state)
         path = tmp_path / "run" / "1"
     else:
-        path = saved(tmp_path / "c", {"params": SAVED[given]()})
+        path = stored(tmp_path / "c", {"params": SAVED[given]()}).path
     loaded = fp.load(path, target={"params": TARGETS[target]()})["params"]
     leaves = jax.tree.leaves(loaded)
     expected = jax.tree.leaves(nnx.state(net(0)))
@@ -184,6 +170,6 @@ def test_forms_of_an_nnx_model_match_one_another(tmp_path: Path, given: str, tar
 
 
 def test_attribute_called_value_of_something_else_is_a_name_like_others(tmp_path: Path) -> None:
-    path = saved(tmp_path / "c", {"a": {"value": np.ones(2)}})
+    path = stored(tmp_path / "c", {"a": {"value": np.ones(2)}}).path
     with pytest.raises(fp.TargetMismatchError):
         fp.load(path, target={"a": np.zeros(2)})
