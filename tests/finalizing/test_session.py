@@ -243,6 +243,12 @@ def test_list_with_a_gap_is_refused_and_filled_later(tmp_path: Path) -> None:
     trees.assert_whole(fp.finalize(tmp_path / "c").path, {"list": [X, X, X], "other": X})
 
 
+def test_status_names_no_empty_container_that_holds_a_leaf(tmp_path: Path) -> None:
+    fp.save(tmp_path / "c", {"tree": {"x": 1}}, options=QUICK)
+    fp.save(tmp_path / "c", {"tree": {}, "empty": {}}, options=QUICK)
+    assert fp.status(tmp_path / "c").leaves == ("empty", "tree.x")
+
+
 def test_status_tells_parts_leaves_and_torn_ones(tmp_path: Path) -> None:
     one = fp.save(tmp_path / "c", {"b": X, "a": 1}, custom_metadata={"step": 1})
     two = fp.save(tmp_path / "c", {"b": X + 1}, replace=True)
