@@ -23,7 +23,7 @@ import flax_partial as fp
 from benchmarks import child
 from benchmarks import contenders as by
 from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
-from benchmarks.memory_use import peak_growth
+from benchmarks.memory_use import measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,12 +76,11 @@ def measure_arrays(way: str, calls: int, path: str) -> Metrics:
     call = _WAYS[way]
     for number in range(_WARM_UP_CALLS):
         call(Path(f"{path}.warm_up"), number)
-    with peak_growth() as growth:
-        secs = [call(Path(path), number) for number in range(calls)]
+    metrics = measured(lambda: _quantiles([call(Path(path), number) for number in range(calls)]))
     if way != _ORBAX:
         fp.finalize(path)
         assert len(fp.metadata(path).leaves) >= calls
-    return _quantiles(secs) | {"memory": growth.bytes}
+    return metrics
 
 
 def measure_trees(calls: int, leaves: int, path: str) -> Metrics:
@@ -93,13 +92,15 @@ def measure_trees(calls: int, leaves: int, path: str) -> Metrics:
     """
     for number in range(_WARM_UP_CALLS):
         _WAYS[_READY](Path(f"{path}.warm_up"), number)
+    return measured(partial(_measure_trees, calls, leaves, Path(path)))
+
+
+def _measure_trees(calls: int, leaves: int, path: Path) -> Metrics:
     secs = []
-    with peak_growth() as growth:
-        for number in range(calls):
-            (tree,) = by.make_groups(1, leaves=leaves, shape=(64,))
-            checkpoint = Path(path) / str(number)
-            secs.append(_call(partial(fp.save_async, checkpoint, tree)))
-            fp.finalize(checkpoint)
+    for number in range(calls):
+        (tree,) = by.make_groups(1, leaves=leaves, shape=(64,))
+        secs.append(_call(partial(fp.save_async, path / str(number), tree)))
+        fp.finalize(path / str(number))
     first, *later = secs
     metrics = _quantiles(later)
     return {
@@ -107,7 +108,6 @@ def measure_trees(calls: int, leaves: int, path: str) -> Metrics:
         "first/leaf": first / leaves,
         "later/leaf": metrics["median"] / leaves,
         "later/leaf 95 %": metrics["95 %"] / leaves,
-        "memory": growth.bytes,
     }
 
 

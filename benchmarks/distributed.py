@@ -19,7 +19,7 @@ import flax_partial as fp
 from benchmarks import child
 from benchmarks import contenders as by
 from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
-from benchmarks.memory_use import peak_growth
+from benchmarks.memory_use import measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -105,12 +105,16 @@ def measure(  # noqa: PLR0917 - a process is started with a list
     make, save = _WAYS[way]
     save(make(count, 8 * 4096), f"{path}.warm_up")
     made = make(groups, size)
-    with peak_growth() as growth:
+
+    def timed() -> Metrics:
         multihost_utils.sync_global_devices("ready")
         metrics = save(made, path)
         multihost_utils.sync_global_devices("done")
+        return metrics
+
+    metrics = measured(timed)
     jax.distributed.shutdown()
-    return metrics | {"memory": growth.bytes}
+    return metrics
 
 
 def _values(number: int, size: int) -> np.ndarray[Any, Any]:

@@ -166,12 +166,11 @@ def _medium(size: int) -> Medium:
     return "tmpfs" if has_room else "disk"
 
 
-def _rate(name: str, at_least: float | None, metric: str = "GB/s") -> Target:
-    return Target(f"{metric}: {name}", Figure(name, metric), at_least=at_least)
+def _rate(name: str, at_least: float | None = None) -> Target:
+    return Target(f"GB/s: {name}", Figure(name, "GB/s"), at_least=at_least)
 
 
-def _share(name: str, of: str, at_least: float | None, *, metric: str = "GB/s") -> Target:
-    return Target.keeps(metric, name, of=of, at_least=at_least)
+_share = partial(Target.keeps, "GB/s")
 
 
 def _training(*, small: bool) -> Scenario:
@@ -209,13 +208,13 @@ def _training(*, small: bool) -> Scenario:
             Target.within(Figure(_TOGETHER, "blocked"), of=Figure(_LAYERS, "blocked"), at_most=1),
             Target.below(Figure(_WHOLE, "first step"), 0.85 * gigabytes + 1, "ms", unit=1e-3),
             Target.faster(_WHOLE, than=_ORBAX, metric="delay"),
-            _rate(_LINK, None),
+            _rate(_LINK),
             *(
                 _rate(name, 10 if medium == "tmpfs" else None)
                 for name in (_WHOLE, _LAYERS, _TOGETHER)
             ),
-            _share(_WHOLE, _ORBAX, 1),
-            _share(_DISK, _ORBAX_DISK, 1),
+            _share(_WHOLE, of=_ORBAX, at_least=1),
+            _share(_DISK, of=_ORBAX_DISK, at_least=1),
         ),
         touched_bytes=work.bytes,
         prepare=None if small else partial(_warm_up, work, medium),
@@ -259,7 +258,7 @@ def _writers(*, small: bool) -> Scenario:
                 Target.within(Figure(name(count), "blocked"), of=Figure(name(fewest), "blocked"))
                 for count in more
             ),
-            *(_rate(name(count), None) for count in counts),
+            *(_rate(name(count)) for count in counts),
         ),
         touched_bytes=work.bytes,
         shown="blocked",
@@ -348,7 +347,11 @@ def _storage(*, small: bool) -> Scenario:
             )
         ),
         targets=tuple(
-            _share(f"{by.OURS}, {medium}", label(medium, count), 0.9 if medium == "disk" else None)
+            _share(
+                f"{by.OURS}, {medium}",
+                of=label(medium, count),
+                at_least=0.9 if medium == "disk" else None,
+            )
             for medium in mediums
             for count in counts
         ),
@@ -395,10 +398,8 @@ def _loading(*, small: bool) -> Scenario:
         ),
         targets=(
             _rate(page_cache, 15),
-            _share(page_cache, orbax, 1),
-            _rate(numpy, None),
-            _rate(disk, None),
-            _rate(link, None),
+            _share(page_cache, of=orbax, at_least=1),
+            *map(_rate, (numpy, disk, link)),
         ),
         touched_bytes=work.bytes,
         prepare=prepare,

@@ -6,8 +6,8 @@ import contextlib
 import mmap
 import os
 import statistics
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -240,27 +240,15 @@ def write_by_threads(size: int, threads: int, directory: Path, *, direct: bool) 
     """Writes as many bytes into a file for each thread, in pieces of 64 MiB at most; durable."""
     directory.mkdir()
     each = size // threads // 4096 * 4096
-    starts = threading.Barrier(threads + 1)
-    errors: list[OSError] = []
+    data = [_pages(min(each, _PIECE_BYTES)) for _ in range(threads)]
 
     def write(number: int) -> None:
-        data = _pages(min(each, _PIECE_BYTES))
-        starts.wait()
-        try:
-            _write_file(directory / str(number), data, each, direct=direct)
-        except OSError as error:
-            errors.append(error)
+        _write_file(directory / str(number), data[number], each, direct=direct)
 
-    workers = [threading.Thread(target=write, args=(number,)) for number in range(threads)]
-    for worker in workers:
-        worker.start()
-    starts.wait()
     start = time.perf_counter()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(write, range(threads)))
     secs = time.perf_counter() - start
-    if errors:
-        raise errors[0]
     return {"total": secs, "GB/s": each * threads / secs / 1e9}
 
 

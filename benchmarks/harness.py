@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from benchmarks.memory_use import peak_growth
+from benchmarks.memory_use import measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -209,8 +209,15 @@ def run_scenario(
         _touch(scenario.touched_bytes, [places[medium] for medium in used & places.keys()])
         outcome = Outcome(scenario, is_small=small)
         with _prepared(scenario, directory, say):
-            for number in range(rounds):
-                _run_round(outcome, number, rounds, places, say, ends_at)
+            for number, contender in _turns(scenario, rounds, places):
+                begun = time.monotonic()
+                if begun + outcome.turns.get(contender.name, 0) > ends_at:
+                    outcome.left_out.append(contender.name)
+                    continue
+                say(f"{scenario.name}, round {number + 1} of {rounds}: {contender.name}")
+                metrics = _take_turn(contender, places[contender.medium], check=number == 0)
+                outcome.rounds.setdefault(contender.name, []).append(metrics)
+                outcome.turns[contender.name] = time.monotonic() - begun
     return outcome
 
 
@@ -225,25 +232,16 @@ def _warm_up(
                 _take_turn(contender, places[contender.medium], check=True)
 
 
-def _run_round(  # noqa: PLR0917
-    outcome: Outcome,
-    number: int,
-    rounds: int,
-    places: Mapping[Medium, Path],
-    say: Callable[[str], None],
-    ends_at: float,
-) -> None:
-    for contender in _rotated(outcome.scenario.contenders, number):
-        limit = rounds if contender.max_rounds is None else contender.max_rounds
-        if number < limit and contender.medium in places:
-            begun = time.monotonic()
-            if begun + outcome.turns.get(contender.name, 0) > ends_at:
-                outcome.left_out.append(contender.name)
-                continue
-            say(f"{outcome.scenario.name}, round {number + 1} of {rounds}: {contender.name}")
-            metrics = _take_turn(contender, places[contender.medium], check=number == 0)
-            outcome.rounds.setdefault(contender.name, []).append(metrics)
-            outcome.turns[contender.name] = time.monotonic() - begun
+def _turns(
+    scenario: Scenario, rounds: int, places: Mapping[Medium, Path]
+) -> Iterator[tuple[int, Contender]]:
+    """Yields the number of a round and a contender, in an order that is rotated by each round."""
+    count = len(scenario.contenders)
+    for number in range(rounds):
+        for contender in (scenario.contenders[(number + at) % count] for at in range(count)):
+            most = rounds if contender.max_rounds is None else contender.max_rounds
+            if number < most and contender.medium in places:
+                yield number, contender
 
 
 def _take_turn(contender: Contender, place: Path, *, check: bool) -> Metrics:
@@ -251,20 +249,13 @@ def _take_turn(contender: Contender, place: Path, *, check: bool) -> Metrics:
     # What others left to be written is written before the clock starts, not under it.
     os.sync()
     try:
-        with peak_growth() as growth:
-            metrics = contender.run(path)
-        metrics.setdefault("memory", growth.bytes)
+        metrics = measured(lambda: contender.run(path))
         if check and contender.check is not None:
             contender.check(path)
     finally:
         for leftover in place.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return metrics
-
-
-def _rotated(contenders: tuple[Contender, ...], by: int) -> tuple[Contender, ...]:
-    by %= len(contenders)
-    return contenders[by:] + contenders[:by]
 
 
 @contextlib.contextmanager

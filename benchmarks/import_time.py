@@ -10,7 +10,7 @@ import time
 
 from benchmarks import child
 from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
-from benchmarks.memory_use import peak_growth
+from benchmarks.memory_use import measured
 
 _OURS, _CALLBACKS, _ORBAX = "flax_partial", "flax_partial.callbacks", "Orbax v1"
 _PACKAGES = {
@@ -42,8 +42,9 @@ def import_package(package: str) -> Metrics:
     import jax  # noqa: F401
     import tensorstore  # noqa: F401
 
-    with peak_growth() as growth:
+    def timed() -> Metrics:
         start = time.perf_counter()
         importlib.import_module(package)
-        total = time.perf_counter() - start
-    return {"total": total, "memory": growth.bytes}
+        return {"total": time.perf_counter() - start}
+
+    return measured(timed)

@@ -20,7 +20,7 @@ import flax_partial as fp
 from benchmarks import child
 from benchmarks import contenders as by
 from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
-from benchmarks.memory_use import peak_growth
+from benchmarks.memory_use import measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -184,9 +184,7 @@ def load_sharded(reader: str, path: str, count: int, size: int) -> Metrics:
         (by.save_ours if reader == "ours" else by.save_orbax_whole)([few], warm)
         _load(reader, warm, _abstract(few))
     target = _target(count, size)
-    with peak_growth() as growth:
-        metrics = _timed(lambda: _load(reader, Path(path), target))
-    return metrics | {"memory": growth.bytes}
+    return measured(lambda: _timed(lambda: _load(reader, Path(path), target)))
 
 
 def _target(count: int, size: int) -> Any:

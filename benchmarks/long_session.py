@@ -22,7 +22,7 @@ import flax_partial as fp
 from benchmarks import child
 from benchmarks import contenders as by
 from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
-from benchmarks.memory_use import peak_growth, resident_bytes
+from benchmarks.memory_use import measured, resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,9 +85,7 @@ def measure(way: str, count: int, path: str) -> Metrics:
       save, in bytes. `memory`: its growth at the peak.
     """
     _measure(way, _WARM_UP_SAVES, Path(f"{path}.warm_up"))
-    with peak_growth() as growth:
-        metrics = _measure(way, count, Path(path))
-    return metrics | {"memory": growth.bytes}
+    return measured(partial(_measure, way, count, Path(path)))
 
 
 def _measure(way: str, count: int, path: Path) -> Metrics:

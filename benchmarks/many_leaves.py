@@ -16,7 +16,7 @@ import flax_partial as fp
 from benchmarks import child
 from benchmarks import contenders as by
 from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
-from benchmarks.memory_use import peak_growth
+from benchmarks.memory_use import measured
 
 _ON_DEVICE, _HALF, _ON_HOST = "jax.Array", "jax.Array, half of them", "np.ndarray"
 _MOST_MICROSECONDS = {"save": 33, "finalize": 28, "load": 24, "verify": 44}  # a leaf, of NumPy's
@@ -56,9 +56,7 @@ def measure(count: int, on_device: bool, path: str) -> Metrics:  # noqa: FBT001 
     """
     _measure(_leaves(100, on_device=on_device), Path(f"{path}.warm_up"))
     leaves = _leaves(count, on_device=on_device)
-    with peak_growth() as growth:
-        metrics = _measure(leaves, Path(path))
-    return metrics | {"memory": growth.bytes}
+    return measured(partial(_measure, leaves, Path(path)))
 
 
 def _leaves(count: int, *, on_device: bool) -> dict[str, dict[str, np.ndarray | jax.Array]]:

@@ -23,7 +23,7 @@ import flax_partial as fp
 from benchmarks import child
 from benchmarks import contenders as by
 from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
-from benchmarks.memory_use import peak_growth
+from benchmarks.memory_use import measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -75,9 +75,8 @@ def measure(way: str, count: int, size: int, path: str) -> Metrics:
       `total`: seconds. `memory`: growth of the resident memory at its peak, in bytes.
     """
     jax.block_until_ready(list(_layers(1, size)))  # compiles, and is dropped
-    with peak_growth() as growth:
-        total = by.seconds(lambda: _WAYS[way](_layers(count, size), Path(path)))
-    return {"total": total, "memory": growth.bytes}
+    save = partial(_WAYS[way], _layers(count, size), Path(path))
+    return measured(lambda: {"total": by.seconds(save)})
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
+
+    from benchmarks.harness import Metrics
 
 _RESET_PEAK = "5"
 
 
-@dataclass
-class Growth:
-    """By how many bytes the resident memory rose above its start, at its peak; or not a number."""
+def measured(work: Callable[[], Metrics]) -> Metrics:
+    """Returns what `work` measured, and `memory`, unless it is among that.
 
-    bytes: float = math.nan
-
-
-@contextlib.contextmanager
-def peak_growth() -> Iterator[Growth]:
-    """Measures by how much resident memory rises inside the block, at its peak."""
-    growth = Growth()
-    start = resident_bytes()
+    It is by how many bytes the resident memory rose above its start, at its peak; or not a number.
+    """
+    start: float = resident_bytes()
     try:
         Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     except OSError:  # some containers do not allow it
-        yield growth
-        return
-    yield growth
-    growth.bytes = max(0, _status_bytes("VmHWM") - start)
+        start = math.nan
+    metrics = work()
+    metrics.setdefault("memory", max(_status_bytes("VmHWM") - start, 0))
+    return metrics
 
 
 def resident_bytes() -> int:

@@ -13,6 +13,7 @@ import importlib.util
 import socket
 import subprocess
 import time
+import urllib.request
 import uuid
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from benchmarks import contenders as by
 from benchmarks.harness import Contender, Figure, Metrics, Scenario, Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 _LATENCY_SECS = 0.02
 _MIB = 1 << 20
@@ -133,7 +134,7 @@ def _server() -> object_server.Server:
     """The bucket of all rounds; it ends with this process."""
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
-    server = stack.enter_context(object_server.serving("s3", _LATENCY_SECS))
+    server = stack.enter_context(object_server.serving(_LATENCY_SECS))
     fp.store_options(
         "s3://benchmark",
         endpoint=server.endpoint,
@@ -230,7 +231,7 @@ def _gcs() -> Iterator[object_server.Server]:
     binary = next(
         path for path in vendor.rglob("*") if path.is_file() and path.stat().st_size > _MIB
     )
-    with object_server.serving("gcs", _LATENCY_SECS, f"http://{address}") as proxy:
+    with object_server.serving(_LATENCY_SECS, address) as proxy:
         host, port = address.split(":")
         options = ["-scheme", "http", "-host", host, "-port", port, "-backend", "memory"]
         public = [
@@ -249,22 +250,17 @@ def _gcs() -> Iterator[object_server.Server]:
 
 
 def _make_bucket(address: str) -> None:
-    import http.client
-
-    def attempt() -> bool:
-        with contextlib.suppress(ConnectionError):
-            connection = http.client.HTTPConnection(address)
-            kind = {"Content-Type": "application/json"}
-            connection.request("POST", "/storage/v1/b?project=p", '{"name": "benchmark"}', kind)
-            return connection.getresponse().status == http.client.OK
-        return False
-
-    _until(attempt)
-
-
-def _until(holds: Callable[[], bool], secs: float = 20.0) -> None:
-    end = time.monotonic() + secs
-    while not holds():
-        if time.monotonic() > end:
-            raise TimeoutError("fake-gcs-server does not answer")
-        time.sleep(0.05)
+    """Makes the bucket, once the server answers."""
+    kind = {"Content-Type": "application/json"}
+    url = f"http://{address}/storage/v1/b?project=p"
+    request = urllib.request.Request(url, b'{"name": "benchmark"}', kind)
+    end = time.monotonic() + 20
+    while True:
+        try:
+            urllib.request.urlopen(request).close()  # noqa: S310 - on loopback
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+        else:
+            return

@@ -165,51 +165,45 @@ def _first_page(results: Results) -> str:
 def _beside_orbax(results: Results) -> str:
     """A row for each kind of work: how long it takes by Orbax, and by this package."""
 
-    def row(work: str, by_orbax: str, by_ours: str) -> list[str]:
-        return [
-            re.sub(r"\[(.+?); (.+?); (.+?)\]", fill, cell) for cell in (work, by_orbax, by_ours)
-        ]
-
-    def fill(found: re.Match[str]) -> str:
-        scenario, contender, metric = found.groups()
+    def of(scenario: str, contender: str, metric: str = "total") -> str:
         return report.cell(metric, _median(results, scenario, metric, contender))
 
+    def both(scenario: str, contender: str) -> str:
+        return " + ".join(of(scenario, contender, metric) for metric in ("save", "finalize"))
+
+    memory = partial(of, "memory", metric="memory")
     rows = [
-        ["", "Orbax", "flax_partial"],
-        row(
+        ("", "Orbax", "flax_partial"),
+        (
             "128 saves of 16 small arrays, then finalize",
-            f"[many_small; {_PARTIAL}; save] + [many_small; {_PARTIAL}; finalize]",
-            f"[many_small; {_OURS}; save] + [many_small; {_OURS}; finalize]",
+            both("many_small", _PARTIAL),
+            both("many_small", _OURS),
         ),
-        row(
-            "32 saves of 32 MiB, then finalize",
-            f"[stream; {_PARTIAL}; save] + [stream; {_PARTIAL}; finalize]",
-            f"[stream; {_OURS}; save] + [stream; {_OURS}; finalize]",
-        ),
-        row("the same bytes in one whole save", f"[stream; {_WHOLE}; total]", ""),
-        row("the same bytes by safetensors and fsync", f"[stream; {_SAFETENSORS}; total]", ""),
-        row("the same bytes by a plain write and fsync", f"[stream; {_PLAIN}; total]", ""),
-        row(
+        ("32 saves of 32 MiB, then finalize", both("stream", _PARTIAL), both("stream", _OURS)),
+        ("the same bytes in one whole save", of("stream", _WHOLE), ""),
+        ("the same bytes by safetensors and fsync", of("stream", _SAFETENSORS), ""),
+        ("the same bytes by a plain write and fsync", of("stream", _PLAIN), ""),
+        (
             "loading 1 GiB from the page cache, each its own checkpoint",
-            f"[load; {_OF_ITS_OWN}{_LARGE}; total]",
-            f"[load; {_OURS}{_LARGE}; total]",
+            of("load", f"{_OF_ITS_OWN}{_LARGE}"),
+            of("load", f"{_OURS}{_LARGE}"),
         ),
-        row("the same, our checkpoint", f"[load; {_OF_OURS}{_LARGE}; total]", ""),
-        row("the same, a plain read", f"[load; plain read{_LARGE}; total]", ""),
-        row(
+        ("the same, our checkpoint", of("load", f"{_OF_OURS}{_LARGE}"), ""),
+        ("the same, a plain read", of("load", f"plain read{_LARGE}"), ""),
+        (
             "training of 97.6 M parameters held by a checkpoint of 1.17 GB",
-            f"[train_loop; {_ASYNC}; blocked] (`save_async`)",
-            f"[train_loop; {_OURS}; blocked]",
+            f"{of('train_loop', _ASYNC, 'blocked')} (`save_async`)",
+            of("train_loop", _OURS, "blocked"),
         ),
-        row(
-            f"steps per second, a checkpoint in 10 (without: [train_loop; {_NONE}; steps/s])",
-            f"[train_loop; {_ASYNC}; steps/s]",
-            f"[train_loop; {_OURS}; steps/s]",
+        (
+            f"steps per second, a checkpoint in 10 (without: {of('train_loop', _NONE, 'steps/s')})",
+            of("train_loop", _ASYNC, "steps/s"),
+            of("train_loop", _OURS, "steps/s"),
         ),
-        row(
+        (
             "host memory for streaming 2 GiB layer by layer",
-            f"[memory; {_PARTIAL}; memory]; [memory; {_WHOLE}; memory] as one whole save",
-            f"[memory; {_OURS}; memory]",
+            f"{memory(_PARTIAL)}; {memory(_WHOLE)} as one whole save",
+            memory(_OURS),
         ),
     ]
     used = ("many_small", "stream", "load", "train_loop", "memory")

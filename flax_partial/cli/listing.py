@@ -62,15 +62,6 @@ def directory(path: str) -> AnyPath:
     return found
 
 
-def of_run(path: str) -> list[Entry] | None:
-    """Reads what is in a run's directory; None where the path is that of a checkpoint, or nothing.
-
-    Raises:
-      WrongUseError: It cannot name a checkpoint.
-    """
-    return entries(places.given(path)) if is_run(path) else None
-
-
 def is_run(path: str) -> bool:
     """Whether a path is that of a directory that is no checkpoint, finalized or not.
 
@@ -78,11 +69,11 @@ def is_run(path: str) -> bool:
       WrongUseError: It cannot name a checkpoint.
     """
     found = places.given(path)
-    if not isinstance(found, Path):
-        is_session = bool(found.name) and places.resolve(path).is_session()
-        return not is_session and not is_finalized(found) and found.is_dir()
-    is_checkpoint = (found / STATE).exists() or places.resolve(path).is_session()
-    return not is_checkpoint and found.is_dir() and not is_finalized(found)
+    is_local = isinstance(found, Path)
+    if is_local and (found / STATE).exists():
+        return False
+    is_session = (is_local or bool(found.name)) and places.resolve(path).is_session()
+    return not is_session and not is_finalized(found) and found.is_dir()
 
 
 def entries(directory: AnyPath) -> list[Entry]:

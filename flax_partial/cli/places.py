@@ -135,15 +135,16 @@ class Session:
     plan: MergePlan
 
     @property
-    def lacking(self) -> str:
-        """What the callback that saves into it had not saved yet; empty if it is all there.
+    def lacking(self) -> list[str]:
+        """What the callback that saves into it had not saved yet: a sentence, or none.
 
-        Also empty where no callback saves into it: then it is not known what is to come.
+        None, too, where no callback saves into it: then it is not known what is to come.
         """
         recorded = completeness.recorded(self.status)
         if not completeness.is_by_callbacks(recorded):
-            return ""
-        return completeness.missing(self.status, recorded.get("step", -1)) or ""
+            return []
+        missing = completeness.missing(self.status, recorded.get("step", -1))
+        return [missing] if missing else []
 
 
 def shown(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from flax_partial import errors
@@ -81,7 +82,7 @@ def agree(
     needed = those if awaited is None else tuple(sorted(set(awaited)))
     connection = client()
     root = _next_attempt(connection, f"{subject}:{_listed(those)}:{_listed(needed)}")
-    attempt = _Attempt(Service(connection), root, those, needed, timeout_secs, sleep=sleep)
+    attempt = _Attempt(Service(connection), root, those, needed, timeout_secs, sleep)
     said = _outcome(ready)
     verdict = attempt.lead(said, act) if index() == those[0] else attempt.follow(said)
     return verdict.value()
@@ -96,12 +97,12 @@ def _next_attempt(connection: Any, name: str) -> str:
         return f"{_ROOT}/{name}/{_attempts[name]}"
 
 
+@dataclass
 class _Outcome:
     """What a call returned, or the error it raised."""
 
-    def __init__(self, returned: Any = None, error: Exception | None = None) -> None:
-        self.returned = returned
-        self.error = error
+    returned: Any = None
+    error: Exception | None = None
 
     def value(self) -> Any:
         """Returns or raises it."""
@@ -139,26 +140,17 @@ def _outcome(work: Callable[[], Any]) -> _Outcome:
         return _Outcome(error=error)
 
 
+@dataclass
 class _Attempt:
     """One attempt to agree, of which all that is posted lies under `root`."""
 
-    def __init__(
-        self,
-        service: Service,
-        root: str,
-        participants: Sequence[int],
-        awaited: Sequence[int],
-        timeout_secs: float,
-        *,
-        sleep: Callable[[float], None],
-    ) -> None:
-        self._sleep = sleep
-        self._service = service
-        self._root = root
-        self._participants = participants
-        self._awaited = awaited
-        self._timeout_secs = timeout_secs
-        self._deadline = 0.0
+    service: Service
+    root: str
+    participants: Sequence[int]
+    awaited: Sequence[int]
+    timeout_secs: float
+    sleep: Callable[[float], None]
+    deadline: float = 0.0
 
     def lead(self, mine: _Outcome, act: Callable[[Mapping[int, Any]], Any]) -> _Outcome:
         """What the primary does: waits for the others, acts, and publishes the outcome."""
@@ -170,34 +162,34 @@ class _Attempt:
             verdict = self._withdrawal() or _outcome(
                 lambda: act({process: one.returned for process, one in sorted(said.items())})
             )
-        secs = max(self._timeout_secs, _ANSWER_SECS)  # however long it took to act
-        self._service.set(f"{self._root}/verdict", verdict.to_json(), secs=secs)
+        secs = max(self.timeout_secs, _ANSWER_SECS)  # however long it took to act
+        self.service.set(f"{self.root}/verdict", verdict.to_json(), secs=secs)
         # A process that comes now needs the verdict only.
-        self._service.delete(f"{self._root}/ready", secs=secs)
+        self.service.delete(f"{self.root}/ready", secs=secs)
         return verdict
 
     def follow(self, mine: _Outcome) -> _Outcome:
         """What the others do; a process whose `ready` raised raises that."""
         self._post_ready(mine)
-        verdict = self._verdict(self._timeout_secs + _SLACK_SECS)
-        if verdict is None and self._decide() == self._participants[0]:
-            verdict = self._verdict(self._timeout_secs)
+        verdict = self._verdict(self.timeout_secs + _SLACK_SECS)
+        if verdict is None and self._decide() == self.participants[0]:
+            verdict = self._verdict(self.timeout_secs)
         if verdict is None:
             verdict = self._absence(self._said()) or _Outcome(error=self._no_answer())
         return mine if mine.error is not None else verdict
 
     def _post_ready(self, mine: _Outcome) -> None:
         """From now on time counts."""
-        self._deadline = time.monotonic() + self._timeout_secs
-        self._service.set(f"{self._root}/ready/{index()}", mine.to_json(), secs=self._left)
+        self.deadline = time.monotonic() + self.timeout_secs
+        self.service.set(f"{self.root}/ready/{index()}", mine.to_json(), secs=self._left)
 
     @property
     def _left(self) -> float:
         """For how many seconds the service is waited for."""
-        return max(self._deadline - time.monotonic(), _ANSWER_SECS)
+        return max(self.deadline - time.monotonic(), _ANSWER_SECS)
 
     def _said(self) -> dict[int, _Outcome]:
-        posts = self._service.below(f"{self._root}/ready", secs=self._left)
+        posts = self.service.below(f"{self.root}/ready", secs=self._left)
         numbered = [(int(key), text) for key, text in posts.items()]
         return {process: _Outcome.from_json(text, process) for process, text in numbered}
 
@@ -206,19 +198,19 @@ class _Attempt:
         pause = 0.002
         while True:
             said = self._said()
-            is_decided = any(one.error for one in said.values()) or said.keys() >= {*self._awaited}
-            if is_decided or time.monotonic() >= self._deadline:
+            is_decided = any(one.error for one in said.values()) or said.keys() >= {*self.awaited}
+            if is_decided or time.monotonic() >= self.deadline:
                 return said
-            self._sleep(pause)
+            self.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE_SECS)
 
     def _absence(self, said: Mapping[int, _Outcome]) -> _Outcome | None:
-        missing = sorted({*self._awaited, self._participants[0]} - said.keys())
+        missing = sorted({*self.awaited, self.participants[0]} - said.keys())
         if not missing:
             return None
         return _Outcome(
             error=IncompleteCheckpointError(
-                f"After {self._timeout_secs:g} s these processes had not come: {missing}. "
+                f"After {self.timeout_secs:g} s these processes had not come: {missing}. "
                 "Nothing was lost: call it again in every process."
             )
         )
@@ -229,29 +221,29 @@ class _Attempt:
             return None
         return _Outcome(
             error=IncompleteCheckpointError(
-                f"Process {decided} had waited for {self._timeout_secs:g} s and given up before "
+                f"Process {decided} had waited for {self.timeout_secs:g} s and given up before "
                 f"process {index()} came. Nothing was lost: call it again in every process."
             )
         )
 
     def _decide(self) -> int:
         """Sets the outcome of this attempt unless it is set; returns the process that set it."""
-        return int(self._service.set_once(f"{self._root}/fate", str(index()), secs=self._left))
+        return int(self.service.set_once(f"{self.root}/fate", str(index()), secs=self._left))
 
     def _verdict(self, secs: float) -> _Outcome | None:
         deadline = time.monotonic() + secs
         while (left := deadline - time.monotonic()) > 0:
-            self._sleep(0.0)
+            self.sleep(0.0)
             wait_secs = min(left, _LONGEST_WAIT_SECS)
-            text = self._service.wait_for(f"{self._root}/verdict", secs=wait_secs)
+            text = self.service.wait_for(f"{self.root}/verdict", secs=wait_secs)
             if text is not None:
-                return _Outcome.from_json(text, self._participants[0])
+                return _Outcome.from_json(text, self.participants[0])
         return None
 
     def _no_answer(self) -> IncompleteCheckpointError:
         return IncompleteCheckpointError(
-            f"Process {self._participants[0]} came, and gave no answer within "
-            f"{self._timeout_secs:g} s: it may have died. Nothing was lost: look whether the "
+            f"Process {self.participants[0]} came, and gave no answer within "
+            f"{self.timeout_secs:g} s: it may have died. Nothing was lost: look whether the "
             "checkpoint is there, and if not, finalize it again."
         )
 

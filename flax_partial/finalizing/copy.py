@@ -5,11 +5,10 @@ that was killed goes on where it stopped: parts that are there are not copied ag
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -116,7 +115,7 @@ def _copy_parts(
     entered: Callable[[], None],
     check: Callable[[], None],
 ) -> None:
-    """Copies the parts that are not there yet, several at a time."""
+    """Copies the parts that are not there yet, several at a time; raises the first error."""
     copying = _Copying()
     session = begin_save(there, copying)
     try:
@@ -128,20 +127,15 @@ def _copy_parts(
                 there.remove_part(name)
             done = {name[-_DIGITS:] for name in found.committed}
             files = here.data_files()
-            _do_all(
-                [
-                    partial(
-                        _copy_part,
-                        files,
-                        name,
-                        part,
-                        partial(there.create_part, _copied_name(name, part, opened.mark)),
-                        check,
-                    )
-                    for name, part in parts.items()
-                    if _end_of_copy(name) not in done
-                ]
-            )
+
+            def copy_one(name: str) -> None:
+                check()
+                new = there.create_part(_copied_name(name, parts[name], opened.mark))
+                _copy_part(files, name, parts[name], new, check)
+
+            with ThreadPoolExecutor(_PARTS_AT_ONCE, "flax_partial-copy") as pool:
+                left = [name for name in parts if _end_of_copy(name) not in done]
+                list(pool.map(copy_one, left))  # after an error those that have begun still end
     finally:
         session.release(copying)
 
@@ -155,26 +149,13 @@ def _copied_name(name: str, part: Part, mark: str) -> str:
     return f"{folder}{prefix_of_name(part)}{mark}{_end_of_copy(name)}"
 
 
-def _do_all(tasks: Sequence[Callable[[], None]]) -> None:
-    """Does tasks, several at a time; raises the first error once those that began have ended."""
-    with ThreadPoolExecutor(_PARTS_AT_ONCE, "flax_partial-copy") as pool:
-        done = [pool.submit(task) for task in tasks]
-        try:
-            for one in done:
-                one.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _copy_part(
     files: DataFiles,
     name: str,
     part: Part,
-    create: Callable[[], NewPart],
+    new: NewPart,
     check: Callable[[], None],
 ) -> None:
-    check()
-    new = create()
     sizes = data_file_bytes(part.leaves)
     for file, size in sizes.items():
         path = data_path(data_part(name, file))

@@ -54,6 +54,9 @@ class Deadline:
     def wait_for_saves(self, session: Session) -> None:
         """Waits for the saves in flight that this process has now.
 
+        It wakes when they have ended, and now and then to see whether the caller was interrupted.
+        (Not by a callback of theirs: those of the user come first, and may take long.)
+
         Raises:
           IncompleteCheckpointError: They had not ended in time; or the error that was given.
         """
@@ -65,6 +68,9 @@ class Deadline:
     @contextlib.contextmanager
     def locked(self, where: Place) -> Iterator[None]:
         """Locks all others out of a session, once no save into it is under way.
+
+        The lock of another process is tried again and again, here as in `runs.liveness`: a `flock`
+        that waits in the kernel has no timeout, and does not end when the caller is interrupted.
 
         Raises:
           IncompleteCheckpointError: Saves still were when time was up; or the error that was

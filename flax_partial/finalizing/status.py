@@ -1,5 +1,6 @@
 """Looks at an unfinished checkpoint."""
 
+from flax_partial.format.merge import leaf_names
 from flax_partial.format.metadata import merge_metadata
 from flax_partial.format.model import Part
 from flax_partial.reports import PartStatus, SessionStatus
@@ -34,7 +35,7 @@ def status_of(final: AnyPath, found: SessionParts) -> SessionStatus:
         parts=tuple(_part_status(name, part) for name, part in ordered),
         torn=tuple(found.torn),
         damaged=tuple(found.damaged),
-        leaves=tuple(sorted({leaf.name for part in parts.values() for leaf in part.leaves})),
+        leaves=tuple(sorted(leaf_names(parts))),
         bytes=sum(part.bytes for part in parts.values()),
         processes=tuple(sorted({part.process for part in parts.values()})),
         custom_metadata=merge_metadata(part.custom_metadata for _, part in ordered),

@@ -58,7 +58,7 @@ class MergePlan:
 
 def merge(parts: Mapping[str, Part]) -> MergePlan:
     """Plans the checkpoint that `parts` (name -> contents) make; linear in their size."""
-    ordered = sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
+    ordered = _ordered(parts)
     conflicts: list[str] = []
     missing: list[str] = []
     leaves: list[Leaf] = []
@@ -90,6 +90,16 @@ def merge(parts: Mapping[str, Part]) -> MergePlan:
         first_part=min(parts, default=""),
     )
     return MergePlan(contents, tuple(sources), tuple(conflicts), tuple(missing))
+
+
+def leaf_names(parts: Mapping[str, Part]) -> list[str]:
+    """Returns the names of the leaves that `parts` hold, each once, without what gives way."""
+    return [holders[0][1].name for holders in _without_placeholders(_newest(_ordered(parts)))]
+
+
+def _ordered(parts: Mapping[str, Part]) -> list[tuple[str, Part]]:
+    """The parts by age, oldest first."""
+    return sorted(parts.items(), key=lambda item: (item[1].time_ns, item[0]))
 
 
 def _is_whole_inline(holders: Sequence[_Holder]) -> bool:

@@ -143,9 +143,12 @@ def living(directory: AnyPath) -> str | None:
     if lock is None:
         return None
     try:
-        return None if _try(lock, fcntl.LOCK_SH) else _described(lock)
+        lock.acquire(fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _described(lock)
     finally:
         lock.close()
+    return None
 
 
 def wait_until_idle(session: AnyPath, timeout_secs: float) -> bool:
@@ -223,7 +226,7 @@ def _store(directory: AnyPath) -> Store | None:
 def _wait(lock: locks.DirectoryLock, timeout_secs: float, what: str) -> bool:
     """Waits until no other process has the lock; returns whether that came in time."""
     began, is_told = time.monotonic(), False
-    while not _try(lock, fcntl.LOCK_EX):
+    while not lock.try_exclusive():
         waited_secs = time.monotonic() - began
         if waited_secs >= timeout_secs:
             return False
@@ -231,15 +234,6 @@ def _wait(lock: locks.DirectoryLock, timeout_secs: float, what: str) -> bool:
             logger.warning("Waiting %s.", what)
             is_told = True
         time.sleep(_PAUSE_SECS)
-    return True
-
-
-def _try(lock: locks.DirectoryLock, kind: int) -> bool:
-    """Locks without waiting; returns False if another process has locked it."""
-    try:
-        lock.acquire(kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
     return True
 
 

@@ -13,10 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import trees
+from memory import forget_peak, status_bytes
 from orbax.checkpoint.experimental import v1
 from safetensors import safe_open
 from safetensors.flax import load_file
-from shell import MIXED, Shell, flip_a_bit_of, resident_bytes, write
+from shell import MIXED, Shell, flip_a_bit_of, write
 
 import flax_partial as fp
 from flax_partial.cli import pieces
@@ -289,7 +290,7 @@ def test_a_leaf_takes_no_more_memory_than_a_batch(
     write(tmp_path / "a", {"w": array})
     write(tmp_path / "b", {"w": array + 1})
     del array
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak (proc(5))
-    before = resident_bytes("VmRSS")
+    forget_peak()
+    before = status_bytes("VmRSS")
     shell.run(*command.split(), status=status)
-    assert resident_bytes("VmHWM") - before < 64 << 20
+    assert status_bytes("VmHWM") - before < 64 << 20

@@ -15,9 +15,10 @@ import numpy as np
 import orbax.checkpoint as v0
 import pytest
 import trees
+from memory import forget_peak, status_bytes
 from orbax.checkpoint.experimental import v1
 from safetensors.numpy import save_file
-from shell import MIXED, Shell, begin, resident_bytes, write
+from shell import MIXED, Shell, begin, write
 from terminal import on_terminal
 from things import listing
 
@@ -273,7 +274,7 @@ def test_large_tensor_takes_no_more_memory_than_a_batch(
         file.truncate(len(begins) + (96 << 20))
     save_file({"w": np.ones(3)}, "small")
     shell.run("import", "small", "warm")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak (proc(5))
-    before = resident_bytes("VmRSS")
+    forget_peak()
+    before = status_bytes("VmRSS")
     shell.run("import", "file", "c")
-    assert resident_bytes("VmHWM") - before < 64 << 20
+    assert status_bytes("VmHWM") - before < 64 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import random
 import shutil
 import tempfile
@@ -105,6 +106,30 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._own)
+
+
+def deaths(nursery: Nursery, template: Path, work: str) -> Iterator[tuple[Path, bool]]:
+    """Does some work in copies of a directory, and dies at one change after the other.
+
+    Yields:
+      A copy, and whether the process died in it; the last one, which came to the end, did not.
+    """
+    for at in itertools.count():
+        base = Path(tempfile.mkdtemp(dir=nursery.scratch)) / "disk"
+        shutil.copytree(template, base)
+        was_killed = dies(nursery, base, work, at)
+        yield base, was_killed
+        shutil.rmtree(base.parent)
+        if not was_killed:
+            return
+
+
+def dies(nursery: Nursery, base: Path, work: str, at: int) -> bool:
+    """Does some work in a process that dies at change number `at`; returns whether it did."""
+    log = base.with_name(f"{work}.log")
+    status = nursery.run(Job(base, log, Plan(Action.KILL, at), work=work))
+    require(status in {-9, 0}, f"{work} ended with {status} at change {at}")
+    return status != 0
 
 
 def changes_of(nursery: Nursery) -> list[Event]:

@@ -160,13 +160,8 @@ def _reusing(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:
     }
 
 
-def _removal(base: Path, *, durable: bool) -> dict[str, Callable[[], object]]:  # noqa: ARG001
-    """What a callback does once it has finalized a checkpoint."""
-    return {"remove": lambda: remove(base)}
-
-
 def remove(base: Path) -> None:
-    """Keeps no more than the newest of what is there."""
+    """Keeps no more than the newest of what is there, as a callback that has finalized it."""
     _directory.prune(run_directory(base), Retention((LatestN(1),)))
 
 
@@ -177,7 +172,33 @@ def begin(base: Path) -> None:
     callback.on_train_end(trainer, None)
 
 
-WORKS = {"everything": steps, "mixed": _mixed, "reusing": _reusing, "removal": _removal}
+OVER: dict[str, Any] = {
+    "large": np.arange(1, 300_001, dtype=np.float32),
+    "text": "new",
+    "rows": np.zeros((2, 2)),
+    "added": {"x": 1},
+}
+"""What is saved over, or into, the session `c`."""
+
+
+def _save_over(base: Path) -> None:
+    fp.save(base / "c", OVER, replace=True, custom_metadata={"second": True})
+
+
+def _one(call: Callable[[Path], object]) -> Callable[..., dict[str, Callable[[], object]]]:
+    """A single call, made durable as it is by default."""
+    return lambda base, *, durable: {"call": lambda: call(base)}  # noqa: ARG005
+
+
+WORKS = {
+    "everything": steps,
+    "mixed": _mixed,
+    "reusing": _reusing,
+    "removal": _one(remove),
+    "save": _one(_save_over),
+    "finalize": _one(lambda base: fp.finalize(base / "c")),
+    "abort": _one(lambda base: fp.abort(base / "c")),
+}
 
 
 def run(job: Job) -> None:

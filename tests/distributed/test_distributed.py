@@ -17,6 +17,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from cluster import Cluster, errors_of, gather, running, start_each
 from orbax_side import READERS, STEP
+from spread import assert_loaded, sharded
 from things import targets
 
 import flax_partial as fp
@@ -235,8 +236,8 @@ def test_global_arrays_are_read_by_every_reader_of_orbax_in_one_process(
     reader: Any, spread: Path
 ) -> None:
     wanted = worker.global_values()
-    shardings = worker.sharded(worker.global_mesh((2, 4)), worker.specs())
-    worker.assert_loaded(reader(spread, targets(wanted, shardings)), shardings, wanted)
+    shardings = sharded(worker.global_mesh((2, 4)), worker.specs())
+    assert_loaded(reader(spread, targets(wanted, shardings)), shardings, wanted)
 
 
 def test_each_process_shares_with_an_earlier_checkpoint_what_it_saved_itself(
@@ -298,9 +299,9 @@ def test_each_process_saves_what_it_holds_of_each_row_of_a_stacked_leaf(
     two.call("load_stacked", path, "rows over all", (2, 2))
     values = worker.stacked_values()
     spec = jax.sharding.PartitionSpec(None, "x")
-    shardings = worker.sharded(worker.global_mesh((4, 2)), dict.fromkeys(values, spec))
+    shardings = sharded(worker.global_mesh((4, 2)), dict.fromkeys(values, spec))
     loaded = ocp.load(path, {"params": targets(values, shardings)})
-    worker.assert_loaded(loaded["params"], shardings, values)
+    assert_loaded(loaded["params"], shardings, values)
 
 
 def test_two_processes_save_stacked_leaves_that_four_load_and_orbax_as_they_were(

@@ -29,9 +29,13 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "c"
 
 
+def bytes_of(layout: str) -> int:
+    return sum(value.nbytes for value in sharing.values(layout).values())
+
+
 def assert_even(written: Sequence[int], layout: str) -> None:
     """As much by each of the processes, and everything once."""
-    assert sum(written) == sum(value.nbytes for value in sharing.values(layout).values())
+    assert sum(written) == bytes_of(layout)
     assert max(written) <= 1.1 * min(written), written
 
 
@@ -46,7 +50,7 @@ def test_replicas_are_written_together_and_may_be_donated(
     sharing.load_shared(path, layout, (4, 2))
     loaded = ocp.load(path, {k: np.zeros_like(v) for k, v in sharing.values(layout).items()})
     for name, value in sharing.values(layout).items():
-        np.testing.assert_array_equal(loaded[name], 2 * value)
+        np.testing.assert_array_equal(loaded[name], value)
 
 
 @pytest.mark.parametrize("layout", sharing.LAYOUTS)
@@ -57,7 +61,7 @@ def test_callback_has_them_share_without_being_told(
     assert_even([written for written, _ in done], layout)
     loaded = fp.load(tmp_path / "1")["params"]
     for name, value in sharing.values(layout).items():
-        np.testing.assert_array_equal(loaded[name], 2 * value)
+        np.testing.assert_array_equal(loaded[name], value)
     alone = fp.SaveOptions(durable=False, share_replicas=False)
     done = four.call("train_shared", tmp_path / "alone", "replicated", options=alone)
     assert [written > 0 for written, _ in done] == [True, False, False, False]
@@ -70,14 +74,14 @@ def test_rows_of_stacked_leaves_take_turns(four: Cluster, tmp_path: Path) -> Non
     assert [len(of_one) for of_one in rows] == [24] * 4
     assert len(set().union(*rows)) == 96
     np.testing.assert_array_equal(
-        fp.load(tmp_path / "1")["params"]["embed"], 2 * sharing.values("replicated")["embed"]
+        fp.load(tmp_path / "1")["params"]["embed"], sharing.values("replicated")["embed"]
     )
 
 
 def test_first_process_alone_may_save_what_is_replicated(four: Cluster, path: Path) -> None:
     options = fp.SaveOptions(durable=False)
     (written,) = four.call("save_shared", path, "replicated", options=options, on=[0])
-    assert written == sum(value.nbytes for value in sharing.values("replicated").values())
+    assert written == bytes_of("replicated")
     four.call("finalize", path)
     sharing.load_shared(path, "replicated", (4, 2))
 
@@ -113,13 +117,14 @@ def test_replicas_are_read_once_and_handed_on_where_that_is_asked_for(
 ) -> None:
     four.call("save_shared", path, "even")
     four.call("finalize", path)
-    total = sum(value.nbytes for value in sharing.values("even").values())
-    for read in four.call("load_sharing_reads", path, "even"):
+    total, how = bytes_of("even"), {"share_reads": True}
+    for read in four.call("load_shared", path, "even", sharing.LAYOUTS["even"][0], **how):
         assert read <= total / 4 + OVERHEAD_BYTES < total / 2
     for layout in ("replicated", "mixed"):
         four.call("save_shared", path.with_name(layout), layout)
         four.call("finalize", path.with_name(layout))
-        four.call("load_sharing_reads", path.with_name(layout), layout)
+        mesh_shape = sharing.LAYOUTS[layout][0]
+        four.call("load_shared", path.with_name(layout), layout, mesh_shape, **how)
 
 
 def test_killed_process_is_named_and_the_next_job_goes_on(tmp_path: Path) -> None:

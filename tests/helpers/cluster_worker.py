@@ -7,14 +7,13 @@ standard input and answers go to standard output, pickled; what is printed goes 
 
 from __future__ import annotations
 
-import functools
 import os
 import pickle
 import random
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -25,13 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mpmd import resume_stages, train_stages  # noqa: F401 - tests have processes call these
-from sharing import (  # noqa: F401 - and these
-    load_shared,
-    load_sharing_reads,
-    save_shared,
-    train_shared,
-)
-from things import assert_sharded, counted, one_step, targets, trainer
+from sharing import load_shared, save_shared, train_shared  # noqa: F401 - and these
+from spread import as_computed, assert_loaded, donated, sharded, spread
+from things import counted, one_step, targets, trainer
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback, checkpointing
@@ -57,21 +52,11 @@ def layer(number: int) -> dict[str, np.ndarray]:
     }
 
 
-@jax.jit
-def _as_computed(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x + 0, tree)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _donated(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x * 0, tree)
-
-
 def stage_state(numbers: Iterable[int], count: int | None) -> dict[str, Any]:
     """The state of a stage: its layers under their global names, and a step count."""
     tree = {str(number): layer(number) for number in numbers}
     device = jax.local_devices()[-1]
-    blocks = {name: _as_computed(jax.device_put(one, device)) for name, one in tree.items()}
+    blocks = {name: as_computed(jax.device_put(one, device)) for name, one in tree.items()}
     return {"params": {"blocks": blocks}, "opt_state": {"count": jnp.int32(count or 0)}}
 
 
@@ -93,7 +78,7 @@ def save_stage_async(path: Path, numbers: Sequence[int]) -> None:
     for number in numbers:
         state = stage_state([number], 7)
         fp.save_async(path, {"params": state["params"]}, options=QUICK)
-        jax.block_until_ready(_donated(state["params"]))
+        jax.block_until_ready(donated(state["params"]))
 
 
 def load_stage(path: Path, numbers: Sequence[int]) -> int:
@@ -140,33 +125,11 @@ def global_mesh(shape: Sequence[int], *, is_reversed: bool = False) -> Mesh:
     return Mesh(np.array(devices).reshape(shape), ("x", "y"))
 
 
-def sharded(mesh: Mesh, specs: Mapping[str, PartitionSpec]) -> dict[str, NamedSharding]:
-    return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-
-
-def spread(
-    values: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]
-) -> dict[str, jax.Array]:
-    """Global arrays of values that every process has."""
-    return {
-        name: jax.make_array_from_callback(value.shape, shardings[name], value.__getitem__)
-        for name, value in values.items()
-    }
-
-
 def global_arrays(shape: Sequence[int]) -> dict[str, jax.Array]:
-    made = spread(global_values(), sharded(global_mesh(shape), specs()))
-    return {name: _as_computed(array) for name, array in made.items()}
-
-
-def assert_loaded(
-    loaded: Mapping[str, jax.Array],
-    shardings: Mapping[str, NamedSharding],
-    values: Mapping[str, np.ndarray],
-) -> None:
-    assert loaded.keys() == values.keys()
-    for name, array in loaded.items():
-        assert_sharded(array, shardings[name], values[name])
+    arrays: dict[str, jax.Array] = as_computed(
+        spread(global_values(), sharded(global_mesh(shape), specs()))
+    )
+    return arrays
 
 
 def save_global(path: Path, shape: Sequence[int], *, is_stale: bool = False, **options: Any) -> str:
@@ -194,7 +157,7 @@ def save_global_async(path: Path, shape: Sequence[int]) -> None:
     """Saves in the background, and donates what was handed over at once."""
     state = global_arrays(shape)
     fp.save_async(path, state, options=QUICK)
-    jax.block_until_ready(_donated(state))
+    jax.block_until_ready(donated(state))
 
 
 def load_global(path: Path, shape: Sequence[int], *, is_reversed: bool = False) -> int:
@@ -257,8 +220,8 @@ def train_stacked(
         finalizer=FinalizeHook(timeout_secs=20),
         options=fp.SaveOptions(durable=False, max_inflight_bytes=budget),
     )
-    state = {"params": _as_computed(stacked_arrays(layout, shape))}
-    one_step(callback, state, _donated)
+    state = {"params": as_computed(stacked_arrays(layout, shape))}
+    one_step(callback, state, donated)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     return callback.reports[0].groups
 

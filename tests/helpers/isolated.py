@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from preloaded import server
+from memory import forget_peak, status_bytes
+from preloaded import started
 
 TIMEOUT_SECS = 500.0  # less than a test has: how long a loaded machine takes is no failure
 _MOST_ADDRESSES = 6 << 30  # beyond what the process has: a runaway ends there, not the machine
@@ -87,12 +88,8 @@ class Isolated:
         return list(outcome.value)
 
     def _start(self) -> None:
-        self._pipe, theirs = server().Pipe()
         self._stacks = tempfile.NamedTemporaryFile("w")  # noqa: SIM115 - closed by `end`
-        arguments = (theirs, self._stacks.name)
-        self._process = server().Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
+        self._process, self._pipe = started(_serve, self._stacks.name)
 
     def end(self) -> None:
         """Ends the process."""
@@ -104,10 +101,10 @@ class Isolated:
             self._process = None
 
 
-def _serve(pipe: Connection, stacks: str) -> None:
+def _serve(stacks: str, pipe: Connection) -> None:
     warm_up()
     stacks_file = Path(stacks).open("w")  # noqa: SIM115 - until the process ends
-    limit = _status("VmSize") + _MOST_ADDRESSES
+    limit = status_bytes("VmSize") + _MOST_ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(EOFError):
@@ -128,19 +125,12 @@ def warm_up() -> None:
 
 
 def _measured(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Outcome:
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmHWM")
+    forget_peak()
+    before = status_bytes("VmHWM")
     value, error = None, None
     try:
         value = function(*arguments)
     except BaseException as caught:  # noqa: BLE001 - reported on the other side
         caught.__traceback__ = None
         error = caught
-    return Outcome(value, error, _status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
+    return Outcome(value, error, status_bytes("VmHWM") - before)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+from collections.abc import Callable
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
 from unittest import mock
 
 
@@ -20,3 +23,14 @@ def server() -> ForkServerContext:
     with mock.patch.dict(os.environ, PYTHONSAFEPATH="1"):
         forkserver.ensure_running()
     return context
+
+
+def started(
+    function: Callable[..., object], *arguments: Any
+) -> tuple[ForkServerProcess, Connection]:
+    """Calls a function in a new process, its last argument a pipe; that process, and our end."""
+    ours, theirs = server().Pipe()
+    process = server().Process(target=function, args=(*arguments, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours

@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._delete_many(bucket)
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _request  # noqa: N815 - names of http.server
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = _request  # noqa: N815
 
     def _kind(self, inner: str) -> str:
         if not inner:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from things import assert_sharded, counted, one_step, targets
+from spread import as_computed, assert_loaded, donated, sharded, spread
+from things import counted, one_step, targets
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
@@ -47,24 +47,15 @@ def values(layout: str) -> dict[str, np.ndarray]:
 
 def _shardings(layout: str, mesh_shape: Sequence[int]) -> dict[str, NamedSharding]:
     devices = np.array(jax.devices()[: math.prod(mesh_shape)]).reshape(mesh_shape)
-    mesh = Mesh(devices, ("data", "model"))
-    return {name: NamedSharding(mesh, spec) for name, (_, spec) in LAYOUTS[layout][1].items()}
+    specs = {name: spec for name, (_, spec) in LAYOUTS[layout][1].items()}
+    return sharded(Mesh(devices, ("data", "model")), specs)
 
 
 def _arrays(layout: str) -> dict[str, jax.Array]:
-    """Global arrays, still being computed."""
-    shardings = _shardings(layout, LAYOUTS[layout][0])
-    whole = values(layout)
-    return {
-        name: _twice(jax.make_array_from_callback(value.shape, shardings[name], value.__getitem__))
-        for name, value in whole.items()
-    }
-
-
-_twice = jax.jit(lambda x: 2 * x)
-_gone = functools.partial(jax.jit, donate_argnums=0)(
-    lambda tree: jax.tree.map(lambda x: 0 * x, tree)
-)
+    arrays: dict[str, jax.Array] = as_computed(
+        spread(values(layout), _shardings(layout, LAYOUTS[layout][0]))
+    )
+    return arrays
 
 
 def save_shared(
@@ -76,25 +67,15 @@ def save_shared(
     if not is_async:
         return fp.save(path, arrays, **options).bytes
     handle = fp.save_async(path, arrays, **options)
-    jax.block_until_ready(_gone(arrays))
+    jax.block_until_ready(donated(arrays))
     return handle.result().bytes
 
 
-def load_shared(path: Path, layout: str, mesh_shape: Sequence[int]) -> None:
-    """Loads onto a mesh of this job, and compares what this process holds."""
+def load_shared(path: Path, layout: str, mesh_shape: Sequence[int], **how: Any) -> int:
+    """Loads onto a mesh of this job, and compares; returns how many bytes this process has read."""
     shardings, wanted = _shardings(layout, mesh_shape), values(layout)
-    loaded = fp.load(path, targets(wanted, shardings))
-    for name, value in wanted.items():
-        assert_sharded(loaded[name], shardings[name], 2 * value)
-
-
-def load_sharing_reads(path: Path, layout: str) -> int:
-    """Loads by shares that are handed on; returns how many bytes this process has read."""
-    shardings, wanted = _shardings(layout, LAYOUTS[layout][0]), values(layout)
-    target = targets(wanted, shardings)
-    loaded, read = counted(lambda: fp.load(path, target, share_reads=True))
-    for name, value in wanted.items():
-        assert_sharded(loaded[name], shardings[name], 2 * value)
+    loaded, read = counted(lambda: fp.load(path, targets(wanted, shardings), **how))
+    assert_loaded(loaded, shardings, wanted)
     return read
 
 
@@ -105,6 +86,6 @@ def train_shared(directory: Path, layout: str, **options: Any) -> tuple[int, tup
         finalizer=FinalizeHook(timeout_secs=20),
         **{"options": fp.SaveOptions(durable=False), **options},
     )
-    one_step(callback, {"params": _arrays(layout)}, lambda x: jax.block_until_ready(_gone(x)))
+    one_step(callback, {"params": _arrays(layout)}, lambda x: jax.block_until_ready(donated(x)))
     (report,) = callback.reports
     return sum(save.bytes for save in report.saves.values()), report.groups

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +66,6 @@ def write(path: Path, state: Any, **metadata: Any) -> Path:
     """Writes a finalized checkpoint."""
     fp.finalize(begin(path, state, **metadata))
     return path
-
-
-def resident_bytes(field: str) -> int:
-    """What of this process is in memory: `VmRSS` now, `VmHWM` at most since the peak was reset."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[0]) << 10
 
 
 def flip_a_bit_of(path: Path, array: np.ndarray) -> None:

@@ -145,6 +145,22 @@ BOMBS: dict[str, bytes] = {
 NAMES = tuple(dict.fromkeys((*ROWS, *FIELDS, *BOMBS)))
 
 
+def contents_head(part: str) -> dict[str, Any]:
+    """What else a table of contents has, of a checkpoint that was made of one part."""
+    return {
+        "started_ns": 1,
+        "committed_ns": 2,
+        "parts": 1,
+        "first_part": part,
+        "data_parts": [part],
+    }
+
+
+def part_head(part: str) -> dict[str, Any]:
+    """What else the table of a part has."""
+    return {"process": 0, "time_ns": int(part.split(".")[1]), "bytes": 0}
+
+
 def table(name: str, head: dict[str, Any]) -> bytes:
     """A table of contents with everything that its kind has (`head`), and what `name` says."""
     bomb = BOMBS.get(name)

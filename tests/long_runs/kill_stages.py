@@ -27,7 +27,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import trials
 from cluster import free_port
-from preloaded import server
+from preloaded import started
+from things import trainer as make_trainer
 
 from flax_partial.distributed import jax_service as coordination
 
@@ -138,9 +138,7 @@ def _train(
         state_fn=lambda trainer, _: {"progress": {"step": trainer.global_step}},
         finalizer=FinalizeHook(timeout_secs=TIMEOUT_SECS),
     )
-    trainer = types.SimpleNamespace(
-        global_step=0, current_epoch=0, callback_metrics={}, is_last_batch=False
-    )
+    trainer = make_trainer(is_last_batch=False)
     callback.setup(trainer, None, "fit")
     callback.on_fit_start(trainer, None)
     restored = _restore(callback, numbers)
@@ -199,9 +197,9 @@ class Job:
         self._service: tuple[ForkServerProcess, Connection] | None = None
         port = free_port()
         if plan is not None and plan.is_service_apart:
-            self._service = _start(serve, port, count)
+            self._service = started(serve, port, count)
             self._service[1].recv()
-        self.processes = [_start(train, directory, port, i, count, plan) for i in range(count)]
+        self.processes = [started(train, directory, port, i, count, plan) for i in range(count)]
 
     def listen(self, index: int, deadline: float) -> int | None:
         """Receives a process's answers to its end; returns its exit status, None if it did not end.
@@ -227,14 +225,6 @@ class Job:
     def heard(self, kind: str) -> list[Any]:
         """What all processes answered of one kind."""
         return [one[1] for answers in self.said.values() for one in answers if one[0] == kind]
-
-
-def _start(target: Any, *arguments: Any) -> tuple[ForkServerProcess, Connection]:
-    mine, theirs = server().Pipe()
-    process = server().Process(target=target, args=(*arguments, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    return process, mine
 
 
 def run_trial(plan: Plan, directory: Path) -> str:

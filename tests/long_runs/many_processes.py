@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import numpy as np
 from cluster import free_port
 from jax._src.lib import _jax
+from memory import status_bytes
 
 import flax_partial as fp
 from flax_partial.distributed.jax_service import Service, serving
@@ -88,7 +88,7 @@ def finalized(path: Path) -> dict[str, Any]:
         "terabytes": round(done.bytes / 1e12, 3),
         "secs": round(secs, 1),
         "cpu_secs": round(cpu_secs, 1),
-        "peak_gigabytes": round(peak_bytes() / 1e9, 2),
+        "peak_gigabytes": round(status_bytes("VmHWM") / 1e9, 2),
         "contents_megabytes": round((path / "state" / "contents.json").stat().st_size / 1e6),
         "file_system": dict(calls.most_common()),
     }
@@ -187,12 +187,6 @@ def counted() -> Iterator[Counter[str]]:
     sys.addaudithook(hook)
     yield calls
     is_on[0] = False
-
-
-def peak_bytes() -> int:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024 * int(found[1])
 
 
 def widest(path: Path) -> int:

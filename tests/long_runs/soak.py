@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import pytest
 import trials
+from memory import status_bytes
 
 import flax_partial as fp
 
@@ -59,13 +60,10 @@ class Sample:
     @classmethod
     def taken(cls, directory: Path) -> Sample:
         gc.collect()
-        status = dict(
-            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-        )
         return cls(
-            memory_bytes=int(status["VmRSS"].split()[0]) * 1024,
+            memory_bytes=status_bytes("VmRSS"),
             objects=len(gc.get_objects()),
-            threads=int(status["Threads"]),
+            threads=len(os.listdir("/proc/self/task")),  # noqa: PTH208
             descriptors=len(os.listdir("/proc/self/fd")),  # noqa: PTH208 - names are enough
             entries=len(list(directory.iterdir())),
         )

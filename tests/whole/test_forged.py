@@ -12,7 +12,7 @@ import forged
 import fuzz
 import numpy as np
 import pytest
-from things import QUICK
+from things import QUICK, stored
 
 import flax_partial as fp
 
@@ -60,11 +60,9 @@ def assert_harmless(outcome: Outcome, most_bytes: int = MOST_BYTES) -> dict[str,
 def test_checkpoint_with_a_forged_table_is_read_or_refused(
     name: str, tmp_path: Path, apart: Isolated
 ) -> None:
-    report = fp.save(tmp_path / "c", SAVED, options=QUICK)
-    fp.finalize(tmp_path / "c")
-    head = {"started_ns": 1, "committed_ns": 2, "parts": 1, "first_part": report.part}
-    head["data_parts"] = [report.part]
-    (tmp_path / "c" / "state" / "contents.json").write_bytes(forged.table(name, head))
+    report = stored(tmp_path / "c", SAVED)
+    table = forged.table(name, forged.contents_head(report.part))
+    (tmp_path / "c" / "state" / "contents.json").write_bytes(table)
     outcomes = assert_harmless(apart.call(read_all, tmp_path / "c"))
     assert outcomes["verify"] != "ok"  # it is not what the parts add up to
 
@@ -73,10 +71,9 @@ def test_checkpoint_with_a_forged_table_is_read_or_refused(
 def test_session_with_a_forged_table_is_finalized_or_refused(
     name: str, tmp_path: Path, apart: Isolated
 ) -> None:
-    report = fp.save(tmp_path / "c", SAVED, options=QUICK)
-    directory = tmp_path / "c.partial_save" / "state" / report.part
-    head = {"process": 0, "time_ns": int(report.part.split(".")[1]), "bytes": 0}
-    (directory / "part.json").write_bytes(forged.table(name, head))
+    part = fp.save(tmp_path / "c", SAVED, options=QUICK).part
+    table = forged.table(name, forged.part_head(part))
+    (tmp_path / "c.partial_save" / "state" / part / "part.json").write_bytes(table)
     assert_harmless(apart.call(finalize_all, tmp_path / "c"))
 
 
@@ -116,9 +113,8 @@ def test_a_million_nested_keys_take_what_their_nodes_take(
 ) -> None:
     key = {"d": "k", "s": "0"}[kind]
     rows = [forged.text([key] * 1_000_000, kind * 1_000_000)]
-    report = fp.save(tmp_path / "c", SAVED, options=QUICK)
-    directory = tmp_path / "c.partial_save" / "state" / report.part
-    head = {"process": 0, "time_ns": int(report.part.split(".")[1]), "bytes": 0}
-    (directory / "part.json").write_bytes(forged.table_of(rows, head))
+    part = fp.save(tmp_path / "c", SAVED, options=QUICK).part
+    table = forged.table_of(rows, forged.part_head(part))
+    (tmp_path / "c.partial_save" / "state" / part / "part.json").write_bytes(table)
     outcomes = assert_harmless(apart.call(finalize_all, tmp_path / "c"), 1 << 30)
     assert outcomes["expecting"] == "IncompleteCheckpointError"

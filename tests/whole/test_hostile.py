@@ -267,9 +267,8 @@ def test_reading_runs_nothing_that_a_checkpoint_holds(tmp_path: Path, apart: Iso
         path = tmp_path / name.replace(" ", "_")
         report = stored(path, {"a": jax.numpy.arange(3), "b": "__import__('os')"})
         if name != "whole":
-            head = {"started_ns": 1, "committed_ns": 2, "parts": 1, "first_part": report.part}
-            head["data_parts"] = [report.part]
-            (path / "state" / "contents.json").write_bytes(forged.table(name, head))
+            table = forged.table(name, forged.contents_head(report.part))
+            (path / "state" / "contents.json").write_bytes(table)
         assert not apart.value(events_of, path), name
 
 

@@ -34,8 +34,8 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     if session.lacking and not options.anyway:
         step = completeness.recorded(session.status).get("step")
         raise fp.IncompleteCheckpointError(
-            f"{session.where.session} (step {step}) is not complete: {session.lacking}. A trainer "
-            "could not resume from it. Abort it, or finalize what is there with --anyway."
+            f"{session.where.session} (step {step}) is not complete: {session.lacking[0]}. A "
+            "trainer could not resume from it. Abort it, or finalize what is there with --anyway."
         )
     done = fp.finalize(session.where.final)
     out.json(**picked(done, "path", "committed_at", "parts", "bytes"), leaves=len(done.leaves))

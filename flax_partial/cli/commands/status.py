@@ -134,12 +134,11 @@ def _lines(session: Session, now: float) -> list[tuple[str, str]]:
     """What stands above the table, each line with its style."""
     status, plan = session.status, session.plan
     metadata = text.metadata(places.shown(status.custom_metadata), places.shown(status.training))
-    lacking = [session.lacking] if session.lacking else []
-    lacking += first_few(plan.missing, most=_MOST_LISTED, count=len(plan.missing))
+    missing = first_few(plan.missing, most=_MOST_LISTED, count=len(plan.missing))
     conflicts = first_few(plan.conflicts, most=_MOST_LISTED, count=len(plan.conflicts))
     found = [(str(session.where.session), STRONG), (_summary(status, now), WAITING)]
     found += [(line, "") for line in metadata]
-    found += [(f"not complete: {leaf}", WAITING) for leaf in lacking]
+    found += [(f"not complete: {leaf}", WAITING) for leaf in (*session.lacking, *missing)]
     found += [(f"conflict: {conflict}", BAD) for conflict in conflicts]
     found += [(f"damaged: {part}", BAD) for part in status.damaged]
     if status.torn:
@@ -176,7 +175,6 @@ def _rows(session: Session, now: float) -> list[Row]:
 
 def _as_json(session: Session) -> dict[str, Any]:
     status = session.status
-    lacking = [session.lacking] if session.lacking else []
     parts = [
         picked(part, "name", "process", "written_at", "bytes") | {"leaves": len(part.leaves)}
         for part in status.parts
@@ -187,7 +185,7 @@ def _as_json(session: Session) -> dict[str, Any]:
         "training": places.shown(status.training),
         "state": places.UNFINISHED,
         "leaves": len(status.leaves),
-        "lacking": [*lacking, *session.plan.missing],
+        "lacking": [*session.lacking, *session.plan.missing],
         "conflicts": session.plan.conflicts,
         "parts": parts,
     }

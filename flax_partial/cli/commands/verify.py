@@ -2,7 +2,6 @@
 
 import argparse
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from flax_partial.cli import listing, places, text
@@ -41,9 +40,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> bool:
     """Verifies a checkpoint; returns whether it is damaged."""
-    held = listing.of_run(options.path)
-    if held is not None:
-        return _verify_run(places.given(options.path), held, out)
+    if listing.is_run(options.path):
+        return _verify_run(places.given(options.path), out)
     listing.require_something(options.path)
     began = time.perf_counter()
     with out.bar("Verifying") as progress:
@@ -56,14 +54,15 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     return not report.ok
 
 
-def _verify_run(directory: AnyPath, held: Sequence[Entry], out: Output) -> bool:
+def _verify_run(directory: AnyPath, out: Output) -> bool:
     """Verifies each checkpoint of a run; one that is removed meanwhile is left out.
 
     Raises:
       WrongUseError: It has none.
     """
     began = time.perf_counter()
-    reports = [report for one in held if (report := _of_run(directory, one, out)) is not None]
+    looked = (_of_run(directory, entry, out) for entry in listing.entries(directory))
+    reports = [report for report in looked if report is not None]
     if not reports:
         raise WrongUseError(f"{directory} has no finalized checkpoint")
     secs = time.perf_counter() - began
