@@ -25,20 +25,20 @@ class Finished:
     Attributes:
       step: The step.
       epoch: Its epoch, the first being 0.
-      tree: The state right after it; NumPy's arrays, which may change, are copies.
       closing: What else is saved then.
+      tree: The state right after it; NumPy's arrays, which may change, are copies.
     """
 
     step: int
     epoch: int
-    tree: Any
     closing: Closing
+    tree: Any
 
     @classmethod
     def of(cls, trainer: Any, module: Any, state_fn: StateFn | None, closing: Closing) -> Finished:
         """Keeps a step that has just been finished."""
         tree = jax.tree.map(_copied, _state.take(trainer, module, state_fn))
-        return cls(trainer.global_step, trainer.current_epoch, tree, closing)
+        return cls(trainer.global_step, trainer.current_epoch, closing, tree)
 
     def check_is_there(self) -> None:
         """Checks that all arrays can still be read.

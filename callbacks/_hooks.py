@@ -169,7 +169,7 @@ class TrainingHooks(Copyable):
                 self._saver.remember(trainer, module)
             self._step_before = step
             self._run.recorder.step_ended(step)
-            self._stop_after_last(trainer, step)
+            self._stop_after_last(trainer, module)
 
     @in_training
     def on_validation_end(self, trainer: Any, module: Any) -> None:
@@ -190,7 +190,7 @@ class TrainingHooks(Copyable):
             self._run.open_checkpoints.finish_scored()
             self._has_ended_epoch = True
             self._saver.epoch_began = step
-            self._stop_after_last(trainer, step)
+            self._stop_after_last(trainer, module)
 
     @in_training
     def on_train_end(self, trainer: Any, module: Any) -> None:
@@ -206,9 +206,9 @@ class TrainingHooks(Copyable):
             if is_last and step not in (0, member.last_saved):
                 self._saver.save(trainer, module, epoch_ends=False)
             try:
-                self._stop_after_last(trainer, step)
+                self._stop_after_last(trainer, module)
             finally:
-                self._end()
+                self._end(trainer, module)
 
     @in_training
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
@@ -235,7 +235,7 @@ class TrainingHooks(Copyable):
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """Waits until every checkpoint is finalized."""
         with self._blocked("teardown", trainer):
-            self._end()
+            self._end(trainer, module)
 
     @property
     def state_key(self) -> str:
@@ -291,18 +291,29 @@ class TrainingHooks(Copyable):
         if self._member.saves_on_preemption:
             self._run.preemption.reach(step, hook)
 
-    def _stop_after_last(self, trainer: Any, step: int) -> None:
+    def _stop_after_last(self, trainer: Any, module: Any) -> None:
         """Finalizes and stops training once all callbacks have saved the last step."""
         member, preemption = self._member, self._run.preemption
-        if member.saves_on_preemption and preemption.is_last(member.key, step):
+        if member.saves_on_preemption and preemption.is_last(member.key, trainer.global_step):
+            self._finish(trainer, module)
             for run in self.finalizer.runs:
-                run.open_checkpoints.finish_closed()
                 run.wait(show_progress=member.shows_progress)
             preemption.stop(trainer)
 
-    def _end(self) -> None:
+    def _finish(self, trainer: Any, module: Any) -> None:
+        """Waits until every checkpoint is finalized.
+
+        The newest step is saved a second time if a device had no memory for copies of it.
+        """
+        run, member = self._run, self._member
+        run.wait(show_progress=member.shows_progress)
+        if run.take_back_for_memory(member, trainer.global_step):
+            self._saver.save_again(trainer, module)
+            run.wait(show_progress=member.shows_progress)
+
+    def _end(self, trainer: Any, module: Any) -> None:
         self._is_training = False
-        self._run.wait(show_progress=self._member.shows_progress)
+        self._finish(trainer, module)
         self._run.end(self._member)
         self._saver.forget()
 

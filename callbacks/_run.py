@@ -366,14 +366,25 @@ class Run:
         If that is of the step it saved last, which no other one saves, the step may be repeated.
         """
         failure = member.failures.take_first()
-        if failure is None:
-            return
-        step, error = failure
+        if failure is not None:
+            step, error = failure
+            self._take_back(member, step)
+            raise error
+
+    def take_back_for_memory(self, member: Member, step: int) -> bool:
+        """Whether a step may be saved again, which a device had no memory for copies of."""
+        failed, error = member.failures.logged or (None, None)
+        is_lost = failed == step and isinstance(error, fp.DeviceMemoryError)
+        return is_lost and self._take_back(member, step)
+
+    def _take_back(self, member: Member, step: int) -> bool:
+        """Has a failed step saved again if no other callback, and no other process, saves it."""
         is_alone = jax.process_count() == 1 and set(self.members) <= {member}
-        if is_alone and step == member.last_saved:
-            self.open_checkpoints.settle(before=step + 1)
-            member.take_back()
-        raise error
+        if not is_alone or step != member.last_saved:
+            return False
+        self.open_checkpoints.settle(before=step + 1)
+        member.take_back()
+        return True
 
     def tell_misspelt(self, member: Member, expected: Collection[str]) -> None:
         """Warns, after the first step, of a monitor that is probably meant to be another metric.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import flax_partial as fp
@@ -60,6 +61,7 @@ class StepSaver:
         self._custom_metadata = custom_metadata
         self._streamed: set[str] = set()  # layers of the first step, if that is not saved
         self._finished: Finished | None = None
+        self._closed = 0, Closing({}, {})  # epoch and closing of the step that was saved last
 
     def find(self, trainer: Any, module: Any) -> Any:
         """Returns what it saves of a trainer, with NNX objects in it.
@@ -161,16 +163,33 @@ class StepSaver:
                 finished.check_is_there()
                 logger.warning("Training failed: step %d is saved before it ends.", finished.step)
                 self._run.members.rescued_step = finished.step
-                self._save(
-                    lambda _: finished.tree,
-                    finished.step,
-                    finished.epoch,
-                    finished.closing,
-                    epoch_ends=False,
-                )
+                self._save_finished(finished)
             self._run.open_checkpoints.finish_closed()
         except Exception:
             logger.exception("The last finished step could not be saved.")
+
+    def save_again(self, trainer: Any, module: Any) -> None:
+        """Saves the step that was saved last a second time, without copies on devices.
+
+        Where the trainer has its state no more, that is logged.
+        """
+        member = self._member
+        options, member.options = member.options, replace(member.options, max_device_bytes=0)
+        try:
+            tree = _state.take(trainer, module, self._state_fn)
+            self._grouping.check_holds_streamed(tree)
+            finished = Finished(trainer.global_step, *self._closed, tree)
+            finished.check_is_there()
+            member.failures.logged = None
+            self._save_finished(finished)
+        except Exception:
+            logger.exception("Step %d could not be saved a second time.", trainer.global_step)
+        finally:
+            member.options = options
+
+    def _save_finished(self, finished: Finished) -> None:
+        step, epoch, closing = finished.step, finished.epoch, finished.closing
+        self._save(lambda _: finished.tree, step, epoch, closing, epoch_ends=False)
 
     def _save(
         self,
@@ -182,6 +201,7 @@ class StepSaver:
         epoch_ends: bool,
     ) -> None:
         member = self._member
+        self._closed = epoch, closing
         checkpoint = self._run.open(member, step=step, epoch=epoch)
         groups: dict[str, Leaves] = {}
         try:

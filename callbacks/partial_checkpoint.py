@@ -177,7 +177,7 @@ class PartialCheckpointCallback(TrainingHooks):
             before (frozen layers, the base of an adapter) are not written again: both checkpoints
             share the files that hold them, and either may be removed.
           on_save_error: Whether a failed save is raised at the next hook, or logged and counted. A
-            `DeviceMemoryError` is logged in any case.
+            `DeviceMemoryError` is logged in any case; the last step of a run is then saved again.
           when_behind: What becomes of a step that is due by `every_n_train_steps` or
             `train_time_interval` while the checkpoint before is still being written. Training waits
             for that ("wait"), or the step is not saved ("skip"), which is logged and counted in
@@ -318,14 +318,12 @@ class PartialCheckpointCallback(TrainingHooks):
         """
         with self._blocked("save_now", trainer):
             step, failures = trainer.global_step, self._member.failures
-            failures.take_logged()  # of before
             if step != self._member.last_saved:
+                failures.logged = None
                 self._saver.save(trainer, module, epoch_ends=False)
-            self._run.open_checkpoints.finish_closed()
-            self._run.wait(show_progress=self._member.shows_progress)
-            logged = failures.take_logged()
-            if logged and logged[0] == step:
-                raise logged[1]
+            self._finish(trainer, module)
+            if failures.logged and failures.logged[0] == step:
+                raise failures.logged[1]
         return self.directory / str(step)
 
     def recover(self) -> None:
