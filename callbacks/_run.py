@@ -18,10 +18,9 @@ import jax
 
 import flax_partial as fp
 from flax_partial.callbacks import _directory
-from flax_partial.callbacks._behind import Behind
 from flax_partial.callbacks._checkpoint import Checkpoint
 from flax_partial.callbacks._finalizer import Finalizer
-from flax_partial.callbacks._members import Members
+from flax_partial.callbacks._members import Behind, Members
 from flax_partial.callbacks._metrics import is_misspelt, lacking
 from flax_partial.callbacks._open_checkpoints import OpenCheckpoints
 from flax_partial.callbacks._reports import BlockedTime

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
 
 import flax_partial as fp
 from flax_partial.callbacks import _state
-from flax_partial.callbacks._finished import Finished
 from flax_partial.callbacks._groups import joined_name
 from flax_partial.callbacks._leaves import flatten
 from flax_partial.callbacks._restored import Closing, Progress
@@ -33,6 +35,48 @@ logger = logging.getLogger(__name__)
 
 # What a trainer streams to, by the root of the tree that it stands below.
 _CALLS = {"params": "on_layer_ready", "opt_state": "on_optimizer_state_ready"}
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A finished step.
+
+    JAX's arrays never change, so keeping references to them costs no copy. Once the next step has
+    failed, those that were donated to it are gone.
+
+    Attributes:
+      step: The step.
+      epoch: Its epoch, the first being 0.
+      closing: What else is saved then.
+      tree: The state right after it; NumPy's arrays, which may change, are copies.
+    """
+
+    step: int
+    epoch: int
+    closing: Closing
+    tree: Any
+
+    @classmethod
+    def of(
+        cls, trainer: Any, module: Any, state_fn: _state.StateFn | None, closing: Closing
+    ) -> _Finished:
+        """Keeps a step that has just been finished."""
+        tree = jax.tree.map(_copied, _state.take(trainer, module, state_fn))
+        return cls(trainer.global_step, trainer.current_epoch, closing, tree)
+
+    def check_is_there(self) -> None:
+        """Checks that all arrays can still be read.
+
+        Raises:
+          ValueError: Some were donated.
+        """
+        leaves = jax.tree.leaves(self.tree)
+        gone = sum(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)
+        if gone:
+            raise ValueError(
+                f"{gone} of {len(leaves)} arrays of step {self.step} were donated to the step that "
+                "failed. Without donation, or where it fails between two steps, it can be saved."
+            )
 
 
 class StepSaver:
@@ -60,7 +104,7 @@ class StepSaver:
         self._state_fn = state_fn
         self._custom_metadata = custom_metadata
         self._streamed: set[str] = set()  # layers of the first step, if that is not saved
-        self._finished: Finished | None = None
+        self._finished: _Finished | None = None
         self._closed = 0, Closing({}, {})  # epoch and closing of the step that was saved last
 
     def find(self, trainer: Any, module: Any) -> Any:
@@ -148,7 +192,7 @@ class StepSaver:
     def remember(self, trainer: Any, module: Any) -> None:
         """Keeps the step that has just ended, for `rescue`."""
         closing = self._closing(trainer, epoch_ends=trainer.is_last_batch)
-        self._finished = Finished.of(trainer, module, self._state_fn, closing)
+        self._finished = _Finished.of(trainer, module, self._state_fn, closing)
         self._member.has_finished_step = True
 
     def forget(self) -> None:
@@ -178,7 +222,7 @@ class StepSaver:
         try:
             tree = _state.take(trainer, module, self._state_fn)
             self._grouping.check_holds_streamed(tree)
-            finished = Finished(trainer.global_step, *self._closed, tree)
+            finished = _Finished(trainer.global_step, *self._closed, tree)
             finished.check_is_there()
             member.failures.logged = None
             self._save_finished(finished)
@@ -187,7 +231,7 @@ class StepSaver:
         finally:
             member.options = options
 
-    def _save_finished(self, finished: Finished) -> None:
+    def _save_finished(self, finished: _Finished) -> None:
         step, epoch, closing = finished.step, finished.epoch, finished.closing
         self._save(lambda _: finished.tree, step, epoch, closing, epoch_ends=False)
 
@@ -235,3 +279,7 @@ class StepSaver:
             training={**progress.metadata, **self._extras.metadata()},
             custom_metadata={**self._custom_metadata, **of_step},
         )
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf

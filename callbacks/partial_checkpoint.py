@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import flax_partial as fp
 from flax_partial.callbacks import _state
-from flax_partial.callbacks._behind import WHEN_BEHIND
 from flax_partial.callbacks._clock import Clock
 from flax_partial.callbacks._groups import Grouping
 from flax_partial.callbacks._hooks import TrainingHooks
-from flax_partial.callbacks._leaves import flatten
+from flax_partial.callbacks._leaves import flatten, unrestored
 from flax_partial.callbacks._member import Failures, Member
 from flax_partial.callbacks._preemption import check_signals
 from flax_partial.callbacks._restored import progress_of
@@ -27,7 +26,6 @@ from flax_partial.callbacks._saver import StepSaver
 from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.callbacks._stateful import Extras
 from flax_partial.callbacks._tiers import best, choose, tiers_of
-from flax_partial.callbacks._unrestored import unrestored
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.progress import Bar
 from flax_partial.runs import completeness
@@ -209,7 +207,7 @@ class PartialCheckpointCallback(TrainingHooks):
         _check_kind(FinalizeHook, finalizer=finalizer)
         _check_kind(Mapping, stacked=stacked, extras=extras)
         failures = Failures(on_save_error)
-        if when_behind not in WHEN_BEHIND:
+        if when_behind not in ("wait", "skip"):
             raise ValueError(f"when_behind is {when_behind!r}; it must be 'wait' or 'skip'.")
         self.directory = checked(directory)
         self.finalizer = finalizer or FinalizeHook()
