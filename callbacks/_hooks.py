@@ -158,7 +158,7 @@ class TrainingHooks(Copyable):
             if is_first:
                 self._saver.check(trainer, module, step)
                 member.has_checked = True
-            self._run.advance(step)
+            self._run.open_checkpoints.settle(before=step)
             self._look(trainer)
             if is_first:
                 self._run.tell_misspelt(member, self.expected_metrics)

@@ -261,11 +261,6 @@ class Run:
         for place in self.places:
             _directory.check_is_newer(place, step)
 
-    def advance(self, step: int) -> None:
-        """Drops the checkpoints of steps before `step` that are open; finalizes closed ones."""
-        if self.open_checkpoints:
-            self.open_checkpoints.settle(before=step)
-
     def open(self, member: Member, *, step: int, epoch: int) -> Checkpoint:
         """Returns the checkpoint of a step, which is new if no callback has saved into it yet.
 
@@ -286,7 +281,7 @@ class Run:
             known = self.open_checkpoints.get(step)
             if known is not None:
                 return known
-            self.advance(step)
+            self.open_checkpoints.settle(before=step)
             checkpoint = Checkpoint(
                 self.directory / str(step),
                 step=step,

@@ -6,6 +6,7 @@ If training fails, the last finished step can be saved, too.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -55,14 +56,6 @@ class _Finished:
     epoch: int
     closing: Closing
     tree: Any
-
-    @classmethod
-    def of(
-        cls, trainer: Any, module: Any, state_fn: _state.StateFn | None, closing: Closing
-    ) -> _Finished:
-        """Keeps a step that has just been finished."""
-        tree = jax.tree.map(_copied, _state.take(trainer, module, state_fn))
-        return cls(trainer.global_step, trainer.current_epoch, closing, tree)
 
     def check_is_there(self) -> None:
         """Checks that all arrays can still be read.
@@ -144,10 +137,7 @@ class StepSaver:
 
     def save(self, trainer: Any, module: Any, *, epoch_ends: bool) -> None:
         """Saves what was not streamed of the step that has just ended."""
-
-        def take(claims: Claims) -> Any:
-            return self._take(trainer, module, claims)
-
+        take = functools.partial(self._take, trainer, module)
         closing = self._closing(trainer, epoch_ends=epoch_ends)
         step, epoch = trainer.global_step, trainer.current_epoch
         self._save(take, step, epoch, closing, epoch_ends=epoch_ends)
@@ -192,7 +182,8 @@ class StepSaver:
     def remember(self, trainer: Any, module: Any) -> None:
         """Keeps the step that has just ended, for `rescue`."""
         closing = self._closing(trainer, epoch_ends=trainer.is_last_batch)
-        self._finished = _Finished.of(trainer, module, self._state_fn, closing)
+        tree = jax.tree.map(_copied, _state.take(trainer, module, self._state_fn))
+        self._finished = _Finished(trainer.global_step, trainer.current_epoch, closing, tree)
         self._member.has_finished_step = True
 
     def forget(self) -> None:
