@@ -206,9 +206,10 @@ class TrainingHooks(Copyable):
             if is_last and step not in (0, member.last_saved):
                 self._saver.save(trainer, module, epoch_ends=False)
             try:
+                self._finish(trainer, module)
                 self._stop_after_last(trainer, module)
             finally:
-                self._end(trainer, module)
+                self._end()
 
     @in_training
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
@@ -235,7 +236,7 @@ class TrainingHooks(Copyable):
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """Waits until every checkpoint is finalized."""
         with self._blocked("teardown", trainer):
-            self._end(trainer, module)
+            self._end()
 
     @property
     def state_key(self) -> str:
@@ -311,9 +312,9 @@ class TrainingHooks(Copyable):
             self._saver.save_again(trainer, module)
             run.wait(show_progress=member.shows_progress)
 
-    def _end(self, trainer: Any, module: Any) -> None:
+    def _end(self) -> None:
         self._is_training = False
-        self._finish(trainer, module)
+        self._run.wait(show_progress=self._member.shows_progress)
         self._run.end(self._member)
         self._saver.forget()
 

@@ -619,6 +619,27 @@ def test_the_last_step_is_saved_again_where_a_device_had_no_memory_for_copies(
         other.on_train_end(trainer, None)
 
 
+def test_a_failed_training_has_no_step_saved_again(
+    tmp_path: Path, no_memory: threading.Event
+) -> None:
+    """Its state may be that of the step that failed."""
+
+    def fail(trainer: StubTrainer) -> None:
+        if trainer.global_step == 1:
+            no_memory.set()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fitted(
+            tmp_path,
+            every_n_train_steps=1,
+            state_fn=lambda trainer, _: jax.tree.map(jnp.copy, trainer.state),
+            options=fp.SaveOptions(durable=False, max_device_bytes=1 << 20),
+            at={"ready": fail},
+        )
+    assert fp.steps(tmp_path) == []
+
+
 @pytest.mark.parametrize("ends", ["close", "save_now", "block"])
 def test_a_loop_saves_the_last_step_again_however_it_ends(
     tmp_path: Path, no_memory: threading.Event, ends: str
