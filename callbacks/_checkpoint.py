@@ -352,14 +352,12 @@ class _Save:
     closing: Closing = Closing({}, {})  # noqa: RUF009 - frozen, of mappings that are not changed
 
 
-def _handed_over(
-    saves: Sequence[_Save], options: fp.SaveOptions | None
-) -> Iterable[Sequence[_Save]]:
+def _handed_over(saves: Sequence[_Save], options: fp.SaveOptions) -> Iterable[Sequence[_Save]]:
     """Returns what each call saves: everything, but rows at their turn where memory is bounded.
 
     A row is cut out by the call that saves it, which may wait until those before it are written.
     """
-    is_bounded = options is not None and options.max_inflight_bytes is not None
+    is_bounded = options.max_inflight_bytes is not None
     if is_bounded and any(isinstance(leaf, _rows.Row) for one in saves for _, leaf in one.leaves):
         return [[one] for one in saves]
     return [saves] if saves else []

@@ -94,6 +94,18 @@ class Grouping:
         spread = self._spread(leaves)
         return _stacked.by_row(cut([leaf for leaf in spread if not claims.covers(*leaf)], group_by))
 
+    def check_holds_streamed(self, tree: Any) -> None:
+        """Checks that a state holds something, and all that a trainer has streamed.
+
+        Raises:
+          ValueError: It does not.
+        """
+        names = {leaf_name(path) for path, _ in flatten(leaf_types.unwrapped(tree))}
+        if lacking := sorted(self._streamed - names):
+            raise ValueError(f"What the trainer has as its state lacks {lacking[0]!r}.")
+        if not names:
+            raise ValueError("The trainer has no state any more.")
+
     def _spread(self, leaves: Leaves) -> Leaves:
         return _stacked.spread(leaves, self._stacked, share_replicas=self._share_replicas)
 

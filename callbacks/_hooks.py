@@ -158,7 +158,7 @@ class TrainingHooks(Copyable):
             if is_first:
                 self._saver.check(trainer, module, step)
                 member.has_checked = True
-            self._run.advance(step)
+            self._run.open_checkpoints.settle(before=step)
             self._look(trainer)
             if is_first:
                 self._run.tell_misspelt(member, self.expected_metrics)
@@ -169,7 +169,7 @@ class TrainingHooks(Copyable):
                 self._saver.remember(trainer, module)
             self._step_before = step
             self._run.recorder.step_ended(step)
-            self._stop_after_last(trainer, step)
+            self._stop_after_last(trainer, module)
 
     @in_training
     def on_validation_end(self, trainer: Any, module: Any) -> None:
@@ -190,7 +190,7 @@ class TrainingHooks(Copyable):
             self._run.open_checkpoints.finish_scored()
             self._has_ended_epoch = True
             self._saver.epoch_began = step
-            self._stop_after_last(trainer, step)
+            self._stop_after_last(trainer, module)
 
     @in_training
     def on_train_end(self, trainer: Any, module: Any) -> None:
@@ -206,7 +206,8 @@ class TrainingHooks(Copyable):
             if is_last and step not in (0, member.last_saved):
                 self._saver.save(trainer, module, epoch_ends=False)
             try:
-                self._stop_after_last(trainer, step)
+                self._finish(trainer, module)
+                self._stop_after_last(trainer, module)
             finally:
                 self._end()
 
@@ -291,14 +292,25 @@ class TrainingHooks(Copyable):
         if self._member.saves_on_preemption:
             self._run.preemption.reach(step, hook)
 
-    def _stop_after_last(self, trainer: Any, step: int) -> None:
+    def _stop_after_last(self, trainer: Any, module: Any) -> None:
         """Finalizes and stops training once all callbacks have saved the last step."""
         member, preemption = self._member, self._run.preemption
-        if member.saves_on_preemption and preemption.is_last(member.key, step):
+        if member.saves_on_preemption and preemption.is_last(member.key, trainer.global_step):
+            self._finish(trainer, module)
             for run in self.finalizer.runs:
-                run.open_checkpoints.finish_closed()
                 run.wait(show_progress=member.shows_progress)
             preemption.stop(trainer)
+
+    def _finish(self, trainer: Any, module: Any) -> None:
+        """Waits until every checkpoint is finalized.
+
+        The newest step is saved a second time if a device had no memory for copies of it.
+        """
+        run, member = self._run, self._member
+        run.wait(show_progress=member.shows_progress)
+        if run.take_back_for_memory(member, trainer.global_step):
+            self._saver.save_again(trainer, module)
+            run.wait(show_progress=member.shows_progress)
 
     def _end(self) -> None:
         self._is_training = False

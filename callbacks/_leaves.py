@@ -6,10 +6,13 @@ whole tree.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jax import tree_util
+
+from flax_partial.errors import first_few
 
 KeyPath = tuple[Any, ...]
 """A path as `jax.tree_util.tree_flatten_with_path` gives it."""
@@ -59,3 +62,29 @@ def innermost(names: tuple[str, ...], stacks: Iterable[str]) -> str | None:
     name = ".".join(names)
     above = [stack for stack in stacks if name == stack or name.startswith(f"{stack}.")]
     return max(above, key=len, default=None)
+
+
+def unrestored(names: Iterable[str], target: Leaves) -> str:
+    """Returns which subtrees a target has nothing of, and how many leaves each has.
+
+    Args:
+      names: The names of the checkpoint's leaves.
+      target: The leaves that were loaded, by the same names.
+
+    Returns:
+      Such as "opt_state (6 leaves), params.head (2 leaves)"; "" if everything was taken.
+    """
+    taken = {leaf_name(path) for path, _ in target}
+    touched = {name[:at] for name in taken for at in _ends(name)}
+    counts: Counter[str] = Counter()
+    for name in names:
+        if name not in taken:
+            root = next((name[:at] for at in _ends(name) if name[:at] not in touched), name)
+            counts[root] += 1
+    said = [f"{root} ({n} {'leaf' if n == 1 else 'leaves'})" for root, n in sorted(counts.items())]
+    return ", ".join(first_few(said, most=5, count=len(said)))
+
+
+def _ends(name: str) -> list[int]:
+    """Where a name's keys end."""
+    return [at for at, character in enumerate(name) if character == "."] + [len(name)]

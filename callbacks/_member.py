@@ -24,6 +24,7 @@ class Failures:
     Attributes:
       count: Number of checkpoints that failed.
       are_raised: Whether the callback raises them; else they are logged.
+      logged: The last one that was only logged, with its step.
     """
 
     def __init__(self, on_save_error: Literal["raise", "warn"]) -> None:
@@ -31,7 +32,7 @@ class Failures:
             raise ValueError(f"on_save_error is {on_save_error!r}; it must be 'raise' or 'warn'.")
         self.count = 0
         self.are_raised = on_save_error == "raise"
-        self._logged: tuple[int, BaseException] | None = None  # the last one, with its step
+        self.logged: tuple[int, BaseException] | None = None
         self._waiting: deque[tuple[int, BaseException]] = deque()
 
     def add(self, step: int, error: BaseException) -> None:
@@ -44,16 +45,11 @@ class Failures:
             self._waiting.append((step, error))
         else:
             logger.error("A checkpoint failed; training goes on.", exc_info=error)
-            self._logged = (step, error.with_traceback(None))  # whose frames hold arrays
+            self.logged = (step, error.with_traceback(None))  # whose frames hold arrays
 
     def take_first(self) -> tuple[int, BaseException] | None:
         """Returns the oldest error that was not raised before, with its step; None without one."""
         return self._waiting.popleft() if self._waiting else None
-
-    def take_logged(self) -> tuple[int, BaseException] | None:
-        """Returns the last error that was only logged since the last call, with its step."""
-        logged, self._logged = self._logged, None
-        return logged
 
     def log_all(self) -> None:
         """Logs the errors that can no longer be raised, because another one is under way."""
@@ -90,7 +86,7 @@ class Member:
     schedule: Schedule
     clock: Clock | None
     retention: Retention
-    options: fp.SaveOptions | None
+    options: fp.SaveOptions
     reuse_unchanged: bool
     saves_initial: bool
     shows_progress: bool

@@ -102,18 +102,11 @@ def rows_here(value: Any, axes: Axes, name: str, *, share_replicas: bool) -> lis
     found = {}
     for shard in value.addressable_shards:
         for index in itertools.product(*_ranges_of(shard, value.shape, axes)):
-            replica = replicas[(turn + _number_of(index, sizes)) % len(replicas)]
+            number = int(np.ravel_multi_index(index, sizes))
+            replica = replicas[(turn + number) % len(replicas)]
             if shard.replica_id == replica:
                 found[index] = Row(value, index, axes, replica)
     return [found[index] for index in sorted(found)]
-
-
-def _number_of(index: Index, sizes: Iterable[int]) -> int:
-    """Returns the number of a row, in C order."""
-    number = 0
-    for at, size in zip(index, sizes, strict=True):
-        number = number * size + at
-    return number
 
 
 @functools.lru_cache(maxsize=1024)

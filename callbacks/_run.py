@@ -18,10 +18,9 @@ import jax
 
 import flax_partial as fp
 from flax_partial.callbacks import _directory
-from flax_partial.callbacks._behind import Behind
 from flax_partial.callbacks._checkpoint import Checkpoint
 from flax_partial.callbacks._finalizer import Finalizer
-from flax_partial.callbacks._members import Members
+from flax_partial.callbacks._members import Behind, Members
 from flax_partial.callbacks._metrics import is_misspelt, lacking
 from flax_partial.callbacks._open_checkpoints import OpenCheckpoints
 from flax_partial.callbacks._reports import BlockedTime
@@ -262,11 +261,6 @@ class Run:
         for place in self.places:
             _directory.check_is_newer(place, step)
 
-    def advance(self, step: int) -> None:
-        """Drops the checkpoints of steps before `step` that are open; finalizes closed ones."""
-        if self.open_checkpoints:
-            self.open_checkpoints.settle(before=step)
-
     def open(self, member: Member, *, step: int, epoch: int) -> Checkpoint:
         """Returns the checkpoint of a step, which is new if no callback has saved into it yet.
 
@@ -287,7 +281,7 @@ class Run:
             known = self.open_checkpoints.get(step)
             if known is not None:
                 return known
-            self.advance(step)
+            self.open_checkpoints.settle(before=step)
             checkpoint = Checkpoint(
                 self.directory / str(step),
                 step=step,
@@ -366,14 +360,25 @@ class Run:
         If that is of the step it saved last, which no other one saves, the step may be repeated.
         """
         failure = member.failures.take_first()
-        if failure is None:
-            return
-        step, error = failure
+        if failure is not None:
+            step, error = failure
+            self._take_back(member, step)
+            raise error
+
+    def take_back_for_memory(self, member: Member, step: int) -> bool:
+        """Whether a step may be saved again, which a device had no memory for copies of."""
+        failed, error = member.failures.logged or (None, None)
+        is_lost = failed == step and isinstance(error, fp.DeviceMemoryError)
+        return is_lost and self._take_back(member, step)
+
+    def _take_back(self, member: Member, step: int) -> bool:
+        """Has a failed step saved again if no other callback, and no other process, saves it."""
         is_alone = jax.process_count() == 1 and set(self.members) <= {member}
-        if is_alone and step == member.last_saved:
-            self.open_checkpoints.settle(before=step + 1)
-            member.take_back()
-        raise error
+        if not is_alone or step != member.last_saved:
+            return False
+        self.open_checkpoints.settle(before=step + 1)
+        member.take_back()
+        return True
 
     def tell_misspelt(self, member: Member, expected: Collection[str]) -> None:
         """Warns, after the first step, of a monitor that is probably meant to be another metric.

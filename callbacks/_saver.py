@@ -6,12 +6,16 @@ If training fails, the last finished step can be saved, too.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
 
 import flax_partial as fp
 from flax_partial.callbacks import _state
-from flax_partial.callbacks._finished import Finished
 from flax_partial.callbacks._groups import joined_name
 from flax_partial.callbacks._leaves import flatten
 from flax_partial.callbacks._restored import Closing, Progress
@@ -32,6 +36,40 @@ logger = logging.getLogger(__name__)
 
 # What a trainer streams to, by the root of the tree that it stands below.
 _CALLS = {"params": "on_layer_ready", "opt_state": "on_optimizer_state_ready"}
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A finished step.
+
+    JAX's arrays never change, so keeping references to them costs no copy. Once the next step has
+    failed, those that were donated to it are gone.
+
+    Attributes:
+      step: The step.
+      epoch: Its epoch, the first being 0.
+      closing: What else is saved then.
+      tree: The state right after it; NumPy's arrays, which may change, are copies.
+    """
+
+    step: int
+    epoch: int
+    closing: Closing
+    tree: Any
+
+    def check_is_there(self) -> None:
+        """Checks that all arrays can still be read.
+
+        Raises:
+          ValueError: Some were donated.
+        """
+        leaves = jax.tree.leaves(self.tree)
+        gone = sum(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)
+        if gone:
+            raise ValueError(
+                f"{gone} of {len(leaves)} arrays of step {self.step} were donated to the step that "
+                "failed. Without donation, or where it fails between two steps, it can be saved."
+            )
 
 
 class StepSaver:
@@ -59,7 +97,8 @@ class StepSaver:
         self._state_fn = state_fn
         self._custom_metadata = custom_metadata
         self._streamed: set[str] = set()  # layers of the first step, if that is not saved
-        self._finished: Finished | None = None
+        self._finished: _Finished | None = None
+        self._closed = 0, Closing({}, {})  # epoch and closing of the step that was saved last
 
     def find(self, trainer: Any, module: Any) -> Any:
         """Returns what it saves of a trainer, with NNX objects in it.
@@ -98,10 +137,7 @@ class StepSaver:
 
     def save(self, trainer: Any, module: Any, *, epoch_ends: bool) -> None:
         """Saves what was not streamed of the step that has just ended."""
-
-        def take(claims: Claims) -> Any:
-            return self._take(trainer, module, claims)
-
+        take = functools.partial(self._take, trainer, module)
         closing = self._closing(trainer, epoch_ends=epoch_ends)
         step, epoch = trainer.global_step, trainer.current_epoch
         self._save(take, step, epoch, closing, epoch_ends=epoch_ends)
@@ -146,7 +182,8 @@ class StepSaver:
     def remember(self, trainer: Any, module: Any) -> None:
         """Keeps the step that has just ended, for `rescue`."""
         closing = self._closing(trainer, epoch_ends=trainer.is_last_batch)
-        self._finished = Finished.of(trainer, module, self._state_fn, closing)
+        tree = jax.tree.map(_copied, _state.take(trainer, module, self._state_fn))
+        self._finished = _Finished(trainer.global_step, trainer.current_epoch, closing, tree)
         self._member.has_finished_step = True
 
     def forget(self) -> None:
@@ -161,16 +198,33 @@ class StepSaver:
                 finished.check_is_there()
                 logger.warning("Training failed: step %d is saved before it ends.", finished.step)
                 self._run.members.rescued_step = finished.step
-                self._save(
-                    lambda _: finished.tree,
-                    finished.step,
-                    finished.epoch,
-                    finished.closing,
-                    epoch_ends=False,
-                )
+                self._save_finished(finished)
             self._run.open_checkpoints.finish_closed()
         except Exception:
             logger.exception("The last finished step could not be saved.")
+
+    def save_again(self, trainer: Any, module: Any) -> None:
+        """Saves the step that was saved last a second time, without copies on devices.
+
+        Where the trainer has its state no more, that is logged.
+        """
+        member = self._member
+        options, member.options = member.options, replace(member.options, max_device_bytes=0)
+        try:
+            tree = _state.take(trainer, module, self._state_fn)
+            self._grouping.check_holds_streamed(tree)
+            finished = _Finished(trainer.global_step, *self._closed, tree)
+            finished.check_is_there()
+            member.failures.logged = None
+            self._save_finished(finished)
+        except Exception:
+            logger.exception("Step %d could not be saved a second time.", trainer.global_step)
+        finally:
+            member.options = options
+
+    def _save_finished(self, finished: _Finished) -> None:
+        step, epoch, closing = finished.step, finished.epoch, finished.closing
+        self._save(lambda _: finished.tree, step, epoch, closing, epoch_ends=False)
 
     def _save(
         self,
@@ -182,6 +236,7 @@ class StepSaver:
         epoch_ends: bool,
     ) -> None:
         member = self._member
+        self._closed = epoch, closing
         checkpoint = self._run.open(member, step=step, epoch=epoch)
         groups: dict[str, Leaves] = {}
         try:
@@ -215,3 +270,7 @@ class StepSaver:
             training={**progress.metadata, **self._extras.metadata()},
             custom_metadata={**self._custom_metadata, **of_step},
         )
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf

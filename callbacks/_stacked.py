@@ -70,8 +70,20 @@ def _is_in(name: str, stack: str) -> bool:
 def spread(
     leaves: _leaves.Leaves, stacked: Mapping[str, Axes], *, share_replicas: bool = False
 ) -> _leaves.Leaves:
-    """Replaces each stacked leaf by the rows that this process has to save."""
-    axes = _axes(leaves, stacked) if stacked else {}
+    """Replaces each stacked leaf by the rows that this process has to save.
+
+    Stacked are the leaves that `stacked` names, and those that end as the path of one of them does,
+    from the last key of that name on at least, and have as many rows, as Optax's moments.
+    """
+    if not stacked:
+        return leaves
+    values, named, followed = _matched(leaves, stacked)
+    axes = {names: axes for names, axes in named.items() if axes is not None}
+    axes |= {
+        names: axes[model]
+        for names, model in followed.items()
+        if _has_rows_of(values[names], values[model], axes[model])
+    }
     spread_out: _leaves.Leaves = []
     for path, value in leaves:
         names = _leaves.texts(path)
@@ -107,23 +119,6 @@ def cut(leaves: _leaves.Leaves) -> _leaves.Leaves:
     return [(path, leaf.cut() if isinstance(leaf, Row) else leaf) for path, leaf in leaves]
 
 
-def _axes(
-    leaves: Iterable[tuple[_leaves.KeyPath, Any]], stacked: Mapping[str, Axes]
-) -> dict[_Texts, Axes]:
-    """Returns the axes of each stacked leaf, by its path as text.
-
-    Stacked are the leaves that `stacked` names, and those that end as the path of one of them does,
-    from the last key of that name on at least, and have as many rows, as Optax's moments.
-    """
-    values, named, followed = _matched(leaves, stacked)
-    found = {names: axes for names, axes in named.items() if axes is not None}
-    return found | {
-        names: found[model]
-        for names, model in followed.items()
-        if _has_rows_of(values[names], values[model], found[model])
-    }
-
-
 def not_cut(leaves: _leaves.Leaves, stacked: Mapping[str, Axes]) -> list[str]:
     """Returns, in words, what is saved whole and was probably meant to be cut."""
     if not stacked:
@@ -151,41 +146,27 @@ def not_cut(leaves: _leaves.Leaves, stacked: Mapping[str, Axes]) -> list[str]:
 def _matched(
     leaves: Iterable[tuple[_leaves.KeyPath, Any]], stacked: Mapping[str, Axes]
 ) -> tuple[dict[_Texts, Any], dict[_Texts, Axes | None], dict[_Texts, _Texts]]:
-    """Returns the leaves, the axes of those that are named, and what others are called like."""
+    """Returns the leaves by path, the axes of the named ones, and what others are called like.
+
+    The axes are None where a leaf cannot be cut so. Another leaf is called like the stacked
+    parameter that has the longest end of its path.
+    """
     values = {_leaves.texts(path): value for path, value in leaves}
-    named = _named(values, stacked)
-    return values, named, _followed(values, named, stacked)
-
-
-def _named(values: Mapping[_Texts, Any], stacked: Mapping[str, Axes]) -> dict[_Texts, Axes | None]:
-    """Returns the axes of each leaf that `stacked` names; None where it cannot be cut so."""
-    return {
-        names: _named_axes(value, stacked[stack])
-        for names, value in values.items()
-        if (stack := _leaves.innermost(names, stacked)) is not None
-    }
-
-
-def _followed(
-    values: Mapping[_Texts, Any], named: Mapping[_Texts, Axes | None], stacked: Mapping[str, Axes]
-) -> dict[_Texts, _Texts]:
-    """Returns which stacked parameter other leaves are called like, those with the longest end."""
+    named: dict[_Texts, Axes | None] = {}
     by_end: dict[_Texts, _Texts] = {}
-    for names, axes in named.items():
-        if axes is None:
-            continue
-        stack = _leaves.innermost(names, stacked) or ""
-        for start in range(1, max(stack.count(".") + 1, 2)):
-            by_end.setdefault(names[start:], names)
+    for names, value in values.items():
+        if (stack := _leaves.innermost(names, stacked)) is not None:
+            named[names] = axes = _named_axes(value, stacked[stack])
+            starts = range(1, max(stack.count(".") + 1, 2)) if axes else ()
+            for start in starts:
+                by_end.setdefault(names[start:], names)
     by_end.pop((), None)
     followed = {}
-    for names in values:
-        if names not in named:
-            ends = (names[start:] for start in range(1, len(names)))
-            model = next((by_end[end] for end in ends if end in by_end), None)
-            if model is not None:
-                followed[names] = model
-    return followed
+    for names in (one for one in values if one not in named):
+        ends = (names[start:] for start in range(1, len(names)))
+        if model := next((by_end[end] for end in ends if end in by_end), None):
+            followed[names] = model
+    return values, named, followed
 
 
 def _named_axes(value: Any, axes: Axes) -> Axes | None:

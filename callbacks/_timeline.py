@@ -127,17 +127,10 @@ class Recorder:
 
 def devices_of(leaves: Iterable[tuple[Any, Any]]) -> str:
     """Returns on which devices some leaves are: "cpu:0", "gpu:4-7"; "" if in the host's memory."""
-    shardings = dict.fromkeys(
-        value.sharding
-        for _, leaf in leaves
-        for value in (_value(leaf),)
-        if isinstance(value, jax.Array)
-    )
+    is_part = fp.Slice | _rows.Row
+    values = (leaf.value if isinstance(leaf, is_part) else leaf for _, leaf in leaves)
+    shardings = dict.fromkeys(one.sharding for one in values if isinstance(one, jax.Array))
     return ",".join(dict.fromkeys(_devices(sharding) for sharding in shardings))
-
-
-def _value(leaf: Any) -> Any:
-    return leaf.value if isinstance(leaf, _rows.Row | fp.Slice) else leaf
 
 
 @lru_cache(maxsize=1024)

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import flax_partial as fp
 from flax_partial.callbacks import _state
-from flax_partial.callbacks._behind import WHEN_BEHIND
 from flax_partial.callbacks._clock import Clock
 from flax_partial.callbacks._groups import Grouping
 from flax_partial.callbacks._hooks import TrainingHooks
-from flax_partial.callbacks._leaves import flatten
+from flax_partial.callbacks._leaves import flatten, unrestored
 from flax_partial.callbacks._member import Failures, Member
 from flax_partial.callbacks._preemption import check_signals
 from flax_partial.callbacks._restored import progress_of
@@ -27,7 +26,6 @@ from flax_partial.callbacks._saver import StepSaver
 from flax_partial.callbacks._schedule import Retention, Schedule
 from flax_partial.callbacks._stateful import Extras
 from flax_partial.callbacks._tiers import best, choose, tiers_of
-from flax_partial.callbacks._unrestored import unrestored
 from flax_partial.callbacks.finalize_hook import FinalizeHook
 from flax_partial.callbacks.progress import Bar
 from flax_partial.runs import completeness
@@ -177,7 +175,7 @@ class PartialCheckpointCallback(TrainingHooks):
             before (frozen layers, the base of an adapter) are not written again: both checkpoints
             share the files that hold them, and either may be removed.
           on_save_error: Whether a failed save is raised at the next hook, or logged and counted. A
-            `DeviceMemoryError` is logged in any case.
+            `DeviceMemoryError` is logged in any case; the last step of a run is then saved again.
           when_behind: What becomes of a step that is due by `every_n_train_steps` or
             `train_time_interval` while the checkpoint before is still being written. Training waits
             for that ("wait"), or the step is not saved ("skip"), which is logged and counted in
@@ -209,7 +207,7 @@ class PartialCheckpointCallback(TrainingHooks):
         _check_kind(FinalizeHook, finalizer=finalizer)
         _check_kind(Mapping, stacked=stacked, extras=extras)
         failures = Failures(on_save_error)
-        if when_behind not in WHEN_BEHIND:
+        if when_behind not in ("wait", "skip"):
             raise ValueError(f"when_behind is {when_behind!r}; it must be 'wait' or 'skip'.")
         self.directory = checked(directory)
         self.finalizer = finalizer or FinalizeHook()
@@ -318,14 +316,12 @@ class PartialCheckpointCallback(TrainingHooks):
         """
         with self._blocked("save_now", trainer):
             step, failures = trainer.global_step, self._member.failures
-            failures.take_logged()  # of before
             if step != self._member.last_saved:
+                failures.logged = None
                 self._saver.save(trainer, module, epoch_ends=False)
-            self._run.open_checkpoints.finish_closed()
-            self._run.wait(show_progress=self._member.shows_progress)
-            logged = failures.take_logged()
-            if logged and logged[0] == step:
-                raise logged[1]
+            self._finish(trainer, module)
+            if failures.logged and failures.logged[0] == step:
+                raise failures.logged[1]
         return self.directory / str(step)
 
     def recover(self) -> None:

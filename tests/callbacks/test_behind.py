@@ -12,8 +12,8 @@ from things import MOST_SECS
 
 import flax_partial as fp
 from flax_partial.callbacks import FinalizeHook, PartialCheckpointCallback
-from flax_partial.callbacks._behind import Behind
 from flax_partial.callbacks._finalizer import Finalizer
+from flax_partial.callbacks._members import Behind
 from flax_partial.storage import session_dir
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from no_memory import no_memory
@@ -571,6 +572,89 @@ def test_killed_run_goes_on_from_what_was_whole(
     assert names_in(tmp_path) == ["2", "4", "6"]
     for step in (2, 4, 6):
         assert_is_step(tmp_path / str(step), step)
+
+
+@pytest.mark.parametrize(
+    ("shared", "again", "saved"),
+    [
+        pytest.param(False, True, ["2"], id="saved again"),
+        pytest.param(False, False, [], id="not handed again"),
+        pytest.param(True, True, [], id="two callbacks may disagree"),
+    ],
+)
+def test_the_last_step_is_saved_again_where_a_device_had_no_memory_for_copies(
+    tmp_path: Path,
+    no_memory: threading.Event,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    shared: bool,
+    again: bool,
+    saved: list[str],
+) -> None:
+    """The arrays that were copied are gone: they were made for the save alone."""
+
+    def state_fn(trainer: StubTrainer, _: Any) -> Any:
+        is_there = again or not no_memory.is_set()
+        return jax.tree.map(jnp.copy, trainer.state) if is_there else None
+
+    options: Any = {"options": fp.SaveOptions(durable=False, max_device_bytes=1 << 20)}
+    options |= {"finalizer": FinalizeHook(), "every_n_train_steps": 2, "state_fn": state_fn}
+    callback = PartialCheckpointCallback(tmp_path, **options)
+    trainer = begun(callback)
+    if shared:
+        other = PartialCheckpointCallback(tmp_path, **options)
+        other.on_fit_start(trainer, None)
+    end_step(callback, trainer, 2)
+    if shared:
+        end_step(other, trainer, 2)
+    no_memory.set()
+    callback.on_train_end(trainer, None)
+    assert names_in(tmp_path) == saved
+    assert callback.failed_saves == 1
+    assert ("could not be saved a second time" in caplog.text) is not again
+    if saved:
+        assert_is_step(tmp_path / "2", 2)
+        assert fp.metadata(tmp_path / "2").training["progress"]["steps_of_epoch"] == 2
+    if shared:
+        other.on_train_end(trainer, None)
+
+
+def test_a_failed_training_has_no_step_saved_again(
+    tmp_path: Path, no_memory: threading.Event
+) -> None:
+    """Its state may be that of the step that failed."""
+
+    def fail(trainer: StubTrainer) -> None:
+        if trainer.global_step == 1:
+            no_memory.set()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fitted(
+            tmp_path,
+            every_n_train_steps=1,
+            state_fn=lambda trainer, _: jax.tree.map(jnp.copy, trainer.state),
+            options=fp.SaveOptions(durable=False, max_device_bytes=1 << 20),
+            at={"ready": fail},
+        )
+    assert fp.steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("ends", ["close", "save_now", "block"])
+def test_a_loop_saves_the_last_step_again_however_it_ends(
+    tmp_path: Path, no_memory: threading.Event, ends: str
+) -> None:
+    options: Any = {"options": fp.SaveOptions(durable=False, max_device_bytes=1 << 20)}
+    with checkpointing(tmp_path, every_n_train_steps=1, stacked={"w": 0}, **options) as ckpt:
+        ckpt.restore({"w": jnp.zeros((3, 4))})
+        ckpt.step({"w": jnp.ones((3, 4))})
+        no_memory.set()
+        if ends == "save_now":
+            assert ckpt.save_now().exists()
+        elif ends == "close":
+            ckpt.close()
+    np.testing.assert_array_equal(fp.load(tmp_path / "1")["w"], np.ones((3, 4)))
+    assert ckpt.callback.failed_saves == 1
 
 
 def test_a_device_without_memory_for_copies_costs_one_checkpoint_and_ends_no_training(
