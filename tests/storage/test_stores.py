@@ -6,9 +6,12 @@ import os
 import threading
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from stores import Request, another_process, requests_through
+from stores import memory as memory_url
 
 import flax_partial as fp
 from flax_partial.storage import object_store
@@ -180,3 +183,21 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
     with pytest.raises(ImportError, match=r"pip install '.*\[objects\]'"):
         open_store(parse("s3://another-bucket/x"))
+
+
+def test_call_beside_which_sessions_always_change_says_what_to_do() -> None:
+    path = memory_url()
+    fp.save(path, {"w": 1})
+    another_process()
+
+    def gone(name: str, arguments: tuple[Any, ...], request: Request) -> Any:
+        return None if name == "get" and arguments[1].endswith(".open") else request()
+
+    with (
+        requests_through(gone),
+        pytest.raises(fp.StoreError, match=r"busy: .* nothing was changed .* Call again") as told,
+    ):
+        fp.save(path, {"v": 1})
+    assert path in str(told.value)
+    fp.save(path, {"v": 1})
+    assert set(fp.status(path).leaves) == {"v", "w"}
