@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -362,19 +363,10 @@ class ObjectStore:
 
         Whatever was the answer, what is there is looked at: the request may have been carried out.
         """
-        from obstore import put
-        from obstore.exceptions import AlreadyExistsError
-
-        def once() -> bool:
-            with contextlib.suppress(AlreadyExistsError):
-                put(self._client, self._prefix + key, data, mode="create", use_multipart=False)
-                return True
-            return False
-
         failure: OSError | None = None
         for attempt in range(_ATTEMPTS):
             try:
-                if self._do(key, once, attempts=1):
+                if self._do(key, partial(self._create, key, data), attempts=1):
                     return True
             except StoreAccessError:
                 raise
@@ -386,20 +378,22 @@ class ObjectStore:
             time.sleep(_PAUSE_SECS * 2**attempt)
         raise failure or StoreError(f"{self._name(key)}: puts of others are in conflict with it")
 
-    def require_conditions(self, key: str) -> None:
-        """Finds out a server that ignores conditions: it replaces what is there."""
+    def _create(self, key: str, data: bytes) -> bool:
+        """Puts an object; returns False where the server says that there is one."""
         from obstore import put
         from obstore.exceptions import AlreadyExistsError
 
-        def replaces() -> bool:
-            with contextlib.suppress(AlreadyExistsError):
-                put(self._client, self._prefix + key, b"{}", mode="create", use_multipart=False)
-                return True
+        try:
+            put(self._client, self._prefix + key, data, mode="create", use_multipart=False)
+        except AlreadyExistsError:
             return False
+        return True
 
+    def require_conditions(self, key: str) -> None:
+        """Finds out a server that ignores conditions: it replaces what is there."""
         if self._client in _honour_conditions:
             return
-        if self._do(key, replaces):
+        if self._do(key, partial(self._create, key, b"{}")):
             self.delete([key])
             condition = _CONDITIONS.get(self._root.scheme, "If-None-Match: *")
             raise StoreError(
