@@ -297,7 +297,8 @@ def _at_path(path: str | os.PathLike[str]) -> tuple[int, AnyPath]:
         step = step_in_name(described.path.name)
     if step is None:
         raise ValueError(
-            f"which={str(path)!r}: nothing there tells of which step it is. Load it with fp.load."
+            f"which={str(described.path)!r}: nothing there tells of which step it is. Load it with "
+            "fp.load."
         )
     return step, described.path
 

@@ -10,6 +10,7 @@ import flax_partial as fp
 from flax_partial.cli import places, text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output
+from flax_partial.cli.places import Given
 from flax_partial.loading import catalog
 from flax_partial.loading.catalog import is_finalized
 from flax_partial.runs.completeness import recorded
@@ -48,7 +49,7 @@ class Entry:
     problem: str | None = None
 
 
-def directory(path: str) -> AnyPath:
+def directory(path: Given) -> AnyPath:
     """Takes the path of a run's directory.
 
     Raises:
@@ -62,7 +63,7 @@ def directory(path: str) -> AnyPath:
     return found
 
 
-def is_run(path: str) -> bool:
+def is_run(path: Given) -> bool:
     """Whether a path is that of a directory that is no checkpoint, finalized or not.
 
     Raises:
@@ -84,7 +85,7 @@ def entries(directory: AnyPath) -> list[Entry]:
     return sorted(found, key=lambda one: (one.step is None, one.step or 0, one.name))
 
 
-def one_checkpoint(path: str, out: Output, state: str = places.FINALIZED) -> str:
+def one_checkpoint(path: Given, out: Output, state: str = places.FINALIZED) -> Given:
     """Takes the path of a checkpoint; that of a run means the newest in it, which a note names.
 
     Args:
@@ -103,7 +104,7 @@ def one_checkpoint(path: str, out: Output, state: str = places.FINALIZED) -> str
     return found
 
 
-def no_run(path: str, state: str) -> Place:
+def no_run(path: Given, state: str) -> Place:
     """Takes the path of a checkpoint that is to be changed, which a run does not stand for.
 
     Args:
@@ -120,14 +121,14 @@ def no_run(path: str, state: str) -> Place:
     return places.resolve(path)
 
 
-def _newest_of(path: str, state: str) -> str:
+def _newest_of(path: Given, state: str) -> AnyPath:
     directory = places.given(path)
     name = newest(directory, state)
     if name is None and not entries(directory):
         raise WrongUseError(f"{path} holds no checkpoint")
     if name is None:
         raise WrongUseError(f"{path} is a run that has no {state} checkpoint of a step")
-    return str(directory / name)
+    return directory / name
 
 
 def newest(directory: AnyPath, state: str = places.FINALIZED) -> str | None:
@@ -139,7 +140,7 @@ def newest(directory: AnyPath, state: str = places.FINALIZED) -> str | None:
     return None if found is None else found.name
 
 
-def require_something(path: str) -> None:
+def require_something(path: Given) -> None:
     """Raises WrongUseError, with what there is instead, where there is nothing at a path."""
     where = places.resolve(path)
     if places.is_there(where) or where.is_session():
@@ -176,7 +177,7 @@ def newest_session(directory: AnyPath) -> AnyPath | None:
         for name in directories.names(directory)
         if name.endswith(SESSION_SUFFIX)
         and (step := step_in_name(name)) is not None
-        and not places.is_foreign(places.resolve(str(directory / name)))
+        and not places.is_foreign(places.resolve(directory / name))
     ]
     return directory / max(found)[1] if found else None
 
@@ -226,7 +227,7 @@ def _entry(path: AnyPath) -> Entry | None:
 
 
 def _finalized(path: AnyPath) -> Entry:
-    found = fp.metadata(places.resolve(str(path)).final)
+    found = fp.metadata(places.resolve(path).final)
     is_whole = is_finalized(path)
     return Entry(
         name=path.name,
@@ -242,7 +243,7 @@ def _finalized(path: AnyPath) -> Entry:
 
 
 def _unfinished(path: AnyPath) -> Entry | None:
-    where = places.resolve(str(path))
+    where = places.resolve(path)
     if isinstance(path, Path) and places.is_foreign(where):
         return Entry(path.name, places.UNFINISHED, places.ORBAX, _step(where.final, {}))
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flax_partial import __version__
-from flax_partial.cli import text
+from flax_partial.cli import places, text
 from flax_partial.cli.commands import (
     abort,
     completion,
@@ -30,6 +30,7 @@ from flax_partial.cli.commands import (
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import Output, printable
 from flax_partial.errors import NoSessionError, PartialCheckpointError
+from flax_partial.storage.paths import without_secrets
 
 PROGRAM = "flax-partial"
 FINE, PROBLEM, WRONG_USE = 0, 1, 2
@@ -71,6 +72,13 @@ class _HelpFormatter(argparse.HelpFormatter):
         return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shows no secret of a URL that stands at a place where there should be none."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(without_secrets(message))
+
+
 def run() -> NoReturn:
     """Runs the command that this process was started for, and ends the process."""
     for name in ("stdout", "stderr"):
@@ -97,6 +105,9 @@ def main(arguments: Sequence[str]) -> int:
         if "run" not in parsed:
             parser.print_help(sys.stderr)
             return WRONG_USE
+        for name, value in vars(parsed).items():
+            if isinstance(value, str):
+                setattr(parsed, name, places.argument(value))
         has_problem: bool = parsed.run(parsed, Output(is_json=parsed.json))
         sys.stdout.flush()
     except BrokenPipeError:
@@ -113,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def new_parser() -> argparse.ArgumentParser:
     """Declares all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM,
         description="Look into checkpoints of flax_partial and of Orbax; end unfinished ones.",
         epilog=_examples("ls runs/lm", "show runs/lm", "status runs/lm --watch", "show --help")

@@ -22,15 +22,28 @@ from flax_partial.loading.checkpoint import (
 from flax_partial.reports import CheckpointMetadata, SessionStatus
 from flax_partial.runs import completeness, liveness
 from flax_partial.storage import directories, places
-from flax_partial.storage.paths import DELETED_SUFFIX, SESSION_SUFFIX, STATE
+from flax_partial.storage.paths import DELETED_SUFFIX, STATE
 from flax_partial.storage.place import Place
-from flax_partial.storage.store_path import AnyPath
+from flax_partial.storage.store_path import AnyPath, StorePath, in_store
 
+Given = str | AnyPath
 FINALIZED, UNFINISHED, DAMAGED, DROPPED = "finalized", "unfinished", "damaged", "dropped"
 OURS, ORBAX = "flax_partial", "orbax"
 
 
-def given(path: str) -> AnyPath:
+def argument(text: str) -> str | StorePath:
+    """Takes an argument of the command line: in what is said of a URL no secret of it is shown.
+
+    Raises:
+      WrongUseError: It is a URL that names nothing.
+    """
+    try:
+        return in_store(text) or text
+    except ValueError as error:
+        raise WrongUseError(str(error)) from error
+
+
+def given(path: Given) -> AnyPath:
     """Takes a path, or URL, as it stands on a command line, and leaves it relative where it is.
 
     Raises:
@@ -42,7 +55,7 @@ def given(path: str) -> AnyPath:
         raise WrongUseError(str(error)) from error
 
 
-def local(path: str) -> Path:
+def local(path: Given) -> Path:
     """Takes the path of a file as it stands on a command line, as `given` does.
 
     Raises:
@@ -50,11 +63,11 @@ def local(path: str) -> Path:
     """
     found = given(path)
     if not isinstance(found, Path):
-        raise WrongUseError(f"{path} is a URL, and has to be the path of a local file")
+        raise WrongUseError(f"{found} is a URL, and has to be the path of a local file")
     return found
 
 
-def resolve(path: str) -> Place:
+def resolve(path: Given) -> Place:
     """Takes the path of a checkpoint, or of its session, as it stands on a command line.
 
     Raises:
@@ -82,12 +95,12 @@ def is_there(where: Place) -> bool:
     return os.path.lexists(final) if isinstance(final, Path) else is_finalized(final)
 
 
-def is_session_meant(path: str, where: Place) -> bool:
+def is_session_meant(path: Given, where: Place) -> bool:
     """Whether a path is that of a session, not of a checkpoint that may lie beside it."""
-    return path.rstrip("/").endswith(SESSION_SUFFIX) and where.is_session()
+    return places.names_session(path) and where.is_session()
 
 
-def finalized(path: str) -> Place:
+def finalized(path: Given) -> Place:
     """Takes the path of a checkpoint that has to be finalized.
 
     Raises:
@@ -100,7 +113,7 @@ def finalized(path: str) -> Place:
 
 
 @contextmanager
-def open_finalized(path: str) -> Iterator[Checkpoint]:
+def open_finalized(path: Given) -> Iterator[Checkpoint]:
     """Opens a finalized checkpoint, which no process can remove before the context ends.
 
     Raises:
@@ -191,7 +204,7 @@ def is_foreign(where: Place) -> bool:
     return bool(names) and STATE not in names
 
 
-def read_contents(path: str) -> tuple[Contents, CheckpointMetadata, str]:
+def read_contents(path: Given) -> tuple[Contents, CheckpointMetadata, str]:
     """Returns what is, or will be, in a checkpoint: of a session, what was saved so far.
 
     Returns:

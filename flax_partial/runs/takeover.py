@@ -25,6 +25,7 @@ from flax_partial.errors import CheckpointExistsError, StoreError
 from flax_partial.runs import leases
 from flax_partial.runs.timeline import FOLDER
 from flax_partial.storage.directory_store import DirectoryStore
+from flax_partial.storage.paths import without_secrets
 from flax_partial.storage.store_path import StorePath
 
 if TYPE_CHECKING:
@@ -50,10 +51,11 @@ def identify(tier: Path, directory: AnyPath) -> str:
       CheckpointExistsError: It belongs to another one.
     """
     found = _read(DirectoryStore(tier).get(_TIER))
-    if found and found["directory"] != str(directory):
+    recorded = without_secrets(found.get("directory", ""))
+    if found and recorded != without_secrets(str(directory)):
         raise CheckpointExistsError(
-            f"{tier} is the local tier of {found['directory']}, not of {directory}: give each run "
-            "a tier of its own."
+            f"{tier} is the local tier of {recorded}, not of {directory}: give each run a tier of "
+            "its own."
         )
     return found.get("id") or renew(tier, directory)
 
@@ -61,7 +63,7 @@ def identify(tier: Path, directory: AnyPath) -> str:
 def renew(tier: Path, directory: AnyPath) -> str:
     """Gives a tier another identity."""
     new = uuid.uuid4().hex
-    value = {"id": new, "directory": str(directory)}
+    value = {"id": new, "directory": without_secrets(str(directory))}
     DirectoryStore(tier).put(_TIER, [json.dumps(value).encode()])
     return new
 
@@ -96,7 +98,10 @@ class Uploads:
             data = json.dumps(about).encode()
             if self._store.put_new(_key(number), data):
                 return number
-        raise StoreError(f"{self._directory}: others take it over all the time")
+        raise StoreError(
+            f"{self._directory}: in each of {_ATTEMPTS} tries another run with a local tier took "
+            "it over first. Let one run at a time train there; others need their own directories."
+        )
 
     def is_newest(self, number: int) -> bool:
         """Whether no other run has taken the directory over since `take_over` gave this number."""

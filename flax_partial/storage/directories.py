@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from flax_partial.storage import files, object_store, paths
+from flax_partial.storage import files, paths
 from flax_partial.storage.object_data import do_all
 from flax_partial.storage.object_place import MARK
 from flax_partial.storage.paths import PathLike
-from flax_partial.storage.store_path import AnyPath, StorePath
+from flax_partial.storage.store_path import AnyPath, StorePath, in_store
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -32,11 +32,11 @@ def given(path: PathLike | StorePath) -> AnyPath:
       TypeError: It is not a path of text.
       ValueError: It is a URL that nothing serves, or that names nothing.
     """
-    if isinstance(path, StorePath) or (isinstance(path, str) and object_store.is_url(path)):
-        found = StorePath(path)
-        _ = found.store  # which says what is missing to reach it
-        return found
-    return Path(paths.expanded(path))
+    found = in_store(path)
+    if found is None:
+        return Path(paths.expanded(path))
+    _ = found.store  # which says what is missing to reach it
+    return found
 
 
 def absolute(path: PathLike | StorePath) -> AnyPath:

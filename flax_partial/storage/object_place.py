@@ -54,6 +54,11 @@ T = TypeVar("T")
 MARK = "commit_success.txt"
 _CONTENTS = f"{STATE}/{CONTENTS}"
 _ATTEMPTS = 50  # at what others may change meanwhile, such as who opens the next session
+CHANGING = (
+    f"in each of {_ATTEMPTS} tries another process had just begun, finalized or dropped a session; "
+    "nothing was changed by this call. Call again when those processes are done; jobs that do not "
+    "belong together need paths of their own"
+)
 _PATIENCE_SECS = 30.0  # of a save, with a process that has begun to end the session
 _REMOVAL_SECS = 30.0  # for which a removal is left to the process that has begun it
 _LONGEST_PAUSE_SECS = 0.5
@@ -133,7 +138,7 @@ class ControlObjects:
             found = self._session_among(self._control_names())
             if found is not None:
                 return found
-        raise StoreError(f"{self.final}: its sessions change all the time")
+        raise StoreError(f"{self.final} is busy: {CHANGING}")
 
     def _control_names(self) -> frozenset[str]:
         return control.names_of(self.store.list(CONTROL))
@@ -268,7 +273,7 @@ class ControlObjects:
                 self.store.require_conditions(CONTROL + opening)
                 self._begin(Listed(opening, mark, frozenset()))
                 return self._known.opened.setdefault(mark, Opened(opening, mark, is_new=True))
-        raise StoreError(f"{self.final}: its sessions change all the time")
+        raise StoreError(f"{self.final} is busy: {CHANGING}")
 
     def _list_control_unpublished(self) -> Listed:
         session = self._list_control()

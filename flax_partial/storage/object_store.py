@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from flax_partial.errors import (
@@ -28,14 +29,12 @@ from flax_partial.errors import (
     StoreError,
     how_to_install,
 )
-from flax_partial.storage.paths import SESSION_SUFFIX
+from flax_partial.storage.paths import without_secrets
 from flax_partial.storage.store import MOST_REQUESTS, PIECE_BYTES, Entry, cut
+from flax_partial.storage.urls import Url
 
 T = TypeVar("T")
 
-SCHEMES = ("s3", "gs", "az", "memory")
-# Parameters whose values may have them.
-_HAVE_SLASHES = re.compile("endpoint|url|uri|path|file|credential|account|key|token|arn")
 _CONDITIONS = {"gs": "x-goog-if-generation-match: 0"}  # the others: If-None-Match
 _AWS_CREDENTIALS = (
     "access_key_id",
@@ -80,7 +79,7 @@ _LISTED_AT_ONCE = 1000
 class _Options:
     timeout_secs: float = 30.0
     retry_secs: float = 60.0
-    client: Mapping[str, str] = field(default_factory=dict)
+    client: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold secrets
 
 
 _options: dict[str, _Options] = {"": _Options()}
@@ -129,64 +128,6 @@ def store_options(
 
 def _options_of(url: str) -> _Options:
     return _options[max((start for start in _options if url.startswith(start)), key=len)]
-
-
-class Url(NamedTuple):
-    """The URL of something in an object store.
-
-    Attributes:
-      scheme: One of `SCHEMES`.
-      bucket: The bucket, or container; a name of its own for one in memory.
-      key: The key, without slashes at its ends; may be empty.
-      query: Parameters, without the question mark.
-    """
-
-    scheme: str
-    bucket: str
-    key: str
-    query: str
-
-    def __str__(self) -> str:
-        path = f"/{self.key}" if self.key else ""
-        return f"{self.scheme}://{self.bucket}{path}" + (f"?{self.query}" if self.query else "")
-
-
-def is_url(text: str) -> bool:
-    """Whether a path is the URL of an object store."""
-    return text.split("://", 1)[0] in SCHEMES and "://" in text
-
-
-def parse(text: str) -> Url:
-    """Takes a URL as a user gives it, such as `s3://bucket/run/12?region=eu-north-1`.
-
-    Raises:
-      ValueError: It names no bucket, or a key that no store takes.
-    """
-    scheme, _, rest = text.partition("://")
-    path, _, query = rest.partition("?")
-    bucket, _, key = path.partition("/")
-    _require_no_path(text, query)
-    key = key.rstrip("/")
-    segments = key.split("/") if key else []
-    if not bucket or any(one in ("", ".", "..") or not one.isprintable() for one in segments):
-        raise ValueError(
-            f"URL {text!r} does not name a place in an object store: it has to be like "
-            "s3://bucket/run/12, without empty segments, '.', '..' and control characters"
-        )
-    return Url(scheme, bucket, key, query)
-
-
-def _require_no_path(text: str, query: str) -> None:
-    """Raises ValueError for what was appended to a URL after its parameters, such as a step."""
-    name, _, value = query.rpartition("&")[2].partition("=")
-    before, slash, last = value.rpartition("/")
-    is_step = bool(before) and last.removesuffix(SESSION_SUFFIX).isdecimal()
-    if slash and (is_step or not _HAVE_SLASHES.search(name)):
-        url = text.removesuffix(f"/{last}")
-        raise ValueError(
-            f"URL {text!r} has {'/' + last!r} after its parameters, where it belongs to {name!r}. "
-            f"To name what is in {url!r} use fp.StorePath(url) / {last!r}, or put it before the '?'"
-        )
 
 
 def open_store(url: Url) -> "ObjectStore":
@@ -261,10 +202,9 @@ def _endpoint(url: Url, config: Mapping[str, str]) -> str:
     """Where the servers are; empty for those of the cloud."""
     given = [config[name] for name in ("endpoint", "base_url") if name in config]
     place = given[0] if given else _endpoint_of_environment(url.scheme)
-    if (given or place) and not place.startswith(
-        ("http://", "https://")
-    ):  # of which obstore panics
-        raise ValueError(f"{url}: its endpoint {place!r} has to begin with http:// or https://")
+    if (given or place) and not place.startswith(("http://", "https://")):  # obstore panics
+        shown = place.rpartition("@")[2].partition("?")[0]
+        raise ValueError(f"{url}: its endpoint {shown!r} has to begin with http:// or https://")
     return place
 
 
@@ -423,19 +363,10 @@ class ObjectStore:
 
         Whatever was the answer, what is there is looked at: the request may have been carried out.
         """
-        from obstore import put
-        from obstore.exceptions import AlreadyExistsError
-
-        def once() -> bool:
-            with contextlib.suppress(AlreadyExistsError):
-                put(self._client, self._prefix + key, data, mode="create", use_multipart=False)
-                return True
-            return False
-
         failure: OSError | None = None
         for attempt in range(_ATTEMPTS):
             try:
-                if self._do(key, once, attempts=1):
+                if self._do(key, partial(self._create, key, data), attempts=1):
                     return True
             except StoreAccessError:
                 raise
@@ -447,20 +378,22 @@ class ObjectStore:
             time.sleep(_PAUSE_SECS * 2**attempt)
         raise failure or StoreError(f"{self._name(key)}: puts of others are in conflict with it")
 
-    def require_conditions(self, key: str) -> None:
-        """Finds out a server that ignores conditions: it replaces what is there."""
+    def _create(self, key: str, data: bytes) -> bool:
+        """Puts an object; returns False where the server says that there is one."""
         from obstore import put
         from obstore.exceptions import AlreadyExistsError
 
-        def replaces() -> bool:
-            with contextlib.suppress(AlreadyExistsError):
-                put(self._client, self._prefix + key, b"{}", mode="create", use_multipart=False)
-                return True
+        try:
+            put(self._client, self._prefix + key, data, mode="create", use_multipart=False)
+        except AlreadyExistsError:
             return False
+        return True
 
+    def require_conditions(self, key: str) -> None:
+        """Finds out a server that ignores conditions: it replaces what is there."""
         if self._client in _honour_conditions:
             return
-        if self._do(key, replaces):
+        if self._do(key, partial(self._create, key, b"{}")):
             self.delete([key])
             condition = _CONDITIONS.get(self._root.scheme, "If-None-Match: *")
             raise StoreError(
@@ -564,7 +497,7 @@ class ObjectStore:
 
 
 def _said(error: Exception) -> str:
-    return " ".join(str(error).split("Debug source")[0].split())
+    return without_secrets(" ".join(str(error).split("Debug source")[0].split()))
 
 
 def _checked(views: Iterable[memoryview], check: Callable[[], None]) -> Iterator[memoryview]:

@@ -8,6 +8,7 @@ from pathlib import Path
 PathLike = str | os.PathLike[str]
 # Of at least two letters, or it might be a drive; pathlib makes one slash of two.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_USER_AND_PARAMETERS = re.compile(r"(:/+)(?:[^/\s?@]*@)?([^\s?]*)(?:\?\S*)?")  # of a URL
 SESSION_SUFFIX = ".partial_save"
 DELETED_SUFFIX = ".deleted"  # of what is being removed, or was when it was killed
 PART_PREFIX = "part."
@@ -47,9 +48,9 @@ def expanded(path: PathLike) -> str:
         raise TypeError(f"path must be a str or an os.PathLike of str, not {type(text).__name__}")
     if _URL.match(text):
         raise ValueError(
-            f"path {text!r} is a URL that is not served here. What is: paths of a file system, and "
-            "for checkpoints s3://, gs://, az:// and memory://. (A directory that is called so can "
-            "be given by its absolute path.)"
+            f"path {without_secrets(text)!r} is a URL that is not served here. What is: paths of a "
+            "file system, and for checkpoints s3://, gs://, az:// and memory://. (A directory that "
+            "is called so can be given by its absolute path.)"
         )
     found = os.path.expanduser(text)
     if found.split("/", 1)[0] == "~":
@@ -60,3 +61,8 @@ def expanded(path: PathLike) -> str:
 def absolute(path: PathLike) -> str:
     """Makes a path that a user gives absolute, as `expanded` takes it."""
     return os.path.abspath(expanded(path))
+
+
+def without_secrets(text: str) -> str:
+    """Leaves out of each URL in a text its user and its parameters, which may be secrets."""
+    return _USER_AND_PARAMETERS.sub(r"\1\2", text)

@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from flax_partial.storage import locks, object_store, paths
+from flax_partial.storage import locks, paths
 from flax_partial.storage.local_place import LocalPlace
 from flax_partial.storage.object_place import StorePlace, mark_of
 from flax_partial.storage.parts import part_names
 from flax_partial.storage.paths import SESSION_SUFFIX, PathLike
 from flax_partial.storage.place import Place
 from flax_partial.storage.session_dir import CONTROL
-from flax_partial.storage.store_path import StorePath
+from flax_partial.storage.store_path import StorePath, in_store
 from flax_partial.storage.unlocked_place import UnlockedPlace
 
 
@@ -24,16 +24,15 @@ def resolve(path: PathLike | StorePath) -> Place:
       ValueError: It has no last component that could name a checkpoint, or is a URL that nothing
         serves.
     """
-    if isinstance(path, StorePath) or (isinstance(path, str) and object_store.is_url(path)):
-        return _in_store(StorePath(path))
-    return _local(path)
+    found = in_store(path)
+    return _local(path) if found is None else _in_store(found)
 
 
 def names_session(path: PathLike | StorePath) -> bool:
     """Whether a path is that of a session, not of the checkpoint that it becomes."""
-    if isinstance(path, StorePath) or (isinstance(path, str) and object_store.is_url(path)):
-        return StorePath(path).name.endswith(SESSION_SUFFIX)
-    return os.path.abspath(path).endswith(SESSION_SUFFIX)
+    found = in_store(path)
+    name = os.path.abspath(path) if found is None else found.name
+    return name.endswith(SESSION_SUFFIX)
 
 
 def _in_store(path: StorePath) -> StorePlace:

@@ -4,15 +4,17 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-from flax_partial.storage.object_store import Url, open_store, parse
+from flax_partial.storage.object_store import open_store
 from flax_partial.storage.store import Store
+from flax_partial.storage.urls import Url, is_url, parse
 
 
 @functools.total_ordering
 class StorePath:
     """A place in an object store, by its URL; works like a `pathlib.Path` where that makes sense.
 
-    `str` gives the URL. It is no `os.PathLike`: what opens files cannot open this.
+    `str` gives the URL, with `***` for each secret among its parameters: pass the path itself on.
+    What opens files cannot open this.
     """
 
     __slots__ = ("_url",)
@@ -21,9 +23,14 @@ class StorePath:
         """Takes a URL, such as `s3://bucket/run/12`.
 
         Raises:
-          ValueError: It names no bucket, or a key that no store takes.
+          ValueError: It names no bucket, or a key that no store takes; or a secret in it is hidden.
         """
-        self._url: Url = parse(str(url))
+        self._url: Url = url._url if isinstance(url, StorePath) else parse(url)  # noqa: SLF001
+
+    def _at(self, key: str) -> "StorePath":
+        found = StorePath(self)
+        found._url = self._url.at(key)
+        return found
 
     def __str__(self) -> str:
         return str(self._url)
@@ -41,13 +48,12 @@ class StorePath:
         return self._url < other._url if isinstance(other, StorePath) else NotImplemented
 
     def __truediv__(self, name: str) -> "StorePath":
-        joined = f"{self._url.key}/{name}" if self._url.key else str(name)
-        return StorePath(str(self._url._replace(key=joined)))
+        return self._at(f"{self._url.key}/{name}" if self._url.key else str(name))
 
     def __fspath__(self) -> str:
         raise TypeError(
             f"{self} is in an object store, no path of a file system: read it by its methods, or "
-            "pass str() of it to what takes URLs"
+            "pass its URL to what takes URLs"
         )
 
     @property
@@ -58,7 +64,7 @@ class StorePath:
     @property
     def parent(self) -> "StorePath":
         """The place around it; at a bucket's root itself."""
-        return StorePath(str(self._url._replace(key=self._url.key.rpartition("/")[0])))
+        return self._at(self._url.key.rpartition("/")[0])
 
     @property
     def parents(self) -> "tuple[StorePath, ...]":
@@ -132,3 +138,14 @@ class StorePath:
 
 AnyPath = Path | StorePath
 """The path of something, as public results have it."""
+
+
+def in_store(path: object) -> StorePath | None:
+    """Takes a path as a user gives it; returns None for one that is in no object store.
+
+    Raises:
+      ValueError: It is a URL, and names nothing.
+    """
+    if isinstance(path, StorePath):
+        return path
+    return StorePath(path) if isinstance(path, str) and is_url(path) else None

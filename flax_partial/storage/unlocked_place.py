@@ -34,7 +34,7 @@ from flax_partial.storage.direct_io import NewFile
 from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.local_place import LocalPart, LocalPlace
 from flax_partial.storage.locks import DirectoryLock, open_directory
-from flax_partial.storage.object_place import ControlObjects, mark_of
+from flax_partial.storage.object_place import CHANGING, ControlObjects, mark_of
 from flax_partial.storage.parts import SessionParts, is_of
 from flax_partial.storage.paths import CONTENTS, STATE
 from flax_partial.storage.place import Files, OpenSession
@@ -142,7 +142,7 @@ class UnlockedPlace(ControlObjects, LocalPlace):
                 if isinstance(error, NoSessionError):
                     raise
             self._wait_until_removed(attempt)
-        raise OSError(errno.EBUSY, "Its sessions change all the time", str(self.session))
+        raise OSError(errno.EBUSY, f"It is busy: {CHANGING}", str(self.session))
 
     def _wait_until_removed(self, attempt: int) -> None:
         """Waits for the directory of a dropped session to go; removes it if no other one does."""

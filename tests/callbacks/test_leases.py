@@ -29,7 +29,8 @@ from flax_partial.runs import leases, liveness
 from flax_partial.runs.leases import Lease, Pace, Sign, Watch, holder, numbers
 from flax_partial.storage import locks
 from flax_partial.storage.directory_store import DirectoryStore
-from flax_partial.storage.object_store import open_store, parse
+from flax_partial.storage.object_store import open_store
+from flax_partial.storage.urls import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

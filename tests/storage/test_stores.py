@@ -6,15 +6,19 @@ import os
 import threading
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from stores import Request, another_process, requests_through
+from stores import memory as memory_url
 
 import flax_partial as fp
 from flax_partial.storage import object_store
 from flax_partial.storage.directory_store import DirectoryStore
-from flax_partial.storage.object_store import ObjectStore, open_store, parse
+from flax_partial.storage.object_store import ObjectStore, open_store
 from flax_partial.storage.store import PIECE_BYTES, Entry, Store, cut
+from flax_partial.storage.urls import parse
 
 
 @pytest.fixture
@@ -134,63 +138,6 @@ def test_requests_in_flight_are_bounded() -> None:
     waiting.join()
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["s3://", "s3:///x", "gs://b//x", "gs://b/../x", "s3://b/x\n", "memory://b/./x"],
-)
-def test_urls_that_name_nothing_are_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="does not name a place in an object store"):
-        fp.StorePath(url)
-
-
-@pytest.mark.parametrize(
-    ("url", "name", "appended"),
-    [
-        ("s3://b/run?region=eu-north-1", "region", "5"),
-        ("s3://b/run?region=eu-north-1", "region", "best"),
-        ("s3://b/run?region=x&endpoint=http://127.0.0.1:9000", "endpoint", "5"),
-        ("s3://b/run?endpoint=http://127.0.0.1:9000", "endpoint", "0005.partial_save"),
-        ("gs://b/run?service_account=/home/me/key.json", "service_account", "5"),
-    ],
-)
-def test_what_is_appended_to_parameters_is_refused(url: str, name: str, appended: str) -> None:
-    for call in (fp.load, fp.steps, lambda url: fp.save(url, {"a": 1})):
-        with pytest.raises(ValueError, match=rf"belongs to '{name}'.*StorePath\(url\) / '") as told:
-            call(f"{url}/{appended}")
-        assert repr(f"/{appended}") in str(told.value)
-    assert str(fp.StorePath(url) / appended).endswith(f"{appended}?{url.partition('?')[2]}")
-
-
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "localhost", "ftp://host", ""])
-def test_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
-    with pytest.raises(ValueError, match="has to begin with http"):
-        fp.load(f"s3://b/run/12?endpoint={endpoint}")
-
-
-@pytest.mark.parametrize(
-    "query",
-    [
-        *("endpoint=https://gateway/s3", "service_account=/home/me/key.json"),
-        *("session_token=a/b", "endpoint=http://127.0.0.1:9000&region=a"),
-    ],
-)
-def test_parameters_that_hold_slashes_are_taken(query: str) -> None:
-    assert parse(f"s3://b/run?{query}").query == query
-
-
-def test_a_path_works_like_a_path() -> None:
-    name = uuid.uuid4().hex
-    path = fp.StorePath(f"memory://{name}/run?x=y") / "12"
-    assert str(path) == f"memory://{name}/run/12?x=y"
-    assert (path.name, path.parent.name) == ("12", "run")
-    assert path == fp.StorePath(str(path))
-    assert len({path, fp.StorePath(path)}) == 1
-    assert [one.name for one in path.parents] == ["run", ""]
-    assert path.with_name("13") > path
-    with pytest.raises(TypeError, match="in an object store"):
-        open(path).close()  # noqa: PTH123
-
-
 @pytest.fixture
 def run() -> fp.StorePath:
     return fp.StorePath(f"memory://{uuid.uuid4().hex}/run")
@@ -236,3 +183,21 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
     with pytest.raises(ImportError, match=r"pip install '.*\[objects\]'"):
         open_store(parse("s3://another-bucket/x"))
+
+
+def test_call_beside_which_sessions_always_change_says_what_to_do() -> None:
+    path = memory_url()
+    fp.save(path, {"w": 1})
+    another_process()
+
+    def gone(name: str, arguments: tuple[Any, ...], request: Request) -> Any:
+        return None if name == "get" and arguments[1].endswith(".open") else request()
+
+    with (
+        requests_through(gone),
+        pytest.raises(fp.StoreError, match=r"busy: .* nothing was changed .* Call again") as told,
+    ):
+        fp.save(path, {"v": 1})
+    assert path in str(told.value)
+    fp.save(path, {"v": 1})
+    assert set(fp.status(path).leaves) == {"v", "w"}

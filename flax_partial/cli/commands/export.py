@@ -10,6 +10,7 @@ import numpy as np
 from flax_partial.cli import listing, pieces, places, safetensors, selection, text
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import GOOD, Output
+from flax_partial.cli.places import Given
 from flax_partial.cli.safetensors import Layout
 from flax_partial.errors import UnsupportedLeafError, first_few
 from flax_partial.format.model import Contents, Leaf
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     return False
 
 
-def _target(path: str) -> AnyPath:
+def _target(path: Given) -> AnyPath:
     target = places.given(path)
     if os.path.lexists(target) if isinstance(target, Path) else target.exists():
         raise WrongUseError(f"{path} exists already: remove it, or write to another path")

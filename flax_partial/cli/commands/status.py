@@ -81,7 +81,7 @@ def _watch_run(directory: AnyPath, out: Output) -> NoReturn:
             continue
         is_told = False
         with contextlib.suppress(NoSessionError):  # finalized or dropped meanwhile
-            session = places.read_session(places.resolve(str(path)))
+            session = places.read_session(places.resolve(path))
             _watch(session, out, of_run=directory)
     raise NoSessionError(f"{directory} is gone")
 

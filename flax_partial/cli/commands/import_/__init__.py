@@ -17,6 +17,7 @@ from flax_partial.cli import listing, pieces, places, selection, text
 from flax_partial.cli.commands.import_.safetensors_files import SafetensorsFiles
 from flax_partial.cli.errors import WrongUseError
 from flax_partial.cli.output import GOOD, Output
+from flax_partial.cli.places import Given
 from flax_partial.format.chunks import choose_chunk_shape
 from flax_partial.format.metadata import check_metadata
 from flax_partial.format.model import Box, Leaf, Region
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace, out: Output) -> bool:
     return False
 
 
-def _target(path: str) -> Place:
+def _target(path: Given) -> Place:
     where = places.resolve(path)
     if places.is_there(where) or where.is_session():
         there = where.final if places.is_there(where) else where.session

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from flax_partial.cli.commands.timeline.layout import Chart
+    from flax_partial.cli.places import Given
     from flax_partial.runs.timeline import ProcessTimeline, Run
     from flax_partial.storage.store_path import AnyPath
 
@@ -113,7 +114,7 @@ def _default_targets(out: Output) -> list[Path]:
     return [] if missing else [_target(_DEFAULT_OUT)]
 
 
-def _directory(path: str) -> tuple[AnyPath, int | None]:
+def _directory(path: Given) -> tuple[AnyPath, int | None]:
     """Returns a run's directory, and the step, if the path has one.
 
     Raises:
@@ -127,7 +128,7 @@ def _directory(path: str) -> tuple[AnyPath, int | None]:
     if not is_step or not (final.parent / timeline.FOLDER).is_dir():
         raise WrongUseError(_why_none(path))
     # As it was given: a title should be short.
-    return places.given(path.rstrip("/")).parent, int(final.name)
+    return places.given(path).parent, int(final.name)
 
 
 def _chosen(directory: AnyPath, asked: int | None) -> tuple[list[Run], int]:
@@ -146,7 +147,7 @@ def _chosen(directory: AnyPath, asked: int | None) -> tuple[list[Run], int]:
     raise WrongUseError(f"{directory} has no timeline of {what}; it has: {recorded}")
 
 
-def _why_none(path: str) -> str:
+def _why_none(path: Given) -> str:
     found = places.given(path)
     if not (os.path.lexists(found) if isinstance(found, Path) else found.is_dir()):
         return listing.absent(found)
