@@ -59,10 +59,12 @@ def run_together(
     """
     command = [sys.executable, "-m", "benchmarks.child", function.__module__, function.__qualname__]
     flags = f"--xla_force_host_platform_device_count={devices}"
+    ours = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    ours["PYTHONDONTWRITEBYTECODE"] = ""  # or each import would be compiled anew, and timed so
     running = [
         subprocess.Popen(  # noqa: S603 - our own module
             [*command, json.dumps(arguments, default=str)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **environment},
+            env={**os.environ, **ours, **environment},
             cwd=Path(__file__).parent.parent,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
