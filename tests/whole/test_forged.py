@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from isolated import Isolated, Outcome
 
-# What the longest of these tables, decoded, takes at most, and libraries that are used for the first
-# time, of which environments have 20 MiB more or less. One that unfolded would take 125 MiB alone.
+# What the longest of these tables, decoded, takes at most, and libraries that are used for the
+# first time, which differs by 20 MiB. What unfolds a table would take 125 MiB for that alone.
 MOST_BYTES = 96 << 20
 SAVED: dict[str, Any] = {"a": np.arange(3), "b": "text", "large": np.zeros(40_000, np.uint8)}
 
