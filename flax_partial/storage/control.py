@@ -4,7 +4,7 @@ They lie below `state/session/`. Each is put once:
 
     <n>.open, <n>.BEFORE.open    {"id": SESSION}: a session begins, the first one, or the next
                                  after BEFORE, which was dropped; that with the largest n counts
-    SESSION.begun                it is the one that such an object names
+    SESSION.begun                it is, or is about to be, the one that such an object names
     SESSION.closing.ROUND.TOKEN  a process is about to end it: a save that sees this waits for the
                                  verdict of that round
     SESSION.withdrawn.PART       the save of that part has failed: it does not count
@@ -15,7 +15,9 @@ They lie below `state/session/`. Each is put once:
 
 When a checkpoint is removed all of these go, and names like `0.open` are used again. What holds the
 name of a session in its own never is: a process that slept meanwhile finds by it that its session
-is gone, and what it puts late counts for nothing.
+is gone, and what it puts late counts for nothing. For that nothing of a session counts unless its
+`begun` is there: this one is put before the session begins, and not again, so it is never late. A
+removal deletes it when all else is gone.
 """
 
 import json
@@ -96,14 +98,30 @@ def is_opening(name: str) -> bool:
     return _OPENING.fullmatch(name) is not None
 
 
+def begun_name(session: str) -> str:
+    """Name of the object without which nothing of a session counts."""
+    return f"{session}.begun"
+
+
+def lives(session: str, names: Collection[str]) -> bool:
+    """Whether a session, finalized or not, was not removed, nor is that going on."""
+    return begun_name(session) in names and not removed_session(names)
+
+
 def counts(opening: str, names: Collection[str]) -> bool:
-    """Whether an object that opened a session is there, and so is the end of the session before.
+    """Whether an object that opened a session is there, and so is the session before.
 
     It is not where its process slept while the checkpoint was removed, and another one was begun:
     that one must not be hidden.
     """
     before = session_before(opening)
-    return opening in names and (not before or verdict_name(before, 0) in names)
+    return opening in names and (not before or begun_name(before) in names)
+
+
+def strangers(session: str, names: Collection[str]) -> set[str]:
+    """Sessions that are begun beside one, and were not dropped before another one was opened."""
+    begun = {name.removesuffix(".begun") for name in names if name.endswith(".begun")}
+    return begun - {session, *(session_before(name) for name in names if is_opening(name))}
 
 
 def session_before(opening: str) -> str:
@@ -112,12 +130,9 @@ def session_before(opening: str) -> str:
 
 
 def removed_session(names: Collection[str]) -> str:
-    """The session whose finalized checkpoint is being removed; empty where none is.
-
-    Its first verdict is deleted last, with the object that says so.
-    """
+    """The session whose finalized checkpoint is being removed; empty where none is."""
     ended = (name.partition(".removed")[0] for name in names if ".removed" in name)
-    return next((session for session in ended if verdict_name(session, 0) in names), "")
+    return next((session for session in ended if begun_name(session) in names), "")
 
 
 def removed_name(session: str, taken: int) -> str:

@@ -14,9 +14,14 @@ round, that it ends nothing: the session goes on, and a process that ends it has
 and to list the parts, anew.
 
 Readers lock nothing. A removal puts `removed`, deletes `commit_success.txt`, then all else, and
-last `removed` with the verdict: from its first step on the checkpoint is not published again. A
-save that finds `removed` waits until it is gone; where that takes too long, one process takes the
+last `begun` and `removed`: from its first step on the checkpoint is not published again. A save
+that finds `removed` waits until it is gone; where that takes too long, one process takes the
 removal over.
+
+What a process that sleeps, or dies, has sent may arrive when its session was removed. Nothing that
+it puts counts then, `commit_success.txt` neither, since the session's `begun` is gone. Root files
+have the same names for all sessions: they are put only if they are absent, and what another session
+has left in their place is replaced by a process that has just seen its own session.
 """
 
 import threading
@@ -46,7 +51,7 @@ from flax_partial.storage.object_data import StoreDataFiles, StorePart, do_all
 from flax_partial.storage.parts import SessionParts, decoded, is_of, oldest_first, own_name
 from flax_partial.storage.paths import CONTENTS, PART_PREFIX, PART_TABLE, STATE
 from flax_partial.storage.place import Files, NewPart, OpenSession
-from flax_partial.storage.store import Entry, Store
+from flax_partial.storage.store import PIECE_BYTES, Entry, Store
 from flax_partial.storage.store_path import AnyPath, StorePath
 
 T = TypeVar("T")
@@ -186,13 +191,25 @@ class ControlObjects:
         return self.store.get(CONTROL + name)
 
     def _is_published(self) -> bool:
-        return self.store.size(MARK) is not None
+        """Whether a checkpoint is there, and not only a mark that was put when it was removed."""
+        if self.store.size(MARK) is None:
+            return False
+        mark = self.store.get(MARK)
+        return mark is not None and self._is_of_checkpoint(mark)
+
+    def _is_of_checkpoint(self, mark: bytes) -> bool:
+        session = _session_of(mark)
+        return not session or control.lives(session, self._control_names())
 
     def _is_open(self, session: Listed) -> bool:
         """Whether a session is there, by a listing, whose names it has."""
         names = session.control
-        is_begun = f"{session.id}.begun" in names and control.counts(session.opening, names)
-        return is_begun and not control.removed_session(names)  # that deletes all that is there
+        if not (control.lives(session.id, names) and control.counts(session.opening, names)):
+            return False
+        if not control.strangers(session.id, names):
+            return True
+        data = self.store.get(CONTROL + session.opening)  # which another one may have put by now
+        return data is not None and _id_in(data) == session.id
 
     def _put_verdict(self, wanted: Verdict) -> Verdict:
         """Puts a verdict, if there is none; returns the one that counts.
@@ -248,15 +265,17 @@ class ControlObjects:
         return self._known.opened.setdefault(session.id, Opened(session.opening, session.id))
 
     def _begin(self, session: Listed) -> None:
-        """Puts the object that shows a session in listings, should its process have died before."""
-        if f"{session.id}.begun" not in session.control:
-            self.store.put(f"{CONTROL}{session.id}.begun", [b"{}"])
+        """Puts the object that shows a session in listings, unless it is there."""
+        begun = control.begun_name(session.id)
+        if begun not in session.control:
+            self.store.put(CONTROL + begun, [b"{}"])
 
     def enter(self, known: OpenSession | None) -> OpenSession:
         """Opens a session if there is none."""
         if known is not None and known.mark not in self._known.ended:
             return known
         vacant, self._known.vacant = self._known.vacant, None
+        mark = uuid.uuid4().hex[:_MARK_LENGTH]
         for _ in range(_ATTEMPTS):
             session, vacant = vacant or self._list_control_unpublished(), None
             if session.id and session.verdict is None:
@@ -268,11 +287,12 @@ class ControlObjects:
             self._require_dropped(session)
             if session.id:
                 self._drop(session.id)
-            opening, mark = session.next_opening, uuid.uuid4().hex[:_MARK_LENGTH]
+            opening = session.next_opening
+            self._begin(Listed(opening, mark, frozenset()))
             if self.store.put_new(CONTROL + opening, control.write({"id": mark})):
                 self.store.require_conditions(CONTROL + opening)
-                self._begin(Listed(opening, mark, frozenset()))
                 return self._known.opened.setdefault(mark, Opened(opening, mark, is_new=True))
+            self.store.delete([CONTROL + control.begun_name(mark)])
         raise StoreError(f"{self.final} is busy: {CHANGING}")
 
     def _list_control_unpublished(self) -> Listed:
@@ -354,8 +374,13 @@ class ControlObjects:
 
     def _delete_late(self, session: Listed) -> None:
         """Deletes what has opened a session too late, into a place that has another one by now."""
-        if control.session_before(session.opening) and not self._is_open(session):
-            late = (session.opening, f"{session.id}.begun")
+        is_removed = bool(control.removed_session(session.control))  # which deletes it, too
+        if (
+            control.session_before(session.opening)
+            and not is_removed
+            and not self._is_open(session)
+        ):
+            late = (session.opening, control.begun_name(session.id))
             self.store.delete([f"{CONTROL}{name}" for name in late])
 
     def remove_part(self, name: str) -> None:
@@ -538,21 +563,44 @@ class ControlObjects:
         number, verdict = self._decided(session)
         if verdict is None:
             raise self.no_session()
-        do_all([partial(self.store.put, name, pieces) for name, pieces in named])
-        if self._read_verdict(session, number) is None:  # removed while these were put
+        are_there = do_all([partial(self._put_root_file, *one) for one in named])
+        if not control.lives(session, self._control_names()):  # removed while these were put
             raise self.no_session()
-        mark = {"flax_partial": 1, "session": session, "round": number}
-        mark |= {"contents": digest(contents), "by": uuid.uuid4().hex}
-        is_mine = self.store.put_new(MARK, control.write(mark))
-        entries = self.store.list(f"{STATE}/")
-        names = control.names_of(entries)
-        is_removed = control.removed_session(names) == session
-        if is_removed or control.verdict_name(session, number) not in names:
-            self.store.delete([MARK] if is_mine else [])  # removed while this process slept
-            raise self.no_session()
-        if not is_mine:
-            raise CheckpointExistsError(f"{self.final} was finalized by another process meanwhile.")
+        others = [one for one, is_there in zip(named, are_there, strict=True) if not is_there]
+        do_all([partial(self.store.put, *one) for one in others])
+        told = {"flax_partial": 1, "session": session, "round": number}
+        told |= {"contents": digest(contents), "by": uuid.uuid4().hex}
+        entries = self._put_mark(session, control.write(told))
         self._sweep(session, entries, kept=verdict.parts)
+
+    def _put_root_file(self, name: str, pieces: Sequence[bytes]) -> bool:
+        """Puts a root file, if there is none; returns whether it is what is there now."""
+        if sum(map(len, pieces)) > PIECE_BYTES:
+            self.store.put(name, pieces)
+            return True
+        return self.store.put_new(name, b"".join(pieces))
+
+    def _put_mark(self, session: str, mark: bytes) -> Sequence[Entry]:
+        """Puts the mark, if there is none of a checkpoint; returns what is below `state/` then."""
+        while True:
+            is_mine = self.store.put_new(MARK, mark)
+            entries = self.store.list(f"{STATE}/")
+            if not control.lives(session, control.names_of(entries)):
+                self._delete_mark(mark)  # removed while this process slept
+                raise self.no_session()
+            if is_mine:
+                return entries
+            found = self.store.get(MARK)
+            if found is not None and _session_of(found) in ("", session):
+                raise CheckpointExistsError(
+                    f"{self.final} was finalized by another process meanwhile."
+                )
+            self._delete_mark(found)  # of a checkpoint that was removed before this session began
+
+    def _delete_mark(self, mark: bytes | None) -> None:
+        """Deletes the mark if it is this one."""
+        if mark is not None and self.store.get(MARK) == mark:
+            self.store.delete([MARK])
 
     def _sweep(self, session: str, entries: Sequence[Entry], *, kept: Collection[str]) -> None:
         """Deletes what does not count; the verdicts stay, for who still sleeps."""
@@ -631,12 +679,12 @@ class ControlObjects:
         listed_at = time.monotonic()
         entries = self.store.list()
         names = control.names_of(entries)
-        if control.verdict_name(session, 0) not in names:
+        if control.begun_name(session) not in names:
             self.store.delete([CONTROL + control.removed_name(session, taken)])
             return False
         if control.times_taken(session, names) != taken:
             return False
-        last = [CONTROL + control.verdict_name(session, 0)]
+        last = [CONTROL + control.begun_name(session)]
         last += [f"{CONTROL}{name}" for name in names if name.startswith(f"{session}.removed")]
         rest = [entry.key for entry in entries if entry.key not in last]
         for doomed in ([MARK], rest, last):
@@ -683,7 +731,7 @@ class StorePlace(ControlObjects):
         """Raises NoSessionError where what was read is gone, or another one is in its place."""
         mark = self.store.get(MARK)
         is_another = self._mark is not None and mark != self._mark
-        if mark is None or is_another or control.removed_session(self._control_names()):
+        if mark is None or is_another or not self._is_of_checkpoint(mark):
             raise NoSessionError(f"{self.final} was removed while it was read.")
 
     def read_contents(self) -> Contents | None:
@@ -718,7 +766,7 @@ class StorePlace(ControlObjects):
     def holds(self, name: str, pieces: Iterable[bytes]) -> bool:
         """Whether a derived object has just this content; the mark is this place's own."""
         if name == MARK:
-            return self._is_published()
+            return self.store.size(MARK) is not None
         return self.store.get(name) == b"".join(pieces)
 
     def bytes_held(self) -> int:
@@ -745,14 +793,15 @@ class StorePlace(ControlObjects):
             self.finish_removal()
             raise gone
         session = _session_of(mark)
-        if session and not self._begin_removal(session, 0):
-            if not self._finish_removal(session):
-                raise gone
-        elif not session or not self._delete_all(session, 0):
-            is_lost = not session or self._read_verdict(session, 0) is None
-            if not is_lost or self.store.get(MARK) != mark:
-                raise gone  # another process removes it, or has done so just now
-            self.store.delete([MARK])  # another program's, or one that has lost its verdict
+        if session:
+            is_first = self._begin_removal(session, 0)
+            if self._delete_all(session, 0) if is_first else self._finish_removal(session):
+                return
+        names = self._control_names()
+        if self.store.get(MARK) != mark or control.begun_name(session) in names:
+            raise gone  # another process removes it, or has done so just now
+        self.store.delete([MARK])  # another program's, or it was put when its checkpoint was gone
+        if not control.newest_opening(names):
             self.store.delete([entry.key for entry in self.store.list()])
 
     def finish_removal(self) -> None:

@@ -97,6 +97,17 @@ def die_at(method: str, part_of_key: str, call: Callable[[], Any]) -> None:
     another_process()
 
 
+def put_late(url: str, session: str, ending: str) -> None:
+    """Puts a control object of a session that was removed: its process slept before it did so."""
+    fp.StorePath(url).store.put(f"state/session/{session}.{ending}", [b'{"kind": "void"}'])
+
+
+def session_at(url: str) -> str:
+    """Name of the only session that there is."""
+    (begun,) = (key for key in keys(url) if key.endswith(".begun"))
+    return begun.removeprefix("state/session/").removesuffix(".begun")
+
+
 # Who ends a session dies, or sleeps, before it is decided.
 
 
@@ -348,14 +359,104 @@ def test_one_that_slept_before_it_published_what_is_removed_does_not(killed_at: 
     assert set(fp.load(url)) == {"b"}
 
 
-def test_remover_that_slept_leaves_the_next_session_alone() -> None:
+def die_as_the_mark_is_put(url: str, meanwhile: Callable[[], Any]) -> None:
+    """Finalizes in a process that sleeps before it puts the mark, and is killed after."""
+
+    def hook(name: str, arguments: tuple[Any, ...], request: Request) -> Any:
+        if (name, arguments[1:2]) != ("put_new", ("commit_success.txt",)) or not is_first.pop():
+            return request()
+        is_first.append(False)
+        in_another_process(meanwhile)
+        request()
+        raise Killed
+
+    is_first = [True]
+    with requests_through(hook), pytest.raises(Killed):
+        fp.finalize(url)
+    another_process()
+
+
+def test_mark_that_a_dying_process_puts_when_its_checkpoint_is_gone_makes_none() -> None:
+    url = memory()
+    fp.save(url, {"a": DATA})
+
+    def finalize_and_remove() -> None:
+        fp.finalize(f"{url}?p=1")
+        fp.remove(f"{url}?p=1")
+
+    die_as_the_mark_is_put(url, finalize_and_remove)
+    assert keys(url) == ["commit_success.txt"]
+    for call in (fp.load, fp.metadata, fp.verify, fp.status, fp.finalize, fp.abort):
+        with pytest.raises(fp.NoSessionError):
+            call(url)
+    fp.save(url, {"b": DATA})
+    fp.finalize(url)
+    assert set(fp.load(url)) == {"b"}
+    assert fp.verify(url).ok
+    fp.remove(url)
+    assert keys(url) == []
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_mark_that_a_dying_process_puts_beside_a_newer_session_hinders_it_not(
+    *, is_removed: bool
+) -> None:
+    url = memory()
+    fp.save(url, {"a": DATA})
+
+    def use_the_place_again() -> None:
+        other = f"{url}?p=1"
+        fp.finalize(other)
+        fp.remove(other)
+        fp.save(other, {"b": DATA})
+
+    die_as_the_mark_is_put(url, use_the_place_again)
+    if is_removed:
+        fp.remove(url)
+        assert "commit_success.txt" not in keys(url)
+    fp.save(url, {"c": DATA})
+    fp.finalize(url)
+    assert set(fp.load(url)) == {"b", "c"}
+    assert fp.verify(url).ok
+
+
+@pytest.mark.parametrize("is_finalized", [False, True])
+def test_root_files_that_are_put_late_are_of_no_later_checkpoint(*, is_finalized: bool) -> None:
+    url = memory()
+    fp.save(url, {"a": DATA})
+
+    def use_the_place_again() -> None:
+        other = f"{url}?p=1"
+        fp.finalize(other)
+        fp.remove(other)
+        fp.save(other, {"b": DATA})
+        if is_finalized:
+            fp.finalize(other)
+
+    with (
+        stopped_at("put_new", "contents.json", use_the_place_again),
+        pytest.raises(fp.CheckpointExistsError if is_finalized else fp.NoSessionError),
+    ):
+        fp.finalize(url)
+    if not is_finalized:
+        another_process()
+        fp.finalize(url)
+    assert set(fp.load(url)) == {"b"}
+    assert fp.verify(url).ok
+
+
+@pytest.mark.parametrize("late", [None, "verdict"])
+def test_remover_that_slept_leaves_the_next_session_alone(late: str | None) -> None:
     url = memory()
     fp.save(url, {"a": 1})
+    session = session_at(url)
     fp.finalize(url)
 
     def remove_and_save() -> None:
         fp.remove(f"{url}?p=1")
         fp.save(f"{url}?p=2", {"b": DATA})
+        if late:
+            put_late(url, session, late)
 
     with (
         stopped_at("put_new", ".removed", remove_and_save),
@@ -426,9 +527,11 @@ def begin_late(url: str, meanwhile: Callable[[], Any]) -> Exception | None:
     return None
 
 
-def test_session_that_is_begun_late_does_not_hide_a_newer_one() -> None:
+@pytest.mark.parametrize("late", [None, "verdict"])
+def test_session_that_is_begun_late_does_not_hide_a_newer_one(late: str | None) -> None:
     url = memory()
     fp.save(url, {"dropped": 1})
+    session = session_at(url)
     fp.abort(url)
 
     def use_the_place_again() -> None:
@@ -437,6 +540,8 @@ def test_session_that_is_begun_late_does_not_hide_a_newer_one() -> None:
         fp.finalize(other)
         fp.remove(other)
         fp.save(other, {"new": DATA})
+        if late:
+            put_late(url, session, late)
 
     assert begin_late(url, use_the_place_again) is not None
     fp.save(f"{url}?p=2", {"more": 1})
@@ -487,15 +592,38 @@ def test_session_that_is_begun_in_what_a_removal_has_left_counts_for_nothing() -
     assert set(fp.load(url)) == {"new"}
 
 
-def test_save_that_slept_while_its_session_was_removed_and_another_begun_fails() -> None:
-    """Both sessions are opened by an object of the same name."""
+def test_one_that_sleeps_as_it_begins_a_session_saves_into_the_one_that_is_there() -> None:
+    url = memory()
+
+    def use_the_place() -> None:
+        other = f"{url}?p=1"
+        fp.save(other, {"removed": 1})
+        fp.finalize(other)
+        fp.remove(other)
+        fp.save(other, {"new": 1})
+
+    with stopped_at("put", ".begun", use_the_place):
+        fp.save(url, {"late": 1})
+    fp.finalize(f"{url}?p=2")
+    assert set(fp.load(url)) == {"new", "late"}
+    assert sum(key.endswith(".begun") for key in keys(url)) == 1
+
+
+@pytest.mark.parametrize("left", [None, "begun"])
+def test_save_that_slept_while_its_session_was_removed_and_another_begun_fails(
+    left: str | None,
+) -> None:
+    """Both sessions are opened by an object of the same name; a removal may end half way."""
     url = memory()
     fp.save(url, {"a": 1})
+    session = session_at(url)
 
     def use_the_place_again() -> None:
         other = f"{url}?p=1"
         fp.finalize(other)
         fp.remove(other)
+        if left:
+            put_late(url, session, left)
         fp.save(other, {"new": 1})
 
     with (

@@ -20,7 +20,7 @@ def test_a_finalize_is_not_disturbed_by_another_thread_that_ends_its_session(oth
     with ThreadPoolExecutor(1) as pool:
 
         def hook(name: str, arguments: tuple[Any, ...], request: Request) -> Any:
-            if name == "put" and "contents.json" in str(arguments[1]) and not has_begun.is_set():
+            if name == "put_new" and "contents.json" in arguments[1] and not has_begun.is_set():
                 has_begun.set()
                 ending = pool.submit(other, url)
                 with pytest.raises((TimeoutError, fp.CheckpointExistsError)):
