@@ -365,6 +365,14 @@ class Run:
             self._take_back(member, step)
             raise error
 
+    def raise_logged(self, member: Member, step: int) -> None:
+        """Raises the error of a step if it was only logged; that step, too, may be repeated."""
+        failed, error = member.failures.logged or (None, None)
+        if failed == step and error is not None:
+            if self._take_back(member, step):
+                member.failures.logged = None
+            raise error
+
     def take_back_for_memory(self, member: Member, step: int) -> bool:
         """Whether a step may be saved again, which a device had no memory for copies of."""
         failed, error = member.failures.logged or (None, None)

@@ -312,16 +312,16 @@ class PartialCheckpointCallback(TrainingHooks):
 
         Raises:
           CheckpointExistsError: The directory holds this step, or a later one, of another run.
-          Exception: What failed: in this save, or before where errors are not logged alone.
+          Exception: What failed: in this save, or before where errors are not logged alone. Called
+            again, it saves anew, unless other processes or callbacks save the step as well.
         """
         with self._blocked("save_now", trainer):
-            step, failures = trainer.global_step, self._member.failures
+            step = trainer.global_step
             if step != self._member.last_saved:
-                failures.logged = None
+                self._member.failures.logged = None
                 self._saver.save(trainer, module, epoch_ends=False)
             self._finish(trainer, module)
-            if failures.logged and failures.logged[0] == step:
-                raise failures.logged[1]
+            self._run.raise_logged(self._member, step)
         return self.directory / str(step)
 
     def recover(self) -> None:

@@ -172,6 +172,18 @@ def test_save_now_raises_what_is_logged_alone_elsewhere(tmp_path: Path) -> None:
         assert ckpt.save_now() == tmp_path / "2"
 
 
+@pytest.mark.parametrize("on_save_error", ["warn", "raise"])
+def test_save_now_called_again_saves_what_failed(tmp_path: Path, on_save_error: Any) -> None:
+    with checkpointing(tmp_path, every_n_train_steps=100, on_save_error=on_save_error) as ckpt:
+        with files_of_at_most(2**20):
+            ckpt.step(TOO_LARGE)
+            for _ in range(2):
+                with pytest.raises(OSError, match="too large"):
+                    ckpt.save_now()
+        assert ckpt.save_now() == tmp_path / "1"
+    np.testing.assert_array_equal(fp.load(tmp_path / "1")["w"], TOO_LARGE["w"])
+
+
 def test_nothing_to_save_is_said(tmp_path: Path) -> None:
     trainer = StubTrainer()
     trainer.state, trainer.global_step, trainer.is_last_batch = object(), 1, True
