@@ -152,6 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         line = f"{self.command} {path}?{query}"
         server = self.server
+        fault = server.fault_of(line)  # before the log shows that the request is here
         with server.lock:
             server.counts[self._kind(inner)] += 1
             server.log.append(line)
@@ -160,7 +161,6 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             time.sleep(server.latency)
             self.is_torn, self.is_lost = False, False
-            fault = server.fault_of(line)
             if fault is not None and not self._broken(fault):
                 return
             self._carry_out(bucket, inner)
