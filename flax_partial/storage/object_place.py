@@ -801,8 +801,9 @@ class StorePlace(ControlObjects):
         if self.store.get(MARK) != mark or control.begun_name(session) in names:
             raise gone  # another process removes it, or has done so just now
         self.store.delete([MARK])  # another program's, or it was put when its checkpoint was gone
-        if not control.newest_opening(names):
-            self.store.delete([entry.key for entry in self.store.list()])
+        if control.newest_opening(names):
+            raise gone  # what is there is a newer session
+        self.store.delete([entry.key for entry in self.store.list()])
 
     def finish_removal(self) -> None:
         """Deletes what a removal has left that began some time ago, and was killed."""

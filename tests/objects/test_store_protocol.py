@@ -412,7 +412,8 @@ def test_mark_that_a_dying_process_puts_beside_a_newer_session_hinders_it_not(
 
     die_as_the_mark_is_put(url, use_the_place_again)
     if is_removed:
-        fp.remove(url)
+        with pytest.raises(fp.NoSessionError, match="There is no checkpoint"):
+            fp.remove(url)  # what is saved here is in the session
         assert "commit_success.txt" not in keys(url)
     fp.save(url, {"c": DATA})
     fp.finalize(url)
