@@ -206,17 +206,22 @@ class SaveJob:
         with session.where.full_disk_explained(lambda: self._needed_bytes):
             session.require_not_aborted()
             task.check()
-            with session.entered(durable=self.options.durable) as opened:
-                self._name = self._new_name(opened.mark)
-                try:
-                    first = self.leaves[0].name if self.leaves else ""
-                    with TraceAnnotation("flax_partial.save", first=first):
-                        self._write(task)
-                except BaseException:
-                    session.remove(self._name)
-                    raise
-                self._let_go()
-                session.keep(self)
+            is_committed = False
+            try:
+                with session.entered(durable=self.options.durable) as opened:
+                    self._name = self._new_name(opened.mark)
+                    try:
+                        first = self.leaves[0].name if self.leaves else ""
+                        with TraceAnnotation("flax_partial.save", first=first):
+                            self._write(task)
+                    except BaseException:
+                        session.remove(self._name)
+                        raise
+                    is_committed = True
+                    self._let_go()
+            finally:  # until here the save is under way: nothing closes what is being unlocked
+                if is_committed:
+                    session.keep(self)
         note_computed()
         ended = time.perf_counter()
         times = self._times(ended)

@@ -21,7 +21,7 @@ from things import MOST_SECS, QUICK, X, listing, stored, unchanged, until
 import flax_partial as fp
 from flax_partial.saving import job
 from flax_partial.sessions import registry
-from flax_partial.storage import locks, parts, places, session_dir
+from flax_partial.storage import files, locks, parts, places, session_dir
 from flax_partial.storage.paths import CheckpointPath
 
 
@@ -547,3 +547,24 @@ def test_abort_beside_a_save_in_flight_one_of_them_says_so(tmp_path: Path) -> No
     assert not listing(tmp_path)  # no session, and no remains of one
     stored(path, {"first": X + 1})
     trees.assert_whole(path, {"first": X + 1})
+
+
+def test_directory_is_open_until_its_lock_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finalize of another thread forgets the session as the worker gives the lock back."""
+    fp.save(tmp_path / "c", {"first": 1})
+    session = registry.session_of(places.resolve(tmp_path / "c"))
+    release = locks.DirectoryLock.release
+    were_open = []
+
+    def forget_and_release(lock: locks.DirectoryLock) -> None:
+        if lock.identity == files.identity(session.where.session):
+            monkeypatch.undo()
+            session.close()
+            were_open.append(lock.descriptor >= 0)
+        release(lock)
+
+    monkeypatch.setattr(locks.DirectoryLock, "release", forget_and_release)
+    fp.save(tmp_path / "c", {"second": 1})
+    assert were_open == [True]
