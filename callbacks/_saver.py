@@ -206,7 +206,7 @@ class StepSaver:
     def save_again(self, trainer: Any, module: Any) -> None:
         """Saves the step that was saved last a second time, without copies on devices.
 
-        Where the trainer has its state no more, that is logged.
+        Where the trainer no longer has its state, that is logged.
         """
         member = self._member
         options, member.options = member.options, replace(member.options, max_device_bytes=0)

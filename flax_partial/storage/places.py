@@ -43,13 +43,12 @@ def _in_store(path: StorePath) -> StorePlace:
 
 
 def _local(path: PathLike) -> LocalPlace:
-    absolute = paths.absolute(path)
+    absolute, text = paths.absolute(path), os.fspath(path)
     session = absolute.removesuffix(SESSION_SUFFIX) + SESSION_SUFFIX
     known, found = _known.get(session), _found_at(session)
-    if known is not None and known.found == found is not None and os.fspath(path):
+    if text and known is not None and known.found == found is not None:
         return known.place
     parent, name = os.path.split(absolute)
-    text = os.fspath(path)
     name = name.removesuffix(SESSION_SUFFIX)
     if not text or not name or "\0" in text or not _is_utf8(text):
         raise ValueError(

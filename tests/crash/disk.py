@@ -199,7 +199,7 @@ class Disk:
             case Kind.FSYNC:
                 self._node(event).sync()
             case _:
-                raise NotImplementedError(f"nobody makes {event} here")
+                raise NotImplementedError(f"{event} is of no kind that is recorded")
 
     def tree(self) -> Tree:
         """Everything on it now."""

@@ -10,6 +10,7 @@ import itertools
 import re
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -359,6 +360,14 @@ def test_one_that_slept_before_it_published_what_is_removed_does_not(killed_at: 
     assert set(fp.load(url)) == {"b"}
 
 
+def use_again(url: str) -> None:
+    """Another process finalizes the checkpoint, removes it, and begins the next one."""
+    other = f"{url}?p=1"
+    fp.finalize(other)
+    fp.remove(other)
+    fp.save(other, {"b": DATA})
+
+
 def die_as_the_mark_is_put(url: str, meanwhile: Callable[[], Any]) -> None:
     """Finalizes in a process that sleeps before it puts the mark, and is killed after."""
 
@@ -403,14 +412,7 @@ def test_mark_that_a_dying_process_puts_beside_a_newer_session_hinders_it_not(
 ) -> None:
     url = memory()
     fp.save(url, {"a": DATA})
-
-    def use_the_place_again() -> None:
-        other = f"{url}?p=1"
-        fp.finalize(other)
-        fp.remove(other)
-        fp.save(other, {"b": DATA})
-
-    die_as_the_mark_is_put(url, use_the_place_again)
+    die_as_the_mark_is_put(url, partial(use_again, url))
     if is_removed:
         with pytest.raises(fp.NoSessionError, match="There is no checkpoint"):
             fp.remove(url)  # what is saved here is in the session
@@ -427,12 +429,9 @@ def test_root_files_that_are_put_late_are_of_no_later_checkpoint(*, is_finalized
     fp.save(url, {"a": DATA})
 
     def use_the_place_again() -> None:
-        other = f"{url}?p=1"
-        fp.finalize(other)
-        fp.remove(other)
-        fp.save(other, {"b": DATA})
+        use_again(url)
         if is_finalized:
-            fp.finalize(other)
+            fp.finalize(f"{url}?p=1")
 
     with (
         stopped_at("put_new", "contents.json", use_the_place_again),
