@@ -151,7 +151,7 @@ def _of_step(path: Path, names: Sequence[str], table: Table, handlers: Table) ->
     others: dict[str, str] = {}
     metrics = None
     for name in names:
-        handler = str(handlers.get(name, ""))
+        handler = str(handlers.get(name, "")).encode(errors="backslashreplace").decode()
         item = _item(path / name, name, handler, is_inside=True)
         if item is None:
             others[name] = f"only its own handler reads it: {handler or 'not named'}"

@@ -251,6 +251,20 @@ def test_item_of_a_foreign_handler_is_said_to_be_left_out(
     assert list(fp.metadata(step).left_out) == ["data"]
 
 
+def test_handler_whose_name_is_half_a_character_can_be_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = with_foreign_data(tmp_path, state=ITEMS["tree"][0])
+    edit(
+        step / "_CHECKPOINT_METADATA",
+        lambda table: table["item_handlers"].update(data="\ud800"),
+    )
+    with caplog.at_level(logging.WARNING, "flax_partial"):
+        assert_same(fp.load(step), TREE)
+    assert r"reads it: \ud800." in caplog.text
+    caplog.text.encode()
+
+
 def test_checkpoint_of_foreign_handlers_alone_is_said_to_be_unsupported(tmp_path: Path) -> None:
     step = with_foreign_data(tmp_path)
     for read in (fp.load, fp.metadata):
