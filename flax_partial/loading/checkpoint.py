@@ -12,6 +12,7 @@ from flax_partial.format.keypaths import KeyPath
 from flax_partial.format.model import Contents, Leaf, Region
 from flax_partial.loading import catalog, orbax_reader
 from flax_partial.loading import data_reader as data_files
+from flax_partial.loading.host_memory import HostMemory
 from flax_partial.loading.orbax_reader import ONE_TREE, OrbaxCheckpoint
 from flax_partial.loading.target import shape_and_dtype
 from flax_partial.reports import CheckpointMetadata, LeafMetadata
@@ -31,6 +32,7 @@ class OwnCheckpoint:
     def __init__(self, where: Place, contents: Contents) -> None:
         self.contents = contents
         self._where = where
+        self._memory = HostMemory()
 
     def read(self, regions: Sequence[Region]) -> list[np.ndarray | Exception]:
         """Returns, for each region, its data or a `CorruptCheckpointError` that names the leaf.
@@ -64,7 +66,9 @@ class OwnCheckpoint:
             return [CorruptCheckpointError(f"Leaf {leaf.name!r}: {lie}") for leaf, _, _ in regions]
         if not has_runs:
             return self._where.read_database(regions)
-        found = data_files.read(self._where.data_files(), self.contents.data_parts, regions)
+        found = data_files.read(
+            self._where.data_files(), self.contents.data_parts, regions, self._memory
+        )
         return [
             _damaged(leaf, outcome) if isinstance(outcome, ValueError) else outcome
             for outcome, (leaf, _, _) in zip(found, regions, strict=True)

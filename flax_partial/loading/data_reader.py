@@ -6,7 +6,6 @@ the array over as it is, which is why it begins where devices want it.
 """
 
 import math
-import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,14 +26,12 @@ from flax_partial.format.chunks import (
 )
 from flax_partial.format.digests import bytes_of, digest
 from flax_partial.format.model import Leaf, Region, data_path
+from flax_partial.loading.host_memory import HostMemory
 from flax_partial.storage.place import DataFile, DataFiles
-
-_ALIGNED_BYTES = 64  # alignment of memory that JAX's CPU devices take over
-_MAPPED_BYTES = 4 << 20  # from this size on NumPy requests huge pages
 
 
 def read(
-    files: DataFiles, parts: Sequence[str], regions: Iterable[Region]
+    files: DataFiles, parts: Sequence[str], regions: Iterable[Region], memory: HostMemory
 ) -> list[np.ndarray | Exception]:
     """Reads boxes of leaves that have runs.
 
@@ -42,19 +39,20 @@ def read(
       files: The data files of the parts.
       parts: What they are called, as the leaves' runs number them.
       regions: Each a leaf, the box's start and its shape.
+      memory: What the data is read into.
 
     Returns:
       For each region its data, C-contiguous and the caller's own; a `ValueError` where it is
       damaged, an `OSError` where the system refused to read it.
     """
     readings = [_Reading(files, parts, *region) for region in regions]
-    tasks = [task for reading in readings for task in reading.begin()]
+    tasks = [task for reading in readings for task in reading.begin(memory)]
     if len(tasks) <= 1 or sum(reading.bytes for reading in readings) < files.least_bytes:
         for task in tasks:
             task()
     else:
         _do_all(tasks, most=files.most_readers)
-    return [reading.outcome() for reading in readings]
+    return [reading.outcome(memory) for reading in readings]
 
 
 def _do_all(tasks: Sequence[Callable[[], None]], *, most: int) -> None:
@@ -68,21 +66,6 @@ def _do_all(tasks: Sequence[Callable[[], None]], *, most: int) -> None:
                 task()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """Returns new memory that a CPU device can take over: as an array, nothing written.
-
-    Large arrays are mapped: NumPy would request huge pages, and where memory is in pieces, as it
-    is next to a full page cache, finding those took twice the time of the whole reading.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if size >= _MAPPED_BYTES:
-        mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return np.frombuffer(mapped, np.uint8).view(dtype).reshape(shape)
-    memory = np.empty(size + _ALIGNED_BYTES, np.uint8)
-    first = -memory.__array_interface__["data"][0] % _ALIGNED_BYTES
-    return memory[first : first + size].view(dtype).reshape(shape)
 
 
 class _Segment(NamedTuple):
@@ -116,7 +99,7 @@ class _Reading:
         self._error: Exception | None = None
         self.bytes = math.prod(self._size) * leaf.numpy_dtype.itemsize
 
-    def begin(self) -> list[Callable[[], None]]:
+    def begin(self, memory: HostMemory) -> list[Callable[[], None]]:
         """Takes memory, and returns what has to be done, in any order and on any thread."""
         try:
             for segment in self._segments:
@@ -125,19 +108,19 @@ class _Reading:
         except (ValueError, OSError) as error:
             self._error = error
             return []
-        self._array = aligned_empty(self._size, self._leaf.numpy_dtype)
+        self._array = memory.empty(self._size, self._leaf.numpy_dtype)
         in_order = are_in_order(self._size, self._leaf.chunk)
         read_segment = self._read_in_order if in_order else self._read_apart
         return [partial(self._attempt, read_segment, segment) for segment in self._segments]
 
-    def outcome(self) -> np.ndarray | Exception:
+    def outcome(self, memory: HostMemory) -> np.ndarray | Exception:
         """What was read, once all is done."""
         if self._error is not None:
             return self._error
         if self._size == self._shape:
             return self._array
         offset = tuple(a - b for a, b in zip(self._start, self._low, strict=True))
-        cut = aligned_empty(self._shape, self._array.dtype)
+        cut = memory.empty(self._shape, self._array.dtype)
         cut[...] = self._array[slices(offset, self._shape)]
         return cut
 

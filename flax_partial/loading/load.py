@@ -7,6 +7,7 @@ this process's devices hold are read.
 
 import difflib
 import logging
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -40,7 +41,9 @@ _KEEP_MISSING = "keep_missing=True lets the checkpoint lack leaves, which stay a
 _CAST = "cast=True converts dtypes"
 _MOST_COMPARED = 2500  # pairs of names, in a fraction of a second
 _MOST_MEANT = 3  # pairs that a message shows
-_PIECE_BYTES = 96 << 20  # of a load that reports progress, or fills an accelerator
+_PIECE_BYTES = 128 << 20  # of a load that reports progress, or fills an accelerator
+_READ_AHEAD = 2  # pieces that are read at once: while the last of one is read, the next has begun
+_MOST_ON_THE_WAY = 2  # pieces that are on their way to an accelerator: bounds the host's memory
 
 Outcomes = Sequence[np.ndarray | Exception]
 _Read = tuple[Sequence[Region], Outcomes]
@@ -290,7 +293,9 @@ def _read(
     Some are put on an accelerator while the next are read.
     """
     data = _read_boxes(checkpoint, [box for one in readings for box in one.regions], progress)
-    most_bytes = _PIECE_BYTES if placing.has_accelerator() else None
+    is_ahead = placing.has_accelerator()
+    most_bytes = _PIECE_BYTES if is_ahead else None
+    on_the_way: deque[list[Any]] = deque()
     values: list[Any] = []
     errors: list[Exception] = []
     for group in batched(readings, _bytes_of, most_bytes=most_bytes):
@@ -299,7 +304,12 @@ def _read(
         errors += [one for one in outcomes if isinstance(one, Exception)]
         if not errors:
             built = [one.build([next(boxes) for _ in one.regions]) for one in group]
-            values += placing.put_on_devices(built)
+            put = placing.put_on_devices(built)
+            values += put
+            if is_ahead:
+                on_the_way.append(put)
+                if len(on_the_way) > _MOST_ON_THE_WAY:
+                    jax.block_until_ready(on_the_way.popleft())
     for error in errors:
         if isinstance(error, OSError):
             raise error
@@ -342,15 +352,16 @@ def _read_now(checkpoint: Checkpoint, batches: Iterable[Sequence[Region]]) -> It
 
 
 def _read_ahead(checkpoint: Checkpoint, batches: Iterable[Sequence[Region]]) -> Iterator[_Read]:
-    """Yields batches and what was read of each; the next is read meanwhile, by another thread."""
-    with ThreadPoolExecutor(1, "flax_partial-read-ahead") as thread:
-        reading: tuple[Sequence[Region], Future[Outcomes]] | None = None
+    """Yields batches and what was read of each; the next are read meanwhile, by other threads."""
+    with ThreadPoolExecutor(_READ_AHEAD, "flax_partial-read-ahead") as threads:
+        reading: deque[tuple[Sequence[Region], Future[Outcomes]]] = deque()
         for batch in batches:
-            before, reading = reading, (batch, thread.submit(checkpoint.read, batch))
-            if before is not None:
-                yield before[0], before[1].result()
-        if reading is not None:
-            yield reading[0], reading[1].result()
+            reading.append((batch, threads.submit(checkpoint.read, batch)))
+            if len(reading) > _READ_AHEAD:
+                before, outcomes = reading.popleft()
+                yield before, outcomes.result()
+        for before, outcomes in reading:
+            yield before, outcomes.result()
 
 
 def _nested(leaves: Sequence[Leaf], values: Sequence[Any]) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 from flax_partial.format.chunks import Shape, covering_box
 from flax_partial.format.model import Leaf, Region
-from flax_partial.loading.data_reader import aligned_empty
+from flax_partial.loading.host_memory import aligned_empty
 from flax_partial.loading.target import BoxRange, Reading
 
 

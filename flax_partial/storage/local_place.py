@@ -258,7 +258,7 @@ class LocalDataFiles:
     state: Path
     # While one thread waits for a disk, another can copy.
     most_readers = min(16, max(4, os.cpu_count() or 1))
-    most_bytes = 16 << 20
+    most_bytes = 8 << 20
     least_bytes = 16 << 20
     reads_whole = False  # a chunk's digest is taken while it is in the processor's cache
 

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from things import QUICK, stored
 
 import flax_partial as fp
-from flax_partial.loading.data_reader import aligned_empty
+from flax_partial.loading.host_memory import aligned_empty
 from flax_partial.saving import describe, describe_leaf, job, snapshot
 
 ROWS = np.random.default_rng(0).standard_normal((200, 1000), np.float32)
