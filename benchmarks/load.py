@@ -46,6 +46,7 @@ def build(*, small: bool) -> Scenario:
             stored.write(directory)
 
     plain = Contender(large.label(_PLAIN), lambda _: _timed(large.read_plainly))
+    verify = Contender(large.label(f"{_OURS}, verify"), lambda _: _timed(large.verify))
     group, group_by_orbax = (f"{way}, 1 of {count} groups" for way in (_OURS, _ORBAX))
     return Scenario(
         name="load",
@@ -56,6 +57,7 @@ def build(*, small: bool) -> Scenario:
         contenders=(
             *(large.contender(way) for way in _WAYS),
             plain,
+            verify,
             *(tiny.contender(way) for way in _WAYS),
             Contender(group, partial(large.run_one_group, _OURS)),
             Contender(group_by_orbax, partial(large.run_one_group, _ORBAX)),
@@ -64,6 +66,7 @@ def build(*, small: bool) -> Scenario:
         targets=(
             *(large.faster(peer, at_least=2) for peer in _PEERS),
             Target.within(Figure(large.label(_OURS)), of=Figure(plain.name), at_most=1.3),
+            Target.within(Figure(verify.name), of=Figure(plain.name), at_most=1),
             *(tiny.faster(peer, at_least=5) for peer in _PEERS),
             *(Target.faster(group, than=large.label(peer), at_least=20) for peer in _PEERS),
             Target.faster(group, than=group_by_orbax),
@@ -128,6 +131,10 @@ class _Stored(_Case):
         """Reads every file of our checkpoint, one after the other, into memory."""
         files = sorted(path for path in self._stored["ours"].rglob("*") if path.is_file())
         return [path.read_bytes() for path in files]
+
+    def verify(self) -> None:
+        """Checks all digests of our checkpoint."""
+        assert fp.verify(self._stored["ours"]).ok
 
 
 class _Sharded(_Case):
