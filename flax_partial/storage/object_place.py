@@ -734,6 +734,16 @@ class StorePlace(ControlObjects):
         if mark is None or is_another or not self._is_of_checkpoint(mark):
             raise NoSessionError(f"{self.final} was removed while it was read.")
 
+    def is_more_than_a_mark(self) -> bool:
+        """Whether a mark is there, and not only since it was put when its checkpoint was removed.
+
+        One whose removal has begun, and that can still be read, is there.
+        """
+        mark = self.store.get(MARK)
+        session = "" if mark is None else _session_of(mark)
+        begun = CONTROL + control.begun_name(session)
+        return mark is not None and (not session or self.store.size(begun) is not None)
+
     def read_contents(self) -> Contents | None:
         """Reads the mark and the table of contents, and whether they belong together."""
         mark, data = _together(lambda: self.store.get(MARK), self.contents_bytes)
@@ -744,11 +754,12 @@ class StorePlace(ControlObjects):
         wanted = control.read(mark).get("contents")
         if data is None or digest(data) != wanted:
             data = self.contents_bytes()  # it was finalized between these two looks
-        if data is None:
-            raise CorruptCheckpointError(f"{where} is missing.")
-        if digest(data) != wanted:
-            raise CorruptCheckpointError(f"{where} is not what was finalized.")
-        return decode_contents(data, where=where)
+        if data is not None and digest(data) == wanted:
+            return decode_contents(data, where=where)
+        if not self._is_of_checkpoint(mark):
+            return None
+        what = "is missing" if data is None else "is not what was finalized"
+        raise CorruptCheckpointError(f"{where} {what}.")
 
     def contents_bytes(self) -> bytes | None:
         """Returns the table of contents as it is stored."""
