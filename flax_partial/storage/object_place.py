@@ -68,6 +68,9 @@ _PATIENCE_SECS = 30.0  # of a save, with a process that has begun to end the ses
 _REMOVAL_SECS = 30.0  # for which a removal is left to the process that has begun it
 _LONGEST_PAUSE_SECS = 0.5
 _MARK_LENGTH = 12
+# Of a root file that is put by one request: an upload has as many bytes on their way, and no
+# condition. Stores take 5 GiB and more.
+_MOST_AT_ONCE_BYTES = 16 * PIECE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,7 +578,7 @@ class ControlObjects:
 
     def _put_root_file(self, name: str, pieces: Sequence[bytes]) -> bool:
         """Puts a root file, if there is none; returns whether it is what is there now."""
-        if sum(map(len, pieces)) > PIECE_BYTES:
+        if sum(map(len, pieces)) > _MOST_AT_ONCE_BYTES:
             self.store.put(name, pieces)
             return True
         return self.store.put_new(name, b"".join(pieces))

@@ -25,6 +25,7 @@ import flax_partial as fp
 from flax_partial.loading import verify
 from flax_partial.storage import object_place
 from flax_partial.storage.object_place import StorePlace
+from flax_partial.storage.store import PIECE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -423,10 +424,13 @@ def test_mark_that_a_dying_process_puts_beside_a_newer_session_hinders_it_not(
     assert fp.verify(url).ok
 
 
+@pytest.mark.parametrize("size", [1, PIECE_BYTES])  # of what is in the table beside the leaves
 @pytest.mark.parametrize("is_finalized", [False, True])
-def test_root_files_that_are_put_late_are_of_no_later_checkpoint(*, is_finalized: bool) -> None:
+def test_root_files_that_are_put_late_are_of_no_later_checkpoint(
+    *, is_finalized: bool, size: int
+) -> None:
     url = memory()
-    fp.save(url, {"a": DATA})
+    fp.save(url, {"a": DATA}, custom_metadata={"": size * "a"})
 
     def use_the_place_again() -> None:
         use_again(url)
