@@ -21,7 +21,7 @@ import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback, checkpointing
 from flax_partial.cli.main import main
 from flax_partial.runs import directory, liveness, timeline, timeline_logs
-from flax_partial.storage.object_place import StorePlace
+from flax_partial.storage import object_removal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -306,7 +306,7 @@ def test_what_a_removal_that_was_killed_has_left_is_deleted_when_the_next_run_be
     assert fp.steps(url) == [4]
     train(url, 6)  # it began too short a time ago: it may be going on
     assert fp.StorePath(f"{url}/2").is_dir()
-    monkeypatch.setattr(StorePlace, "_left_to_remove", lambda *_: 0.0)
+    monkeypatch.setattr(object_removal, "_secs_left", lambda *_: 0.0)
     train(url, 8)
     assert not fp.StorePath(f"{url}/2").is_dir()
     assert fp.steps(url) == [4, 6, 8]

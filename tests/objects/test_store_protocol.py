@@ -23,8 +23,7 @@ from things import MOST_SECS
 
 import flax_partial as fp
 from flax_partial.loading import verify
-from flax_partial.storage import object_place
-from flax_partial.storage.object_place import StorePlace
+from flax_partial.storage import control_objects, object_removal
 from flax_partial.storage.store import PIECE_BYTES
 
 if TYPE_CHECKING:
@@ -186,7 +185,7 @@ def test_save_ends_one_round_of_a_finalize_and_then_no_other() -> None:
 def test_save_whose_patience_ends_as_it_is_decided_is_told_what_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.0)
+    monkeypatch.setattr(control_objects, "_PATIENCE_SECS", 0.0)
     url = memory()
     fp.save(url, {"a": 1})
     fenced, go_on = threading.Event(), threading.Event()
@@ -293,7 +292,7 @@ def test_one_of_those_who_wait_for_a_removal_that_died_takes_it_over(
     waits = threading.Event()
     other = threading.Thread(target=lambda: fp.save(f"{url}?p=2", {"other": DATA}))
 
-    def left_to_remove(_: StorePlace, name: str) -> float:
+    def secs_left(_: object, name: str) -> float:
         if name.endswith(".removed"):  # its process has died
             return 0.0
         waits.set()
@@ -305,7 +304,7 @@ def test_one_of_those_who_wait_for_a_removal_that_died_takes_it_over(
             assert waits.wait(MOST_SECS)
         return request()
 
-    monkeypatch.setattr(StorePlace, "_left_to_remove", left_to_remove)
+    monkeypatch.setattr(object_removal, "_secs_left", secs_left)
     with requests_through(hook):
         fp.save(f"{url}?p=1", {"new": DATA})
         other.join(MOST_SECS)
