@@ -29,6 +29,7 @@ from flax_partial.errors import CorruptCheckpointError
 from flax_partial.storage.paths import STATE
 from flax_partial.storage.store import Entry
 
+MARK = "commit_success.txt"  # at the root of a finalized checkpoint, which it tells from others
 CONTROL = f"{STATE}/session/"
 ABORT, FINALIZE, VOID = "abort", "finalize", "void"
 _FIRST_OPENING = "0.open"
@@ -159,6 +160,14 @@ def read(data: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CorruptCheckpointError(f"a control object holds {data[:100]!r}, which is no JSON")
     return found
+
+
+def session_of(mark: bytes) -> str:
+    """The session that became a checkpoint, by its mark; empty where another program wrote that."""
+    try:
+        return str(read(mark).get("session", ""))
+    except CorruptCheckpointError:
+        return ""
 
 
 def write(value: Mapping[str, Any]) -> bytes:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from flax_partial.storage import files, paths
+from flax_partial.storage.control import MARK
 from flax_partial.storage.object_data import do_all
-from flax_partial.storage.object_place import MARK
 from flax_partial.storage.paths import PathLike
 from flax_partial.storage.store_path import AnyPath, StorePath, in_store
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 
@@ -228,3 +228,9 @@ def do_all(tasks: Sequence[Callable[[], T]]) -> list[T]:
         return [one.result() for one in [pool.submit(task) for task in tasks]]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def together(one: Callable[[], T], other: Callable[[], Any]) -> tuple[T, Any]:
+    """Does two requests side by side."""
+    first, second = do_all([one, other])
+    return first, second

@@ -31,10 +31,16 @@ from flax_partial.errors import (
 )
 from flax_partial.storage.paths import without_secrets
 from flax_partial.storage.store import MOST_REQUESTS, PIECE_BYTES, Entry, cut
-from flax_partial.storage.urls import Url
+from flax_partial.storage.urls import HIDDEN, Url, is_secret
 
 T = TypeVar("T")
 
+_PREFIX = re.compile("^(aws|google|azure(_storage)?)_")
+_SAME = {
+    "endpoint_url": "endpoint",
+    "endpoint_url_s3": "endpoint",
+    "service_account_path": "service_account",
+}
 _CONDITIONS = {"gs": "x-goog-if-generation-match: 0"}  # the others: If-None-Match
 _AWS_CREDENTIALS = (
     "access_key_id",
@@ -122,8 +128,14 @@ def store_options(
         _options[url] = _Options(
             before.timeout_secs if timeout_secs is None else timeout_secs,
             before.retry_secs if retry_secs is None else retry_secs,
-            {**before.client, **client},
+            {**before.client, **_plain(client)},
         )
+
+
+def _plain(client: Mapping[str, str]) -> dict[str, str]:
+    """Returns options by the shortest of the names by which obstore takes each."""
+    plain = {_PREFIX.sub("", name.lower()): value for name, value in client.items()}
+    return {_SAME.get(name, name): value for name, value in plain.items()}
 
 
 def _options_of(url: str) -> _Options:
@@ -139,7 +151,7 @@ def open_store(url: Url) -> "ObjectStore":
       ValueError: A parameter, or an option, is not one of its kind of store.
     """
     options = _options_of(str(url._replace(query="")))
-    parameters = dict(parse_qsl(url.query, keep_blank_values=True))
+    parameters = _plain(dict(parse_qsl(url.query, keep_blank_values=True)))
     options = replace(options, client={**options.client, **parameters})
     known = (url.scheme, url.bucket, json.dumps([options.timeout_secs, options.retry_secs]))
     identity = (*known, tuple(sorted(options.client.items())), os.getpid())
@@ -195,7 +207,7 @@ def _connect(url: Url, options: _Options) -> Any:
             return obstore.store.GCSStore(url.bucket, config=config, **common)
         return obstore.store.AzureStore(url.bucket, config=config, **common)
     except BaseError as error:
-        raise ValueError(f"{url}: {_said(error)}") from None
+        raise ValueError(f"{url}: {_said(error, options.client)}") from None
 
 
 def _endpoint(url: Url, config: Mapping[str, str]) -> str:
@@ -496,8 +508,13 @@ class ObjectStore:
         return f"{self.url}/{key}" if key else self.url
 
 
-def _said(error: Exception) -> str:
-    return without_secrets(" ".join(str(error).split("Debug source")[0].split()))
+def _said(error: Exception, client: Mapping[str, str] | None = None) -> str:
+    """What an error says, without secrets, those among the options of a client included."""
+    said = str(error).split("Debug source")[0]
+    for name, value in (client or {}).items():
+        if value and is_secret(name, value):
+            said = said.replace(value, HIDDEN)
+    return without_secrets(" ".join(said.split()))
 
 
 def _checked(views: Iterable[memoryview], check: Callable[[], None]) -> Iterator[memoryview]:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flax_partial.storage import locks, paths
+from flax_partial.storage.control_objects import mark_of
 from flax_partial.storage.local_place import LocalPlace
-from flax_partial.storage.object_place import StorePlace, mark_of
+from flax_partial.storage.object_place import StorePlace
 from flax_partial.storage.parts import part_names
 from flax_partial.storage.paths import SESSION_SUFFIX, PathLike
 from flax_partial.storage.place import Place

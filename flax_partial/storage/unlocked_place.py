@@ -2,8 +2,8 @@
 
 A session is a directory, as everywhere, and is published by a rename. Who may save into it, and
 what the checkpoint is made of, is shown by control files in it, `state/session/`, as in an object
-store (`object_place`). Each is made under another name and linked to its own: of two processes that
-make one, one does.
+store (`control_objects`). Each is made under another name and linked to its own: of two processes
+that make one, one does.
 
 A session's directory is never used for another one. A process that was stopped, and goes on when
 its session is gone, finds nothing at the paths that it has, or a session of another name.
@@ -30,11 +30,11 @@ from flax_partial.errors import (
 from flax_partial.format.model import Part
 from flax_partial.storage import control, files, parts, session_dir
 from flax_partial.storage.control import ABORT, Listed
+from flax_partial.storage.control_objects import CHANGING, ControlObjects, mark_of
 from flax_partial.storage.direct_io import NewFile
 from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.local_place import LocalPart, LocalPlace
 from flax_partial.storage.locks import DirectoryLock, open_directory
-from flax_partial.storage.object_place import CHANGING, ControlObjects, mark_of
 from flax_partial.storage.parts import SessionParts, is_of
 from flax_partial.storage.paths import CONTENTS, STATE
 from flax_partial.storage.place import Files, OpenSession

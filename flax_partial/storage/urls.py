@@ -12,9 +12,11 @@ HIDDEN = "***"
 # encoded, such as a signature, is cut at each `&`.
 _SHOWN = re.compile(
     r"(.*_)?(algorithm|arn|bucket|enabled|endpoint|file|host|id|identifier|name|path|region|type|url)"
-    r"|(aws_|google_|azure_(storage_)?)?(application_credentials|service_account"
-    r"|(conditional|copy|disable|request|s3|server_side|skip|unsigned|use|virtual_hosted)_.*)"
+    r"|(aws_|google_|azure_(storage_)?)?"
+    r"(conditional|copy|disable|request|s3|server_side|skip|unsigned|use|virtual_hosted)_.*"
 )
+# They name the file of a key; some put the key itself there.
+_KEY_FILES = re.compile(r"(google_)?(application_credentials|service_account)=.*\.json")
 _HOLDS_SECRETS = re.compile(r"//[^/]*@|\?")  # of a value that is a URL
 # Parameters whose values may have them.
 _HAVE_SLASHES = re.compile("endpoint|url|uri|path|file|credential|account|key|token|arn")
@@ -105,9 +107,14 @@ def _require_no_path(url: Url) -> None:
         )
 
 
+def is_secret(name: str, value: str) -> bool:
+    """Whether a parameter is to be hidden: all are that are not known to be harmless."""
+    is_shown = _SHOWN.fullmatch(name.lower()) or _KEY_FILES.fullmatch(f"{name}={value}".lower())
+    return not is_shown or _HOLDS_SECRETS.search(value) is not None
+
+
 def _without_secret(parameter: str) -> str:
     name, equals, value = parameter.partition("=")
-    is_shown = _SHOWN.fullmatch(unquote_plus(name).lower())
-    if not parameter or (equals and is_shown and not _HOLDS_SECRETS.search(unquote_plus(value))):
+    if not parameter or (equals and not is_secret(unquote_plus(name), unquote_plus(value))):
         return parameter
     return f"{name}={HIDDEN}" if equals else HIDDEN

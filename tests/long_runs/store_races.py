@@ -30,8 +30,7 @@ import numpy as np
 from stores import Death, Killed, Request, another_process, memory, requests_through
 
 import flax_partial as fp
-from flax_partial.storage import object_place
-from flax_partial.storage.object_place import StorePlace
+from flax_partial.storage import control_objects, object_removal
 
 EXPECTED = (
     fp.CheckpointExistsError,
@@ -192,8 +191,8 @@ def chaos(seed: int, *, delay_secs: float, kill_share: float) -> Iterator[None]:
     was killed, and not from one that goes on: that is for long to have been stopped.
     """
     hook = Chaos(seed, delay_secs=delay_secs, kill_share=kill_share)
-    patience = mock.patch.object(object_place, "_PATIENCE_SECS", 4 * delay_secs)
-    removal = mock.patch.object(object_place, "_REMOVAL_SECS", 1.0 + 100 * delay_secs)
+    patience = mock.patch.object(control_objects, "_PATIENCE_SECS", 4 * delay_secs)
+    removal = mock.patch.object(object_removal, "_REMOVAL_SECS", 1.0 + 100 * delay_secs)
     with patience, removal, requests_through(hook):
         yield
 
@@ -201,8 +200,8 @@ def chaos(seed: int, *, delay_secs: float, kill_share: float) -> Iterator[None]:
 @contextlib.contextmanager
 def taken_over_at_once() -> Iterator[None]:
     """Has no process wait for those that have begun to end a session, or to remove a checkpoint."""
-    patience = mock.patch.object(object_place, "_PATIENCE_SECS", 0.0)
-    removal = mock.patch.object(StorePlace, "_left_to_remove", return_value=0.0)
+    patience = mock.patch.object(control_objects, "_PATIENCE_SECS", 0.0)
+    removal = mock.patch.object(object_removal, "_secs_left", return_value=0.0)
     with patience, removal:
         yield
 

@@ -20,11 +20,12 @@ from stores import Death, Killed, another_process, memory, requests_through
 import flax_partial as fp
 from flax_partial.callbacks import PartialCheckpointCallback, checkpointing
 from flax_partial.cli.main import main
-from flax_partial.runs import liveness, timeline, timeline_logs
-from flax_partial.storage.object_place import StorePlace
+from flax_partial.runs import directory, liveness, timeline, timeline_logs
+from flax_partial.storage import object_removal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 FINALIZED = "commit_success.txt"
 TRAINER = """
@@ -305,7 +306,7 @@ def test_what_a_removal_that_was_killed_has_left_is_deleted_when_the_next_run_be
     assert fp.steps(url) == [4]
     train(url, 6)  # it began too short a time ago: it may be going on
     assert fp.StorePath(f"{url}/2").is_dir()
-    monkeypatch.setattr(StorePlace, "_left_to_remove", lambda *_: 0.0)
+    monkeypatch.setattr(object_removal, "_secs_left", lambda *_: 0.0)
     train(url, 8)
     assert not fp.StorePath(f"{url}/2").is_dir()
     assert fp.steps(url) == [4, 6, 8]
@@ -328,3 +329,66 @@ def test_a_removal_that_is_killed_anywhere_is_no_hindrance_to_the_next_run(*, af
         if not death.is_dead:
             return
     pytest.fail("a removal makes more requests than were tried")
+
+
+# A mark that was put late: by a finalize that slept until its checkpoint was removed, and died.
+
+
+def put_mark_late(path: str) -> None:
+    """Saves a checkpoint, finalizes and removes it, and puts its mark again."""
+    fp.save(path, {"gone": 1})
+    fp.finalize(path)
+    store = fp.StorePath(path).store
+    mark = store.get(FINALIZED)
+    assert mark is not None
+    fp.remove(path)
+    store.put(FINALIZED, [mark])
+    another_process()
+
+
+@pytest.mark.parametrize("late", [[6], [5, 6], [6, 100]])
+@pytest.mark.parametrize("has_session", [False, True])
+def test_a_run_goes_on_from_the_newest_step_that_is_there(
+    late: list[int], caplog: pytest.LogCaptureFixture, *, has_session: bool
+) -> None:
+    url = memory("/run")
+    train(url, 4, keep_last=1)
+    for step in late:
+        put_mark_late(f"{url}/{step}")
+    if has_session:  # which the next run drops
+        fp.save(f"{url}/6", {"params": {"w": np.zeros(5)}})
+        another_process()
+    assert train(url, 4).callback.restored.step == 4
+    assert f"Skipped {url}/{late[-1]}: the checkpoint was removed" in caplog.text
+    with pytest.raises(fp.NoSessionError):
+        PartialCheckpointCallback(url).restore(which=late[-1])
+    train(url, 6, keep_last=1)
+    assert fp.load(f"{url}/6")["params"]["w"][0] == 6
+    assert fp.verify(f"{url}/6").ok
+    assert PartialCheckpointCallback(url).restore()[1] == 6
+
+
+def test_a_run_elsewhere_uploads_steps_before_a_mark_that_was_put_late(tmp_path: Path) -> None:
+    url = memory("/run")
+    train(url, 2, local=tmp_path / "lost")
+    put_mark_late(f"{url}/6")
+    train(url, 6, local=tmp_path / "new")
+    assert fp.load(f"{url}/6")["params"]["w"][0] == 6
+
+
+def test_a_newest_step_that_is_damaged_is_not_skipped() -> None:
+    url = memory("/run")
+    train(url, 4)
+    fp.StorePath(f"{url}/4").store.delete(["state/contents.json"])
+    with pytest.raises(fp.CorruptCheckpointError, match=r"/4.*contents.json is missing"):
+        PartialCheckpointCallback(url).restore()
+
+
+def test_what_a_run_asks_for_more_than_steps_does_not_grow(server: S3Server) -> None:
+    url = fill(server, 300)
+    path = fp.StorePath(url)
+    counts = requests_of(server, lambda: directory.checkpoints(path))
+    assert counts == {"LIST": 1, "HEAD": 300, "GET": 1}
+    fp.save(path / "300", {"a": 1})
+    fp.finalize(path / "300")
+    assert requests_of(server, lambda: directory.latest(path)) == {"LIST": 1, "HEAD": 2, "GET": 1}

@@ -23,8 +23,8 @@ from things import MOST_SECS
 
 import flax_partial as fp
 from flax_partial.loading import verify
-from flax_partial.storage import object_place
-from flax_partial.storage.object_place import StorePlace
+from flax_partial.storage import control_objects, object_removal
+from flax_partial.storage.store import PIECE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -185,7 +185,7 @@ def test_save_ends_one_round_of_a_finalize_and_then_no_other() -> None:
 def test_save_whose_patience_ends_as_it_is_decided_is_told_what_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.0)
+    monkeypatch.setattr(control_objects, "_PATIENCE_SECS", 0.0)
     url = memory()
     fp.save(url, {"a": 1})
     fenced, go_on = threading.Event(), threading.Event()
@@ -292,7 +292,7 @@ def test_one_of_those_who_wait_for_a_removal_that_died_takes_it_over(
     waits = threading.Event()
     other = threading.Thread(target=lambda: fp.save(f"{url}?p=2", {"other": DATA}))
 
-    def left_to_remove(_: StorePlace, name: str) -> float:
+    def secs_left(_: object, name: str) -> float:
         if name.endswith(".removed"):  # its process has died
             return 0.0
         waits.set()
@@ -304,7 +304,7 @@ def test_one_of_those_who_wait_for_a_removal_that_died_takes_it_over(
             assert waits.wait(MOST_SECS)
         return request()
 
-    monkeypatch.setattr(StorePlace, "_left_to_remove", left_to_remove)
+    monkeypatch.setattr(object_removal, "_secs_left", secs_left)
     with requests_through(hook):
         fp.save(f"{url}?p=1", {"new": DATA})
         other.join(MOST_SECS)
@@ -423,10 +423,13 @@ def test_mark_that_a_dying_process_puts_beside_a_newer_session_hinders_it_not(
     assert fp.verify(url).ok
 
 
+@pytest.mark.parametrize("size", [1, PIECE_BYTES])  # of what is in the table beside the leaves
 @pytest.mark.parametrize("is_finalized", [False, True])
-def test_root_files_that_are_put_late_are_of_no_later_checkpoint(*, is_finalized: bool) -> None:
+def test_root_files_that_are_put_late_are_of_no_later_checkpoint(
+    *, is_finalized: bool, size: int
+) -> None:
     url = memory()
-    fp.save(url, {"a": DATA})
+    fp.save(url, {"a": DATA}, custom_metadata={"": size * "a"})
 
     def use_the_place_again() -> None:
         use_again(url)

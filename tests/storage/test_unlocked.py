@@ -17,18 +17,18 @@ from things import QUICK, X
 
 import flax_partial as fp
 from flax_partial.storage import (
+    control_objects,
     directory_store,
     files,
     locks,
     medium,
-    object_place,
     places,
     session_dir,
     unlocked_place,
 )
+from flax_partial.storage.control import Listed, Verdict
 from flax_partial.storage.directory_store import DirectoryStore
 from flax_partial.storage.medium import Mount
-from flax_partial.storage.object_place import Listed, Verdict
 from flax_partial.storage.place import OpenSession
 from flax_partial.storage.unlocked_place import UnlockedPlace
 
@@ -166,7 +166,7 @@ def test_what_is_left_of_a_finalize_is_completed_and_of_an_abort_not(tmp_path: P
 def test_save_that_has_waited_for_a_verdict_has_the_finalize_list_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.05)
+    monkeypatch.setattr(control_objects, "_PATIENCE_SECS", 0.05)
     fp.save(tmp_path / "1", {"a": X}, options=QUICK)
     place = places.resolve(tmp_path / "1")
     with place.locked_exclusively(lambda: None):
@@ -183,7 +183,7 @@ def test_save_that_has_waited_for_a_verdict_has_the_finalize_list_anew(
 def test_save_whose_patience_ends_as_the_session_is_renamed_is_told_what_was_decided(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_place, "_PATIENCE_SECS", 0.0)
+    monkeypatch.setattr(control_objects, "_PATIENCE_SECS", 0.0)
     fp.save(tmp_path / "1", {"a": X}, options=QUICK)
     place = places.resolve(tmp_path / "1")
     put_new = DirectoryStore.put_new

@@ -9,7 +9,7 @@ import logging
 import re
 import uuid
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlencode
 
 import numpy as np
 import pytest
@@ -89,23 +89,39 @@ def test_a_path_works_like_a_path() -> None:
 
 SECRET = "qX7/s3cr3t+9="  # noqa: S105 - it opens nothing
 KEYS = {"secret_access_key": "s3cr3t", "session_token": "s3cr3t"}
-SECRETS = {
-    "s3": (
-        *("secret_access_key", "session_token", "token", "AWS_SECRET_ACCESS_KEY", "aws_token"),
-        *("sse_customer_key_base64", "container_credentials_full_uri", "sceret_acess_kee"),
-        *("X-Amz-Signature", "proxy_password"),
+# Under each name by which obstore takes one; and under names that it does not know.
+SECRETS = [
+    *(
+        ("s3", f"{prefix}{name}")
+        for prefix in ("", "aws_", "AWS_")
+        for name in (
+            *("secret_access_key", "session_token", "token", "sse_customer_key_base64"),
+            *("container_credentials_full_uri", "container_credentials_relative_uri"),
+        )
     ),
-    "gs": ("service_account_key", "bearer_token", "google_service_account_key", "token"),
-    "az": (
-        *("account_key", "access_key", "azure_storage_account_key", "sas_key", "sas_token", "sig"),
-        *("client_secret", "token", "encryption_key", "fabric_session_token"),
+    *(
+        ("gs", f"{prefix}{name}")
+        for prefix in ("", "google_", "GOOGLE_")
+        for name in (
+            *("service_account", "service_account_key", "application_credentials", "bearer_token"),
+        )
     ),
-}
+    *(
+        ("az", f"{prefix}{name}")
+        for prefix in ("", "azure_storage_", "AZURE_STORAGE_")
+        for name in (
+            *("account_key", "access_key", "master_key", "sas_key", "sas_token", "token"),
+            *("client_secret", "encryption_key"),
+        )
+    ),
+    *(("az", name) for name in ("azure_client_secret", "bearer_token", "fabric_session_token")),
+    *(("az", name) for name in ("azure_fabric_session_token", "sig")),
+    *(("s3", name) for name in ("sceret_acess_kee", "X-Amz-Signature", "proxy_password")),
+    ("gs", "token"),
+]
 
 
-@pytest.mark.parametrize(
-    ("scheme", "name"), [(scheme, name) for scheme, names in SECRETS.items() for name in names]
-)
+@pytest.mark.parametrize(("scheme", "name"), SECRETS)
 def test_a_secret_among_the_parameters_is_not_shown(scheme: str, name: str) -> None:
     url = f"{scheme}://bucket/run?region=r&{name}={quote(SECRET, safe='')}"
     shown = f"{scheme}://bucket/run?region=r&{name}={HIDDEN}"
@@ -125,6 +141,30 @@ def test_a_secret_among_the_parameters_is_not_shown(scheme: str, name: str) -> N
         with pytest.raises(ValueError, match=re.escape(HIDDEN)) as told:
             fp.load(wrong)
         assert "s3cr3t" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["service_account", "google_application_credentials"])
+@pytest.mark.parametrize("key", ["s3cr3t", '{"private_key":\n  "s3cr3t"}', ""])
+def test_a_key_where_the_name_of_its_file_belongs_is_not_told(name: str, key: str) -> None:
+    url = f"gs://{uuid.uuid4().hex}/run"
+    fp.store_options(url, **{name: key})
+    for one in (url, f"{url}?{name}={quote(key)}"):
+        with pytest.raises(ValueError, match="service account file from") as told:
+            fp.load(one)
+        assert "s3cr3t" not in str(told.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "aws_", "AWS_"])
+@pytest.mark.parametrize("endpoint", ["endpoint", "endpoint_url", "endpoint_url_s3"])
+def test_names_with_a_prefix_are_taken_and_count_as_those_without(
+    server: S3Server, prefix: str, endpoint: str
+) -> None:
+    url = server.url()
+    given = dict(parse_qsl(url.partition("?")[2]))
+    fp.store_options(url.partition("?")[0], endpoint="http://127.0.0.1:9", aws_region="elsewhere")
+    query = {f"{prefix}{endpoint}": given.pop("endpoint")}
+    query |= {f"{prefix}{name}": value for name, value in given.items()}
+    fp.save(f"{url.partition('?')[0]}?{urlencode(query)}", {"w": 1})
 
 
 @pytest.mark.parametrize(
