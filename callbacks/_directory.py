@@ -120,7 +120,7 @@ def check_is_newer(directory: AnyPath, step: int) -> AnyPath | None:
     Raises:
       CheckpointExistsError: Some checkpoint is of this step, or a later one.
     """
-    path = runs_directory.latest(directory)
+    path = fp.latest(directory)
     newest = None if path is None else step_in_name(path.name)
     if newest is not None and newest >= step:
         raise _mixed(directory, newest, step)
@@ -264,17 +264,17 @@ def choose(
         tells the step of the path that is asked for.
       NoSessionError: There is no checkpoint of the step, or at the path, that is asked for.
     """
+    held = checkpoints(directory)
     if isinstance(which, os.PathLike) or (isinstance(which, str) and os.sep in which):
         return _at_path(which)
-    if which == "latest":
-        return next(reversed(checkpoints(directory).items()), None)
-    held = runs_directory.listed(directory)
     if isinstance(which, int) and not isinstance(which, bool):
         if which not in held:
             raise fp.NoSessionError(
                 f"There is no checkpoint of step {which} in {directory}.{probably_meant(directory)}"
             )
         return which, held[which]
+    if which == "latest":
+        return next(reversed(held.items()), None)
     if which != "best" or retention.monitor is None:
         raise ValueError(
             f"which={which!r} with monitor={retention.monitor!r}: it must be 'latest', a step, a "

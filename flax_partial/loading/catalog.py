@@ -7,9 +7,10 @@ In an object store a step is called by its number alone, and counts once it is p
 """
 
 import difflib
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from flax_partial.errors import NoSessionError, StoreAccessError, first_few
@@ -20,9 +21,11 @@ from flax_partial.sessions.forks import check_not_forked
 from flax_partial.sessions.handles import Handle
 from flax_partial.sessions.workers import Task
 from flax_partial.storage import directories, places
+from flax_partial.storage.object_place import StorePlace
 from flax_partial.storage.paths import CONTENTS, SESSION_SUFFIX, STATE, PathLike
 from flax_partial.storage.store_path import AnyPath, StorePath
 
+_LOG = logging.getLogger("flax_partial")
 _MARKS = (
     orbax_format.CHECKPOINT_METADATA,
     orbax_format.V1_MARKER,
@@ -49,25 +52,48 @@ def latest(directory: PathLike) -> AnyPath | None:
     """Returns the finalized checkpoint of a run's last step; None if it has none.
 
     Older steps are not looked at: in an object store it takes the requests of one listing of names,
-    and one for each step at the end that is not finalized.
+    one for each step at the end that is not finalized, and three for the one that is. The mark of a
+    checkpoint that was removed may be there, put late: such steps at the end are skipped, with a
+    warning, and one that is damaged is not.
 
     Args:
       directory: The run's directory, or its URL.
     """
     root = directories.absolute(directory)
     found = (_of_step(root, names) for names in reversed(names_by_step(root).values()))
-    return next((path for path in found if path is not None), None)
+    return next((path for path in found if path is not None and _is_there(path)), None)
 
 
 def checkpoints(directory: PathLike) -> dict[int, AnyPath]:
     """Returns the finalized checkpoints in a run's directory by step, ascending; absolute paths.
 
-    Of two that are of one step, that counts which is called by it.
+    Of two that are of one step, that counts which is called by it. At the end, what `latest` skips
+    is left out.
     """
     root = directories.absolute(directory)
     named = names_by_step(root)
-    found = directories.for_each(root, partial(_of_step, root), named.values())
-    return {step: path for step, path in zip(named, found, strict=True) if path is not None}
+    paths = directories.for_each(root, partial(_of_step, root), named.values())
+    found = {step: path for step, path in zip(named, paths, strict=True) if path is not None}
+    while found and not _is_there(next(reversed(found.values()))):
+        found.popitem()
+    return found
+
+
+def _is_there(path: AnyPath) -> bool:
+    """Whether a checkpoint that is marked as finalized was not removed before the mark was put."""
+    is_there = isinstance(path, Path) or StorePlace(path).is_more_than_a_mark()
+    if not is_there:
+        _warn_of_mark(path)
+    return is_there
+
+
+@cache
+def _warn_of_mark(path: AnyPath) -> None:
+    _LOG.warning(
+        "Skipped %s: the checkpoint was removed. If a process that died later has put its "
+        "commit_success.txt again, fp.remove deletes that.",
+        path,
+    )
 
 
 def names_by_step(root: AnyPath) -> dict[int, list[str]]:

@@ -6,8 +6,6 @@ It may be one of a file system, or a prefix of an object store.
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -28,8 +26,6 @@ __all__ = [
     "checked",
     "checkpoints",
     "identity",
-    "latest",
-    "listed",
     "make",
     "probably_meant",
     "step_in_name",
@@ -37,10 +33,8 @@ __all__ = [
     "unfinished",
 ]
 
-logger = logging.getLogger(__name__)
-
+checkpoints = catalog.checkpoints
 identity = directories.identity
-listed = catalog.checkpoints
 make = directories.make
 probably_meant = catalog.probably_meant
 step_in_name = catalog.step_in_name
@@ -80,40 +74,6 @@ def check_is_none(directory: AnyPath) -> None:
         )
 
 
-def checkpoints(directory: AnyPath) -> dict[int, AnyPath]:
-    """Returns what `listed` does, without what `latest` skips: two small requests more."""
-    found = listed(directory)
-    while found and not _is_there(path := next(reversed(found.values()))):
-        _warn_of_mark(path)
-        found.popitem()
-    return found
-
-
-def latest(directory: AnyPath) -> AnyPath | None:
-    """Returns the finalized checkpoint of a run's last step; None if it has none.
-
-    In an object store the mark of a checkpoint that was removed may be there. Such a step is
-    skipped with a warning; one that is damaged is not.
-    """
-    path = catalog.latest(directory)
-    if path is None or _is_there(path):
-        return path
-    return next(reversed(checkpoints(directory).values()), None)
-
-
-def _is_there(path: AnyPath) -> bool:
-    return isinstance(path, Path) or StorePlace(path).is_more_than_a_mark()
-
-
-@functools.cache
-def _warn_of_mark(path: AnyPath) -> None:
-    logger.warning(
-        "Skipped %s: the checkpoint was removed. If a process that died later has put its "
-        "commit_success.txt again, fp.remove deletes that.",
-        path,
-    )
-
-
 def unfinished(directory: AnyPath) -> list[tuple[int, AnyPath]]:
     """Returns the unfinished checkpoints in a run's directory: their steps, and their paths.
 
@@ -131,7 +91,7 @@ def unfinished(directory: AnyPath) -> list[tuple[int, AnyPath]]:
 
 
 def _not_finalized(directory: AnyPath) -> list[int]:
-    finalized = checkpoints(directory)
+    finalized = catalog.checkpoints(directory)
     return [step for step in catalog.names_by_step(directory) if step not in finalized]
 
 
