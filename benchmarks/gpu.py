@@ -317,9 +317,9 @@ def _small(*, small: bool) -> Scenario:
 
 def _storage(*, small: bool) -> Scenario:
     """Returns the scenario: what the storage takes, from threads that do nothing else."""
-    size = (1 << 22) if small else 4 * _GIB
-    state = jax.tree.map(jnp.copy, _work(small=small).state)
-    size = min(size, sum(array.nbytes for array in jax.tree.leaves(state)))
+    work = _work(small=small)
+    state, size = jax.tree.map(jnp.copy, work.state), work.bytes
+    data = gpu_work.host_pages(_arrays(work))
     counts = (1, 2) if small else (1, 4, 16)
     mediums: tuple[Medium, ...] = ("tmpfs", "disk") if _medium(size) == "tmpfs" else ("disk",)
 
@@ -330,7 +330,7 @@ def _storage(*, small: bool) -> Scenario:
         return _rated(by.save_ours_async([state], path), size)
 
     def threads(count: int, medium: Medium, path: Path) -> Metrics:
-        return gpu_work.write_by_threads(size, count, path, direct=medium == "disk")
+        return gpu_work.write_by_threads(data, count, path, direct=medium == "disk")
 
     return Scenario(
         name="storage",
