@@ -194,22 +194,25 @@ class TrainingHooks(Copyable):
 
     @in_training
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        """Waits until every checkpoint is finalized."""
+        """Waits until every checkpoint is finalized that other callbacks do not add to yet."""
         with self._blocked("on_train_end", trainer):
             step = trainer.global_step
             self._look(trainer)
             self._tell_of_monitor()
             self._reach(step, "on_train_end")
-            member = self._member
-            is_last = member.saves_on_preemption and self._run.preemption.is_due(step)
+            run, member = self._run, self._member
+            run.members.ended_step = step
+            is_last = member.saves_on_preemption and run.preemption.is_due(step)
             is_last = is_last or member.last_skipped is not None
             if is_last and step not in (0, member.last_saved):
                 self._saver.save(trainer, module, epoch_ends=False)
+            waits = not run.awaits_members  # else the last of them waits
             try:
-                self._finish(trainer, module)
+                if waits:
+                    self._finish(trainer, module)
                 self._stop_after_last(trainer, module)
             finally:
-                self._end()
+                self._end(waits=waits)
 
     @in_training
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
@@ -312,9 +315,10 @@ class TrainingHooks(Copyable):
             self._saver.save_again(trainer, module)
             run.wait(show_progress=member.shows_progress)
 
-    def _end(self) -> None:
+    def _end(self, *, waits: bool = True) -> None:
         self._is_training = False
-        self._run.wait(show_progress=self._member.shows_progress)
+        if waits:
+            self._run.wait(show_progress=self._member.shows_progress)
         self._run.end(self._member)
         self._saver.forget()
 

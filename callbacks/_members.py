@@ -29,6 +29,7 @@ class Members:
 
     Attributes:
       rescued_step: The step that they save because training failed; None before.
+      ended_step: The step that training ended with; None before.
       last_closed: The last step that some of them has saved; at first, the one training began at.
     """
 
@@ -49,6 +50,7 @@ class Members:
           skips: Whether all leave out a step that is due, if all of them may.
         """
         self.rescued_step: int | None = None
+        self.ended_step: int | None = None
         self.last_closed = 0
         self._directory = directory
         self._preemption = preemption
@@ -105,8 +107,10 @@ class Members:
         schedule = member.schedule
         is_time = member.clock is not None and member.clock.is_due(step)  # checked at every step
         is_regular = is_time or schedule.is_step_due(step)
+        is_end = epoch_ends or step == self.ended_step
         is_last = (  # of its epoch, or run: never skipped
-            (epoch_ends and (schedule.is_epoch_due(epoch) or member.last_skipped is not None))
+            (epoch_ends and schedule.is_epoch_due(epoch))
+            or (is_end and member.last_skipped is not None)
             or (member.saves_on_preemption and self._preemption.is_due(step))
             or (member.has_finished_step and step == self.rescued_step)
         )
@@ -137,7 +141,8 @@ class Behind:
         self._is_behind = is_behind
         self._timeout_secs = timeout_secs
         self._lock = threading.Lock()  # guards what follows; held while processes agree
-        self._decided: dict[int, bool] = {}  # of the last steps: a trainer may stream ahead
+        # Of the last steps, by the run: a trainer may stream ahead, or train them again.
+        self._decided: dict[tuple[str, int], bool] = {}
 
     def skips(self, step: int, name: str) -> bool:
         """Whether to skip a step; the answer is the same each time.
@@ -147,11 +152,11 @@ class Behind:
           name: Of the run, the same in all processes.
         """
         with self._lock:
-            if step not in self._decided:
-                self._decided[step] = self._decide(f"behind {name} {step}")
+            if (name, step) not in self._decided:
+                self._decided[name, step] = self._decide(f"behind {name} {step}")
                 if len(self._decided) > _MOST_DECIDED:
-                    del self._decided[min(self._decided)]
-            return self._decided[step]
+                    del self._decided[next(iter(self._decided))]
+            return self._decided[name, step]
 
     def _decide(self, subject: str) -> bool:
         if jax.process_count() == 1:

@@ -193,7 +193,7 @@ class Run:
         if self.tiers is not None:
             self._reconcile(self.tiers, begins=begins)
         self.has_begun = self.has_begun or begins
-        self.members.rescued_step = None
+        self.members.rescued_step = self.members.ended_step = None
         self.recorder.begin(self._name)
         self.finalizer.sweep()
 

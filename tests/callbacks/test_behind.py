@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from stub_trainer import EVERYTHING, Loop, begun, end_step, new_state
+from stub_trainer import EVERYTHING, Loop, StubTrainer, begun, end_step, new_state
 from things import MOST_SECS
 
 import flax_partial as fp
@@ -108,6 +108,44 @@ def test_the_last_step_of_a_run_is_saved_in_place_of_a_skipped_one(
     callback.on_train_end(trainer, None)
     callback.teardown(trainer, None, "fit")
     assert (saved(tmp_path), callback.skipped_saves) == ([2, 5], 1)
+
+
+@pytest.mark.parametrize("last", [4, 5], ids=["which was skipped", "which was not due"])
+def test_the_last_step_of_a_run_is_saved_by_all_callbacks_that_skipped_one(
+    tmp_path: Path, last: int
+) -> None:
+    hook = FinalizeHook()
+    callbacks = [
+        saving(
+            tmp_path,
+            2,
+            finalizer=hook,
+            state_fn=lambda trainer, _, root=root: {root: trainer.state[root]},
+        )
+        for root in ("params", "opt_state")
+    ]
+    trainer = StubTrainer()
+    for callback in callbacks:
+        callback.on_fit_start(trainer, None)
+    for step in range(1, last + 1):
+        for callback in callbacks:
+            end_step(callback, trainer, step)
+    for callback in callbacks:
+        callback.on_train_end(trainer, None)
+    assert sorted(fp.steps(tmp_path)) == [2, last]
+    assert set(fp.load(tmp_path / f"{last}")) == {"params", "opt_state"}
+    assert [callback.skipped_saves for callback in callbacks] == [1, 1]
+
+
+def test_a_step_that_another_run_trains_again_is_decided_about_anew() -> None:
+    answers = iter([True, False])
+    behind = Behind(lambda: next(answers), timeout_secs=1)
+    assert [behind.skips(4, name) for name in ("run", "run", "next", "run")] == [
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_the_first_to_ask_decides_about_a_step() -> None:
