@@ -25,7 +25,8 @@ class MemoryBudget:
     """Bytes that snapshots waiting to be written hold, in this process, by their saves.
 
     Requests are granted in the order in which they are made: what a save waits for is held by saves
-    before it, which wait for none after them.
+    before it, which wait for none after them. Only saves of several threads may all hold some and
+    wait for more: the first one gets it then, beyond the limit, as nothing will be given back.
 
     Under a limit, what they held is given back to the system, too: glibc keeps freed arrays of up
     to 32 MiB, and does so for each few threads. Streaming 2 GiB of layers with 64 MiB in flight
@@ -116,8 +117,11 @@ class MemoryBudget:
         return due
 
     def _has_room(self, one: _Waiting) -> bool:
-        is_alone = self._total == self._sizes.get(one.owner, 0)
-        return is_alone or self._total + one.size <= one.limit
+        if self._total + one.size <= one.limit:
+            return True
+        # Who waits gives nothing back; where all do, the first goes on, as one that is alone does.
+        held_by_waiting = sum(self._sizes.get(other.owner, 0) for other in self._waiting)
+        return self._total == held_by_waiting
 
     def _grant(self, owner: Hashable, size: int) -> None:
         self._sizes[owner] = self._sizes.get(owner, 0) + size

@@ -40,6 +40,7 @@ from things import MOST_SECS, until
 
 import flax_partial as fp
 from flax_partial.saving import device_copies, device_room, job, snapshot
+from flax_partial.saving.memory_budget import MemoryBudget
 from flax_partial.sessions import workers
 from flax_partial.storage import direct_io, session_dir
 
@@ -555,6 +556,20 @@ def test_where_neither_has_room_the_call_waits_and_says_so(
     trees.assert_whole(
         tmp_path / "c", {key: value for state in states for key, value in state.items()}
     )
+
+
+def test_saves_of_several_threads_that_all_hold_some_do_not_wait_for_each_other() -> None:
+    """Each holds what was not copied on a device, and waits for room for its copies."""
+    budget, granted = MemoryBudget(), list[str]()
+    for name in "abc":
+        assert budget.acquire(name, 1, limit=4) >= 0
+    for name in "abc":
+        budget.request(name, 3, limit=4, granted=lambda name=name: granted.append(name))  # type: ignore[misc]
+    for done in "abc":
+        assert granted[-1] == done
+        budget.release(done, limit=4)
+    assert granted == ["a", "b", "c"]
+    assert budget._total == 0  # noqa: SLF001
 
 
 def test_a_transfer_that_fails_is_tried_again_as_the_save_is_written(
