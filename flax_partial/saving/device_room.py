@@ -21,11 +21,17 @@ _MOST_LEAVES = 4096  # by which steps are counted
 
 @dataclass(slots=True)
 class _Saved:
-    """How a leaf was saved last, and how many steps have gone by since it first was."""
+    """How leaves were saved last, and how many steps have gone by since they first were."""
 
     session: "weakref.ref[Any]"
-    array: "weakref.ref[Any]"
+    arrays: "list[weakref.ref[Any]]"
     steps: int = 0
+
+    def holds(self, arrays: Sequence[object]) -> bool:
+        """Whether these very arrays were saved last."""
+        if len(arrays) != len(self.arrays):
+            return False
+        return all(one() is array for one, array in zip(self.arrays, arrays, strict=True))
 
 
 @dataclass(slots=True)
@@ -37,7 +43,7 @@ class _OnDevice:
       total: The sum of that.
       most: The most that this ever was.
       peak: The most that was in use without copies; None until whole steps have been seen.
-      saved: The leaves that were saved from it, by their names.
+      saved: The leaves that were saved from it, by the name of the first of a save.
       has_seen_steps: Whether whole steps have been seen.
       has_failed: Whether it had no memory for a copy that it had room for.
     """
@@ -58,27 +64,29 @@ class DeviceRoom:
         self._lock = threading.Lock()  # guards all below, for an instant at a time
         self._devices: dict[Device, _OnDevice] = {}
 
-    def note_save(self, device: Device, name: Hashable, *, session: object, array: object) -> None:
-        """Records that a leaf is saved from a device: steps are counted by that.
+    def note_save(
+        self, device: Device, name: Hashable, *, session: object, arrays: Sequence[object]
+    ) -> None:
+        """Records that leaves are saved from a device: steps are counted by that.
 
-        A step lies between two saves of a leaf if they hold different arrays, and go into different
-        checkpoints.
+        A step lies between two saves of them if some are different arrays, as not all need be
+        trained, and if they go into different checkpoints.
 
         Args:
           device: The device.
-          name: Identifies the leaf in the process; the same in each checkpoint of a run.
-          session: Stands for the checkpoint; held weakly, as is the array.
-          array: What the leaf is now.
+          name: Identifies the first of them in the process; the same in each checkpoint of a run.
+          session: Stands for the checkpoint; held weakly, as are the arrays.
+          arrays: What they are now.
         """
         with self._lock:
             known = self._devices.setdefault(device, _OnDevice())
             saved = known.saved.get(name)
             if saved is None:
-                known.saved[name] = _Saved(weakref.ref(session), weakref.ref(array))
+                known.saved[name] = _Saved(weakref.ref(session), [*map(weakref.ref, arrays)])
                 if len(known.saved) > _MOST_LEAVES:
                     known.saved.popitem(last=False)
-            elif saved.session() is not session and saved.array() is not array:
-                saved.session, saved.array = weakref.ref(session), weakref.ref(array)
+            elif saved.session() is not session and not saved.holds(arrays):
+                saved.session, saved.arrays = weakref.ref(session), [*map(weakref.ref, arrays)]
                 saved.steps += 1
                 if saved.steps >= _WHOLE_STEPS:
                     known.has_seen_steps = True

@@ -355,9 +355,9 @@ def _copy_on_devices(jobs: Sequence[SaveJob]) -> None:
         return
     unknown = frozenset(device for device in devices if not _room.has_seen_steps(device))
     for job in jobs:
-        for device, at, array in snapshot.first_on_each(job.sources, unknown):
+        for device, at, arrays in snapshot.arrays_on_each(job.sources, unknown):
             name = job.session.where.final.parent, job.leaves[at].name
-            _room.note_save(device, name, session=job.session, array=array)
+            _room.note_save(device, name, session=job.session, arrays=arrays)
     copied = snapshot.copy([(job, job.sources) for job in jobs], room=_room, limit=limit)
     for job, (sources, copies) in zip(jobs, copied, strict=True):
         job.keep_copies(sources, copies)

@@ -44,20 +44,20 @@ def copying_devices(sources: Iterable[Sequence[Any]], *, limit: int | None) -> f
     return frozenset(device for device in devices if may_have_room(device, limit=limit))
 
 
-def first_on_each(
+def arrays_on_each(
     sources: _Described, devices: frozenset[Device]
-) -> Iterator[tuple[Device, int, jax.Array]]:
-    """Yields, for each of some devices, the position of the first leaf there, and its array."""
-    left = set(devices)
-    for at, boxes in enumerate(sources):
+) -> Iterator[tuple[Device, int, list[jax.Array]]]:
+    """Yields, for each of some devices, the position of the first leaf there, and all arrays."""
+    found: dict[Device, tuple[int, list[jax.Array]]] = {}
+    for at, boxes in enumerate(sources if devices else ()):
         for source in boxes:
-            if not left:
-                return
-            if not isinstance(source, np.ndarray):
-                device = place_of(source.sharding).device
-                if device in left:
-                    left.remove(device)
-                    yield device, at, source
+            if isinstance(source, np.ndarray):
+                continue
+            device = place_of(source.sharding).device
+            if device in devices:
+                found.setdefault(device, (at, []))[1].append(source)
+    for device, (first, arrays) in found.items():
+        yield device, first, arrays
 
 
 def copy(

@@ -390,7 +390,7 @@ def train(room: device_room.DeviceRoom, device: Memory, steps: int) -> None:
     """Saves a leaf before each step, and after the last."""
     for _ in range(steps + 1):
         session, array = Something(), Something()
-        room.note_save(device, "leaf", session=session, array=array)
+        room.note_save(device, "leaf", session=session, arrays=[array])
 
 
 @pytest.fixture
@@ -427,10 +427,24 @@ def test_saves_of_one_array_or_into_one_checkpoint_tell_of_no_step(
     device, session, array = Memory(), Something(), Something()
     others = [Something() for _ in range(8)]
     for other in others:
-        room.note_save(device, "leaf", session=other, array=array)
-        room.note_save(device, "second leaf", session=session, array=other)
-        room.note_save(device, other, session=other, array=other)
+        room.note_save(device, "leaf", session=other, arrays=[array])
+        room.note_save(device, "second leaf", session=session, arrays=[other])
+        room.note_save(device, other, session=other, arrays=[other])
     assert most(room, device) == 0
+
+
+def test_steps_are_seen_where_the_first_leaves_are_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: device_room.DeviceRoom
+) -> None:
+    monkeypatch.setattr(job, "_room", room)
+    monkeypatch.setattr(snapshot, "may_have_room", lambda *_, **__: True)
+    frozen, device = jnp.arange(4.0), jax.devices()[0]
+    for step in range(3):
+        assert not room.has_seen_steps(device)
+        fp.save_async(tmp_path / f"{step}", {"base": frozen, "lora": frozen + step}).result(
+            MOST_SECS
+        )
+    assert room.has_seen_steps(device)
 
 
 def test_by_default_no_copies_are_made_where_the_device_tells_nothing(
