@@ -182,7 +182,9 @@ def _tells(device: Device) -> bool:
 
 def _stats(device: Device) -> tuple[int, int] | None:
     """The limit of a device's memory and the most that was in use, in bytes, if it reports them."""
-    stats = device.memory_stats()
-    if not stats or not stats.get("bytes_limit") or "peak_bytes_in_use" not in stats:
+    try:
+        stats = device.memory_stats() or {}
+    except Exception:  # noqa: BLE001 - of a platform that does not have the query
         return None
-    return stats["bytes_limit"], stats["peak_bytes_in_use"]
+    limit, peak = stats.get("bytes_limit"), stats.get("peak_bytes_in_use")
+    return (limit, peak) if limit and peak is not None else None

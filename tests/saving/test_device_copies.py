@@ -447,10 +447,34 @@ def test_steps_are_seen_where_the_first_leaves_are_not_trained(
     assert room.has_seen_steps(device)
 
 
+class Silent(Memory):
+    """One whose platform does not say all of it."""
+
+    def __init__(self, told: dict[str, int | None] | None) -> None:
+        super().__init__()
+        self.told = told
+
+    def memory_stats(self) -> Any:
+        if self.told is None:
+            raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: GetAllocatorStats is not supported")
+        return self.told
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        Memory(None),
+        Silent({}),
+        Silent({"bytes_limit": 1600}),
+        Silent({"bytes_limit": 1600, "peak_bytes_in_use": None}),
+        Silent({"bytes_limit": None, "peak_bytes_in_use": 700}),
+        Silent(None),
+    ],
+    ids=["nothing", "empty", "no peak", "peak is None", "limit is None", "raises"],
+)
 def test_by_default_no_copies_are_made_where_the_device_tells_nothing(
-    room: device_room.DeviceRoom,
+    room: device_room.DeviceRoom, device: Memory
 ) -> None:
-    device = Memory(None)
     train(room, device, 5)
     assert most(room, device) == 0
     assert not device_room.may_have_room(device, limit=None)
