@@ -15,6 +15,7 @@ import math
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -322,7 +323,9 @@ def _by_dtype(forms: Sequence[_Form]) -> dict[np.dtype, list[int]]:
 
 # What is compiled.
 
-_MOST_PROGRAMS = 1024
+# Of each device. States of 128 GiB need no more; where shapes change all the time, they end there:
+# were others dropped for them, those that a step takes in turn would all be compiled in each step.
+_MOST_PROGRAMS = 512
 _AT_ONCE = 64  # a kernel takes so many arguments at most, and some more
 
 
@@ -363,6 +366,7 @@ class _Programs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._compiled: dict[Hashable, _Program | None] = {}  # None: not yet, or not possible
+        self._counts: Counter[Device] = Counter()  # of these, by the device
 
     def get(self, batch: _Batch) -> _Program | None:
         bundles = batch.bundles.values()
@@ -374,9 +378,10 @@ class _Programs:
         with self._lock:
             if key in self._compiled:
                 return self._compiled[key]
+            if self._counts[batch.device] >= _MOST_PROGRAMS:
+                return None
+            self._counts[batch.device] += 1
             self._compiled[key] = None
-            if len(self._compiled) > _MOST_PROGRAMS:
-                del self._compiled[next(iter(self._compiled))]
         workers.compiling.submit(Task(lambda _: self._compile(key, batch), Handle[None]()))
         return None
 

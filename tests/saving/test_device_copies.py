@@ -194,6 +194,22 @@ def test_each_list_of_shapes_is_compiled_once(tmp_path: Path) -> None:
     assert len(device_copies._programs._compiled) == known  # noqa: SLF001
 
 
+def test_no_more_is_compiled_than_so_much_and_what_is_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = device_copies._Programs()  # noqa: SLF001
+    monkeypatch.setattr(device_copies, "_programs", programs)
+    monkeypatch.setattr(device_copies, "_MOST_PROGRAMS", 2)
+    lengths = [5, 6, 7, 8]
+    for name in ("first", "again"):
+        states = [{f"{length}": jnp.zeros(length)} for length in lengths]
+        handles = [fp.save_async(tmp_path / name, state, options=ON_DEVICE) for state in states]
+        copied = [handle.result(MOST_SECS).device_bytes for handle in handles]
+        until(lambda: not workers.compiling.unfinished)
+    assert copied == [20, 24, 0, 0]
+    assert len(programs._compiled) == 2  # noqa: SLF001
+
+
 # --- how much room there is -----------------------------------------------------------------------
 
 
