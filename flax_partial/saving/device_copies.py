@@ -185,13 +185,20 @@ def copy(
         arrays = [[saves[one.save][1][at] for at in one.positions] for one in bundles]
         try:
             made = program(arrays)
-        except Exception:  # noqa: BLE001 - out of memory; any other error is raised by a transfer as well
+        except Exception as error:  # noqa: BLE001 - any but this is raised by a transfer as well
+            if is_out_of_memory(error):  # which the device may have looked for a long time
+                room.close(batch.device)
             for owner, size in sizes:
                 room.give_back(owner, batch.device, size)
             continue
         for bundle, originals, results in zip(bundles, arrays, made, strict=True):
             _note(done[bundle.save], bundle, originals, results, batch.device)
     return done
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device has no memory for a copy; that of a computation may say the same."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _note(

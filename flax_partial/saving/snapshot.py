@@ -15,12 +15,18 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from flax_partial.saving import device_copies
 from flax_partial.saving.describe_leaf import Source
-from flax_partial.saving.device_copies import PINNED_HOST, Copied, Copy, Packed, place_of
+from flax_partial.saving.device_copies import (
+    PINNED_HOST,
+    Copied,
+    Copy,
+    Packed,
+    is_out_of_memory,
+    place_of,
+)
 from flax_partial.saving.device_room import Device, DeviceRoom, may_have_room
 
 # A copy of a small ready array costs 2-20 us; a view would make a later donation copy instead.
 _COPIED_BYTES = 64 * 1024
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what JAX's errors that say so begin with
 
 Held = Source | Copied
 Boxes = Sequence[Sequence[Held]]
@@ -133,7 +139,7 @@ def _is_made(one: Copy, room: DeviceRoom) -> bool:
     try:
         one.array.block_until_ready()
     except jax.errors.JaxRuntimeError as error:
-        if _OUT_OF_MEMORY not in str(error):  # of the computation: the save has that error
+        if not is_out_of_memory(error):  # of the computation: the save has that error
             return False
         room.close(one.device)
         data = one.read_originals()
