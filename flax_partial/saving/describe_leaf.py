@@ -262,10 +262,8 @@ def _in_orbax_terms(sharding: Sharding, cut: frozenset[int]) -> kinds.Sharding:
     devices: set[Any] = sharding.device_set
     if not isinstance(sharding, NamedSharding):
         (platform,) = {device.platform for device in devices}
-        first = min(jax.local_devices(backend=platform), key=lambda device: device.id)
-        return kinds.Sharding(
-            {"sharding_type": "SingleDeviceSharding", "device_str": _as_first(str(first))}
-        )
+        first = _first_device(platform)
+        return kinds.Sharding({"sharding_type": "SingleDeviceSharding", "device_str": first})
     mesh = sharding.mesh
     is_local = len({device.process_index for device in devices}) == 1
     numbers = np.vectorize(lambda device: {"id": _device_number(device, is_local=is_local)})
@@ -282,11 +280,17 @@ def _in_orbax_terms(sharding: Sharding, cut: frozenset[int]) -> kinds.Sharding:
     )
 
 
-def _as_first(device: str) -> str:
-    """Names a process's first device as the first of all: a reader has one, and may have no more.
+def _first_device(platform: str) -> str:
+    """The first device of all processes, in Orbax's terms: a reader may have no more than one.
 
     Orbax finds a device by its text in JAX: `cuda:0`, `TPU_0(process=0,(0,0,0,0))`, `TFRT_CPU_0`.
+    That of a TPU says where it stands, as another process's first one does elsewhere.
     """
+    return _as_first(str(min(jax.devices(platform), key=lambda device: device.id)))
+
+
+def _as_first(device: str) -> str:
+    """The text of a device with the numbers of the first one, where the first here has others."""
     return re.sub(r"process=\d+", "process=0", re.sub(r"(?<=[:_])\d+", "0", device, count=1))
 
 

@@ -41,6 +41,26 @@ def test_array_on_one_device_is_said_to_be_on_the_first_of_its_kind(
     assert describe_leaf._as_first(device) == first  # noqa: SLF001 - such devices are not here
 
 
+class Tpu:
+    """Stands in for one of several hosts' TPUs, each of which says where it stands."""
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+
+    def __str__(self) -> str:
+        x, y = self.id % 2, self.id // 2
+        return f"TPU_{self.id}(process={y},({x},{y},0,0))"
+
+
+def test_array_of_a_later_process_is_said_to_be_on_the_first_device_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chips = [Tpu(number) for number in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda _: chips)
+    monkeypatch.setattr(jax, "local_devices", lambda **_: chips[2:4])
+    assert describe_leaf._first_device("tpu") == "TPU_0(process=0,(0,0,0,0))"  # noqa: SLF001
+
+
 CHANGES: dict[str, Callable[[jax.Array], object]] = {
     "the same": lambda x: x + 1,
     "another shape": lambda x: jnp.concatenate([x, x]),
