@@ -228,18 +228,19 @@ def _note(
 
 def _batches(saves: Sequence[Sequence[jax.Array]]) -> Iterator[_Batch]:
     """Sorts arrays into batches, the same for each list of the same shapes on the same devices."""
-    open_: dict[Device, _Batch] = {}
+    open_: dict[tuple[Device, bool], _Batch] = {}
     for save, arrays in enumerate(saves):
         for at, array in enumerate(arrays):
             form = array.shape, array.dtype
             place, (size, packs) = place_of(array.sharding), _size_of(*form)
             if not size or not place.can_copy:
                 continue
-            batch = open_.get(place.device)
+            lane = place.device, _is_whole_bytes(array.dtype)
+            batch = open_.get(lane)
             if batch is None or batch.count == _MOST_ARRAYS or batch.size + size > _MOST_BYTES:
                 if batch is not None:
                     yield batch
-                batch = open_[place.device] = _Batch(place.device)
+                batch = open_[lane] = _Batch(place.device)
             bundle = batch.bundles.get((save, packs))
             if bundle is None:
                 bundle = batch.bundles[save, packs] = _Bundle(save, packs)
@@ -292,9 +293,9 @@ def _place_of(sharding: Sharding) -> Place:
     (device,) = sharding.device_set
     kinds = [memory.kind for memory in device.addressable_memories()]
     has_pinned_host = PINNED_HOST in kinds
-    is_own_memory = sharding.memory_kind in (None, device.default_memory().kind)
-    is_cpu = device.platform == "cpu"
-    return Place(device, is_cpu, has_pinned_host, has_pinned_host and is_own_memory)
+    # A platform without memories to choose from may have no default one either.
+    can_copy = has_pinned_host and sharding.memory_kind in (None, device.default_memory().kind)
+    return Place(device, device.platform == "cpu", has_pinned_host, can_copy)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -306,8 +307,16 @@ def _size_of(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, bool]:
 
 def _can_be_packed(dtype: np.dtype) -> bool:
     """Whether its bytes on the device are those on the host; complex numbers cannot be cast."""
-    is_whole_bytes = not dtype.name.startswith(("int2", "int4", "uint2", "uint4", "float4"))
-    return is_whole_bytes and dtype.kind != "c"
+    return _is_whole_bytes(dtype) and dtype.kind != "c"
+
+
+@functools.lru_cache(maxsize=256)
+def _is_whole_bytes(dtype: np.dtype) -> bool:
+    """Whether its numbers take bytes each.
+
+    Others come in two layouts, of which a function takes one: no other arrays are copied by it.
+    """
+    return not dtype.name.startswith(("int2", "int4", "uint2", "uint4", "float4"))
 
 
 def _starts(forms: Sequence[_Form]) -> list[int]:
@@ -404,7 +413,9 @@ class _Programs:
             [jax.ShapeDtypeStruct(*form, sharding=sharding) for form in one.forms]
             for one in bundles
         ]
-        self._compiled[key] = jax.jit(make).lower(wanted).compile()
+        # The caller may have wide types in its thread alone.
+        with jax.enable_x64(new_val=True):
+            self._compiled[key] = jax.jit(make).lower(wanted).compile()
 
 
 _programs = _Programs()

@@ -154,6 +154,31 @@ def test_small_leaves_travel_as_one_buffer_to_the_bit(tmp_path: Path, transfers:
     assert_nothing_held()
 
 
+def test_numbers_of_less_than_a_byte_keep_no_others_from_being_copied(tmp_path: Path) -> None:
+    """What `jax.device_put` makes of them has a layout that no compiled function takes."""
+    device = jax.devices()[1]
+    state = {
+        "int4": jax.device_put(jnp.ones((8, 3), jnp.int4), device),
+        "float32": jax.device_put(jnp.ones((8, 3)), device),
+        "large": jax.device_put(jnp.arange(100_000.0), device),
+    }
+    compiled(tmp_path / "warm", state)
+    report = fp.save_async(tmp_path / "c", state, options=ON_DEVICE).result(MOST_SECS)
+    assert report.device_bytes >= state["float32"].nbytes + state["large"].nbytes
+    fp.finalize(tmp_path / "c")
+    trees.assert_whole(tmp_path / "c", state)
+
+
+def test_wide_numbers_of_a_thread_that_has_them_are_copied(tmp_path: Path) -> None:
+    with jax.enable_x64(new_val=True):
+        state = {"float64": jnp.arange(9.0), "int64": jnp.arange(9), "int32": jnp.int32(7)}
+        compiled(tmp_path / "warm", state)
+        report = fp.save_async(tmp_path / "c", state, options=ON_DEVICE).result(MOST_SECS)
+        assert report.device_bytes == report.bytes == 148
+        fp.finalize(tmp_path / "c")
+        trees.assert_whole(tmp_path / "c", state)
+
+
 def test_a_save_that_waits_has_all_arrays_transferred_at_once(
     tmp_path: Path, transfers: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +401,27 @@ def test_what_has_arrived_is_written_while_the_rest_is_on_its_way(
     fp.finalize(tmp_path / "c")
     trees.assert_whole(tmp_path / "c", state)
     assert_nothing_held()
+
+
+class Plain:
+    """Stands in for a sharding on one device of a platform that has one kind of memory."""
+
+    platform, memory_kind = "METAL", None
+
+    @property
+    def device_set(self) -> set[Any]:
+        return {self}
+
+    def addressable_memories(self) -> list[Any]:
+        return []
+
+    def default_memory(self) -> Any:
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no default memory")
+
+
+def test_no_copies_are_made_where_a_platform_has_one_kind_of_memory() -> None:
+    sharding: Any = Plain()
+    assert not device_copies.place_of(sharding).can_copy
 
 
 def test_what_cannot_be_compiled_is_transferred(
