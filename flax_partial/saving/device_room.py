@@ -41,8 +41,9 @@ class _OnDevice:
     Attributes:
       held: What copies take of it, by their owners.
       total: The sum of that.
-      most: The most that this ever was.
+      most: The most that this was since the device was asked last.
       peak: The most that was in use without copies; None until whole steps have been seen.
+      seen: The most that was in use with them, as far as the device was asked.
       saved: The leaves that were saved from it, by the name of the first of a save.
       has_seen_steps: Whether whole steps have been seen.
       has_failed: Whether it had no memory for a copy that it had room for.
@@ -52,6 +53,7 @@ class _OnDevice:
     total: int = 0
     most: int = 0
     peak: int | None = None
+    seen: int = 0
     saved: OrderedDict[Hashable, _Saved] = field(default_factory=OrderedDict)
     has_seen_steps: bool = False
     has_failed: bool = False
@@ -163,14 +165,16 @@ def _room_beside_training(device: Device, known: _OnDevice) -> int:
     """What the device has left where it was fullest, in bytes.
 
     Its peak counts our own copies, too. As long as it can be explained by what training took before
-    there were any, and by the most that they held, training is taken to need no more than then.
+    there were any, and by the most that they held while it rose, training is taken to need no more
+    than then.
     """
     stats = _stats(device) if known.has_seen_steps else None
     if stats is None:
         return 0
     limit, peak = stats
-    if known.peak is None or peak > known.peak + known.most:
+    if known.peak is None or peak > max(known.seen, known.peak + known.most):
         known.peak = peak
+    known.seen, known.most = peak, known.total
     return limit - known.peak - limit // _RESERVE_SHARE
 
 

@@ -574,6 +574,21 @@ def test_a_step_that_needs_more_than_any_before_takes_the_room(
     assert most(room, device) == 0
 
 
+def test_a_larger_step_beside_few_copies_is_not_taken_for_many_copies(
+    room: device_room.DeviceRoom,
+) -> None:
+    device = Memory()
+    device.peak = 700
+    train(room, device, 2)
+    assert room.take([("a", 800)], device, most=room.most(device, limit=None))
+    device.peak = 1200  # most of these copies are gone when training takes its most
+    assert most(room, device, owner="a") == 0
+    room.release("a")
+    assert room.take([("b", 100)], device, most=room.most(device, limit=None))
+    device.peak = 1500  # a step that takes 1,400, which the first copies would have failed
+    assert most(room, device) == 0
+
+
 def test_room_is_each_devices_own(room: device_room.DeviceRoom) -> None:
     first, second = Memory(), Memory()
     assert room.take([("a", 10)], first, most=10)
