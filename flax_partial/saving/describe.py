@@ -160,7 +160,7 @@ def _like(leaf: Leaf, value: Any, how: How) -> Like | None:
     sharding = shards = None
     if leaf.kind == kinds.JAX_ARRAY and isinstance(value, jax.Array):
         sharding = value.sharding
-        if not isinstance(sharding, SingleDeviceSharding):
+        if not (isinstance(sharding, SingleDeviceSharding) and value.is_fully_addressable):
             shards = shards_written(leaf, value, how)
             if shards is None:
                 return None

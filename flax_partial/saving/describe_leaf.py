@@ -247,7 +247,10 @@ def _boxes(
         return [(origin, value)], value.shape, None
     sharding = value.sharding
     if isinstance(sharding, SingleDeviceSharding):
-        return [(origin, value)], value.shape, _in_orbax_terms(sharding, axes)
+        here: list[tuple[Shape, Source]] = [(origin, value)]
+        if not value.is_fully_addressable:  # another process holds it
+            here = []
+        return here, value.shape, _in_orbax_terms(sharding, axes)
     if shares is not None:
         shared = [(piece.start, piece.data_of(value)) for piece in shares.pieces]
         return shared, shares.unit, _in_orbax_terms(sharding, axes)

@@ -573,6 +573,16 @@ def test_tree_whose_arrays_live_on_one_process_each_is_saved_once_by_all(
     np.testing.assert_array_equal(loaded["stage1"], np.arange(8.0) + 100)
 
 
+def test_arrays_on_one_device_of_a_process_are_saved_by_that_process(
+    two: Cluster, tmp_path: Path
+) -> None:
+    for name in ("first", "again"):
+        path = tmp_path / name
+        assert two.call("save_on_one_device_each", path) == [32, 32]
+        two.call("finalize", path)
+        np.testing.assert_array_equal(fp.load(path)["stage1"], np.arange(8.0) + 100)
+
+
 def test_array_that_its_own_process_did_not_save_is_missing(two: Cluster, tmp_path: Path) -> None:
     path = tmp_path / "c"
     assert two.processes[0].call("save_of_each_process", path).result() == 40

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from mpmd import resume_stages, train_stages  # noqa: F401 - tests have processes call these
 from sharing import load_shared, save_shared, train_shared  # noqa: F401 - and these
 from spread import as_computed, assert_loaded, donated, sharded, spread
@@ -337,6 +337,19 @@ def save_of_each_process(path: str, **options: Any) -> int:
     state = {"step": 3, **_of_each_process()} if jax.process_index() == 0 else _of_each_process()
     handle = fp.save_async(path, state, **options)
     return handle.result().bytes
+
+
+def save_on_one_device_each(path: str) -> int:
+    """Saves an array for each process, on its first device alone; returns the bytes written."""
+    arrays = {}
+    for process in range(jax.process_count()):
+        first = next(one for one in jax.devices() if one.process_index == process)
+        value = np.arange(8.0, dtype=np.float32) + 100 * process
+        shards = [jax.device_put(value, first)] if process == jax.process_index() else []
+        arrays[f"stage{process}"] = jax.make_array_from_single_device_arrays(
+            value.shape, SingleDeviceSharding(first), shards, dtype=value.dtype
+        )
+    return fp.save_async(path, arrays).result().bytes
 
 
 def load_of_each_process(path: str) -> list[int]:
