@@ -283,15 +283,19 @@ def test_killed_anywhere_it_goes_on_uploading(server: S3Server, tmp_path: Path) 
 
 
 def kill_while_it_uploads(server: S3Server, url: str, local: Path, step: int, request: str) -> None:
-    """Lets a run train until a request of the upload of a step is made, which is not answered."""
+    """Lets a run train until a request of the upload of a step is made, which is never answered."""
     pattern = rf"^PUT .*{fp.StorePath(url).name}/{step}/.*{request}"
-    server.faults = [Fault(pattern, "hang", secs=60)]
+    server.faults = [Fault(pattern, "hang", times=99, secs=60)]
     with servers.started(servers.train_in_tiers, (url, local, servers.newest_of(local, url))) as (
         pipe,
     ):
-        for _ in range(2):
-            assert isinstance(told := pipe.recv(), int), told
-        until(lambda: any(re.search(pattern, line) for line in server.log))
+
+        def is_made() -> bool:
+            while pipe.poll():
+                assert isinstance(told := pipe.recv(), int), told
+            return any(re.search(pattern, line) for line in server.log)
+
+        until(is_made)
     server.faults = []
 
 
