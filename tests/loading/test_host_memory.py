@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,11 +21,11 @@ from flax_partial.loading.host_memory import HostMemory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 MIB = 1 << 20
 BYTES = np.dtype(np.uint8)
 STATE = {f"layer_{i}": np.full((4 * MIB + 8 * i) // 4, i, np.float32) for i in range(9)}
-SMAPS, HUGE_PAGES = Path("/proc/self/smaps"), Path("/sys/kernel/mm/transparent_hugepage")
 
 
 @pytest.fixture
@@ -191,58 +190,3 @@ def test_what_an_accelerator_has_yet_to_take_is_bounded(
     assert len(mapped) < len(STATE)
     for name in list(STATE)[: -pieces + 1]:  # the last ones have not been waited for
         np.testing.assert_array_equal(loaded[name].taken, STATE[name])
-
-
-# Huge pages.
-
-ZONES = """\
-Node 0, zone      DMA      0      0      0      0      0      0      0      0      1      1      3
-Node 0, zone   Normal 239735   1041    266    233     58     37     14     23     27      {}      {}
-"""
-
-
-@pytest.mark.parametrize(
-    ("text", "size", "free"),
-    [
-        (ZONES.format(0, 20), 2 * MIB, (2 + 3 * 4 + 20 * 4) * MIB),
-        (ZONES.format(5, 0), 4 * MIB, 3 * 4 * MIB),
-        (ZONES.format(5, 20), 512 * MIB, 0),
-        (ZONES.format(5, 20), 0, 0),
-        ("something else, zone\nNode 0, zone DMA x y\n", 2 * MIB, 0),
-        (None, 2 * MIB, 0),
-    ],
-)
-def test_free_huge_pages_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, size: int, free: int
-) -> None:
-    zones = tmp_path / "buddyinfo"
-    if text is not None:
-        zones.write_text(text)
-    monkeypatch.setattr(host_memory, "_FREE_PAGES", zones)
-    monkeypatch.setattr(host_memory, "_huge_page_bytes", lambda: size)
-    monkeypatch.setattr(host_memory.mmap, "PAGESIZE", 4096)
-    assert host_memory._free_huge_bytes() == free  # noqa: SLF001
-
-
-@pytest.mark.skipif(not (SMAPS.exists() and HUGE_PAGES.exists()), reason="needs Linux's huge pages")
-@pytest.mark.parametrize("free", [0, 8 * MIB - 1, 8 * MIB])
-def test_huge_pages_are_requested_where_as_many_are_free(
-    monkeypatch: pytest.MonkeyPatch, free: int
-) -> None:
-    monkeypatch.setattr(host_memory, "_free_huge_bytes", lambda: free)
-    array = HostMemory().empty((8 * MIB,), BYTES)
-    array[:] = 0
-    flags, is_in = "", False
-    for line in SMAPS.read_text().splitlines():
-        bounds = line.split(" ")[0].split("-")
-        if len(bounds) == 2:
-            low, high = (int(one, 16) for one in bounds)
-            is_in = low <= address(array) < high
-        elif is_in and line.startswith("VmFlags"):
-            flags = line
-    assert (" hg" in flags) == (free >= 8 * MIB)
-
-
-def test_a_system_without_huge_pages_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_memory, "_HUGE_PAGE_BYTES", Path("/nowhere"))
-    assert host_memory._huge_page_bytes.__wrapped__() == 0  # noqa: SLF001
