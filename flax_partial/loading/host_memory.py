@@ -1,7 +1,7 @@
 """Host memory for what is read: the same again, once nothing refers to what was read into it.
 
-To touch new memory takes longer than to read into it: two threads read 13 GB/s of the page cache
-into memory that was used before, and 3 into new memory. What goes through in batches, to an
+To touch new memory takes longer than to read into it: two threads read 10 GB/s of the page cache
+into memory that was used before, and 2.7 into new memory. What goes through in batches, to an
 accelerator or to be checked, is therefore read into the same memory. An array that is kept, or that
 a device of the CPU has taken over, keeps its memory.
 """

@@ -41,7 +41,7 @@ _KEEP_MISSING = "keep_missing=True lets the checkpoint lack leaves, which stay a
 _CAST = "cast=True converts dtypes"
 _MOST_COMPARED = 2500  # pairs of names, in a fraction of a second
 _MOST_MEANT = 3  # pairs that a message shows
-_PIECE_BYTES = 128 << 20  # of a load that reports progress, or fills an accelerator
+_PIECE_BYTES = 64 << 20  # of a load that reports progress, or fills an accelerator
 _READ_AHEAD = 2  # pieces that are read at once: while the last of one is read, the next has begun
 _MOST_ON_THE_WAY = 2  # pieces that are on their way to an accelerator: bounds the host's memory
 
@@ -89,7 +89,7 @@ def load(
       share_reads: Whether processes with replicas of an array read a share of it each, and
         hand it on by a collective: where the storage is slower than the network. Every process
         that holds some of the target's arrays has to call this, with the same target.
-      progress: Called in this thread, before the first and after each piece of some 100 MiB, with
+      progress: Called in this thread, before the first and after each piece of some 64 MiB, with
         how many bytes of how many are read.
 
     Returns:

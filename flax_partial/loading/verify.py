@@ -16,7 +16,7 @@ from flax_partial.storage import places
 from flax_partial.storage.paths import CONTENTS, STATE, PathLike
 from flax_partial.storage.place import Place
 
-_VERIFIED_AT_ONCE_BYTES = 256 << 20
+_VERIFIED_AT_ONCE_BYTES = 128 << 20
 
 
 def verify(path: PathLike) -> VerifyReport:

@@ -90,5 +90,5 @@ def test_load_says_how_far_it_is(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     loaded = fp.load(tmp_path / "1", progress=lambda done, total: told.append((done, total)))
     size = 40 << 20
-    assert told == [(0, 4 * size), (3 * size, 4 * size), (4 * size, 4 * size)]
+    assert told == [(done * size, 4 * size) for done in range(5)]
     assert all(np.array_equal(loaded[name], state[name]) for name in state)
