@@ -16,7 +16,7 @@ from typing import Any
 Device = Any  # a jax.Device
 _WHOLE_STEPS = 2
 _RESERVE_SHARE = 16  # of the limit: memory in pieces, and steps that differ a little
-_MOST_LEAVES = 4096  # by which steps are counted
+_MOST_SAVES = 4096  # by which steps are counted
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ class DeviceRoom:
             saved = known.saved.get(name)
             if saved is None:
                 known.saved[name] = _Saved(weakref.ref(session), [*map(weakref.ref, arrays)])
-                if len(known.saved) > _MOST_LEAVES:
+                if len(known.saved) > _MOST_SAVES:
                     known.saved.popitem(last=False)
             elif saved.session() is not session and not saved.holds(arrays):
                 saved.session, saved.arrays = weakref.ref(session), [*map(weakref.ref, arrays)]
